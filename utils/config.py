@@ -1,0 +1,132 @@
+"""
+One flat yaml per run, `--key value` to override it, and errors that a student can act on.
+
+The yaml that a script names as its schema lists every key that the script knows, with a comment and a value of
+the right type. Any other yaml or override is checked against it: an unknown key or a wrong type is an error that
+names the nearest key. No default hides in code. `--help` prints the schema.
+"""
+
+import contextlib
+import difflib
+import sys
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class UserError(Exception):
+    """A mistake of the user, or of the user's files: printed as one line (what, where, the fix), no traceback."""
+
+
+@contextlib.contextmanager
+def friendly_errors():
+    """UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130. `--debug` keeps the traceback."""
+    try:
+        yield
+    except UserError as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        sys.exit(_fail(f"error: {error}", 2))
+    except KeyboardInterrupt:
+        sys.exit(_fail("stopped by Ctrl-C", 130))
+
+
+def _fail(message, code):
+    print(message, file=sys.stderr, flush=True)
+    return code
+
+
+def nearest(name, known):
+    """`did you mean ...?` for a misspelt name, or the list of known names."""
+    close = difflib.get_close_matches(name, known, 1, 0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def read_yaml(path):
+    """The mapping in a flat yaml file. UserError when it is missing, not yaml, or not flat."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such config file")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid yaml: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict) or any(isinstance(v, dict) for v in values.values()):
+        raise UserError(f"{path}: expected flat `key: value` lines")
+    return values
+
+
+def convert(key, value, example, where):
+    """`value` as the type of `example` (bool, int, float, str or list); UserError if it cannot be that."""
+    kind = type(example)
+    try:
+        if kind is bool and str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"  # trap: bool("false") is True
+        if kind is int and not isinstance(value, bool) and float(value) == int(float(value)):
+            return int(float(value))
+        if kind is float and not isinstance(value, bool):
+            return float(value)  # trap: PyYAML reads 2e-5 as a string, only 2.0e-5 as a number
+        if kind is list:
+            items = value if isinstance(value, list) else yaml.safe_load(value)
+            if isinstance(items, int | float) or (isinstance(items, str) and items):
+                items = [items]  # why: --eval_top_docs 10 means a list of one
+            return [convert(key, x, example[0], where) for x in items] if example else items
+        if kind is str and not isinstance(value, dict | list | bool | None.__class__):
+            return str(value)
+    except (TypeError, ValueError, OverflowError, yaml.YAMLError):
+        pass
+    raise UserError(f"{where}: {key} must be of type {kind.__name__} (such as {example!r}), got {value!r}")
+
+
+def load_config(doc, schema, argv=None):
+    """
+    Config of a run as a namespace: the yaml of `--config` (default: the schema), overridden by `--key value`.
+
+    doc: the script's docstring, shown by --help. schema: path below the repository, "config/train_dpr_nq.yaml".
+    The result has one attribute per schema key and `config`, the path that was read.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    known = read_yaml(ROOT / schema)
+    if "--help" in argv or "-h" in argv:
+        print(f"{doc.strip()}\n\nKeys (from {schema}; override any of them with --key value):\n")
+        print((ROOT / schema).read_text(encoding="utf-8"))
+        sys.exit(0)
+    argv = [a for a in argv if a != "--debug"]
+    overrides, path = {}, str(ROOT / schema)
+    while argv:
+        flag, joined, value = argv.pop(0).partition("=")
+        key = flag.removeprefix("--")
+        if not flag.startswith("--"):
+            raise UserError(
+                f"command line: {flag!r} is not a flag; write --key value (see --help)"
+            )
+        if key != "config" and key not in known:
+            raise UserError(f"command line: unknown key {flag}; {nearest(key, [*known, 'config'])}")
+        if not joined:
+            lone_switch = isinstance(known.get(key), bool) and (not argv or argv[0].startswith("--"))
+            if not argv and not lone_switch:
+                raise UserError(f"command line: {flag} needs a value")
+            value = "true" if lone_switch else argv.pop(0)
+        if key == "config":
+            path = value
+        else:
+            overrides[key] = convert(key, value, known[key], "command line")
+    values = read_yaml(path)
+    for key in values:
+        if key not in known:
+            raise UserError(f"{path}: unknown key {key!r}; {nearest(key, list(known))}")
+    for key in known:
+        if key not in values:
+            raise UserError(f"{path}: key {key!r} is missing; copy its line from {schema}")
+    resolved = {key: convert(key, values[key], known[key], path) for key in known} | overrides
+    return SimpleNamespace(**resolved, config=path)
+
+
+def choose(cfg, key, *allowed):
+    """UserError unless cfg.key is one of `allowed`."""
+    value = getattr(cfg, key)
+    if value not in allowed:
+        raise UserError(f"{key} must be one of {', '.join(map(str, allowed))}, got {value!r}")
