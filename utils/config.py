@@ -1,9 +1,9 @@
 """
 One flat yaml per run, `--key value` to override it, and errors that a student can act on.
 
-The yaml that a script names as its schema lists every key that the script knows, with a comment and a value of
-the right type. Any other yaml or override is checked against it: an unknown key or a wrong type is an error that
-names the nearest key. No default hides in code. `--help` prints the schema.
+The yaml that a script names as its schema lists every key that the script knows, with a comment and a value
+of the right type. Any other yaml or override is checked against it: an unknown key or a wrong type is an
+error that names the nearest key. No default hides in code. `--help` prints the schema.
 """
 
 import contextlib
@@ -19,12 +19,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class UserError(Exception):
-    """A mistake of the user, or of the user's files: printed as one line (what, where, the fix), no traceback."""
+    """
+    A mistake of the user, or of the user's files: printed as one line (what, where, the fix), no traceback.
+    """
 
 
 @contextlib.contextmanager
 def friendly_errors():
-    """UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130. `--debug` keeps the traceback."""
+    """
+    UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130. `--debug` keeps the traceback.
+    """
     try:
         yield
     except UserError as error:
@@ -85,8 +89,9 @@ def load_config(doc, schema, argv=None):
     """
     Config of a run as a namespace: the yaml of `--config` (default: the schema), overridden by `--key value`.
 
-    doc: the script's docstring, shown by --help. schema: path below the repository, "config/train_dpr_nq.yaml".
-    The result has one attribute per schema key and `config`, the path that was read.
+    doc: the script's docstring, shown by --help. schema: path below the repository,
+    "config/train_dpr_nq.yaml". The result has one attribute per schema key and `config`, the path that was
+    read.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     known = read_yaml(ROOT / schema)
@@ -100,9 +105,7 @@ def load_config(doc, schema, argv=None):
         flag, joined, value = argv.pop(0).partition("=")
         key = flag.removeprefix("--")
         if not flag.startswith("--"):
-            raise UserError(
-                f"command line: {flag!r} is not a flag; write --key value (see --help)"
-            )
+            raise UserError(f"command line: {flag!r} is not a flag; write --key value (see --help)")
         if key != "config" and key not in known:
             raise UserError(f"command line: unknown key {flag}; {nearest(key, [*known, 'config'])}")
         if not joined:

@@ -1,4 +1,6 @@
-"""Files that are whole or absent (temporary name, fsync, rename), and the hashes that prove which file it is."""
+"""
+Files that are whole or absent (temporary name, fsync, rename), and the hashes that prove which file it is.
+"""
 
 import contextlib
 import hashlib
@@ -12,7 +14,10 @@ from utils.config import UserError
 
 @contextlib.contextmanager
 def atomic_file(path, mode="w"):
-    """Open a temporary file (utf-8, newlines untouched) that becomes `path` when the block ends without an error."""
+    """
+    Open a temporary file (utf-8, newlines untouched) that becomes `path` when the block ends without an
+    error.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -25,9 +30,7 @@ def atomic_file(path, mode="w"):
         sync_folder(path.parent)
     except OSError as error:
         if error.errno == 28:  # ENOSPC
-            raise UserError(
-                f"{path}: the disk is full; free some space and repeat the command"
-            ) from None
+            raise UserError(f"{path}: the disk is full; free some space and repeat the command") from None
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -35,7 +38,9 @@ def atomic_file(path, mode="w"):
 
 @contextlib.contextmanager
 def atomic_folder(path):
-    """Yield a temporary folder that becomes `path` (not existing yet) when the block ends without an error."""
+    """
+    Yield a temporary folder that becomes `path` (not existing yet) when the block ends without an error.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,90 @@
+"""A toy world for the tests: a WordPiece vocabulary, tiny random BERTs and sixty passages; nothing is downloaded."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertModel, BertTokenizer
+
+from utils.encoder import Encoder, save_encoder
+
+INPUTS = {
+    "question_tokens": 16,
+    "passage_tokens": 32,
+    "pooling": "cls",
+    "token_types": "zeros",
+    "pair": "toy",
+}
+CITIES = "paris london rome oslo cairo lima tokyo quito delhi sofia riga minsk".split()
+THINGS = "river bridge tower market garden".split()
+COLOURS = "red blue green white black".split()
+OTHER = "the a of in is was named old new what which where stands and it has ' . ? , first".split()
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def tokenizer(folder):
+    """A lower-casing WordPiece tokenizer over the toy words, with letters as pieces for everything else."""
+    letters = [c for c in "abcdefghijklmnopqrstuvwxyz0123456789"]
+    words = SPECIAL + CITIES + THINGS + COLOURS + OTHER + letters + ["##" + c for c in letters]
+    words = list(dict.fromkeys(words))
+    path = Path(folder) / "vocab.txt"
+    path.write_text("\n".join(words))
+    return BertTokenizer(vocab=str(path), do_lower_case=True)
+
+
+def bert(vocab_size, seed=0, hidden=32, layers=2):
+    """A random BERT of 2 layers x 32 without a pooler."""
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=2 * hidden,
+        max_position_embeddings=64,
+        initializer_range=0.2,  # why: at BERT's 0.02 a tiny random model gives every text the same vector
+    )
+    return BertModel(config, add_pooling_layer=False)
+
+
+def passages():
+    """Sixty (id, title, text): every city has every thing, in some colour. Ids are 1..60."""
+    rows = []
+    for i, city in enumerate(CITIES):
+        for j, thing in enumerate(THINGS):
+            colour = COLOURS[(i + j) % 5]
+            rows.append(
+                (str(len(rows) + 1), city, f"the old {thing} of {city} is {colour} and it stands in {city}.")
+            )
+    return rows
+
+
+def make_world(folder):
+    """
+    Write a toy world into `folder` and return it as a Path: vocab.txt, bert/ (Hugging Face folder), query_encoder/,
+    doc_encoder/ (with encoder_inputs.json, one pair), corpus.tsv, train.jsonl (40), dev.jsonl (10), test.jsonl (10).
+    """
+    folder = Path(folder)
+    words = tokenizer(folder)
+    bert(len(words)).save_pretrained(folder / "bert")
+    words.save_pretrained(folder / "bert")
+    for seed, (name, role) in enumerate([("query_encoder", "question"), ("doc_encoder", "passage")]):
+        save_encoder(Encoder(bert(len(words), seed), words, INPUTS | {"role": role}), folder / name)
+    rows = passages()
+    with open(folder / "corpus.tsv", "w", encoding="utf-8", newline="") as file:
+        file.write("id\ttext\ttitle\n" + "".join(f"{i}\t{text}\t{title}\n" for i, title, text in rows))
+    questions = []
+    for n, (pid, title, text) in enumerate(rows):
+        thing, colour = text.split()[2], text.split()[6]
+        questions.append(
+            {
+                "qid": f"q{n}",
+                "question": f"which colour has the {thing} of {title}",
+                "answers": [colour],
+                "positives": [pid],
+                "negatives": [rows[(n + 1) % 60][0], rows[(n + 5) % 60][0]],
+            }
+        )
+    for name, part in (("train", questions[:40]), ("dev", questions[40:50]), ("test", questions[50:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(q) + "\n" for q in part), encoding="utf-8")
+    return folder

@@ -1,0 +1,231 @@
+"""
+One tower of the dual encoder: a BERT-like model, how its inputs are built, and the doors through which
+weights come in.
+
+How inputs are built is stored beside the weights in `encoder_inputs.json`, because a vector is only right
+when the
+questions are tokenised as in training: lengths, token types and pooling differ between DPR, nanoDPR and
+RocketQA and nothing fails when they are mixed up (specs: transformers issue 26817).
+
+B sequences · L tokens, padded to the longest of the batch · D hidden
+"""
+
+import contextlib
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from utils.config import UserError
+from utils.dpr_files import check_complete, from_cp, from_hf_dpr
+from utils.files import atomic_folder, read_json, write_json
+
+# The input conventions of the original DPR (June 2020), right for facebook/dpr-* and its .cp files.
+# from: DPR dpr/models/hf_models.py:288-326 at the June 2020 snapshot = GC-DPR; all-zero segment ids, CLS, 256
+# tokens
+DPR_INPUTS = {"question_tokens": 256, "passage_tokens": 256, "pooling": "cls", "token_types": "zeros"}
+HAVE_POOLER = ("bert", "ernie", "roberta", "xlm-roberta")
+transformers_logging.disable_progress_bar()  # two bars for every small file drown the log; losses stay visible
+
+
+class Encoder(nn.Module):
+    """
+    model: a BERT-like model with `last_hidden_state`. inputs: dict with
+      role            question | passage | shared (one model is both towers)
+      question_tokens, passage_tokens   maximum lengths, special tokens included
+      pooling         cls (DPR) | mean (sentence-transformers)
+      token_types     zeros (DPR) | segments (nanoDPR, RocketQA: title 0, text 1) | zeros_sep (DPR since March
+      2021:
+                      always padded to the full length, the last position overwritten by [SEP]; DPR issue 210)
+      pair            an id that a question encoder shares with the passage encoder it was trained with, or ""
+    """
+
+    def __init__(self, model, tokenizer, inputs, projection=None):
+        super().__init__()
+        self.model, self.tokenizer, self.inputs, self.projection = model, tokenizer, inputs, projection
+        self.dim = projection.out_features if projection else model.config.hidden_size
+
+    def forward(self, input_ids, attention_mask, token_type_ids):
+        """[B, L] integer tensors -> vectors_BD in float32."""
+        hidden_BLD = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
+        ).last_hidden_state
+        if self.inputs["pooling"] == "cls":
+            vectors_BD = hidden_BLD[:, 0]
+        else:
+            mask_BL1 = attention_mask[:, :, None].to(hidden_BLD.dtype)
+            vectors_BD = (hidden_BLD * mask_BL1).sum(1) / mask_BL1.sum(1)
+        return (self.projection(vectors_BD) if self.projection else vectors_BD).float()
+
+
+def tokenize_questions(encoder, questions):
+    """List of strings -> list of id lists `[CLS] question [SEP]`, cut to question_tokens."""
+    # from: DPR dpr/utils/data_utils.py:63 and nanoDPR: the typographic apostrophe is replaced, in training
+    # and test
+    questions = [question.replace("’", "'") for question in questions]
+    return _ids(encoder, questions, None, encoder.inputs["question_tokens"])
+
+
+def tokenize_passages(encoder, passages):
+    """
+    List of (title, text) -> list of id lists `[CLS] title [SEP] text [SEP]`, or `[CLS] text [SEP]` without a
+    title, the longer part cut first (DPR dpr/models/hf_models.py:288-308). Texts are stripped, titles are
+    not.
+    """
+    ids = [None] * len(passages)
+    for titled in (True, False):
+        where = [i for i, (title, _) in enumerate(passages) if bool(title) == titled]
+        texts = [passages[i][1].strip() for i in where]
+        first, second = ([passages[i][0] for i in where], texts) if titled else (texts, None)
+        for i, row in zip(where, _ids(encoder, first, second, encoder.inputs["passage_tokens"]), strict=True):
+            ids[i] = row
+    return ids
+
+
+def _ids(encoder, first, second, length):
+    if not first:
+        return []
+    return encoder.tokenizer(
+        first, second, truncation=True, max_length=length, return_attention_mask=False
+    ).input_ids
+
+
+def collate(encoder, ids, length=0):
+    """
+    Id lists -> {"input_ids", "attention_mask", "token_type_ids"} as [B, L] int64 tensors on the encoder's
+    device, L the longest of the batch, or `length` when given (the full length, for token_types zeros_sep).
+    """
+    tokenizer, kind = encoder.tokenizer, encoder.inputs["token_types"]
+    longest = length or max(map(len, ids))
+    input_ids = np.full((len(ids), longest), tokenizer.pad_token_id, dtype=np.int64)
+    for row, tokens in zip(input_ids, ids, strict=True):
+        row[: len(tokens)] = tokens
+    if kind == "zeros_sep":
+        input_ids[:, -1] = tokenizer.sep_token_id
+    mask = (input_ids != tokenizer.pad_token_id).astype(np.int64)
+    types = np.zeros_like(input_ids)
+    if kind == "segments":  # 1 after the first [SEP], up to the end of the sequence
+        is_sep = input_ids == tokenizer.sep_token_id
+        types = ((np.cumsum(is_sep, 1) - is_sep > 0) & (mask == 1)).astype(np.int64)
+    device = next(encoder.parameters()).device
+    batch = {"input_ids": input_ids, "attention_mask": mask, "token_type_ids": types}
+    return {key: torch.from_numpy(array).to(device) for key, array in batch.items()}
+
+
+def full_length(encoder, kind):
+    """
+    The length to which a batch of `kind` (question | passage) must be padded: 0 means the longest of the
+    batch.
+    """
+    return encoder.inputs[f"{kind}_tokens"] if encoder.inputs["token_types"] == "zeros_sep" else 0
+
+
+@torch.no_grad()
+def embed(encoder, ids, batch_size, kind, autocast=contextlib.nullcontext, progress=None):
+    """
+    Id lists -> numpy float32 [N, D] in the given order. why sorted by length: a batch is as expensive as its
+    longest row, so equal lengths together cost half of padding everything to 256 (docs/log.md), for the same
+    vectors to 1e-6.
+    """
+    was_training = encoder.training
+    encoder.eval()
+    vectors_ND = np.zeros((len(ids), encoder.dim), dtype=np.float32)
+    order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        with autocast():
+            vectors_bD = encoder(**collate(encoder, [ids[i] for i in rows], full_length(encoder, kind)))
+        vectors_ND[rows] = vectors_bD.cpu().numpy()
+        if progress:
+            progress.update(len(rows))
+    encoder.train(was_training)
+    return vectors_ND
+
+
+def load_encoder(path, role, inputs=None, dropout=0.0):
+    """
+    The tower `role` (question | passage) from one of four doors: (a) a folder that save_encoder wrote, (b) a
+    BERT-like Hugging Face folder or hub name (then `inputs` must say how inputs are built), (c)
+    facebook/dpr-* or a copy, (d) a DPR `.cp` checkpoint. No weight may be missing: random weights without an
+    exception are the classic silent failure. `inputs` overrides what is stored. UserError when the path is
+    the other tower, incomplete, or not reachable.
+    """
+    path, stored = str(path), Path(path) / "encoder_inputs.json"
+    if not Path(path).exists() and "/" in path and Path(path).parent.exists():
+        raise UserError(f"{path}: no such encoder folder (its parent exists, so this is not a hub name)")
+    known = read_json(stored) if stored.is_file() else {}
+    if known.get("role", "shared") not in (role, "shared") and not inputs:
+        raise UserError(f"{path}: this is a {known['role']} encoder; a {role} encoder is needed here")
+    projection = None
+    if path.endswith(".cp"):
+        model, tokenizer, projection = from_cp(path, role)
+        known = DPR_INPUTS
+    else:
+        try:
+            config = AutoConfig.from_pretrained(path)
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            if config.model_type == "dpr":
+                model, projection = from_hf_dpr(path, role, config)
+                known = DPR_INPUTS | known
+            else:
+                # the pooler is BERT's head for next-sentence prediction: DPR takes the plain CLS
+                headless = {"add_pooling_layer": False} if config.model_type in HAVE_POOLER else {}
+                model, found = AutoModel.from_pretrained(path, output_loading_info=True, **headless)
+                check_complete(path, found["missing_keys"])
+                model.pooler = (
+                    None  # the head that BERT adds for next-sentence prediction: DPR takes the plain CLS
+                )
+        except (OSError, ValueError) as error:
+            first_line = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"{path}: neither a complete local folder nor reachable on the hub (with a network, "
+                f"`hf download {path}` fetches it): {first_line}"
+            ) from None
+    if not known and not inputs:
+        raise UserError(
+            f"{path}: no encoder_inputs.json, so lengths and pooling are unknown; write one beside the weights, "
+            f"such as {json.dumps({'role': 'shared', **DPR_INPUTS, 'pair': ''})}"
+        )
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+    return Encoder(model, tokenizer, {"role": role, "pair": ""} | known | (inputs or {}), projection)
+
+
+def save_encoder(encoder, folder):
+    """
+    Write weights, tokenizer and encoder_inputs.json into `folder` atomically; loads in any Hugging Face code.
+    """
+    if encoder.projection:
+        raise UserError(
+            "an encoder with a projection layer cannot be saved as a plain BERT folder; use `export`"
+        )
+    with atomic_folder(folder) as temporary:
+        encoder.model.save_pretrained(temporary)
+        encoder.tokenizer.save_pretrained(temporary)
+        write_json(temporary / "encoder_inputs.json", encoder.inputs)
+
+
+def encoder_hash(encoder):
+    """
+    Hex sha256 of every weight and of how inputs are built (not of `pair`): the identity of the vectors it
+    makes.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    inputs = {key: value for key, value in encoder.inputs.items() if key not in ("pair", "role")}
+    digest.update(json.dumps(inputs, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def pair_id(path):
+    """The `pair` stored in an encoder folder, "" where none is known; reads no weights."""
+    stored = Path(path) / "encoder_inputs.json"
+    return read_json(stored).get("pair", "") if stored.is_file() else ""
