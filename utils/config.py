@@ -128,8 +128,22 @@ def load_config(doc, schema, argv=None):
     return SimpleNamespace(**resolved, config=path)
 
 
-def choose(cfg, key, *allowed):
-    """UserError unless cfg.key is one of `allowed`."""
-    value = getattr(cfg, key)
-    if value not in allowed:
-        raise UserError(f"{key} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+def choose(cfg, **allowed):
+    """UserError unless each key's value is among those allowed: choose(cfg, pooling=("cls", "mean"))."""
+    for key, values in allowed.items():
+        if getattr(cfg, key) not in values:
+            raise UserError(f"{key} must be one of {', '.join(map(str, values))}, got {getattr(cfg, key)!r}")
+
+
+def at_least(cfg, least, *keys):
+    """UserError where the value of one of `keys` is under `least`."""
+    for key in keys:
+        if getattr(cfg, key) < least:
+            raise UserError(f"{key} must be at least {least}, got {getattr(cfg, key)}")
+
+
+def need_file(cfg, *keys):
+    """UserError where a key names a file that does not exist; "" is not given, which is fine."""
+    for key in keys:
+        if getattr(cfg, key) and not Path(getattr(cfg, key)).is_file():
+            raise UserError(f"{key}: {getattr(cfg, key)}: no such file")

