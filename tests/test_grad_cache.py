@@ -45,7 +45,6 @@ def test_equals_the_original_code():
             def loss_of(vectors, n=question_chunks, positive=case["positive_idx"]):
                 return in_batch_loss(torch.cat(vectors[:n]), torch.cat(vectors[n:]), torch.tensor(positive))
 
-            # surrogates in float64: the tanh towers are tiny, and float32 would cost the golden's 1e-8
             loss, _ = grad_cache_step(encode, chunks, loss_of, (0,))
             assert abs(loss.item() - case["loss"]) < 1e-8
             for name in names:

@@ -27,8 +27,9 @@ def start(mixed_precision="no"):
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if local > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun itself sets 1
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
-    accelerator = Accelerator(mixed_precision=mixed_precision)
     asked = int(os.environ.get("WORLD_SIZE", 1))
+    # why cpu=: without a GPU accelerate would start torchrun's second process as a lonely first one
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=asked > 1 and not torch.cuda.is_available())
     # trap: `accelerate launch --cpu --num_processes 2` has been seen to start a single process without a word
     if accelerator.num_processes != asked:
         raise UserError(
@@ -71,7 +72,7 @@ def any_device(flag, device):
     """
     if world()[1] == 1:
         return bool(flag)
-    flag = torch.tensor([float(flag)], device=device)
+    flag = torch.tensor([float(bool(flag))], device=device)
     dist.all_reduce(flag)
     return bool(flag.item())
 

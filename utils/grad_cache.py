@@ -49,7 +49,7 @@ def grad_cache_step(encode, chunks, loss_of, seed, backward=torch.Tensor.backwar
         vectors_bD = forward(i) if cached else vectors[i]
         # A scalar whose gradient is the wanted one. trap: in fp16 its value may overflow; float32 vectors
         # avoid that.
-        backward((vectors_bD.float() * leaf.grad).sum())
+        backward((vectors_bD * leaf.grad).sum())
         vectors[i] = vectors_bD = None  # frees this chunk's graph before the next is built
     return loss.detach(), *rest
 
