@@ -41,7 +41,7 @@ def begin(script, arguments, processes=1):
 
 
 def kill_tree(process, number):
-    """Send a signal to a process and all its descendants at once; torchrun's workers have a session of their own."""
+    """Signal a process and all its descendants; torchrun's workers have a session of their own."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

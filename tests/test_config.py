@@ -71,8 +71,9 @@ def test_help_lists_every_key(capsys):
 
 def test_all_configs_of_a_script_have_its_keys_in_its_order():
     """`diff config/a.yaml config/b.yaml` teaches only when both have the same keys in the same order."""
-    for schema in ROOT.glob("config/*.yaml"):
-        script = schema.stem.rsplit("_", 2)[0] if schema.stem.startswith("train_") else schema.stem
-        for other in ROOT.glob(f"config/{script}_*.yaml"):
-            first, second = (list(yaml.safe_load(p.read_text())) for p in (schema, other))
-            assert first == second, f"{schema.name} and {other.name}"
+    others = [*ROOT.glob("config/train_dpr_*.yaml"), *ROOT.glob("config/train_gcdpr_*.yaml")]
+    assert len(others) >= 8
+    for other in others:
+        load_config("", SCHEMA, ["--config", str(other)])
+        first, second = (list(yaml.safe_load(p.read_text())) for p in (ROOT / SCHEMA, other))
+        assert first == second, other.name

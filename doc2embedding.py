@@ -1,0 +1,221 @@
+"""
+Encode every passage once, before any question is asked (Karpukhin et al. 2020, Sec. 3.1).
+
+In:   a corpus, the passage encoder of a training run
+Out:  out/00000.npy ... in corpus order, each with 00000.json (its sha256); manifest.json
+Run:  python doc2embedding.py --config config/doc2embedding.yaml
+      accelerate launch doc2embedding.py --config config/doc2embedding.yaml
+      The same command goes on after a crash; what is complete is not encoded again.
+Next: test_dpr.py, ask.py
+
+Differs from DPR and nanoDPR: (1) A file holds a fixed number of rows, whatever the number W of processes:
+shard i belongs to process i modulo W. The bits are the same, too, on one kind of processor (measured: CPU,
+1 and 2 processes, 1 to 4 threads). (2) Passages are sorted by length, then padded to the longest of a batch
+and not to 256: half the work, the same vectors to 1e-6. (3) float16 on disk unless told otherwise. (4) A
+shard is whole or absent, and hashed; a folder of another model, corpus or setting is refused. (5) No pickle.
+
+n rows of a shard or of a window · D dimensions
+"""
+
+import functools
+import hashlib
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from utils.config import UserError, at_least, choose, friendly_errors, load_config
+from utils.data import Corpus
+from utils.distributed import start
+from utils.encoder import embed, encoder_hash, load_encoder, tokenize_passages
+from utils.estimate import dry_run
+from utils.files import atomic_file, need_space, read_json, sha256, write_json
+
+PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+# ----------------------------------------------------------------------------------------- the folder
+def files_hash(path):
+    """
+    One hash of the files of a local encoder, "" for a hub name. why, beside encoder_hash: with it, "nothing
+    to do" is known without loading a model.
+    """
+    path = Path(path)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    parts = [f"{file.name} {sha256(file)}" for file in files if file.is_file()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else ""
+
+
+def refuse_another(folder, stored, want, files):
+    """
+    UserError unless what `folder` holds is part of this job. stored: its manifest ({}: none), want: the one
+    to be written, as far as it is known, files: the names that the shards will have.
+    """
+    changed = [
+        f"{key} was {stored.get(key)!r} there and is {value!r} now"
+        for key, value in want.items()
+        if stored and key not in ("pair", "encoder_files") and stored.get(key) != value
+    ]
+    if changed:
+        raise UserError(f"{folder}: {'; '.join(changed)}; name another --out, or delete that folder")
+    for file in sorted(folder.glob("*.npy")):
+        if not (stored and file in files and file.with_suffix(".json").is_file()):
+            raise UserError(f"{file} is not from this job; name another --out, or delete that folder")
+
+
+def unfinished(shards, accelerator):
+    """
+    (those of `shards`, {file: rows}, that are to be encoded, how many passages all processes have to encode).
+    A shard is finished when it has the sha256 that was noted before it got its name; a damaged one goes.
+    """
+    todo = {}
+    for file, rows in tqdm(shards.items(), "checking shards", delay=5, disable=None, leave=False):
+        note = file.with_suffix(".json")
+        if not (file.is_file() and note.is_file() and sha256(file) == read_json(note)["sha256"]):
+            todo[file] = rows
+            if file.is_file():
+                print(f"{file}: damaged (another sha256 than when written), it is encoded again", flush=True)
+                file.unlink()
+    count = torch.tensor(sum(map(len, todo.values())), device=accelerator.device)
+    return todo, int(accelerator.reduce(count, "sum"))
+
+
+# ---------------------------------------------------------------------------------------- the vectors
+def windows_of(rows, size):
+    """Windows counted from the start of the shard, so that no batch depends on where a run was resumed."""
+    return [rows[k : k + size] for k in range(0, len(rows), size)]
+
+
+def read_windows(corpus, encoder, windows):
+    """Yield the id lists of each window (rows); the next is tokenised while the device computes."""
+
+    def read(rows):
+        passages = [corpus[row] for row in rows]
+        return tokenize_passages(encoder, [(passage.title, passage.text) for passage in passages])
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = []
+        for rows in windows:
+            ahead.append(pool.submit(read, rows))
+            if len(ahead) == 2:
+                yield ahead.pop(0).result()
+        if ahead:
+            yield ahead.pop().result()
+
+
+def check_finite(vectors_nD, stored_nD, rows, corpus, cfg):
+    """UserError that names the first passage whose vector is NaN or infinite, in float32 or once stored."""
+    for i in np.flatnonzero(~np.isfinite(stored_nD).all(1)):
+        where, largest = f"{corpus.path}: passage {corpus[rows[i]].id!r}", np.abs(vectors_nD[i]).max()
+        if np.isfinite(largest):
+            raise UserError(
+                f"{where}: its vector reaches {largest:.4g}, float16 ends at 65504; use --dtype float32"
+            )
+        advice = "the weights are broken" if cfg.mixed_precision == "no" else "use --mixed_precision no"
+        raise UserError(f"{where}: its vector holds NaN or infinity; {advice}")
+
+
+def encode_shard(file, rows, stream, encoder, corpus, cfg, autocast, bar):
+    """Encode the passages `rows` into `file`. stream: yields the id lists of their windows."""
+    vectors_nD, full = np.empty((len(rows), encoder.dim), cfg.dtype), 0
+    for window in windows_of(rows, cfg.sort_window):
+        ids = next(stream)
+        try:
+            window_nD = embed(encoder, ids, cfg.batch_size, "passage", autocast, bar)
+        except torch.OutOfMemoryError:
+            raise UserError(f"the GPU's memory is full: lower --batch_size (now {cfg.batch_size})") from None
+        with np.errstate(over="ignore"):  # why: check_finite says it better
+            stored_nD = window_nD.astype(cfg.dtype)
+        check_finite(window_nD, stored_nD, window, corpus, cfg)
+        vectors_nD[window.start - rows.start : window.stop - rows.start] = stored_nD
+        full += sum(len(row) == encoder.inputs["passage_tokens"] for row in ids)
+    with atomic_file(file, "wb") as temporary:
+        np.save(temporary, vectors_nD)
+        temporary.flush()
+        # why in here: no shard ever stands under its name without its hash
+        write_json(file.with_suffix(".json"), {"sha256": sha256(temporary.name), "full_length": full})
+
+
+# ----------------------------------------------------------------------------------------------- main
+def main():
+    cfg = load_config(__doc__, "config/doc2embedding.yaml")
+    choose(cfg, dtype=("float16", "float32"), mixed_precision=("no", *PRECISION))
+    at_least(cfg, 1, "batch_size", "shard_size", "sort_window")
+    folder = Path(cfg.out)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"out: {folder} is a file; name a folder")
+    accelerator = start()
+    rank, devices, say = accelerator.process_index, accelerator.num_processes, accelerator.print
+    with accelerator.main_process_first():  # the first to open a corpus writes its index
+        corpus = Corpus(cfg.corpus, cfg.corpus_format)
+    shards = windows_of(range(len(corpus)), cfg.shard_size)
+    shards = {folder / f"{i:05d}.npy": rows for i, rows in enumerate(shards)}
+    mine = dict(list(shards.items())[rank::devices])
+    want = {"rows": len(corpus), "dtype": cfg.dtype, "shard_size": cfg.shard_size, "role": "passage"}
+    want |= {"mixed_precision": cfg.mixed_precision, "corpus": corpus.sha256}
+    want |= {"encoder_files": files_hash(cfg.doc_encoder)}
+    manifest = folder / "manifest.json"
+    stored = read_json(manifest) if manifest.is_file() else {}
+    refuse_another(folder, stored, want, shards)
+    if stored.get("complete") and stored["encoder_files"] == want["encoder_files"] != "":
+        if not unfinished(mine, accelerator)[1]:
+            return say(f"{folder}: already complete, {len(corpus):,} passages; nothing to do")
+
+    encoder = load_encoder(cfg.doc_encoder, "passage").to(accelerator.device)
+    autocast = nullcontext
+    if cfg.mixed_precision != "no":
+        autocast = functools.partial(torch.autocast, accelerator.device.type, PRECISION[cfg.mixed_precision])
+    want |= {"dim": encoder.dim, "encoder": encoder_hash(encoder), "pair": encoder.inputs["pair"]}
+    refuse_another(folder, stored, want, shards)
+    todo, count = unfinished(mine, accelerator)  # also a barrier: all have read what is there
+    share, disk = sum(map(len, todo.values())), count * encoder.dim * np.dtype(cfg.dtype).itemsize
+    if cfg.dry_run:
+        rows = np.linspace(0, len(corpus) - 1, min(len(corpus), 4 * cfg.batch_size)).astype(int).tolist()
+        ids = next(read_windows(corpus, encoder, [rows]))
+        probe = functools.partial(embed, encoder, ids, cfg.batch_size, "passage", autocast)
+        if rank == 0:
+            unit = "passages on this device"
+            dry_run("encoding", [encoder], lambda: len(probe()), share, unit, folder, disk)
+        return
+    if rank == 0:
+        need_space(folder, disk, "embeddings")
+        for leftover in folder.glob(".*.tmp"):  # of a killed run
+            leftover.unlink()
+        write_json(manifest, want | {"shards": {}, "complete": False})
+        if corpus.empty_texts:
+            print(f"warning: {corpus.empty_texts:,} passages have no text; only their titles are encoded")
+        work = f"{len(corpus):,} passages, {len(corpus) - count:,} of them done before | {len(shards)} shards"
+        print(f"{work} | {encoder.dim} x {cfg.dtype} | {devices} x {accelerator.device.type}")
+        first = next(read_windows(corpus, encoder, [[0]]))[0]
+        print(f"first passage: {encoder.tokenizer.decode(first)}", flush=True)
+    accelerator.wait_for_everyone()
+
+    began = time.perf_counter()
+    stream = [window for rows in todo.values() for window in windows_of(rows, cfg.sort_window)]
+    stream = read_windows(corpus, encoder, stream)
+    often = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines in a log file
+    with tqdm(total=share, desc="passages", mininterval=often, disable=rank > 0) as bar:
+        for file, rows in todo.items():
+            encode_shard(file, rows, stream, encoder, corpus, cfg, autocast, bar)
+    # why not a barrier: it fails after 10 to 30 minutes; another device's last shard may take longer
+    while not all(file.is_file() for file in shards):
+        time.sleep(0.1)
+    seconds = time.perf_counter() - began
+    if rank == 0:
+        notes = {file.name: read_json(file.with_suffix(".json")) for file in shards}
+        hashes = {name: note["sha256"] for name, note in notes.items()}
+        write_json(manifest, want | {"shards": hashes, "complete": True})
+        full = sum(note["full_length"] for note in notes.values())
+        print(f"{full:,} passages fill all {encoder.inputs['passage_tokens']} tokens, their end may be cut")
+        print(f"{folder}: complete | {count:,} passages encoded | {count / seconds:.1f} passages/s")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    with friendly_errors():
+        main()

@@ -1,0 +1,46 @@
+"""
+Inverse cloze task (Lee et al. 2019, ORQA, Sec. 4): training pairs from a corpus without questions.
+
+One sentence of a passage plays the question, the rest of the passage its positive. EMDR2's retriever began like this.
+
+In:  a corpus      Out: a questions file with inline positives, one line a passage that has two sentences
+Run: python recipes/demo/inverse_cloze.py data/demo/corpus.tsv runs/demo/data/inverse_cloze.jsonl
+Differs from ORQA: the sentence is always taken out of its passage (there: nine times in ten), and the title is kept.
+"""
+
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from utils.config import UserError, friendly_errors  # noqa: E402
+from utils.data import Corpus  # noqa: E402
+from utils.files import atomic_file  # noqa: E402
+
+# A full stop after a small letter or digit, then a capital: "St. Paul" and "J. S. Bach" mostly stay whole.
+SENTENCE_END = re.compile(r'(?<=[a-z0-9)"][.!?]) (?=[A-Z])')
+
+
+def main(corpus_path, out):
+    rng, corpus, written = random.Random(0), Corpus(corpus_path), 0
+    with atomic_file(out) as file:
+        for passage in corpus:
+            sentences = SENTENCE_END.split(passage.text)
+            if len(sentences) < 2:
+                continue
+            question = sentences.pop(rng.randrange(len(sentences)))
+            positive = {"title": passage.title, "text": " ".join(sentences)}
+            row = {"qid": f"cloze-{passage.id}", "question": question, "positives": [positive]}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            written += 1
+    print(f"{out}: {written} sentences with their passages, {len(corpus) - written} passages have a single sentence")
+
+
+if __name__ == "__main__":
+    with friendly_errors():
+        if len(sys.argv) != 3:
+            raise UserError("usage: python recipes/demo/inverse_cloze.py CORPUS OUT")
+        main(*sys.argv[1:])

@@ -1,0 +1,225 @@
+"""
+Test a retriever: questions -> vectors -> the best k passages -> accuracy, MRR (Karpukhin et al. 2020).
+
+In:   a questions file, the corpus, runs/X/query_encoder/, runs/X/embeddings/ (doc2embedding.py)
+Out:  a .run (qid, pid, rank, score), which every later stage reads, and metrics.json beside it
+Run:  python test_dpr.py --config config/test_dpr.yaml
+      python test_dpr.py --config config/test_dpr.yaml --index HNSW32
+      python test_dpr.py --config config/test_dpr.yaml --bm25_run runs/bm25/test.run --out runs/both/test.run
+Next: train_reader.py, mine_negatives.py, rerank.py
+
+top-k is the share of questions with an answer in the text of the first k passages; as in DPR, titles are not
+searched. MRR@10, hit@k and nDCG@10 ask for the passages that the question file lists as positives, by id.
+
+Differs from DPR and nanoDPR: (1) exact search without an index in memory is one key away (`stream`). (2) Ties
+are in corpus order, and k is min(k, passages), where theirs repeats the last passage. (3) Only the retrieved
+passages are read. (4) Every number has its n and a 95 % bootstrap interval over the questions.
+
+Q questions · D dimensions
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
+from utils.data import Corpus, iter_jsonl, read_questions, read_run, write_dpr_json, write_run, write_trec
+from utils.encoder import embed, load_encoder, pair_id, tokenize_questions
+from utils.estimate import dry_run
+from utils.faiss_index import build_index, search_index
+from utils.files import read_json, sha256, write_json
+from utils.metrics import bootstrap_interval, hit_at, mrr, ndcg, topk_accuracy
+from utils.search import as_lists, exact_topk, faiss, open_embeddings
+from utils.text import has_answer
+
+KS = (1, 5, 20, 100)
+
+
+# ------------------------------------------------------------------------------------------- data
+def check_inputs(cfg):
+    """All mistakes are found here, before a model is loaded: (questions, corpus, shards, manifest, bm25)."""
+    choose(cfg, match=("string", "regex"))
+    at_least(cfg, 1, "k", "batch_size", "nprobe", "ef_search")
+    need_file(cfg, "bm25_run", "check_leak")
+    if not cfg.out.endswith(".run"):
+        raise UserError(f"out must be the path of a .run file, got {cfg.out!r}")
+    questions = read_questions(cfg.questions)
+    leaked(questions, cfg.check_leak)
+    corpus = Corpus(cfg.corpus, cfg.corpus_format)
+    for pid in {pid for question in questions for pid in gold_ids(question)}:
+        corpus.row(pid)
+    bm25 = {}
+    if cfg.bm25_run:
+        bm25 = read_run(cfg.bm25_run)
+        bm25 = {qid: [(corpus.row(pid), score) for pid, score in found] for qid, found in bm25.items()}
+        missing = [q["qid"] for q in questions if q["qid"] not in bm25]
+        if len(missing) == len(questions):
+            raise UserError(f"{cfg.bm25_run}: has none of the questions of {cfg.questions}")
+        if missing:
+            print(f"warning: {cfg.bm25_run} lacks {len(missing)} questions, such as {missing[0]}")
+    shards, manifest = open_embeddings(cfg.embeddings, corpus.sha256, cfg.verify)
+    pair = pair_id(cfg.query_encoder)
+    if pair and manifest.get("pair") and pair != manifest["pair"]:
+        raise UserError(
+            f"{cfg.query_encoder} (pair {pair}) was not trained with the passage encoder of {cfg.embeddings} "
+            f"(pair {manifest['pair']}); use the two encoders of one run"
+        )
+    return questions, corpus, shards, manifest, bm25
+
+
+def gold_ids(question):
+    """The passage ids that a question lists as positives; inline passages have none."""
+    return {entry for entry in question["positives"] if isinstance(entry, str)}
+
+
+def leaked(questions, train):
+    """Print how many test questions occur in the training file, up to case, spaces and the question mark."""
+
+    def plain(text):
+        return " ".join(text.casefold().split()).rstrip("? ")
+
+    if train:
+        seen = {plain(str(example.get("question", ""))) for _, example in iter_jsonl(train)}
+        both = [q["question"] for q in questions if plain(q["question"]) in seen]
+        example = f", such as {both[0]!r}" if both else ""
+        print(f"leak: {len(both)} of {len(questions)} test questions occur in {train}{example}")
+
+
+# ------------------------------------------------------------------------------------------ model
+def encode(encoder, questions, cfg):
+    """The question vectors, numpy float32 [Q, D]."""
+    ids = tokenize_questions(encoder, [q["question"] for q in questions])
+    print(f"first question: {encoder.tokenizer.decode(ids[0])}")
+    with tqdm(total=len(ids), desc="questions", disable=None) as bar:
+        return embed(encoder, ids, cfg.batch_size, "question", progress=bar)
+
+
+def search(vectors_QD, shards, index, cfg, device):
+    """List per question of up to k (row, score), best first; empty for a question whose vector holds NaN."""
+    fine = np.isfinite(vectors_QD).all(1)
+    if index is None:
+        found = iter(as_lists(*exact_topk(vectors_QD[fine], shards, cfg.k, device=device)))
+    else:
+        found = iter(search_index(index, vectors_QD[fine], shards, cfg.k, exact=cfg.index == "Flat"))
+    return [next(found) if one else [] for one in fine]
+
+
+def hybrid(dense, bm25, weight, k):
+    """
+    One list of (row, score) from two: score = bm25 + weight * dense over both top-k lists (Karpukhin et al.
+    2020, Sec. 5.1: weight 1.1, top 2000). A passage missing from one list gets that list's lowest score.
+    """
+    # differs: the paper does not say what a missing score is, and no code for it was released (spec 1.7)
+    dense, bm25 = dict(dense), dict(bm25)
+    low_dense, low_bm25 = (min(found.values(), default=0.0) for found in (dense, bm25))
+    scores = {row: bm25.get(row, low_bm25) + weight * dense.get(row, low_dense) for row in dense | bm25}
+    return sorted(scores.items(), key=lambda item: (-item[1], item[0]))[:k]
+
+
+# --------------------------------------------------------------------------------------- evaluate
+def retrieval_metrics(questions, results, corpus, ks=KS, regex=False):
+    """
+    (metrics, hits) of a ranking. results: {qid: [(pid, score), ...]} best first, as read_run gives it; a
+    question that is not in it counts as a miss. metrics: {name: {"value", "low", "high", "n"}}, n the number
+    of questions that have answers (top-k), or positives with ids (MRR@10, hit@k, nDCG@10); a metric without
+    a question is left out. hits: per question, has_answer of every retrieved passage's text.
+    """
+    values, hits = {}, []
+    for question in tqdm(questions, "metrics", delay=2, leave=False, disable=None):
+        pids, gold = [pid for pid, _ in results.get(question["qid"], [])], gold_ids(question)
+        texts = [corpus[corpus.row(pid)].text for pid in pids] if question["answers"] else [""] * len(pids)
+        hits.append([has_answer(text, question["answers"], regex) for text in texts])
+        one = {f"top-{k}": topk_accuracy(hits[-1:], [k])[k] for k in ks} if question["answers"] else {}
+        if gold:
+            relevant = [pid in gold for pid in pids]
+            rank = relevant.index(True) + 1 if True in relevant else 0
+            one |= {"MRR@10": mrr([rank], 10), "nDCG@10": ndcg([relevant], [len(gold)], 10)}
+            one |= {f"hit@{k}": hit_at([rank], k) for k in ks}
+        for name, value in one.items():
+            values.setdefault(name, []).append(float(value))
+    metrics = {}
+    for name, per_question in values.items():
+        low, high = bootstrap_interval(per_question)
+        metrics[name] = {"value": float(np.mean(per_question)), "low": float(low), "high": float(high)}
+        metrics[name]["n"] = len(per_question)
+    return metrics, hits
+
+
+def print_table(metrics, name):
+    """One line a metric, in percent."""
+    print(f"{name:24} {'%':>6}   95 % interval      n")
+    for metric, m in metrics.items():
+        value, low, high = (100 * m[key] for key in ("value", "low", "high"))
+        print(f"{metric:24} {value:6.1f}   {low:5.1f} - {high:5.1f}  {m['n']:7,}")
+
+
+# ------------------------------------------------------------------------------------------- main
+def main():
+    cfg = load_config(__doc__, "config/test_dpr.yaml")
+    questions, corpus, shards, manifest, bm25 = check_inputs(cfg)
+    out = Path(cfg.out)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(
+        f"{len(questions):,} questions, {len(corpus):,} passages x {manifest['dim']} {manifest['dtype']}, "
+        f"index {cfg.index}, {device}, {faiss.omp_get_max_threads()} threads",
+        flush=True,
+    )
+    encoder = load_encoder(cfg.query_encoder, "question").to(device)
+    if encoder.dim != manifest["dim"]:
+        raise UserError(f"{cfg.query_encoder}: {encoder.dim} dimensions, {cfg.embeddings}: {manifest['dim']}")
+    if cfg.dry_run:
+
+        def probe():  # 16 questions stand for all, one block of passages for the corpus
+            some_QD = np.resize(encode(encoder, questions[:16], cfg), (len(questions), encoder.dim))
+            exact_topk(some_QD, [shards[0][:16384]], cfg.k, device=device)
+            return len(shards[0][:16384])
+
+        memory = 0 if cfg.index == "stream" else 4 * encoder.dim * len(corpus)
+        dry_run(
+            "search",
+            [encoder],
+            probe,
+            len(corpus),
+            "passages",
+            out.parent,
+            60 * len(questions) * cfg.k,
+            memory,
+        )
+        return
+    index = None  # stream needs none
+    if cfg.index != "stream":
+        folder, name = cfg.embeddings.rstrip("/"), sha256(Path(cfg.embeddings) / "manifest.json")
+        index = build_index(cfg.index, shards, f"{folder}.index", name, cfg.nprobe, cfg.ef_search)
+    vectors_QD = encode(encoder, questions, cfg)
+    found = search(vectors_QD, shards, index, cfg, device)
+    lost = [question["qid"] for question, one in zip(questions, found, strict=True) if not one]
+    if lost:
+        print(f"warning: no result for {len(lost)} questions (NaN in their vectors): {', '.join(lost[:5])}")
+    if bm25:
+        pairs = zip(questions, found, strict=True)
+        found = [hybrid(one, bm25.get(q["qid"], []), cfg.hybrid_weight, cfg.k) for q, one in pairs]
+    named = [[(corpus[row].id, score) for row, score in one] for one in found]
+    ranking = list(zip([question["qid"] for question in questions], named, strict=True))
+    write_run(cfg.out, ranking)
+
+    ks = [k for k in KS if k <= cfg.k]
+    metrics, hits = retrieval_metrics(questions, dict(ranking), corpus, ks, cfg.match == "regex")
+    if cfg.trec:
+        write_trec(out.with_suffix(".trec"), ranking)
+    if cfg.dpr_json:
+        write_dpr_json(out.with_suffix(".json"), questions, ranking, corpus, hits)
+    # why by name: a folder may hold several rankings (dense, hybrid), and other metrics
+    path = out.with_name("metrics.json")
+    write_json(path, (read_json(path) if path.is_file() else {}) | {out.name: metrics})
+    if metrics:
+        print_table(metrics, out.name)
+    else:
+        print(f"{cfg.questions} has neither answers nor positives: only the ranking is written")
+    print(f"written: {cfg.out}, {path}")
+
+
+if __name__ == "__main__":
+    with friendly_errors():
+        main()

@@ -1,0 +1,193 @@
+"""Other people's files become question files: hand-made cases of every format, and what must be refused."""
+
+import json
+import tracemalloc
+
+import pytest
+
+from utils import convert
+from utils.config import UserError
+from utils.data import read_questions
+
+
+def save(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def run(*argv):
+    convert.main(["convert", *map(str, argv)])
+    return read_questions(argv[-1])
+
+
+def ctx(text, **more):
+    return {"title": "T", "text": text, **more}
+
+
+DPR = [
+    {
+        "question": "who?",
+        "answers": ["Ann"],
+        "positive_ctxs": [ctx("gold", passage_id="1"), ctx("also", passage_id="2")],
+        "negative_ctxs": [ctx("random", passage_id="3")],
+        "hard_negative_ctxs": [ctx("hard", psg_id="4"), ctx("gold", psg_id="1")],
+    },
+    {"question": "none?", "answers": [], "positive_ctxs": [], "negative_ctxs": [], "hard_negative_ctxs": []},
+    {
+        "question": "fallback?",
+        "answers": ["Bob"],
+        "positive_ctxs": [{"title": None, "text": "p", "passage_id": "5"}],
+        "negative_ctxs": [ctx("random", passage_id="3")],
+        "hard_negative_ctxs": [],
+    },
+    {"question": "no lists?", "answers": ["Cid"], "positive_ctxs": [ctx("p", passage_id="6")]},
+]
+
+
+@pytest.mark.parametrize("indent", [None, 4])
+@pytest.mark.parametrize("block", [1, 7, 1 << 22])
+def test_dpr_json(tmp_path, monkeypatch, capsys, indent, block):
+    """DPR's rules (no positive: dropped; hard negatives or else the others), for any size of read blocks."""
+    monkeypatch.setattr(convert, "BLOCK", block)
+    source = save(tmp_path / "in.json", json.dumps(DPR, indent=indent))
+    first, second, third = run("dpr_json", source, tmp_path / "train.jsonl")
+    gold = {"title": "T", "text": "gold"}
+    assert (first["qid"], second["qid"], third["qid"]) == ("train-0", "train-1", "train-2")
+    assert first["positives"] == [gold, {"title": "T", "text": "also"}] and first["answers"] == ["Ann"]
+    assert first["negatives"] == [{"title": "T", "text": "hard"}]  # the gold passage is not its own negative
+    assert second["positives"] == [{"title": "", "text": "p"}]
+    assert second["negatives"] == [{"title": "T", "text": "random"}]
+    assert third["negatives"] == []
+    printed = capsys.readouterr().out
+    for words in ("3 questions", "1 dropped, no positive", "1 negatives that are", "1 without negatives"):
+        assert words in printed
+
+
+def test_dpr_json_ids(tmp_path):
+    """--ids writes references into the corpus, under either name that DPR's files use for them."""
+    source = save(tmp_path / "in.json", json.dumps(DPR))
+    first, second, _ = run("--ids", "dpr_json", source, tmp_path / "out.jsonl")
+    assert (first["positives"], first["negatives"]) == (["1", "2"], ["4"]) and second["negatives"] == ["3"]
+    source = save(tmp_path / "in.json", json.dumps([{**DPR[0], "positive_ctxs": [ctx("no id")]}]))
+    with pytest.raises(UserError, match="example 0 .*--ids"):
+        run("--ids", "dpr_json", source, tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (json.dumps(DPR, indent=1)[:-40], "in.json:.*ends too early"),
+        (
+            json.dumps(DPR, indent=1).replace('"T",', '"T"', 1),
+            "in.json:10: example 0: Expecting ',' delimiter",
+        ),
+        (json.dumps(DPR, indent=1).replace('"none?"', "none"), "in.json:40: example 1: Expecting value"),
+        (json.dumps(DPR).replace('"Ann"', "NaN"), "example 0.*NaN is not json"),
+        (json.dumps(DPR[0]) + "\n" + json.dumps(DPR[1]), "jsonl already"),
+        (json.dumps([5]), "example 0.*object"),
+        (json.dumps([{"question": "x"}]), "example 0.*positive_ctxs"),
+        (json.dumps([{**DPR[0], "answers": "Ann"}]), "example 0.*list of strings.*Ann"),
+        (json.dumps([{**DPR[0], "positive_ctxs": [{"title": "T"}]}]), "example 0.*text"),
+        (json.dumps([{**DPR[0], "question": ""}]), "question 0 is empty"),
+        (json.dumps([DPR[1]]), "no question left.*no positive"),
+        ("[]", "no question left"),
+        ("", "in.json"),
+        (b"\x1f\x8b\x08rest", "gunzip"),
+    ],
+)
+def test_broken_dpr_json(tmp_path, monkeypatch, content, words):
+    """Truncated, NaN, jsonl, missing keys: one sentence with line or example, and no output file."""
+    monkeypatch.setattr(convert, "BLOCK", 32)
+    source = save(tmp_path / "in.json", content)
+    with pytest.raises(UserError, match=words):
+        run("dpr_json", source, tmp_path / "out.jsonl")
+    assert [p.name for p in tmp_path.iterdir()] == ["in.json"]
+
+
+def test_dpr_json_is_streamed(tmp_path, monkeypatch):
+    """A file of 40 MB passes through a few MB of memory, so NQ's 7 GB do too."""
+    entry = json.dumps({**DPR[0], "negative_ctxs": [ctx("x" * 1000)] * 40})
+    with open(tmp_path / "in.json", "w") as file:
+        file.write("[" + ",\n".join([entry] * 1000) + "]")
+    monkeypatch.setattr(convert, "BLOCK", 1 << 18)
+    tracemalloc.start()
+    convert.main(["convert", "dpr_json", str(tmp_path / "in.json"), str(tmp_path / "out.jsonl")])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (tmp_path / "in.json").stat().st_size > 40e6 and peak < 6e6, peak
+
+
+def test_dpr_qa(tmp_path):
+    """Answers are a python list (regex backslashes kept as they are) or json; quotes in csv are undone."""
+    rows = [
+        "who?\t[\"Ann\", 'Bob']\n",
+        'how many\t"[""3"", ""three""]"\n',
+        "when\t['19\\d\\d']\r\n",
+        'j\t["a\\/b"]',
+    ]
+    found = run("dpr_qa", save(tmp_path / "nq-test.qa.csv", "".join(rows)), tmp_path / "test.jsonl")
+    assert [q["answers"] for q in found] == [["Ann", "Bob"], ["3", "three"], ["19\\d\\d"], ["a\\/b"]]
+    assert [q["qid"] for q in found] == ["test-0", "test-1", "test-2", "test-3"]
+
+
+@pytest.mark.parametrize(
+    "cell", ["__import__('os').mkdir('hacked')", "[os.getcwd()]", "'Ann'", "[1]", "(", "nan"]
+)
+def test_code_in_a_qa_cell_is_refused(tmp_path, monkeypatch, cell):
+    """DPR and nanoDPR run this cell with eval; here it is an error with file and line."""
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "in.csv", f"who?\t['Ann']\nwhat?\t{cell}\n")
+    with pytest.raises(UserError, match="in.csv:2:"):
+        run("dpr_qa", "in.csv", "out.jsonl")
+    assert [p.name for p in tmp_path.iterdir()] == ["in.csv"]
+
+
+def test_nq_open(tmp_path):
+    """Google's jsonl calls the list `answer`."""
+    source = save(tmp_path / "in.jsonl", '{"question": "who?", "answer": ["Ann"]}\n')
+    assert run("nq_open", source, tmp_path / "dev.jsonl")[0]["answers"] == ["Ann"]
+    save(tmp_path / "in.jsonl", '{"question": "who?", "answer": "Ann"}\n')
+    with pytest.raises(UserError, match="in.jsonl:1:.*list"):
+        run("nq_open", source, tmp_path / "dev.jsonl")
+
+
+def test_msmarco(tmp_path, capsys):
+    """Queries with judgements in TREC's four columns or RocketQA's two; or without, and then unlabelled."""
+    queries = save(tmp_path / "queries.tsv", '10\twhat is "x\n11\tunjudged\n12\tirrelevant\n')
+    qrels = save(tmp_path / "qrels.tsv", "10\t0\t7\t1\n10\t0\t9\t1\n10\t0\t7\t1\n12\t0\t5\t0\n99\t0\t1\t1\n")
+    found = run("msmarco", queries, qrels, tmp_path / "out.jsonl")
+    assert len(found) == 1 and found[0]["question"] == 'what is "x' and found[0]["qid"] == "10"
+    assert found[0]["positives"] == ["7", "9"]
+    printed = capsys.readouterr().out
+    assert "2 dropped, not judged" in printed and "1 judged but not among the questions" in printed
+    two = save(tmp_path / "two.tsv", "10\t7\n11\t3\n")
+    assert [q["positives"] for q in run("msmarco", queries, two, tmp_path / "out.jsonl")] == [["7"], ["3"]]
+    unlabelled = run("msmarco", queries, tmp_path / "out.jsonl")
+    assert [q["qid"] for q in unlabelled] == ["10", "11", "12"] and unlabelled[0]["positives"] == []
+    save(tmp_path / "queries.tsv", "10\tx\n10\ty\n")
+    with pytest.raises(UserError, match="'10' is there twice"):
+        run("msmarco", queries, tmp_path / "out.jsonl")
+    with pytest.raises(UserError, match="qrels.tsv:1:"):
+        run("msmarco", queries, save(tmp_path / "qrels.tsv", "10 a b c d\n"), tmp_path / "out.jsonl")
+
+
+def test_beir(tmp_path):
+    """BEIR's queries.jsonl and its qrels with a header."""
+    queries = save(tmp_path / "queries.jsonl", '{"_id": "a", "text": "who?", "metadata": {}}\n')
+    qrels = save(tmp_path / "test.tsv", "query-id\tcorpus-id\tscore\na\tMED-1\t2\na\tMED-2\t0\n")
+    assert run("beir", queries, qrels, tmp_path / "out.jsonl")[0]["positives"] == ["MED-1"]
+
+
+def test_command_line(tmp_path, monkeypatch):
+    """Too many or too few files, and an output that is the input, are refused before anything is read."""
+    for argv, words in [
+        (["nq_open", "a", "b", "c"], "takes 1 input"),
+        (["nq_open", "a"], "takes 1 input"),
+        (["nq_open", "a", "a"], "is the input too"),
+        (["nq_open", "a", "b", "--ids"], "dpr_json"),
+        (["dpr_json", "missing.json", "b"], "missing.json: no such file"),
+    ]:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(UserError, match=words):
+            convert.main(["convert", *argv])
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,289 @@
+"""Downloads from a server of our own that breaks off, lies, and sends evil archives."""
+
+import gzip
+import hashlib
+import http.server
+import io
+import multiprocessing
+import os
+import re
+import tarfile
+import threading
+import time
+import types
+
+import pytest
+
+from utils import download
+from utils.config import UserError
+
+CONTENT = os.urandom(300_000) + b"id\ttext\ttitle\n" * 1000
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Sends server.files[path]; `closes` requests break off half-way; Range is honoured when `ranges`."""
+
+    def do_GET(self):
+        server = self.server
+        server.requests.append((self.path, self.headers.get("Range")))
+        if self.path not in server.files:
+            self.send_response(404)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<html>not here</html>")
+            return
+        body, begin = server.files[self.path], 0
+        if server.ranges and (wanted := self.headers.get("Range")):
+            begin = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
+            if begin >= len(body):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(body)}")
+                self.end_headers()
+                return
+        self.send_response(206 if begin else 200)
+        self.send_header("Content-Type", server.kind)
+        self.send_header("Content-Length", str(len(body) - begin))
+        if begin:
+            self.send_header("Content-Range", f"bytes {begin}-{len(body) - 1}/{len(body)}")
+        self.end_headers()
+        time.sleep(server.delay)
+        rest = body[begin:]
+        if server.closes > 0:
+            server.closes -= 1
+            rest = rest[: len(rest) // 2]
+        self.wfile.write(rest)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server on 127.0.0.1; serve(name, path, body, published) makes `name` downloadable from it."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.files, server.requests, server.closes, server.ranges = {}, [], 0, True
+    server.delay = 0
+    server.kind = "application/octet-stream"
+    monkeypatch.setattr(download, "URLS", {})
+    monkeypatch.setattr(download, "HASHES", {})
+    monkeypatch.setattr(download, "TRIES", 3)
+    monkeypatch.setattr(download, "PAUSE", 0.001)
+
+    def serve(name, path, body, published=""):
+        server.files[path] = body
+        download.URLS[name] = f"http://127.0.0.1:{server.server_port}{path}"
+        if published:
+            download.HASHES[name] = (len(body), published)
+
+    server.serve = serve
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def sha(body):
+    return "sha256:" + hashlib.sha256(body).hexdigest()
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_resumes_where_the_server_broke_off(server, tmp_path, capsys):
+    """A connection that closes at half is continued with Range, and the whole has the published hash."""
+    server.serve("a.csv", "/a.csv", CONTENT, sha(CONTENT))
+    server.closes = 5  # more often than TRIES, but every try gets some further
+    path = download.download("a.csv", tmp_path)
+    assert path.read_bytes() == CONTENT
+    starts = [0]
+    for _ in range(5):
+        starts.append(starts[-1] + (len(CONTENT) - starts[-1]) // 2)
+    assert [wanted for _, wanted in server.requests] == [None, *(f"bytes={start}-" for start in starts[1:])]
+    assert "verified" in capsys.readouterr().out and names(tmp_path) == ["a.csv", "a.csv.source.json"]
+
+
+def test_gives_up_and_goes_on_later(server, tmp_path):
+    """After TRIES without progress only the .part is left; the same command goes on from there."""
+    server.serve("a.csv", "/a.csv", CONTENT, sha(CONTENT))
+    server.closes = 100
+    with pytest.raises(UserError, match="gave up after 3 tries.*run the command again"):
+        server.files["/a.csv"], whole = CONTENT[:1], CONTENT  # one byte: half of it is no progress
+        download.HASHES.clear()
+        download.download("a.csv", tmp_path)
+    assert names(tmp_path) == []
+    server.files["/a.csv"] = whole
+    (tmp_path / "a.csv.part").write_bytes(CONTENT[:1000])  # as a power cut leaves it
+    server.closes = 0
+    download.download("a.csv", tmp_path)
+    assert server.requests[-1][1] == "bytes=1000-" and (tmp_path / "a.csv").read_bytes() == CONTENT
+
+
+def test_server_without_ranges(server, tmp_path):
+    """A server that ignores Range sends everything again; the halves are not glued together."""
+    server.serve("a.csv", "/a.csv", CONTENT, sha(CONTENT))
+    server.ranges, server.closes = False, 1
+    assert download.download("a.csv", tmp_path).read_bytes() == CONTENT
+
+
+def test_complete_part_of_unknown_size(server, tmp_path):
+    """A part that was complete when the power failed: the server adds nothing (416), and it is taken."""
+    server.serve("a.csv", "/a.csv", CONTENT)
+    (tmp_path / "a.csv.part").write_bytes(CONTENT)
+    assert download.download("a.csv", tmp_path).read_bytes() == CONTENT
+    (tmp_path / "a.csv.part").write_bytes(CONTENT + b"more than there is")
+    assert download.download("a.csv", tmp_path, force=True).read_bytes() == CONTENT
+
+
+def test_404_and_html(server, tmp_path):
+    """A missing file, and a login page in place of the file: named, nothing written."""
+    server.serve("a.csv", "/a.csv", b"")
+    del server.files["/a.csv"]
+    with pytest.raises(UserError, match=r"HTTP 404 .*text/html"):
+        download.download("a.csv", tmp_path)
+    server.files["/a.csv"], server.kind = b"<html>please log in</html>", "text/html"
+    with pytest.raises(UserError, match="got HTML .HTTP 200"):
+        download.download("a.csv", tmp_path)
+    assert names(tmp_path) == [] and len(server.requests) == 2  # and no second try
+
+
+def test_wrong_content(server, tmp_path):
+    """Right size, wrong bytes: kept as .bad, never under the name that other scripts read; a rerun works."""
+    server.serve("a.csv", "/a.csv", CONTENT, sha(CONTENT))
+    server.files["/a.csv"] = b"x" + CONTENT[1:]
+    with pytest.raises(UserError, match="sha256.*expected"):
+        download.download("a.csv", tmp_path)
+    assert names(tmp_path) == ["a.csv.bad"]
+    server.files["/a.csv"] = CONTENT
+    assert download.download("a.csv", tmp_path).read_bytes() == CONTENT
+
+
+def test_wrong_size_is_seen_before_the_download(server, tmp_path):
+    """A file that was replaced on the server is refused before its gigabytes are fetched."""
+    server.serve("a.csv", "/a.csv", CONTENT, sha(CONTENT))
+    server.files["/a.csv"] = CONTENT + b"more"
+    with pytest.raises(UserError, match=f"has {len(CONTENT) + 4} bytes now, expected {len(CONTENT)}"):
+        download.download("a.csv", tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_gzip_is_unpacked(server, tmp_path, capsys):
+    """x.tsv.gz becomes x.tsv; without a known hash the output says unverified; a second call asks nobody."""
+    server.serve("a.tsv", "/a.tsv.gz", gzip.compress(CONTENT))
+    assert download.download("a.tsv", tmp_path).read_bytes() == CONTENT
+    assert "unverified" in capsys.readouterr().out and names(tmp_path) == ["a.tsv", "a.tsv.source.json"]
+    download.download("a.tsv", tmp_path)
+    assert "is complete (unverified" in capsys.readouterr().out and len(server.requests) == 1
+
+
+@pytest.mark.parametrize("damage", ["truncated", "checksum", "html", "bomb"])
+def test_broken_gzip(server, tmp_path, damage):
+    """A gzip that is cut, damaged, none at all, or swells without end leaves no half file under its name."""
+    packed = gzip.compress(CONTENT)
+    body = {
+        "truncated": packed[:-1000],
+        "checksum": packed[:-8] + b"\0" * 8,
+        "html": b"<html>",
+        "bomb": gzip.compress(bytes(10_000_000)),
+    }[damage]
+    server.serve("a.tsv", "/a.tsv.gz", body)
+    with pytest.raises(UserError, match="broken archive|20 times"):
+        download.download("a.tsv", tmp_path)
+    assert names(tmp_path) == ["a.tsv.bad"]
+
+
+def tar(*members):
+    """A tar.gz; a member is (name, type, content or link target)."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, kind, content in members:
+            info = tarfile.TarInfo(name)
+            info.type = kind
+            if kind == tarfile.REGTYPE:
+                info.size = len(content)
+            else:
+                info.linkname = content
+            archive.addfile(info, io.BytesIO(content) if kind == tarfile.REGTYPE else None)
+    return buffer.getvalue()
+
+
+def test_tar_is_unpacked(server, tmp_path):
+    """A tar.gz becomes a folder, all of it or nothing."""
+    server.serve(
+        "m",
+        "/m.tar.gz",
+        tar(("collection.tsv", tarfile.REGTYPE, CONTENT), ("d/q.tsv", tarfile.REGTYPE, b"q")),
+    )
+    folder = download.download("m", tmp_path)
+    assert (folder / "collection.tsv").read_bytes() == CONTENT and (
+        folder / "d" / "q.tsv"
+    ).read_bytes() == b"q"
+    assert folder.stat().st_mode & 0o055 == 0o055  # others on the machine may read it
+    download.download("m", tmp_path)
+    assert len(server.requests) == 1 and names(tmp_path) == ["m", "m.source.json"]
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        ("../../evil", tarfile.REGTYPE, b"x"),
+        ("/evil", tarfile.REGTYPE, b"x"),
+        ("link", tarfile.SYMTYPE, "/etc/passwd"),
+        ("hard", tarfile.LNKTYPE, "../../evil"),
+        ("device", tarfile.CHRTYPE, ""),
+        ("big", tarfile.REGTYPE, bytes(30_000_000)),
+    ],
+)
+def test_evil_tar(server, tmp_path, member):
+    """A member outside the folder, a link, a device or a bomb is refused by name, and nothing is unpacked."""
+    server.serve("m", "/m.tar.gz", tar(("fine", tarfile.REGTYPE, b"x"), member))
+    with pytest.raises(UserError, match=f"member '{member[0]}'"):
+        download.download("m", tmp_path / "out")
+    assert names(tmp_path / "out") == ["m.bad"] and names(tmp_path) == ["out"]
+
+
+def test_stale_file_of_another_tool(server, tmp_path):
+    """A truncated file of another tool is not "already there": the message offers --force, and that works."""
+    server.serve("a.tsv", "/a.tsv.gz", gzip.compress(CONTENT))
+    (tmp_path / "a.tsv").write_bytes(CONTENT[:100])
+    with pytest.raises(UserError, match="--force"):
+        download.download("a.tsv", tmp_path)
+    assert (tmp_path / "a.tsv").read_bytes() == CONTENT[:100] and server.requests == []
+    assert download.download("a.tsv", tmp_path, force=True).read_bytes() == CONTENT
+    (tmp_path / "a.tsv").write_bytes(CONTENT[:100])
+    with pytest.raises(UserError, match="--force"):
+        download.download("a.tsv", tmp_path)
+
+
+def test_disk_too_small(server, tmp_path, monkeypatch):
+    """The need is compared with the free space before the first byte."""
+    server.serve("a.csv", "/a.csv", CONTENT)
+    monkeypatch.setattr("utils.files.shutil.disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match="needs 0.0 GB .* are free"):
+        download.download("a.csv", tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_two_processes_at_once(server, tmp_path):
+    """Two downloads of one file: the second waits, finds it complete, and both succeed with one request."""
+    server.serve("a.tsv", "/a.tsv.gz", gzip.compress(CONTENT))
+    server.delay = 0.3
+    context = multiprocessing.get_context("fork")
+    both = [context.Process(target=download.download, args=("a.tsv", tmp_path)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(timeout=30)
+    assert [p.exitcode for p in both] == [0, 0] and len(server.requests) == 1
+    assert (tmp_path / "a.tsv").read_bytes() == CONTENT and names(tmp_path) == ["a.tsv", "a.tsv.source.json"]
+
+
+def test_names():
+    """A misspelt name is met with the nearest one; every url is https and every hash has a file."""
+    with pytest.raises(UserError, match="did you mean 'psgs_w100.tsv'"):
+        download.download("psgs_w100")
+    assert all(url.startswith("https://") for url in download.URLS.values())
+    assert set(download.HASHES) <= set(download.URLS)
+    for _, published in download.HASHES.values():
+        assert re.fullmatch("sha256:[0-9a-f]{64}|md5:[0-9a-f]{32}", published)

@@ -1,0 +1,243 @@
+"""
+Exact search over the embedding shards, in the memory of one block; utils/faiss_index.py has the indexes.
+
+Whatever proposes the candidates (a matrix product, HNSW, IVF-PQ), their scores are computed again in float64
+from the stored vectors and rounded to float32; ties go to the earlier row of the corpus. why: a matrix
+product rounds the same vector differently at different places of a block (faiss-cpu: a third of the
+entries), so twins would change places with the block size, the device or the number of questions.
+
+Q questions · D dimensions · k results · K candidates, a few more than k · n rows of a block · N passages
+"""
+
+import contextlib
+import os
+import platform
+import re
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from tqdm import tqdm
+
+from utils.config import UserError
+from utils.files import read_json, sha256
+
+SPARE = 32  # candidates kept beyond k, so that rounding at the boundary of k is seen instead of guessed
+CHUNK = 4096  # questions at a time in torch: bounds a score matrix to 4096 x block
+
+
+def name_blas_kernel(cpuinfo="/proc/cpuinfo"):
+    """Name OpenBLAS's kernel by the processor's flags, before faiss is imported; a user's choice is kept."""
+    # why: the OpenBLAS in the faiss-cpu wheel does not know every processor; its fallback was 5x slower
+    if platform.machine() in ("x86_64", "AMD64") and Path(cpuinfo).is_file():
+        flags = set(re.search(r"^flags\s*:(.*)|\Z", Path(cpuinfo).read_text(), re.M)[0].split())
+        if {"avx512f", "avx512dq", "avx512bw", "avx512vl"} <= flags:
+            os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
+        elif {"avx2", "fma"} <= flags:
+            os.environ.setdefault("OPENBLAS_CORETYPE", "Haswell")
+
+
+name_blas_kernel()
+import faiss  # noqa: E402  (after its kernel has a name)
+
+# why: two hyper-threads on one core slow a matrix product down (faiss issue 2953: 58 s became 1 h 43)
+ALLOWED = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+if "OMP_NUM_THREADS" not in os.environ:
+    faiss.omp_set_num_threads(min(psutil.cpu_count(logical=False) or ALLOWED, ALLOWED))
+
+
+def open_embeddings(folder, corpus_sha256="", verify=True):
+    """
+    (shards, manifest) of an embeddings folder: memory-mapped [n, D] fp16 or fp32 arrays in corpus order, as
+    its manifest lists them. UserError when it is incomplete, made from another corpus ("" skips this), or a
+    shard is missing, extra, out of order, of another shape or type, or (verify) of another sha256.
+    """
+
+    def refuse(what):
+        raise UserError(
+            f"{folder}: {what}; repeat doc2embedding.py, or name the folder that it wrote"
+        ) from None
+
+    folder = Path(folder)
+    if not (folder / "manifest.json").is_file():
+        refuse("no manifest.json, so no finished embeddings")
+    manifest = read_json(folder / "manifest.json")
+    absent = {"rows", "dim", "dtype", "shard_size", "corpus", "role", "shards", "complete"} - set(manifest)
+    if absent:
+        refuse(f"manifest.json has no {', '.join(sorted(absent))}")
+    if manifest["complete"] is not True:
+        refuse("not complete")
+    if manifest["role"] != "passage":
+        refuse(f"made by a {manifest['role']} encoder, passages need a passage encoder")
+    if corpus_sha256 and manifest["corpus"] != corpus_sha256:
+        refuse(f"made from another corpus (sha256 {manifest['corpus'][:12]}, this one {corpus_sha256[:12]})")
+    names, shards = list(manifest["shards"]), []
+    for file in sorted(folder.glob("*.npy")):
+        if file.name not in names:
+            refuse(f"{file.name} is not in manifest.json")
+    for i, name in enumerate(names):
+        if name != f"{i:05d}.npy":
+            refuse(f"{name} is out of order in manifest.json, {i:05d}.npy is due")
+        try:
+            shards.append(np.load(folder / name, mmap_mode="r", allow_pickle=False))
+        except (ValueError, EOFError, OSError) as error:
+            refuse(f"{name} is missing or not a whole .npy file ({error})")
+        rows = min(manifest["shard_size"], manifest["rows"] - i * manifest["shard_size"])
+        found, due = (str(shards[i].dtype), shards[i].shape), (manifest["dtype"], (rows, manifest["dim"]))
+        if found != due or found[0] not in ("float16", "float32"):
+            refuse(f"{name} holds {found}, manifest.json says {due}")
+    if sum(map(len, shards)) != manifest["rows"]:
+        refuse(f"{sum(map(len, shards))} rows, manifest.json says {manifest['rows']}")
+    for name in tqdm(names if verify else [], "checking embeddings", delay=5, leave=False, disable=None):
+        if sha256(folder / name) != manifest["shards"][name]:
+            refuse(f"{name} has another sha256 than in manifest.json: damaged or replaced")
+    return shards, manifest
+
+
+def exact_topk(queries_QD, shards, k, block=16384, device="cpu"):
+    """
+    The k passages of the largest inner product for every question, best first, ties in corpus order.
+
+    queries_QD: numpy floats. shards: list of [n, D] numpy arrays (memory-mapped fp16 or fp32), corpus order.
+    device: "cpu" (faiss.knn), a torch device such as "cuda" (matmul, topk), "cpu-torch" (the same on a CPU).
+    Returns (scores_Qk float32, rows_Qk int64), k = min(k, N): the same bits for any block, sharding, device.
+    Memory: one block (torch: and 4096 x block scores). UserError for NaN, or a dimension that does not fit.
+    """
+    queries_QD, N = check(queries_QD, shards, k), sum(map(len, shards))
+    k, K = min(k, N), min(k + SPARE, N)
+    if not len(queries_QD):
+        return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
+    on = torch.device("cpu" if device == "cpu-torch" else device)
+    q_QD = torch.from_numpy(queries_QD).to(on)
+    rough_QK, rows_QK = q_QD.new_zeros(len(q_QD), 0), q_QD.new_zeros(len(q_QD), 0, dtype=torch.long)
+    for start, x_nD in blocks(shards, block, on):
+        if device == "cpu":
+            found = faiss.knn(queries_QD, x_nD.numpy(), min(K, len(x_nD)), metric=faiss.METRIC_INNER_PRODUCT)
+            score_Qn, at_Qn = map(torch.from_numpy, found)
+        else:
+            with _full_precision(on):
+                parts = [(q_cD @ x_nD.T).topk(min(K, len(x_nD))) for q_cD in q_QD.split(CHUNK)]
+            score_Qn, at_Qn = (torch.cat(part) for part in zip(*parts, strict=True))
+        rough_QK, rows_QK = torch.cat([rough_QK, score_Qn], 1), torch.cat([rows_QK, at_Qn + start], 1)
+        rough_QK, best_QK = rough_QK.topk(min(K, rough_QK.shape[1]))
+        rows_QK = rows_QK.gather(1, best_QK)
+    return settle(queries_QD, shards, k, rough_QK.cpu().numpy(), rows_QK.cpu().numpy(), block)
+
+
+def as_lists(scores_Qk, rows_Qk):
+    """
+    Arrays of a search -> per question a list of (row, score), best first, without FAISS's -1 (not found).
+    """
+    pairs = zip(rows_Qk.tolist(), scores_Qk.tolist(), strict=True)
+    return [[(row, score) for row, score in zip(*pair, strict=True) if row >= 0] for pair in pairs]
+
+
+def check(queries_QD, shards, k):
+    """The questions as contiguous float32; UserError when a search cannot be right."""
+    queries_QD = np.ascontiguousarray(queries_QD, dtype=np.float32)
+    if k < 1 or not sum(map(len, shards)):
+        raise UserError(f"k is {k} and there are {sum(map(len, shards))} passages; both must be at least 1")
+    if queries_QD.shape[1] != shards[0].shape[1]:
+        raise UserError(
+            f"the questions have {queries_QD.shape[1]} dimensions, the passages {shards[0].shape[1]}; "
+            "encode both with the two encoders of one training run"
+        )
+    for i in np.flatnonzero(~np.isfinite(queries_QD).all(1)):
+        raise UserError(
+            f"the vector of question {i} (from 0) holds NaN or infinity; leave it out, or check it"
+        )
+    return queries_QD
+
+
+def blocks(shards, block, device):
+    """Yield (first row, float32 tensor [n, D] on `device`), n <= block; the next one uses the same memory."""
+    raw_bD = np.empty((min(block, max(map(len, shards))), shards[0].shape[1]), shards[0].dtype)
+    wide_bD = torch.empty(raw_bD.shape, device=device)
+    done = 0
+    with tqdm(total=sum(map(len, shards)), desc="passages", delay=5, leave=False, disable=None) as bar:
+        for shard in shards:
+            for at in range(0, len(shard), block):
+                n = len(shard[at : at + block])
+                raw_bD[:n] = shard[at : at + block]
+                # why torch: it widens fp16 15 times faster than numpy
+                yield done, wide_bD[:n].copy_(torch.from_numpy(raw_bD[:n]))
+                done += n
+                bar.update(n)
+
+
+@contextlib.contextmanager
+def _full_precision(device):
+    """Matrix products in float32. trap: a trainer's autocast or TF32 would round them to 8-11 bits."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False), torch.no_grad():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def fetch(shards, rows):
+    """[n, D] array of these corpus rows, in the stored type."""
+    ends = np.cumsum([len(shard) for shard in shards])
+    home = np.searchsorted(ends, rows, side="right")
+    x_nD = np.empty((len(rows), shards[0].shape[1]), shards[0].dtype)
+    for i in np.unique(home):
+        x_nD[home == i] = shards[i][rows[home == i] - (ends[i] - len(shards[i]))]
+    return x_nD
+
+
+def _exact(x_knD, q_kD):
+    """Inner products [k, n], summed in float64, as float32: the one definition of a score."""
+    return np.einsum("knd,kd->kn", x_knD, q_kD.astype(np.float64)).astype(np.float32)
+
+
+def settle(queries_QD, shards, k, rough_QK, rows_QK, block, exact=True):
+    """
+    Candidates with the scores of any float32 arithmetic -> (scores_Qk, rows_Qk) by _exact and corpus order.
+    exact: where the k-th score is so close to the last candidate's that rounding may have kept out a better
+    passage or an earlier twin, the question is searched again, every row near the boundary by _exact.
+    """
+    Q, K, D, N = *rows_QK.shape, queries_QD.shape[1], sum(map(len, shards))
+    scores_QK, longest_Q = np.zeros((Q, K), np.float32), np.zeros(Q)
+    step = max(1, 2**20 // (K * D))  # questions at a time: 8 MB in float64 stay in the processor's cache
+    for part in (slice(at, at + step) for at in range(0, Q, step)):
+        rows, where = np.unique(rows_QK[part], return_inverse=True)  # each row is read once, in file order
+        x_nD = torch.from_numpy(fetch(shards, rows.clip(0))).double().numpy()
+        where_qK = where.reshape(rows_QK[part].shape)
+        scores_QK[part] = _exact(x_nD[where_qK], queries_QD[part])
+        longest_Q[part] = np.sqrt(np.einsum("nd,nd->n", x_nD, x_nD))[where_qK].max(1)
+    for row in rows_QK[~np.isfinite(scores_QK) | (exact & (rows_QK < 0))]:
+        raise UserError(
+            f"the vector of passage row {row} holds NaN or infinity; repeat doc2embedding.py --dtype float32"
+            if row >= 0
+            else "vectors of passages hold NaN; repeat doc2embedding.py"
+        )
+    scores_QK[rows_QK < 0] = -np.inf  # trap: list[-1] is the last passage
+    order_Qk = np.lexsort((rows_QK, -scores_QK))[:, :k]
+    scores_Qk, best_Qk = (np.take_along_axis(a_QK, order_Qk, 1) for a_QK in (scores_QK, rows_QK))
+    if exact and K < N:
+        # the bound on the rounding of a float32 sum of D products: D * 2^-24 * |question| * |passage|; it is
+        # sqrt(D) times the usual error, which covers a passage longer than all candidates
+        slack_Q = D * 2.0**-24 * np.linalg.norm(queries_QD, axis=1) * longest_Q
+        floor_Q = scores_Qk[:, -1] - slack_Q
+        unsure = np.flatnonzero(rough_QK[:, -1] >= floor_Q)
+        for part in (unsure[at : at + CHUNK] for at in range(0, len(unsure), CHUNK)):
+            scores_Qk[part], best_Qk[part] = _rescan(queries_QD[part], shards, k, floor_Q[part], block)
+    return scores_Qk, best_Qk
+
+
+def _rescan(queries_QD, shards, k, floor_Q, block):
+    """Top k by _exact of every row whose float32 score reaches the question's floor: (scores_Qk, rows_Qk)."""
+    scores_Qk = np.full((len(queries_QD), k), -np.inf, np.float32)
+    rows_Qk = np.zeros((len(queries_QD), k), np.int64)
+    for start, x_nD in blocks(shards, block, torch.device("cpu")):
+        for i, rough_n in enumerate(queries_QD @ x_nD.numpy().T):
+            near = np.flatnonzero(rough_n >= floor_Q[i])
+            near_1nD = x_nD.numpy()[None, near].astype(np.float64)
+            scores = np.append(scores_Qk[i], _exact(near_1nD, queries_QD[i : i + 1])[0])
+            rows = np.append(rows_Qk[i], near + start)
+            order = np.lexsort((rows, -scores))[:k]
+            scores_Qk[i], rows_Qk[i] = scores[order], rows[order]
+    return scores_Qk, rows_Qk
