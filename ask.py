@@ -1,12 +1,13 @@
 """
-Ask a question, read the best passages: what the dense retriever finds, and what BM25 thinks of it.
+Ask a question and read the best passages: what the dense retriever finds, and what BM25 thinks of it.
 
-In:   runs/X/{query_encoder,embeddings}/ (train_dpr.py, doc2embedding.py) and the corpus; runs/X/bm25/ is built once
+In:   the corpus, runs/X/query_encoder/ (train_dpr.py), runs/X/embeddings/ (doc2embedding.py)
+Out:  the answer on the screen; runs/X/bm25/, once
 Run:  python ask.py --run runs/demo "who wrote hamlet"
       python ask.py --run runs/demo
 
-Each passage has its dense rank, its BM25 rank (`-`: not among BM25's best 1000), the inner product, id, title and
-text; words of the question stand out in bold. A passage of dense rank 1 without a bold word is what DPR is about.
+A passage has its dense rank, its BM25 rank (`-`: not among BM25's best 1000), the inner product, id, title
+and text. Words of the question stand out: a first passage without any of them is what DPR is about.
 """
 
 import re
@@ -21,18 +22,20 @@ from utils.config import UserError, at_least, choose, friendly_errors, load_conf
 BM25_DEPTH = 1000
 
 
+# ----------------------------------------------------------------------------------------- the inputs
 def split_question(argv):
-    """argv -> (the flags with their values, the question after them or None). Words need no quotes."""
+    """argv -> (flags with their values, the question after them or None); its words need no quotes."""
     start = len(argv)
     while start and not argv[start - 1].startswith("--"):
         start -= 1
-    takes_value = start and "=" not in argv[start - 1] and argv[start - 1] not in ("--debug", "--help")
-    start += bool(takes_value and start < len(argv))
+    flag = argv[start - 1] if start else "--debug"
+    if start < len(argv) and "=" not in flag and flag not in ("--debug", "--help"):
+        start += 1  # the value of the last flag
     return argv[:start], " ".join(argv[start:]) if start < len(argv) else None
 
 
 def check_inputs(cfg, question):
-    """All mistakes that can be seen without loading anything."""
+    """Every mistake that can be seen without loading anything."""
     at_least(cfg, 1, "k")
     choose(cfg, corpus_format=("auto", "dpr", "marco", "beir"))
     if question is not None and not question.strip():
@@ -47,27 +50,31 @@ def check_inputs(cfg, question):
     need_file(cfg, "corpus")
 
 
+# ----------------------------------------------------------------------------------------- the answer
 def load(cfg):
-    """Everything a question needs: a function, question -> (hits, milliseconds, notes)."""
-    # why here and not at the top: torch takes seconds to import, and a mistake should show at once
+    """
+    Load everything once. Returns a function: question -> (hits, milliseconds, words, note); hits: list of
+    (passage, score, BM25 rank), words: those of the question that BM25 looks for.
+    """
+    # why imported here: torch takes seconds, and a mistake on the command line should show at once
     import torch
 
-    from utils.bm25 import build_bm25, search_bm25
+    from utils.bm25 import build_bm25, search_bm25, tokens
     from utils.data import Corpus
     from utils.encoder import embed, load_encoder, pair_id, tokenize_questions
     from utils.search import as_lists, exact_topk, open_embeddings
 
-    run = Path(cfg.run)
-    corpus = Corpus(cfg.corpus, cfg.corpus_format)
+    run, corpus = Path(cfg.run), Corpus(cfg.corpus, cfg.corpus_format)
     shards, manifest = open_embeddings(run / "embeddings", corpus.sha256)
-    pair = pair_id(run / "query_encoder")
-    if pair and manifest["pair"] and pair != manifest["pair"]:
+    pair, of_passages = pair_id(run / "query_encoder"), manifest.get("pair")
+    if pair and of_passages and pair != of_passages:
         raise UserError(
-            f"{run}: query_encoder (pair {pair}) and embeddings ({manifest['pair']}) are of two runs"
+            f"{run}: query_encoder (pair {pair}) was not trained with the passage encoder of embeddings "
+            f"(pair {of_passages}); repeat doc2embedding.py with the doc_encoder of this run"
         )
     index = build_bm25(corpus, run / "bm25")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = load_encoder(run / "query_encoder", "question").to(device)
+    encoder = load_encoder(run / "query_encoder", "question")
+    encoder.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def answer(question):
         times = [time.perf_counter()]
@@ -79,41 +86,44 @@ def load(cfg):
         bm25 = {row: rank for rank, (row, _) in enumerate(search_bm25(index, [question], BM25_DEPTH)[0], 1)}
         times.append(time.perf_counter())
         hits = [(corpus[row], score, bm25.get(row, "-")) for row, score in dense]
-        spent = [1000 * (end - begin) for begin, end in zip(times, times[1:], strict=False)]
-        cut = len(ids[0]) == encoder.inputs["question_tokens"]
-        return hits, spent, f" | only the first {len(ids[0])} tokens of the question were read" if cut else ""
+        full = len(ids[0]) == encoder.inputs["question_tokens"]
+        note = f" | the question fills all {len(ids[0])} tokens, its end may be cut" if full else ""
+        return (
+            hits,
+            [1000 * (b - a) for a, b in zip(times, times[1:], strict=False)],
+            tokens([question]).vocab,
+            note,
+        )
 
     return answer, len(corpus)
 
 
+# ----------------------------------------------------------------------------------------- the screen
 def plain(text):
-    """Without line breaks and control characters: a passage must not be able to command a terminal."""
+    """One line, without control characters: a passage must not be able to command the terminal."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def emphasise(text, question):
-    """Bold for the words of the question: those of four letters or more, and numbers and names however short."""
-    words = [word for word in re.findall(r"\w+", question) if len(word) > 3 or not word.islower()]
-    if not words:
-        return text
-    return re.sub(rf"\b({'|'.join(map(re.escape, words))})\b", "\033[1m\\1\033[0m", text, flags=re.IGNORECASE)
+def embolden(text, words):
+    """`text` with an escape sequence around every one of `words` (whole words, any case)."""
+    bold = {word.casefold() for word in words if word}
+    return re.sub(r"\w+", lambda m: f"\033[1m{m[0]}\033[0m" if m[0].casefold() in bold else m[0], text)
 
 
 def show(question, answer):
     """Print the passages for one question, and what it cost."""
-    hits, (encode, search, bm25), note = answer(question)
+    hits, (encode, search, bm25), words, note = answer(question)
     width = max(40, shutil.get_terminal_size().columns)
     for rank, (passage, score, bm25_rank) in enumerate(hits, 1):
-        head = f"dense {rank} | BM25 {bm25_rank} | {score:.3f} | {passage.id} | {passage.title}"
-        lines = [plain(head)[:width], *textwrap.wrap(plain(passage.text), width - 4)]
-        text = "\n    ".join(lines)
-        print(emphasise(text, question) if sys.stdout.isatty() else text)
+        print(f"dense {rank} | BM25 {bm25_rank} | {score:.3f} | {plain(passage.id)} | {plain(passage.title)}")
+        text = textwrap.fill(plain(passage.text), width, initial_indent="    ", subsequent_indent="    ")
+        print(embolden(text, words) if sys.stdout.isatty() else text)
     print(f"encode {encode:.0f} ms | search {search:.0f} ms | BM25 {bm25:.0f} ms{note}\n", flush=True)
 
 
 def main():
-    for stream in (sys.stdin, sys.stdout, sys.stderr):  # a terminal that cannot show a letter shows `?`
-        stream.reconfigure(errors="replace")
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that has no such letter shows `?`
     flags, question = split_question(sys.argv[1:])
     cfg = load_config(__doc__, "config/ask.yaml", flags)
     check_inputs(cfg, question)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from utils.config import UserError, choose, friendly_errors, load_config, need_file
 from utils.data import Corpus, iter_run, passage_of, read_questions
 from utils.files import atomic_file
-from utils.text import has_answer
+from utils.text import has_answer, regex_failures
 
 
 def topk(question, hits, corpus, cfg):
@@ -90,6 +90,8 @@ def main():
             counts["questions written"] += 1
         if not counts["questions written"]:
             raise UserError(f"{cfg.out}: no question is left: {dict(counts)}")
+    for (pattern, why), times in regex_failures.items():
+        print(f"warning: the regex answer {pattern!r} {why} ({times} times); counted as not found")
     print(f"{cfg.out}: " + ", ".join(f"{n:,} {what}" for what, n in sorted(counts.items()) if n))
 
 

@@ -32,7 +32,7 @@ from utils.faiss_index import build_index, search_index
 from utils.files import read_json, sha256, write_json
 from utils.metrics import bootstrap_interval, hit_at, mrr, ndcg, topk_accuracy
 from utils.search import as_lists, exact_topk, faiss, open_embeddings
-from utils.text import has_answer
+from utils.text import has_answer, regex_failures
 
 KS = (1, 5, 20, 100)
 
@@ -213,6 +213,8 @@ def main():
     # why by name: a folder may hold several rankings (dense, hybrid), and other metrics
     path = out.with_name("metrics.json")
     write_json(path, (read_json(path) if path.is_file() else {}) | {out.name: metrics})
+    for (pattern, why), times in regex_failures.items():
+        print(f"warning: the regex answer {pattern!r} {why} ({times} times); counted as not found")
     if metrics:
         print_table(metrics, out.name)
     else:

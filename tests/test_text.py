@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 import unicodedata
 from pathlib import Path
 
@@ -147,10 +148,11 @@ def test_failing_patterns_are_misses_and_counted(monkeypatch):
     """A regular expression that hangs or does not compile costs TIMEOUT seconds, not the run."""
     monkeypatch.setattr(text, "TIMEOUT", 0.05)
     monkeypatch.setattr(text, "regex_failures", type(text.regex_failures)())
-    hangs, broken = "(a|aa)+$", "(unclosed"
+    hangs, broken, start = "(a|aa)+$", "(unclosed", time.process_time()
     assert not has_answer("a" * 60 + "!", [hangs, broken], regex=True)
     assert has_answer("a" * 60 + "! 1984", [hangs, broken, r"\d{4}"], regex=True)
     assert text.regex_failures == {(hangs, "timed out"): 2, (broken, "does not compile"): 2}
+    assert time.process_time() - start < 2
 
 
 def test_answer_position_by_hand():
@@ -159,6 +161,13 @@ def test_answer_position_by_hand():
     start, end = answer_position(passage, ["flore", "café", "CAFÉ de"])
     assert passage[start:end] == "Cafe\u0301 de"
     assert answer_position("Åé한", ["åé한"]) == (0, 3)
+
+
+def test_exact_match_by_hand():
+    """An article leaves a blank behind; only a whole word is an article."""
+    assert exact_match("The  U.S. Navy.", ["army", "us navy"])
+    assert exact_match("1914–the–1918", ["1914– –1918"]) and not exact_match("1914–the–1918", ["1914––1918"])
+    assert not exact_match("theatre", ["atre"]) and not exact_match("navy", [])
 
 
 def test_f1_by_hand():

@@ -71,7 +71,7 @@ def _token_pattern(answer):
         if i:
             pattern += GAP + ("+" if is_word[i - 1] and is_word[i] else "*")
         pattern += re.escape(token)
-    return re.compile(pattern + (f"(?!{WORD})" if is_word[-1] else ""), cache_pattern=False)
+    return re.compile(pattern + (f"(?!{WORD})" if is_word[-1] else ""))
 
 
 @lru_cache(1 << 12)

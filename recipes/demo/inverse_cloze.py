@@ -1,11 +1,13 @@
 """
 Inverse cloze task (Lee et al. 2019, ORQA, Sec. 4): training pairs from a corpus without questions.
 
-One sentence of a passage plays the question, the rest of the passage its positive. EMDR2's retriever began like this.
+One sentence of a passage plays the question, the rest of the passage its positive. EMDR2's retriever began
+like this.
 
 In:  a corpus      Out: a questions file with inline positives, one line a passage that has two sentences
 Run: python recipes/demo/inverse_cloze.py data/demo/corpus.tsv runs/demo/data/inverse_cloze.jsonl
-Differs from ORQA: the sentence is always taken out of its passage (there: nine times in ten), and the title is kept.
+Differs from ORQA: the sentence is always taken out of its passage (there: nine times in ten), and the title
+is kept.
 """
 
 import json
@@ -36,7 +38,9 @@ def main(corpus_path, out):
             row = {"qid": f"cloze-{passage.id}", "question": question, "positives": [positive]}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             written += 1
-    print(f"{out}: {written} sentences with their passages, {len(corpus) - written} passages have a single sentence")
+    print(
+        f"{out}: {written} sentences with their passages, {len(corpus) - written} passages have a single sentence"
+    )
 
 
 if __name__ == "__main__":

