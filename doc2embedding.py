@@ -9,10 +9,11 @@ Run:  python doc2embedding.py --config config/doc2embedding.yaml
 Next: test_dpr.py, ask.py
 
 Differs from DPR and nanoDPR: (1) A file holds a fixed number of rows, whatever the number W of processes:
-shard i belongs to process i modulo W. The bits are the same, too, on one kind of processor (measured: CPU,
-1 and 2 processes, 1 to 4 threads). (2) Passages are sorted by length, then padded to the longest of a batch
-and not to 256: half the work, the same vectors to 1e-6. (3) float16 on disk unless told otherwise. (4) A
-shard is whole or absent, and hashed; a folder of another model, corpus or setting is refused. (5) No pickle.
+shard i belongs to process i modulo W. The bits are the same, too, on one kind of processor (tests: a CPU,
+1 and 2 processes; by hand: 1 to 4 threads). (2) Passages are sorted by length, then padded to the longest of
+a batch and not to 256: half the work, the same vectors to 1e-6. (3) float16 on disk unless told otherwise.
+(4) A shard is whole or absent, and hashed; a folder of another model, corpus or setting is refused. (5) No
+pickle.
 
 n rows of a shard or of a window · D dimensions
 """

@@ -74,7 +74,7 @@ def test_what_it_prints_is_what_search_finds(world, monkeypatch, capsys):
 
 
 def test_typing_questions_until_ctrl_d(world, monkeypatch, capsys):
-    """An empty line is answered with a hint; code, prompts, an emoji and 10,000 letters are just questions."""
+    """An empty line is answered with a hint; code, prompts, an emoji and 10,000 letters are questions."""
     odd = [
         "",
         "  ",
@@ -130,7 +130,7 @@ def test_mistakes_are_one_line(world, tmp_path, monkeypatch):
 
 
 def test_another_corpus_or_pair_is_refused(world, tmp_path, monkeypatch):
-    """Vectors of another corpus, or a question encoder of another run, would give nonsense that looks fine."""
+    """Vectors of another corpus, or a question encoder of another run, would give nonsense in silence."""
     (tmp_path / "c.tsv").write_text("1\tthe old river\tparis\n", encoding="utf-8")
     with pytest.raises(UserError, match="another corpus"):
         say(world, monkeypatch, QUESTION, corpus=tmp_path / "c.tsv")

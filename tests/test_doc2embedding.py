@@ -76,13 +76,16 @@ def test_two_processes_write_the_same_bits_as_one(world, encode, tmp_path):
     keys = SMALL | {"doc_encoder": world / "doc_encoder", "corpus": world / "corpus.tsv"}
     done = run("doc2embedding.py", keys | {"out": tmp_path / "two"}, processes=2)
     assert done.returncode == 0, done.stderr
+    assert (
+        "32/32" in done.stderr and "60 passages encoded" in done.stdout
+    )  # the first encodes shards 0 and 2 only
     one = encode("one")
     assert hashes(tmp_path / "two") == hashes(one)
     assert (tmp_path / "two" / "manifest.json").read_text() == (one / "manifest.json").read_text()
 
 
 def test_odd_texts_are_encoded_and_counted(encode, tmp_path, capsys):
-    """Empty text, emoji, right-to-left letters and a passage too long: a vector each, and the user is told."""
+    """Empty texts, emoji, right-to-left letters, one passage too long: a vector each, and a count."""
     rows = ["1\t\tparis", "2\t😀 🏳️‍🌈\t", "3\tשלום עולם\toslo", f"4\t{'red ' * 9999}\triga", "5\t \t "]
     (tmp_path / "odd.tsv").write_text("id\ttext\ttitle\n" + "\n".join(rows) + "\n", encoding="utf-8")
     shards, _ = open_embeddings(encode(corpus=tmp_path / "odd.tsv"))
@@ -191,7 +194,8 @@ def test_a_folder_of_another_job_is_refused(world, encode, tmp_path):
 def test_stray_shards_are_refused(encode, tmp_path):
     """A shard beyond the last one, one without its hash, and shards without a manifest are of another job."""
     folder = encode()
-    shutil.copy(folder / "00000.npy", folder / "00004.npy")
+    for end in (".npy", ".json"):
+        shutil.copy(folder / f"00000{end}", folder / f"00004{end}")
     with pytest.raises(UserError, match="00004.npy is not from this job"):
         encode()
     (folder / "00004.npy").unlink()

@@ -1,4 +1,7 @@
-"""A toy world for the tests: a WordPiece vocabulary, tiny random BERTs and sixty passages; nothing is downloaded."""
+"""
+A toy world for the tests: a WordPiece vocabulary, tiny random BERTs and sixty passages; nothing is
+downloaded.
+"""
 
 import json
 from pathlib import Path
@@ -61,8 +64,9 @@ def passages():
 
 def make_world(folder):
     """
-    Write a toy world into `folder` and return it as a Path: vocab.txt, bert/ (Hugging Face folder), query_encoder/,
-    doc_encoder/ (with encoder_inputs.json, one pair), corpus.tsv, train.jsonl (40), dev.jsonl (10), test.jsonl (10).
+    Write a toy world into `folder` and return it as a Path: vocab.txt, bert/ (Hugging Face folder),
+    query_encoder/, doc_encoder/ (with encoder_inputs.json, one pair), corpus.tsv, train.jsonl (40), dev.jsonl
+    (10), test.jsonl (10).
     """
     folder = Path(folder)
     words = tokenizer(folder)

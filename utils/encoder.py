@@ -194,7 +194,15 @@ def load_encoder(path, role, inputs=None, dropout=0.0):
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = dropout
-    return Encoder(model, tokenizer, {"role": role, "pair": ""} | known | (inputs or {}), projection)
+    encoder = Encoder(model, tokenizer, {"role": role, "pair": ""} | known | (inputs or {}), projection)
+    longest = max(encoder.inputs["question_tokens"], encoder.inputs["passage_tokens"])
+    for what, needed, there in (
+        ("words in its tokenizer", len(tokenizer), model.config.vocab_size),
+        ("tokens a text", longest, model.config.max_position_embeddings),
+    ):
+        if needed > there:
+            raise UserError(f"{path}: {needed} {what}, but only {there} embeddings for them")
+    return encoder
 
 
 def save_encoder(encoder, folder):

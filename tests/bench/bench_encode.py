@@ -1,15 +1,16 @@
 """
-Encoding passages, side by side: nanoDPR's way, sentence-transformers, and ours; and memory against corpus size.
+Encoding passages side by side: nanoDPR's way, sentence-transformers, ours; and memory by corpus size.
 
 Run: python tests/bench/bench_encode.py speed --model runs/dpr_nq/doc_encoder --corpus data/nq/corpus.tsv
      python tests/bench/bench_encode.py memory
 
-speed: the same passages, weights and threads; every turn runs all ways one after the other, so that a slow minute
-of the machine hits all of them. Timed: from texts to vectors, tokenising included; not loading. nanoDPR's way is
-written anew here: batches of 32 in corpus order, padded to 256, fp32. sentence-transformers (if --peer_python names a
-python that has it) runs in a process of its own that waits between its turns, on the same texts: title and text as a
-pair, no prompt, no normalising. It must pool as --model does (cls or mean), and it takes all-zero token types.
-memory: peak resident memory of doc2embedding.py for two corpora of short passages, a tiny random encoder.
+speed: the same passages, weights and threads; every turn runs all ways one after the other, so that a slow
+minute of the machine hits all of them. Timed: from texts to vectors, tokenising included, loading not.
+nanoDPR's way is written anew: batches of 32 in corpus order, padded to passage_tokens (256), fp32.
+sentence-transformers (if --peer_python names a python that has it) waits between its turns in a process of
+its own (written for version 6.2); its texts are pairs (title, text), lengths, pooling and token types those
+of --model, so its vectors must be ours.
+memory: peak resident memory of doc2embedding.py for corpora of short passages and a tiny random encoder.
 """
 
 import argparse
@@ -31,11 +32,14 @@ PEER = """
 import json, sys, time
 import numpy as np, torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.models import Pooling, Transformer
-model, pooling, length, batch, threads, folder = sys.argv[1:]
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+model, pooling, types, length, batch, threads, folder = sys.argv[1:]
 torch.set_num_threads(int(threads))
 bert = Transformer(model, max_seq_length=int(length))
-encoder = SentenceTransformer(modules=[bert, Pooling(bert.get_word_embedding_dimension(), pooling)], device="cpu")
+if types == "zeros":
+    bert.tokenizer.model_input_names = ["input_ids", "attention_mask"]
+pool = Pooling(bert.get_embedding_dimension(), pooling)
+encoder = SentenceTransformer(modules=[bert, pool], device="cpu")
 texts = [tuple(pair) for pair in json.load(open(folder + "/texts.json"))]
 print("ready", flush=True)
 for line in sys.stdin:
@@ -88,12 +92,8 @@ def speed(args):
         peer = None
         if args.peer_python:
             (Path(folder) / "texts.json").write_text(json.dumps(texts))
-            inputs = [
-                encoder.inputs["pooling"],
-                encoder.inputs["passage_tokens"],
-                args.batch_size,
-                args.threads,
-            ]
+            inputs = [encoder.inputs[key] for key in ("pooling", "token_types", "passage_tokens")]
+            inputs += [args.batch_size, args.threads]
             command = [args.peer_python, "-c", PEER, args.model, *map(str, inputs), folder]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
             peer = subprocess.Popen(command, **pipes)
@@ -154,9 +154,7 @@ def memory(args):
             peak, spent = map(float, done.stdout.split()[-2:])
             peaks.append(peak)
             print(f"{size:10,} {peak:9.0f} {spent:8.1f}", flush=True)
-    print(
-        f"from the first to the last: {peaks[-1] - peaks[0]:+.0f} MB (8 bytes a passage are its place in the file)"
-    )
+    print(f"first to last: {peaks[-1] - peaks[0]:+.0f} MB (8 bytes a passage: its place in the file)")
 
 
 def child(command):
