@@ -19,7 +19,6 @@ n rows of a shard or of a window · D dimensions
 """
 
 import functools
-import hashlib
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -35,23 +34,12 @@ from utils.data import Corpus
 from utils.distributed import start
 from utils.encoder import embed, encoder_hash, load_encoder, tokenize_passages
 from utils.estimate import dry_run
-from utils.files import atomic_file, need_space, read_json, sha256, write_json
+from utils.files import atomic_file, folder_hash, need_space, read_json, sha256, write_json
 
 PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 # ----------------------------------------------------------------------------------------- the folder
-def files_hash(path):
-    """
-    One hash of the files of a local encoder, "" for a hub name. why, beside encoder_hash: with it, "nothing
-    to do" is known without loading a model.
-    """
-    path = Path(path)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    parts = [f"{file.name} {sha256(file)}" for file in files if file.is_file()]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else ""
-
-
 def refuse_another(folder, stored, want, files):
     """
     UserError unless what `folder` holds is part of this job. stored: its manifest ({}: none), want: the one
@@ -159,7 +147,7 @@ def main():
     mine = dict(list(shards.items())[rank::devices])
     want = {"rows": len(corpus), "dtype": cfg.dtype, "shard_size": cfg.shard_size, "role": "passage"}
     want |= {"mixed_precision": cfg.mixed_precision, "corpus": corpus.sha256}
-    want |= {"encoder_files": files_hash(cfg.doc_encoder)}
+    want |= {"encoder_files": folder_hash(cfg.doc_encoder)}
     manifest = folder / "manifest.json"
     stored = read_json(manifest) if manifest.is_file() else {}
     refuse_another(folder, stored, want, shards)

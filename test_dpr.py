@@ -166,6 +166,10 @@ def main():
         f"index {cfg.index}, {device}, {faiss.omp_get_max_threads()} threads",
         flush=True,
     )
+    index = None  # stream needs none
+    if cfg.index != "stream" and not cfg.dry_run:
+        folder, name = cfg.embeddings.rstrip("/"), sha256(Path(cfg.embeddings) / "manifest.json")
+        index = build_index(cfg.index, shards, f"{folder}.index", name, cfg.nprobe, cfg.ef_search)
     encoder = load_encoder(cfg.query_encoder, "question").to(device)
     if encoder.dim != manifest["dim"]:
         raise UserError(f"{cfg.query_encoder}: {encoder.dim} dimensions, {cfg.embeddings}: {manifest['dim']}")
@@ -188,10 +192,6 @@ def main():
             memory,
         )
         return
-    index = None  # stream needs none
-    if cfg.index != "stream":
-        folder, name = cfg.embeddings.rstrip("/"), sha256(Path(cfg.embeddings) / "manifest.json")
-        index = build_index(cfg.index, shards, f"{folder}.index", name, cfg.nprobe, cfg.ef_search)
     vectors_QD = encode(encoder, questions, cfg)
     found = search(vectors_QD, shards, index, cfg, device)
     lost = [question["qid"] for question, one in zip(questions, found, strict=True) if not one]

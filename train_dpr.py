@@ -10,12 +10,15 @@ Next: doc2embedding.py
 One trainer, several systems: `diff config/train_dpr_nq.yaml config/train_gcdpr_nq.yaml` is the lesson of
 GC-DPR.
 
+Expect: results/demo (make demo), results/nq_small; the NQ numbers of the papers beside ours in README.md.
+
 Differs from the paper and its code: (1) the gradient is that of the full batch on any number of devices; the
 original trained with 1/8 of it, which `gradient_scale` restores. (2) A question's own positives are not its
-negatives (`mask_duplicates`). (3) The dev metric ranks one global pool, so it does not change with the
-devices.
-(4) Dropout, order and negatives are functions of (seed, step), so a killed run resumes to the same bits.
-(5) torch's AdamW, whose epsilon is outside the bias correction.
+negatives (`mask_duplicates`). (3) The dev metric, from the first epoch on, is the rank (from 1) in one global
+pool of positives and hard negatives; DPR's is the loss until epoch 30, then the rank in a pool per device.
+(4) Dropout, order and negatives are functions of (seed, step), so a killed run resumes to the same bits (on a
+CPU; a GPU's attention may add in another order). (5) torch's AdamW, whose epsilon is outside the bias
+correction.
 
 B questions, P = B * (1 + negatives) passages on this device · Q, N the same on all devices · D hidden
 """
@@ -27,17 +30,24 @@ from itertools import chain
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from utils.metrics import positive_ranks
 
 from utils.checkpoint import load_optimizer
 from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
-from utils.data import Corpus, passage_of, read_questions
+from utils.data import Corpus, passage_of, read_training
 from utils.distributed import gather_rows, start, sum_gradients, world
-from utils.encoder import collate, embed, full_length, load_encoder, tokenize_passages, tokenize_questions
+from utils.encoder import (
+    collate,
+    embed_on_devices,
+    full_length,
+    load_encoder,
+    tokenize_passages,
+    tokenize_questions,
+)
 from utils.estimate import dry_run
+from utils.files import folder_hash
 from utils.grad_cache import grad_cache_step
+from utils.metrics import positive_ranks
 from utils.run import Run
 
 
@@ -66,10 +76,10 @@ def make_batch(step, train, corpus, encoders, cfg):
     epoch, offset = divmod(step, len(train) // cfg.batch_size)
     order = np.random.default_rng([cfg.seed, epoch]).permutation(len(train))
     picked = order[offset * cfg.batch_size : (offset + 1) * cfg.batch_size]
-    width, entries, filler = 1 + cfg.negatives, [], []
+    width, entries, filler = 1 + cfg.negatives, [], set()
     for i in picked:  # of the global batch: every device must know which of all columns are duplicates
         drawn = draw(train[i], cfg, np.random.default_rng([cfg.seed, epoch, int(i), 1]))
-        filler += range(len(entries) + len(drawn), len(entries) + width)
+        filler |= {*range(len(entries) + len(drawn), len(entries) + width)}
         entries += drawn + drawn[:1] * (width - len(drawn))  # a stand-in, masked for every question
 
     # why: the same gold passage twice in a batch of four raises the lowest loss that can be reached from 0 to
@@ -202,21 +212,8 @@ def dev_pool(dev, corpus, encoders, cfg):
 
 def evaluate(pool, encoders, accelerator, cfg):
     """Average rank (1 is best) and MRR of the gold passages among all passages of the dev pool."""
-
-    def vectors(tower, ids, kind):
-        # Fixed groups are dealt to the devices, so the numbers do not depend on how many there are.
-        (rank, devices), out = world(), torch.zeros(len(ids), tower.dim, device=accelerator.device)
-        order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), i))
-        for k in range(rank * cfg.eval_batch_size, len(ids), devices * cfg.eval_batch_size):
-            group = order[k : k + cfg.eval_batch_size]
-            found = embed(tower, [ids[i] for i in group], len(group), kind, accelerator.autocast)
-            out[group] = torch.from_numpy(found).to(out.device)
-        if devices > 1:
-            dist.all_reduce(out)
-        return out
-
-    q_QD = vectors(encoders["query_encoder"], pool[0], "question")
-    p_ND = vectors(encoders["doc_encoder"], pool[1], "passage")
+    q_QD = embed_on_devices(encoders["query_encoder"], pool[0], cfg.eval_batch_size, "question", accelerator)
+    p_ND = embed_on_devices(encoders["doc_encoder"], pool[1], cfg.eval_batch_size, "passage", accelerator)
     blocks = [(q_QD[k : k + 512] @ p_ND.T).cpu().numpy() for k in range(0, len(q_QD), 512)]
     ranks_Q = np.concatenate(
         [positive_ranks(s, pool[2][k * 512 : k * 512 + 512]) for k, s in enumerate(blocks)]
@@ -225,48 +222,20 @@ def evaluate(pool, encoders, accelerator, cfg):
 
 
 # ---------------------------------------------------------------- main
-def load_split(path, corpus, cfg):
-    """
-    The questions of `path` that have a positive, and a line that says what was left out; ([], "") for "".
-    """
-    if not path:
-        return [], ""
-    examples = read_questions(path)
-    kept = [example for example in examples if example["positives"]]
-    bare = sum(not example["negatives"] for example in kept) if cfg.negatives else 0
-    for example in kept:
-        for entry in chain(example["positives"], example["negatives"]):
-            if isinstance(entry, str) and corpus is None:
-                raise UserError(
-                    f"{path}: question {example['qid']} names passage {entry!r}, but corpus is empty"
-                )
-            if isinstance(entry, str):
-                corpus.row(entry)
-    if not kept:
-        raise UserError(f"{path}: none of its {len(examples)} questions has a positive passage")
-    left_out = f"{len(examples) - len(kept)} without a positive left out"
-    return (
-        kept,
-        f"{path}: {len(kept)} questions, {left_out}, {bare} without a hard negative (in-batch ones only)",
-    )
-
-
 def load_towers(source, cfg, device):
     """
-    Both encoders from `source(name)`, how inputs are built taken from the config. A shared encoder is loaded
-    once.
+    {"query_encoder", "doc_encoder"} from `source(name)`, inputs built as the config says; shared: one twice.
     """
     inputs = {
         key: getattr(cfg, key) for key in ("question_tokens", "passage_tokens", "pooling", "token_types")
     }
-    shared, names = cfg.shared_encoder, {"query_encoder": "question", "doc_encoder": "passage"}
     encoders = {}
-    for name, role in names.items():
-        if name == "doc_encoder" and shared:
+    for name, role in (("query_encoder", "question"), ("doc_encoder", "passage")):
+        if name == "doc_encoder" and cfg.shared_encoder:
             encoders[name] = encoders["query_encoder"]
-        else:
-            stored = inputs | {"role": "shared" if shared else role}
-            encoders[name] = load_encoder(source(name), role, stored, cfg.dropout).to(device).train()
+            continue
+        stored = inputs | {"role": "shared" if cfg.shared_encoder else role}
+        encoders[name] = load_encoder(source(name), role, stored, cfg.dropout).to(device).train()
     return encoders
 
 
@@ -280,7 +249,11 @@ def main():
     )
     choose(cfg, mixed_precision=("no", "fp16", "bf16"), resume=("never", "exact", "changed"))
     at_least(cfg, 1, "batch_size", "question_chunk", "passage_chunk", "epochs", "save_every", "log_every")
-    if cfg.batch_size * (1 + cfg.negatives) < 2:
+    (
+        at_least(cfg, 1, "eval_batch_size"),
+        at_least(cfg, 0, "negatives", "dev_negatives", "eval_every", "stop_after"),
+    )
+    if cfg.batch_size == 1 and not cfg.negatives:
         raise UserError("batch_size 1 with negatives 0 has nothing to tell apart: the loss would be 0")
     need_file(cfg, "train", "dev", "corpus")
     accelerator = start(cfg.mixed_precision)
@@ -288,11 +261,12 @@ def main():
         raise UserError(
             f"batch_size {cfg.batch_size} cannot be shared by {accelerator.num_processes} devices"
         )
-    run = Run(cfg, accelerator, files=("train", "dev"))
     corpus = Corpus(cfg.corpus, cfg.corpus_format) if cfg.corpus else None
-    (train, train_note), (dev, dev_note) = (
-        load_split(cfg.train, corpus, cfg),
-        load_split(cfg.dev, corpus, cfg),
+    content = {key: folder_hash(getattr(cfg, key)) for key in ("train", "dev", "init")}
+    run = Run(cfg, accelerator, content | {"corpus": corpus.sha256 if corpus else ""})
+    train, train_note = read_training(cfg.train, corpus)
+    dev, dev_note = (
+        read_training(cfg.dev, corpus) if cfg.dev else ([], "no dev set: the last checkpoint is the best")
     )
     per_epoch = len(train) // cfg.batch_size
     if not per_epoch:
@@ -320,11 +294,9 @@ def main():
             add_gradient(make_batch(0, train, corpus, encoders, small), encoders, accelerator, small, 0)
             return part
 
-        growth = 1 if cfg.grad_cache else 1 / part
-        dry_run(
-            "training", encoders.values(), probe, last, "steps", cfg.run_dir, 3 * 12 * size, 8 * size, growth
-        )
-        return
+        probe()  # fills .grad, which is no activation
+        growth, towers = 1 if cfg.grad_cache else 1 / part, list(encoders.values())
+        return dry_run("training", towers, probe, last, "steps", cfg.run_dir, 52 * size, 8 * size, growth)
     banner = (
         f"{size / 1e6:.1f} M parameters, {accelerator.num_processes} x {accelerator.device.type}, precision "
         f"{accelerator.mixed_precision} | {cfg.batch_size} questions a step against "
@@ -345,7 +317,12 @@ def main():
             lr = cfg.learning_rate * learning_rate_factor(step, warmup, total, cfg.min_lr_ratio)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss, correct = add_gradient(batch, encoders, accelerator, cfg, step)
+            try:
+                loss, correct = add_gradient(batch, encoders, accelerator, cfg, step)
+            except torch.OutOfMemoryError:
+                raise UserError(
+                    "the GPU's memory is full: --grad_cache true or smaller chunks, same gradient"
+                ) from None
             accelerator.unscale_gradients()
             norm = torch.nn.utils.clip_grad_norm_(weights, cfg.max_grad_norm).item()
             run.refuse_non_finite(loss.item(), norm, lr)

@@ -24,7 +24,7 @@ TEXTS = [
 
 COMMAND = re.compile(
     r"(?:^|[\s`(])("
-    r"(?:accelerate launch|torchrun|\.venv/bin/python|python3?) (?:--?\w\S* |[\d.]+ )*"  # and the launcher's flags
+    r"(?:accelerate launch|torchrun|\.venv/bin/python|python3?) (?:--?\w\S* |[\d.]+ )*"  # launcher flags
     r"(?:[\w/]*\b\w+\.py\b|-m [\w.]+)[^`#]*"
     r"|bash \S+\.sh|make \w+)"
 )
@@ -56,7 +56,7 @@ def schema_keys(script):
     """The keys a script takes: those of the yaml that it hands to load_config, or of its argparse."""
     text = (ROOT / script).read_text(encoding="utf-8")
     schema = re.search(r'load_config\([^)]*"(config/[\w]+\.yaml)"', text)
-    if schema:
+    if schema and "argparse" not in text:
         return {*yaml.safe_load((ROOT / schema[1]).read_text()), "config", "help", "debug"}
     flags = set(re.findall(r'"(?:--)?(\w+)"', text)) | {"help", "debug"}  # argparse
     return flags | schema_keys("utils/convert.py") if script == "utils/data.py" else flags

@@ -69,7 +69,7 @@ def test_the_check_finds_every_kind_of_fault():
 def test_inverse_cloze_takes_the_sentence_out(tmp_path):
     """A sentence becomes the question and leaves its passage; a passage of one sentence is left out."""
     (tmp_path / "corpus.tsv").write_text(
-        "id\ttext\ttitle\n1\tThe otter swims well. The owl of St. Ives flies. It is grey.\tA\n2\tOnly one here.\tB\n"
+        "id\ttext\ttitle\n1\tThe otter swims well. The owl of St. Ives flies. It is grey.\tA\n2\tOne.\tB\n"
     )
     inverse_cloze(tmp_path / "corpus.tsv", tmp_path / "out.jsonl")
     (row,) = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]

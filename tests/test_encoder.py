@@ -146,7 +146,7 @@ def write_cp(path, towers, extra=None):
     for prefix, model in towers.items():
         weights |= {f"{prefix}.{k}": v for k, v in model.state_dict().items()}
         weights[f"{prefix}.pooler.dense.weight"] = torch.zeros(32, 32)
-        weights[f"{prefix}.embeddings.position_ids"] = torch.arange(64)[None]
+        weights[f"{prefix}.embeddings.position_ids"] = torch.arange(256)[None]
     fields = {"model_dict": weights, "optimizer_dict": {}, "scheduler_dict": {}, "offset": 0, "epoch": 1}
     torch.save(fields | {"encoder_params": extra or {"pretrained_model_cfg": "bert-base-uncased"}}, path)
 
@@ -159,7 +159,7 @@ def test_original_checkpoint(world, tmp_path):
         model.config.num_attention_heads = 1
     words.save_pretrained(tmp_path)
     weights = {f"{p}.{k}": v for p, m in towers.items() for k, v in m.state_dict().items()}
-    weights["ctx_model.embeddings.position_ids"] = torch.arange(64)[None]
+    weights["ctx_model.embeddings.position_ids"] = torch.arange(256)[None]
     torch.save({"model_dict": weights, "encoder_params": {}}, tmp_path / "dpr.cp")
     for role, prefix in (("question", "question_model"), ("passage", "ctx_model")):
         loaded = load_encoder(tmp_path / "dpr.cp", role)

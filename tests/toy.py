@@ -44,7 +44,7 @@ def bert(vocab_size, seed=0, hidden=32, layers=2):
         num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=2 * hidden,
-        max_position_embeddings=64,
+        max_position_embeddings=256,
         initializer_range=0.2,  # why: at BERT's 0.02 a tiny random model gives every text the same vector
     )
     return BertModel(config, add_pooling_layer=False)

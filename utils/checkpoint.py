@@ -28,7 +28,10 @@ def save_checkpoint(run_dir, step, encoders, optimizer, state, protect=0, keep=2
     else.
     """
     folder = Path(run_dir) / "checkpoints" / f"step_{step:08d}"
-    shutil.rmtree(folder, ignore_errors=True)
+    for other in [*folder.parent.glob("step_*"), *folder.parent.glob(".step_*")]:
+        # why: what is newer belongs to a future that a resume has abandoned, what is hidden to a killed write
+        if other.name >= folder.name or other.name.startswith("."):
+            shutil.rmtree(other)
     with atomic_folder(folder) as temporary:
         stored = {}
         for name, encoder in encoders.items():
@@ -103,19 +106,17 @@ def publish(checkpoint, run_dir):
     Copy the model folders of a checkpoint to run_dir/<name>, where the next stage looks; repairs a killed
     copy.
     """
-    for source in sorted(Path(checkpoint).iterdir()):
-        if not source.is_dir():
-            continue
+    for source in sorted(path for path in Path(checkpoint).iterdir() if path.is_dir()):
         target = Path(run_dir) / source.name
-        old, copy = target.with_name(f".{source.name}.old"), target.with_name(f".{source.name}.new")
-        if not target.exists() or pair_id(target) != pair_id(source):
-            shutil.rmtree(copy, ignore_errors=True)
-            if source.is_symlink():
-                target.unlink(missing_ok=True)
-                target.symlink_to(source.readlink())
-                continue
+        if source.is_symlink():
+            target.unlink(missing_ok=True)
+            target.symlink_to(source.readlink())
+        elif not target.exists() or pair_id(target) != pair_id(source):
+            old, copy = target.with_name(f".{source.name}.old"), target.with_name(f".{source.name}.new")
+            for leftover in (old, copy):
+                shutil.rmtree(leftover, ignore_errors=True)
             shutil.copytree(source, copy)
             if target.exists():
                 target.rename(old)
             copy.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)

@@ -70,6 +70,28 @@ def read_questions(path, need=()):
     return questions
 
 
+def read_training(path, corpus):
+    """
+    (the questions of `path` that have a positive passage, a line that says what was left out). corpus: where
+    passage ids must be found, or None. UserError for an id that is not there, and when no question is left.
+    """
+    examples = read_questions(path)
+    kept = [example for example in examples if example["positives"]]
+    for example in kept:
+        for entry in example["positives"] + example["negatives"]:
+            if isinstance(entry, str):
+                if corpus is None:
+                    raise UserError(
+                        f"{path}: question {example['qid']} names passage {entry!r}, but corpus is empty"
+                    )
+                corpus.row(entry)
+    if not kept:
+        raise UserError(f"{path}: none of its {len(examples)} questions has a positive passage")
+    bare = sum(not example["negatives"] for example in kept)
+    note = f"{path}: {len(kept)} questions, {len(examples) - len(kept)} without a positive left out"
+    return kept, f"{note}, {bare} have no hard negative (only the batch's)"
+
+
 def passage_of(entry, corpus):
     """The Passage that an entry of `positives` or `negatives` means; an inline one gets the id ""."""
     if isinstance(entry, dict):

@@ -1,12 +1,11 @@
 """
-Devices: what runs where, and what has a gradient. `accelerate launch` starts one process a
-device.
+Devices: what runs where, and what has a gradient. `accelerate launch` starts one process a device.
 
 The rule for gradients across devices, used by every trainer here: each device computes the loss of the
 *global* batch, its own rows live and all other rows constants; then gradients are *summed* over devices. That
 is exactly the gradient of the full batch on one device. trap: DistributedDataParallel takes the mean instead,
-which makes it 1/W of the true one (DPR, GC-DPR and nanoDPR all train with that factor; see `gradient_scale`
-in config/train_dpr_nq.yaml).
+which makes it 1/W of the true one: DPR and nanoDPR train with that factor, GC-DPR always with 1/8 (see
+`gradient_scale` in config/train_dpr_nq.yaml).
 """
 
 import os
@@ -23,18 +22,21 @@ from utils.config import UserError
 def start(mixed_precision="no"):
     """The Accelerator of this process. Asserts that as many processes run as the launcher was asked for."""
     # why: cores / processes threads each; two processes with all cores each are slower than one (measured:
-    # 1.17x of one thread against 1.87x). A number the user has set is kept.
+    # 1.17x of one thread against 1.87x). More than one in OMP_NUM_THREADS is the user's choice and kept.
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if local > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun itself sets 1
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     asked = int(os.environ.get("WORLD_SIZE", 1))
     # why cpu=: without a GPU accelerate would start torchrun's second process as a lonely first one
-    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=asked > 1 and not torch.cuda.is_available())
+    lonely = asked > 1 and not torch.cuda.is_available()
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=lonely)
     # trap: `accelerate launch --cpu --num_processes 2` has been seen to start a single process without a word
     if accelerator.num_processes != asked:
         raise UserError(
             f"{asked} processes were asked for, {accelerator.num_processes} run; use torchrun instead"
         )
+    if mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError('mixed_precision fp16 needs a GPU; a CPU takes "no" (fastest there) or bf16')
     return accelerator
 
 
@@ -77,8 +79,8 @@ def any_device(flag, device):
     return bool(flag.item())
 
 
-def peak_memory():
-    """Peak bytes so far: of this process's GPU where it has one, else resident memory of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def peak_memory(device):
+    """Peak bytes so far: allocated on `device` where that is a GPU, else resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -43,7 +43,7 @@ def from_hf_dpr(path, role, config):
     }[role]
     if config.architectures and wanted.__name__ not in config.architectures:
         raise UserError(f"{path}: holds a {config.architectures[0]}; a {role} encoder is a {wanted.__name__}")
-    model, found = wanted.from_pretrained(path, output_loading_info=True)
+    model, found = wanted.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
     check_complete(path, found["missing_keys"])
     inner = getattr(model, name)
     skipped = ("model_type", "architectures", "projection_dim")

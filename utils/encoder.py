@@ -11,22 +11,25 @@ B sequences · L tokens, padded to the longest of the batch · D hidden
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from utils.config import UserError
+from utils.distributed import world
 from utils.dpr_files import check_complete, from_cp, from_hf_dpr
 from utils.files import atomic_folder, read_json, write_json
 
 # The input conventions of the original DPR (June 2020), right for facebook/dpr-* and its .cp files.
-# from: DPR dpr/models/hf_models.py:288-326 at the June 2020 snapshot = GC-DPR; all-zero segment ids, CLS, 256
+# from: GC-DPR dpr/models/hf_models.py:127-159 (the June 2020 snapshot of DPR): zero segment ids, CLS, 256
 # tokens
 DPR_INPUTS = {"question_tokens": 256, "passage_tokens": 256, "pooling": "cls", "token_types": "zeros"}
 HAVE_POOLER = ("bert", "ernie", "roberta", "xlm-roberta")
@@ -129,7 +132,7 @@ def full_length(encoder, kind):
 def embed(encoder, ids, batch_size, kind, autocast=contextlib.nullcontext, progress=None):
     """
     Id lists -> numpy float32 [N, D] in the given order. why sorted by length: a batch is as expensive as its
-    longest row, so equal lengths together cost half of padding everything to 256 (docs/log.md), for the same
+    longest row, so equal lengths together cost half of padding everything to 256 (tests/bench), for the same
     vectors to 1e-6.
     """
     was_training = encoder.training
@@ -144,6 +147,22 @@ def embed(encoder, ids, batch_size, kind, autocast=contextlib.nullcontext, progr
         if progress:
             progress.update(len(rows))
     encoder.train(was_training)
+    return vectors_ND
+
+
+def embed_on_devices(encoder, ids, batch_size, kind, accelerator):
+    """
+    Id lists -> tensor float32 [N, D] on every device, each having made its share. The groups are the same for
+    any number of devices, so the numbers do not depend on how many there are.
+    """
+    (rank, devices), vectors_ND = world(), torch.zeros(len(ids), encoder.dim, device=accelerator.device)
+    order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), i))
+    for start in range(rank * batch_size, len(ids), devices * batch_size):
+        group = order[start : start + batch_size]
+        found_nD = embed(encoder, [ids[i] for i in group], batch_size, kind, accelerator.autocast)
+        vectors_ND[group] = torch.from_numpy(found_nD).to(accelerator.device)
+    if devices > 1:
+        dist.all_reduce(vectors_ND)  # every row is zero on all devices but one
     return vectors_ND
 
 
@@ -175,11 +194,10 @@ def load_encoder(path, role, inputs=None, dropout=0.0):
             else:
                 # the pooler is BERT's head for next-sentence prediction: DPR takes the plain CLS
                 headless = {"add_pooling_layer": False} if config.model_type in HAVE_POOLER else {}
-                model, found = AutoModel.from_pretrained(path, output_loading_info=True, **headless)
-                check_complete(path, found["missing_keys"])
-                model.pooler = (
-                    None  # the head that BERT adds for next-sentence prediction: DPR takes the plain CLS
+                model, found = AutoModel.from_pretrained(
+                    path, output_loading_info=True, dtype=torch.float32, **headless
                 )
+                check_complete(path, found["missing_keys"])
         except (OSError, ValueError) as error:
             first_line = str(error).strip().splitlines()[0]
             raise UserError(
@@ -215,7 +233,9 @@ def save_encoder(encoder, folder):
         )
     with atomic_folder(folder) as temporary:
         encoder.model.save_pretrained(temporary)
-        encoder.tokenizer.save_pretrained(temporary)
+        words = copy.deepcopy(encoder.tokenizer)  # another thread may be using the original
+        words.backend_tokenizer.no_truncation()  # the last length used is no part of a tokenizer
+        words.save_pretrained(temporary)
         write_json(temporary / "encoder_inputs.json", encoder.inputs)
 
 

@@ -1,6 +1,5 @@
 """
-What a run will cost on this machine, from a short timed probe, before any work: the `--dry_run` of every
-script.
+What a run will cost on this machine, from a short timed probe, before any work: `--dry_run` of every script.
 """
 
 import shutil
@@ -10,41 +9,44 @@ from pathlib import Path
 import torch
 
 from utils.config import UserError
-from utils.distributed import peak_memory
+from utils.distributed import peak_memory, world
 
 
-def dry_run(what, models, probe, units, unit, folder, disk, extra_memory=0, growth=1.0):
+def dry_run(what, models, probe, units, unit, folder, disk, fixed_memory=0, growth=1.0):
     """
     Print parameters, memory, disk and minutes of a run; UserError when this machine cannot hold it.
 
-    models: modules of the run. probe: function that does a small real piece of the work and returns how many
-    units it did; it runs twice, the first time to warm up. units: number of units of the whole run. disk:
-    bytes it will write below run_dir.
-    extra_memory: bytes that the probe does not see, such as an optimizer's moments. growth: memory of the
-    real piece of work over that of the probe (1 when it does not grow).
+    models: modules of the run. probe: does a small real piece of the work and returns how many units that
+    was; it runs twice, the first time to warm up. units: how many the whole run has, `unit` their name. disk:
+    bytes written to folder. fixed_memory: bytes beside the weights that do not depend on the batch
+    (gradients, moments, an index).
+    growth: activation memory of the real batch over that of the probe (1 when it does not grow).
     """
-    parameters = sum(p.numel() for p in {id(p): p for model in models for p in model.parameters()}.values())
-    before = peak_memory()
+    device = next(models[0].parameters()).device
+    unique = {id(p): p.numel() for model in models for p in model.parameters()}
+    before = peak_memory(device)
     probe()
     start = time.perf_counter()
     done = probe()
     seconds = (time.perf_counter() - start) / done * units
-    memory = before + (peak_memory() - before) * growth + extra_memory
-    if torch.cuda.is_available():
-        device, limit = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
+    activations = max(0, peak_memory(device) - before) * growth
+    if device.type == "cuda":
+        name, limit = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1]
     else:
-        device, limit = f"CPU, {torch.get_num_threads()} threads", total_memory()
+        name, limit = f"CPU, {torch.get_num_threads()} threads", total_memory()
+    memory = before + activations + fixed_memory
     folder = Path(folder).absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    print(
-        f"dry run: {what} on {device}\n"
-        f"  parameters {parameters / 1e6:.1f} M\n"
-        f"  memory     {memory / 1e9:.1f} GB of {limit / 1e9:.1f}\n"
-        f"  disk       {disk / 1e9:.2f} GB of {free / 1e9:.1f} free\n"
-        f"  time       {seconds / 60:.1f} minutes for {units} {unit} (from a probe of {done:.3g} {unit})"
-    )
+    if world()[0] == 0:
+        print(
+            f"dry run: {what} on {name}\n"
+            f"  parameters {sum(unique.values()) / 1e6:.1f} M\n"
+            f"  memory     {memory / 1e9:.2f} GB of {limit / 1e9:.1f}\n"
+            f"  disk       {disk / 1e9:.2f} GB of {free / 1e9:.1f} free\n"
+            f"  time       {seconds / 60:.1f} minutes for {units} {unit}, without evaluations"
+        )
     if memory > limit:
         raise UserError(
             "this does not fit in memory: turn on grad_cache or lower its chunks (or the batch size)"

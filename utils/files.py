@@ -9,6 +9,8 @@ import os
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from utils.config import UserError
 
 
@@ -28,8 +30,8 @@ def atomic_file(path, mode="w"):
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except OSError as error:
-        if error.errno == 28:  # ENOSPC
+    except (OSError, SafetensorError) as error:
+        if disk_is_full(error):
             raise UserError(f"{path}: the disk is full; free some space and repeat the command") from None
         raise
     finally:
@@ -53,12 +55,17 @@ def atomic_folder(path):
                     os.fsync(handle.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except OSError as error:
-        if error.errno == 28:
-            raise UserError(f"{path}: the disk is full; what was complete before is untouched") from None
+    except (OSError, SafetensorError) as error:
+        if disk_is_full(error):
+            raise UserError(f"{path}: the disk is full; free some space and repeat the command") from None
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def disk_is_full(error):
+    """Whether an error of the operating system, or of safetensors around it, means ENOSPC."""
+    return getattr(error, "errno", None) == 28 or "os error 28" in str(error)
 
 
 def sync_folder(folder):
@@ -101,3 +108,14 @@ def need_space(folder, size, what):
     free = shutil.disk_usage(folder).free
     if free < size:
         raise UserError(f"{what} needs {size / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free")
+
+
+def folder_hash(path):
+    """
+    One hex sha256 of the files of a folder (or of one file), "" for what is not here, such as a hub name. It
+    tells whether weights are the same without loading them.
+    """
+    path = Path(path)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    parts = [f"{file.name} {sha256(file)}" for file in files if file.is_file()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else ""

@@ -1,6 +1,6 @@
 """
-Gradient cache (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Peak
-Memory", Sec. 3).
+Gradient cache (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited
+Setup", Sec. 3).
 
 An in-batch loss couples all rows of the batch, so accumulating over small batches is a *different* loss. But
 it couples them only through their vectors. So: (1) encode all chunks without a graph, (2) take the loss and
@@ -34,9 +34,8 @@ def grad_cache_step(encode, chunks, loss_of, seed, backward=torch.Tensor.backwar
 
     def forward(i):
         # Dropout must fall on the same units in both passes. why not snapshot and restore the generators, as
-        # the original does: a mask that is a function of (seed, chunk) is the same on every device kind,
-        # leaves no state to lose in a checkpoint, and cannot be captured wrongly (GradCache's functional API
-        # forgets the GPU's state).
+        # the original does: a mask that is a function of (seed, chunk) leaves no state to lose in a
+        # checkpoint, and cannot be captured wrongly (GradCache's functional API forgets the GPU's state).
         torch.manual_seed(chunk_seed(seed, i))
         return encode(chunks[i])
 

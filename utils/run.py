@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,9 +25,9 @@ import yaml
 from utils.checkpoint import newest_checkpoint, publish, save_checkpoint
 from utils.config import ROOT, UserError
 from utils.distributed import any_device, peak_memory
-from utils.files import atomic_file, need_space, read_json, sha256, write_json
+from utils.files import atomic_file, need_space, read_json, write_json
 
-# Keys that may change between a run and its resume without changing what is learned.
+# Keys that may change between a run and its resume: files are compared by content, the others teach nothing.
 FREE = (
     "config",
     "run_dir",
@@ -38,27 +39,34 @@ FREE = (
     "corpus",
     "train",
     "dev",
+    "init",
 )
 
 
 class Run:
     """
-    cfg: needs run_dir, resume (never | exact | changed), tracker, save_every, log_every. files: keys of cfg
-    that name data files, compared by content. state: {"step", "best", "best_step", "settings"}, stored in
-    every checkpoint; `checkpoint`: the folder to resume from, or None. UserError where run_dir holds a run
-    and resume is "never", or where settings differ and resume is "exact".
+    cfg: needs run_dir, resume (never | exact | changed), tracker, save_every, log_every, dry_run. content:
+    name -> hash of every file that the run depends on. state: {"step", "best", "best_step", "settings",
+    "minutes"}, stored in every checkpoint; `checkpoint`: the folder to resume from, or None. UserError where
+    run_dir holds a run and resume is "never", or where settings or files differ and resume is "exact".
     """
 
-    def __init__(self, cfg, accelerator, files):
+    def __init__(self, cfg, accelerator, content):
         self.cfg, self.accelerator, self.dir = cfg, accelerator, Path(cfg.run_dir)
         settings = {key: value for key, value in vars(cfg).items() if key not in FREE}
-        settings |= {f"{key} (sha256)": sha256(getattr(cfg, key))[:16] for key in files if getattr(cfg, key)}
+        settings |= {f"content of {key}": digest[:16] for key, digest in content.items()}
         settings |= {"devices": accelerator.num_processes}
         self.fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         self.state = {"step": 0, "best": None, "best_step": 0, "settings": settings, "minutes": 0.0}
         self.notes, self.evaluated, self.wandb, self.caught = [], False, None, []
         self.checkpoint = newest_checkpoint(self.dir, self.notes.append)
-        if not self.checkpoint or cfg.dry_run:
+        if cfg.dry_run:
+            return
+        if not self.checkpoint:
+            if (self.dir / "metrics.json").exists():
+                raise UserError(
+                    f"{self.dir} holds a finished run without its checkpoints: choose another --run_dir"
+                )
             return
         if cfg.resume == "never":
             raise UserError(
@@ -66,16 +74,15 @@ class Run:
             )
         stored = read_json(self.checkpoint / "state.json")
         before = stored["settings"]
-        changed = [
-            f"{key}: {before.get(key)!r} then, {settings.get(key)!r} now"
+        changed = {
+            key: f"{key}: {before.get(key)!r} then, {settings.get(key)!r} now"
             for key in sorted({*before, *settings})
             if before.get(key) != settings.get(key)
-        ]
-        if changed and cfg.resume == "exact":
-            raise UserError(
-                f"{self.checkpoint} has other settings ({'; '.join(changed)}); --resume changed goes on"
-            )
-        self.notes += [f"changed since the checkpoint: {change}" for change in changed]
+        }
+        if changed and (cfg.resume == "exact" or "shared_encoder" in changed):
+            advice = "choose another --run_dir" if "shared_encoder" in changed else "--resume changed goes on"
+            raise UserError(f"{self.checkpoint} has other settings ({'; '.join(changed.values())}); {advice}")
+        self.notes += [f"changed since the checkpoint: {change}" for change in changed.values()]
         self.state = stored | {"settings": settings}
 
     def start(self, last, parameters, notes):
@@ -86,9 +93,10 @@ class Run:
         self.last, self.first, self.began = last, self.state["step"], time.time()
         self.main = self.accelerator.is_main_process
         if self.main:
-            need_space(
-                self.dir, 4 * 12 * parameters, "three checkpoints and one being written (12 bytes a weight)"
-            )
+            if (
+                not self.checkpoint
+            ):  # newest two, best and one being written: weights and two moments; a copy of the best
+                need_space(self.dir, (4 * 12 + 4) * parameters, "checkpoints")
             self.dir.mkdir(parents=True, exist_ok=True)
             self._open_logs()
             self._write_config()
@@ -96,12 +104,17 @@ class Run:
             self.say(note)
         if self.accelerator.scaler and self.state.get("scaler"):
             self.accelerator.scaler.load_state_dict(self.state["scaler"])
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda received, _: self.caught.append(received))
         if self.first >= last:
             self._publish()
-            self.say(f"{self.dir}: already finished at step {self.first}")
-        return self.first < last
+            self._finish(self.state)
+            return False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+        return True
+
+    def _remember(self, number, _):
+        self.caught.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C does not wait for the step
 
     def _open_logs(self):
         # Later lines of a killed run are dropped, so that every step stands once in metrics.jsonl.
@@ -111,7 +124,8 @@ class Run:
                 kept += [line + "\n"] if json.loads(line)["step"] <= self.first else []
             except ValueError:  # the half line of a killed run
                 pass
-        path.write_text("".join(kept))
+        with atomic_file(path) as file:
+            file.writelines(kept)
         self.jsonl, self.text = open(path, "a"), open(self.dir / "log.txt", "a")
         if self.cfg.tracker == "wandb":
             try:
@@ -125,11 +139,13 @@ class Run:
             )
 
     def _write_config(self):
-        git = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT
-        )
+        try:
+            git = ["git", "describe", "--always", "--dirty"]
+            commit = subprocess.run(git, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+        except FileNotFoundError:  # no git on this machine
+            commit = ""
         with atomic_file(self.dir / "config.yaml") as file:
-            file.write(f"# command: {' '.join(sys.argv)}\n# commit: {git.stdout.strip() or 'unknown'}\n")
+            file.write(f"# command: {shlex.join(sys.argv)}\n# commit: {commit or 'unknown'}\n")
             file.write(f"# python {platform.python_version()}, torch {torch.__version__}\n")
             file.write(f"# devices: {self.accelerator.num_processes} x {self.accelerator.device.type}\n")
             yaml.safe_dump({k: v for k, v in vars(self.cfg).items() if k != "config"}, file, sort_keys=False)
@@ -144,6 +160,7 @@ class Run:
     def record(self, row):
         """A row of numbers for machines: metrics.jsonl, and wandb when asked."""
         if self.main:
+            row = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}
             self.jsonl.write(json.dumps(row) + "\n")
             self.jsonl.flush()
             if self.wandb:
@@ -154,7 +171,7 @@ class Run:
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.accelerator.scaler):
             raise UserError(
                 f"step {self.state['step'] + 1}: loss {loss}, gradient norm {norm}, learning rate {lr:.2e}: "
-                f"stopped before the weights changed; checkpoints in {self.dir} are good; lower learning_rate"
+                f"stopped before the weights changed, what {self.dir} holds is good; lower learning_rate"
             )
 
     def step(self, rate, shown, hidden):
@@ -174,7 +191,7 @@ class Run:
                 else f"{left // 60:.0f}m{left % 60:02.0f}s"
             )
             values = " | ".join(f"{k} {v:.2e}" if k == "lr" else f"{k} {v:.3f}" for k, v in shown.items())
-            memory = f"{peak_memory() / 1e9:.1f} GB"
+            memory = f"{peak_memory(self.accelerator.device) / 1e9:.1f} GB"
             self.say(f"step {done:>6}/{self.last} | {values} | {rate} | {memory} | eta {eta}")
 
     def dev(self, metrics, by, sign):
@@ -203,21 +220,19 @@ class Run:
             return
         if not evaluates:
             self.state["best_step"] = done
+        now = self.state | {"minutes": self.state["minutes"] + (time.time() - self.began) / 60}
         if self.main:
             if self.accelerator.scaler:
-                self.state["scaler"] = self.accelerator.scaler.state_dict()
-            now = self.state | {"minutes": self.state["minutes"] + (time.time() - self.began) / 60}
+                now["scaler"] = self.accelerator.scaler.state_dict()
             save_checkpoint(self.dir, done, models, optimizer, now, protect=self.state["best_step"])
         self._publish()
-        if done == self.last and self.main:
-            final = {k: now[k] for k in ("step", "minutes", "best", "best_step")}
-            write_json(self.dir / "metrics.json", final)
-            self.say(f"done: {json.dumps(final)}")
+        if done == self.last:
+            self._finish(now)
         elif stop:
-            again = " ".join(
-                ["python", *(a for a in sys.argv if a not in ("--resume", "never", "exact", "changed"))]
-            )
-            self.say(f"stopped by a signal after step {done}; go on with: {again} --resume exact")
+            devices = self.accelerator.num_processes
+            launcher = f"torchrun --standalone --nproc_per_node {devices}" if devices > 1 else "python"
+            again = f"{launcher} {shlex.join(sys.argv)} --resume exact"
+            self.say(f"stopped by a signal after step {done}; go on with: {again}")
             sys.exit(128 + (self.caught or [signal.SIGTERM])[0])
 
     def _publish(self):
@@ -225,3 +240,10 @@ class Run:
         if self.main and best.is_dir():
             publish(best, self.dir)
         self.accelerator.wait_for_everyone()
+
+    def _finish(self, state):
+        if self.main:
+            final = {key: state[key] for key in ("step", "minutes", "best", "best_step")}
+            write_json(self.dir / "metrics.json", final)
+            self.say(f"{self.dir}: finished: {json.dumps(final)}")
+        self.accelerator.end_training()

@@ -38,9 +38,7 @@ def main(corpus_path, out):
             row = {"qid": f"cloze-{passage.id}", "question": question, "positives": [positive]}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             written += 1
-    print(
-        f"{out}: {written} sentences with their passages, {len(corpus) - written} passages have a single sentence"
-    )
+    print(f"{out}: {written} pairs, {len(corpus) - written} passages have a single sentence")
 
 
 if __name__ == "__main__":

@@ -185,9 +185,7 @@ def main():
         "sentence-transformers cached": sentence_transformers_way(args, True),
         "ours, grad_cache": our_way(args, train, corpus, True),
     }
-    print(
-        f"{args.model}, chunk {args.chunk}, {args.threads} threads, n = {args.rounds}, torch {torch.__version__}"
-    )
+    print(f"{args.model}, chunk {args.chunk}, {args.threads} threads, n = {args.rounds}")
     for size in map(int, args.batches.split(",")):
         seconds, peak = {name: [] for name in ways}, {}
         optimizers = {
