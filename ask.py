@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 
 from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
+from utils.lines import iter_jsonl
+from utils.text import answer_position, has_answer
 
 BM25_DEPTH = 1000
 
@@ -47,7 +49,7 @@ def check_inputs(cfg, question):
             raise UserError(f"{cfg.run} has no {part}; {script} writes it")
     if not cfg.corpus:
         raise UserError("corpus: name the file that the embeddings were made from")
-    need_file(cfg, "corpus")
+    need_file(cfg, "corpus", "questions")
 
 
 # ----------------------------------------------------------------------------------------- the answer
@@ -61,19 +63,15 @@ def load(cfg):
 
     from utils.bm25 import build_bm25, search_bm25, tokens
     from utils.data import Corpus
-    from utils.encoder import embed, load_encoder, pair_id, tokenize_questions
-    from utils.search import as_lists, exact_topk, open_embeddings
+    from utils.embeddings import open_embeddings
+    from utils.encoder import embed, load_encoder, tokenize_questions
+    from utils.search import as_lists, exact_topk
 
     run, corpus = Path(cfg.run), Corpus(cfg.corpus, cfg.corpus_format)
-    shards, manifest = open_embeddings(run / "embeddings", corpus.sha256)
-    pair, of_passages = pair_id(run / "query_encoder"), manifest.get("pair")
-    if pair and of_passages and pair != of_passages:
-        raise UserError(
-            f"{run}: query_encoder (pair {pair}) was not trained with the passage encoder of embeddings "
-            f"(pair {of_passages}); repeat doc2embedding.py with the doc_encoder of this run"
-        )
+    query_encoder = run / "query_encoder"
+    shards, _ = open_embeddings(run / "embeddings", corpus.sha256, verify=False, query_encoder=query_encoder)
     index = build_bm25(corpus, run / "bm25")
-    encoder = load_encoder(run / "query_encoder", "question")
+    encoder = load_encoder(query_encoder, "question")
     encoder.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def answer(question):
@@ -104,20 +102,31 @@ def plain(text):
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def embolden(text, words):
-    """`text` with an escape sequence around every one of `words` (whole words, any case)."""
-    bold = {word.casefold() for word in words if word}
-    return re.sub(r"\w+", lambda m: f"\033[1m{m[0]}\033[0m" if m[0].casefold() in bold else m[0], text)
+def embolden(text, words, answers):
+    """`text` with its words that stand in the question in bold, and the first of `answers` in reverse."""
+    bold, span = {word.casefold() for word in words if word}, answer_position(text, answers)
+
+    def mark(match):
+        if span and span[0] <= match.start() < span[1]:
+            return f"\033[7m{match[0]}\033[0m"
+        return f"\033[1m{match[0]}\033[0m" if match[0].casefold() in bold else match[0]
+
+    return re.sub(r"\w+", mark, text)
 
 
-def show(question, answer):
-    """Print the passages for one question, and what it cost."""
+def show(question, answer, known):
+    """Print the passages for one question, and what it cost. known: {question in lower case: its answers}."""
     hits, (encode, search, bm25), words, note = answer(question)
+    answers = known.get(question.lower().strip(" ?"), [])
+    if answers:
+        print(f"known answers: {', '.join(answers)}")
     width = max(40, shutil.get_terminal_size().columns)
     for rank, (passage, score, bm25_rank) in enumerate(hits, 1):
-        print(f"dense {rank} | BM25 {bm25_rank} | {score:.3f} | {plain(passage.id)} | {plain(passage.title)}")
+        found = " | holds the answer" if has_answer(passage.text, answers) else ""
+        title = plain(passage.title) + found
+        print(f"dense {rank} | BM25 {bm25_rank} | {score:.3f} | {plain(passage.id)} | {title}")
         text = textwrap.fill(plain(passage.text), width, initial_indent="    ", subsequent_indent="    ")
-        print(embolden(text, words) if sys.stdout.isatty() else text)
+        print(embolden(text, words, answers) if sys.stdout.isatty() else text)
     print(f"encode {encode:.0f} ms | search {search:.0f} ms | BM25 {bm25:.0f} ms{note}\n", flush=True)
 
 
@@ -125,11 +134,16 @@ def main():
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that has no such letter shows `?`
     flags, question = split_question(sys.argv[1:])
-    cfg = load_config(__doc__, "config/ask.yaml", flags)
+    try:
+        cfg = load_config(__doc__, "config/ask.yaml", flags)
+    except UserError as error:
+        raise UserError(f"{error} (the question comes last)") from None
     check_inputs(cfg, question)
     answer, passages = load(cfg)
+    rows = (row for _, row in iter_jsonl(cfg.questions)) if cfg.questions else []
+    known = {row["question"].lower().strip(" ?"): row.get("answers", []) for row in rows}
     if question is not None:
-        return show(question, answer)
+        return show(question.encode("utf-8", "replace").decode(), answer, known)
     print(f"{passages:,} passages. Type a question; Ctrl-D ends.")
     while True:
         try:
@@ -137,7 +151,7 @@ def main():
         except EOFError:
             return print()
         if question.strip():
-            show(question, answer)
+            show(question, answer, known)
         else:
             print("that was empty; type a question, or Ctrl-D to end")
 

@@ -32,46 +32,12 @@ from tqdm import tqdm
 from utils.config import UserError, at_least, choose, friendly_errors, load_config
 from utils.data import Corpus
 from utils.distributed import start
+from utils.embeddings import check_finite, refuse_another, unfinished
 from utils.encoder import embed, encoder_hash, load_encoder, tokenize_passages
 from utils.estimate import dry_run
-from utils.files import atomic_file, folder_hash, need_space, read_json, sha256, write_json
+from utils.files import atomic_file, need_space, read_json, sha256, write_json
 
 PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-# ----------------------------------------------------------------------------------------- the folder
-def refuse_another(folder, stored, want, files):
-    """
-    UserError unless what `folder` holds is part of this job. stored: its manifest ({}: none), want: the one
-    to be written, as far as it is known, files: the names that the shards will have.
-    """
-    changed = [
-        f"{key} was {stored.get(key)!r} there and is {value!r} now"
-        for key, value in want.items()
-        if stored and key not in ("pair", "encoder_files") and stored.get(key) != value
-    ]
-    if changed:
-        raise UserError(f"{folder}: {'; '.join(changed)}; name another --out, or delete that folder")
-    for file in sorted(folder.glob("*.npy")):
-        if not (stored and file in files and file.with_suffix(".json").is_file()):
-            raise UserError(f"{file} is not from this job; name another --out, or delete that folder")
-
-
-def unfinished(shards, accelerator):
-    """
-    (those of `shards`, {file: rows}, that are to be encoded, how many passages all processes have to encode).
-    A shard is finished when it has the sha256 that was noted before it got its name; a damaged one goes.
-    """
-    todo = {}
-    for file, rows in tqdm(shards.items(), "checking shards", delay=5, disable=None, leave=False):
-        note = file.with_suffix(".json")
-        if not (file.is_file() and note.is_file() and sha256(file) == read_json(note)["sha256"]):
-            todo[file] = rows
-            if file.is_file():
-                print(f"{file}: damaged (another sha256 than when written), it is encoded again", flush=True)
-                file.unlink()
-    count = torch.tensor(sum(map(len, todo.values())), device=accelerator.device)
-    return todo, int(accelerator.reduce(count, "sum"))
 
 
 # ---------------------------------------------------------------------------------------- the vectors
@@ -95,18 +61,6 @@ def read_windows(corpus, encoder, windows):
                 yield ahead.pop(0).result()
         if ahead:
             yield ahead.pop().result()
-
-
-def check_finite(vectors_nD, stored_nD, rows, corpus, cfg):
-    """UserError that names the first passage whose vector is NaN or infinite, in float32 or once stored."""
-    for i in np.flatnonzero(~np.isfinite(stored_nD).all(1)):
-        where, largest = f"{corpus.path}: passage {corpus[rows[i]].id!r}", np.abs(vectors_nD[i]).max()
-        if np.isfinite(largest):
-            raise UserError(
-                f"{where}: its vector reaches {largest:.4g}, float16 ends at 65504; use --dtype float32"
-            )
-        advice = "the weights are broken" if cfg.mixed_precision == "no" else "use --mixed_precision no"
-        raise UserError(f"{where}: its vector holds NaN or infinity; {advice}")
 
 
 def encode_shard(file, rows, stream, encoder, corpus, cfg, autocast, bar):
@@ -139,6 +93,8 @@ def main():
     if folder.exists() and not folder.is_dir():
         raise UserError(f"out: {folder} is a file; name a folder")
     accelerator = start()
+    if cfg.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError('mixed_precision fp16 needs a GPU; a CPU takes "no" (fastest there) or bf16')
     rank, devices, say = accelerator.process_index, accelerator.num_processes, accelerator.print
     with accelerator.main_process_first():  # the first to open a corpus writes its index
         corpus = Corpus(cfg.corpus, cfg.corpus_format)
@@ -147,13 +103,9 @@ def main():
     mine = dict(list(shards.items())[rank::devices])
     want = {"rows": len(corpus), "dtype": cfg.dtype, "shard_size": cfg.shard_size, "role": "passage"}
     want |= {"mixed_precision": cfg.mixed_precision, "corpus": corpus.sha256}
-    want |= {"encoder_files": folder_hash(cfg.doc_encoder)}
     manifest = folder / "manifest.json"
     stored = read_json(manifest) if manifest.is_file() else {}
-    refuse_another(folder, stored, want, shards)
-    if stored.get("complete") and stored["encoder_files"] == want["encoder_files"] != "":
-        if not unfinished(mine, accelerator)[1]:
-            return say(f"{folder}: already complete, {len(corpus):,} passages; nothing to do")
+    refuse_another(folder, stored, want, shards)  # what can be known before a model is loaded
 
     encoder = load_encoder(cfg.doc_encoder, "passage").to(accelerator.device)
     autocast = nullcontext
@@ -161,7 +113,11 @@ def main():
         autocast = functools.partial(torch.autocast, accelerator.device.type, PRECISION[cfg.mixed_precision])
     want |= {"dim": encoder.dim, "encoder": encoder_hash(encoder), "pair": encoder.inputs["pair"]}
     refuse_another(folder, stored, want, shards)
-    todo, count = unfinished(mine, accelerator)  # also a barrier: all have read what is there
+    todo = unfinished(mine, stored)
+    count = torch.tensor(sum(map(len, todo.values())), device=accelerator.device)
+    count = int(accelerator.reduce(count, "sum"))  # also a barrier: all have read what is there
+    if stored.get("complete") and not count:
+        return say(f"{folder}: already complete, {len(corpus):,} passages; nothing to do")
     share, disk = sum(map(len, todo.values())), count * encoder.dim * np.dtype(cfg.dtype).itemsize
     if cfg.dry_run:
         rows = np.linspace(0, len(corpus) - 1, min(len(corpus), 4 * cfg.batch_size)).astype(int).tolist()
@@ -182,6 +138,8 @@ def main():
         print(f"{work} | {encoder.dim} x {cfg.dtype} | {devices} x {accelerator.device.type}")
         first = next(read_windows(corpus, encoder, [[0]]))[0]
         print(f"first passage: {encoder.tokenizer.decode(first)}", flush=True)
+    for file in todo:
+        file.unlink(missing_ok=True)  # damaged ones, for which the others would not wait below
     accelerator.wait_for_everyone()
 
     began = time.perf_counter()

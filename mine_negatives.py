@@ -13,13 +13,15 @@ A mode is one function, (question, hits, corpus, cfg) -> (positives, negatives);
 import json
 import sys
 from collections import Counter
+from itertools import chain
+from pathlib import Path
 
 from tqdm import tqdm
 
 from utils.config import UserError, choose, friendly_errors, load_config, need_file
 from utils.data import Corpus, iter_run, passage_of, read_questions
 from utils.files import atomic_file
-from utils.text import has_answer, regex_failures
+from utils.text import has_answer, report_regex_failures
 
 
 def topk(question, hits, corpus, cfg):
@@ -50,11 +52,12 @@ def topk(question, hits, corpus, cfg):
 def mine(mode, questions, corpus, cfg, counts):
     """The examples of the training file, in the order of the run; `counts` says what became of the rest."""
     left = {q["qid"]: q for q in questions}
-    for qid, hits in iter_run(cfg.run):
+    for qid, hits in chain(iter_run(cfg.run), ((qid, []) for qid in list(left))):
         question = left.pop(qid, None)
-        if question is None:
-            counts["rankings of other questions, ignored"] += 1
+        if question is None:  # of another file; or, in the second part, done before
+            counts["rankings of other questions, ignored"] += bool(hits)
             continue
+        counts["questions without a ranking"] += not hits
         positives, negatives = mode(question, hits[: cfg.depth], corpus, cfg)
         counts["positives found"] += len(positives) - len(question["positives"])
         if not positives and not cfg.keep_without_positives:
@@ -64,7 +67,6 @@ def mine(mode, questions, corpus, cfg, counts):
         counts["questions with fewer than asked"] += 0 < len(negatives) < cfg.negatives
         counts["negatives"] += len(negatives)
         yield question | {"positives": positives, "negatives": negatives}
-    counts["questions dropped, not in the run"] += len(left)
 
 
 def main():
@@ -73,7 +75,7 @@ def main():
     need_file(cfg, "questions", "run", "corpus")
     if cfg.negatives < 1 or cfg.depth < cfg.negatives:
         raise UserError(f"negatives ({cfg.negatives}) must be at least 1 and at most depth ({cfg.depth})")
-    if cfg.out in (cfg.questions, cfg.run, cfg.corpus):
+    if Path(cfg.out).resolve() in {Path(p).resolve() for p in (cfg.questions, cfg.run, cfg.corpus)}:
         raise UserError(f"out: {cfg.out} is an input too; name another file")
     questions, corpus = read_questions(cfg.questions), Corpus(cfg.corpus, cfg.corpus_format)
     unanswered = sum(not q["answers"] for q in questions)
@@ -89,9 +91,10 @@ def main():
             file.write(json.dumps(example, ensure_ascii=False) + "\n")
             counts["questions written"] += 1
         if not counts["questions written"]:
-            raise UserError(f"{cfg.out}: no question is left: {dict(counts)}")
-    for (pattern, why), times in regex_failures.items():
-        print(f"warning: the regex answer {pattern!r} {why} ({times} times); counted as not found")
+            raise UserError(
+                f"{cfg.out}: no question is left ({dict(counts)}); without positives, add --find_positives"
+            )
+    report_regex_failures()
     print(f"{cfg.out}: " + ", ".join(f"{n:,} {what}" for what, n in sorted(counts.items()) if n))
 
 

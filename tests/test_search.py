@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from utils.config import UserError
+from utils.embeddings import open_embeddings
 from utils.faiss_index import build_index, search_index
 from utils.files import sha256, write_json
-from utils.search import as_lists, exact_topk, name_blas_kernel, open_embeddings
+from utils.search import as_lists, exact_topk, name_blas_kernel
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "merge_topk.json").read_text())["cases"]
 DEVICES = ["cpu", "cpu-torch"] + (["cuda"] if torch.cuda.is_available() else [])

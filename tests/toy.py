@@ -69,6 +69,7 @@ def make_world(folder):
     (10), test.jsonl (10).
     """
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     words = tokenizer(folder)
     bert(len(words)).save_pretrained(folder / "bert")
     words.save_pretrained(folder / "bert")

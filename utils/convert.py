@@ -94,7 +94,7 @@ def from_dpr_json(path, counts, ids=False):
     for index, entry in iter_json_list(path):
         try:
             question, positives = entry["question"], list(passages(entry["positive_ctxs"]))
-            # from: DPR dpr/data/biencoder_data.py (hard_neg_fallback), dpr.md 1.3
+            # from: DPR dpr/models/biencoder.py:188 (hard_neg_fallback)
             hard = entry.get("hard_negative_ctxs") or entry.get("negative_ctxs") or []
             negatives = [p for p in passages(hard) if p not in positives]
         except (KeyError, TypeError, AttributeError) as error:

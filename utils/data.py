@@ -183,8 +183,8 @@ def read_run(path):
     return dict(iter_run(path))
 
 
-if __name__ == "__main__":
-    from utils.convert import main  # why here: convert imports this module
+if __name__ == "__main__":  # python -m utils.data convert ...
+    from utils.convert import main  # not needed by anyone who only reads
 
     with friendly_errors():
         main(sys.argv[1:])

@@ -9,7 +9,6 @@ entries), so twins would change places with the block size, the device or the nu
 Q questions · D dimensions · k results · K candidates, a few more than k · n rows of a block · N passages
 """
 
-import contextlib
 import os
 import platform
 import re
@@ -21,7 +20,6 @@ import torch
 from tqdm import tqdm
 
 from utils.config import UserError
-from utils.files import read_json, sha256
 
 SPARE = 32  # candidates kept beyond k, so that rounding at the boundary of k is seen instead of guessed
 CHUNK = 4096  # questions at a time in torch: bounds a score matrix to 4096 x block
@@ -47,54 +45,6 @@ if "OMP_NUM_THREADS" not in os.environ:
     faiss.omp_set_num_threads(min(psutil.cpu_count(logical=False) or ALLOWED, ALLOWED))
 
 
-def open_embeddings(folder, corpus_sha256="", verify=True):
-    """
-    (shards, manifest) of an embeddings folder: memory-mapped [n, D] fp16 or fp32 arrays in corpus order, as
-    its manifest lists them. UserError when it is incomplete, made from another corpus ("" skips this), or a
-    shard is missing, extra, out of order, of another shape or type, or (verify) of another sha256.
-    """
-
-    def refuse(what):
-        raise UserError(
-            f"{folder}: {what}; repeat doc2embedding.py, or name the folder that it wrote"
-        ) from None
-
-    folder = Path(folder)
-    if not (folder / "manifest.json").is_file():
-        refuse("no manifest.json, so no finished embeddings")
-    manifest = read_json(folder / "manifest.json")
-    absent = {"rows", "dim", "dtype", "shard_size", "corpus", "role", "shards", "complete"} - set(manifest)
-    if absent:
-        refuse(f"manifest.json has no {', '.join(sorted(absent))}")
-    if manifest["complete"] is not True:
-        refuse("not complete")
-    if manifest["role"] != "passage":
-        refuse(f"made by a {manifest['role']} encoder, passages need a passage encoder")
-    if corpus_sha256 and manifest["corpus"] != corpus_sha256:
-        refuse(f"made from another corpus (sha256 {manifest['corpus'][:12]}, this one {corpus_sha256[:12]})")
-    names, shards = list(manifest["shards"]), []
-    for file in sorted(folder.glob("*.npy")):
-        if file.name not in names:
-            refuse(f"{file.name} is not in manifest.json")
-    for i, name in enumerate(names):
-        if name != f"{i:05d}.npy":
-            refuse(f"{name} is out of order in manifest.json, {i:05d}.npy is due")
-        try:
-            shards.append(np.load(folder / name, mmap_mode="r", allow_pickle=False))
-        except (ValueError, EOFError, OSError) as error:
-            refuse(f"{name} is missing or not a whole .npy file ({error})")
-        rows = min(manifest["shard_size"], manifest["rows"] - i * manifest["shard_size"])
-        found, due = (str(shards[i].dtype), shards[i].shape), (manifest["dtype"], (rows, manifest["dim"]))
-        if found != due or found[0] not in ("float16", "float32"):
-            refuse(f"{name} holds {found}, manifest.json says {due}")
-    if sum(map(len, shards)) != manifest["rows"]:
-        refuse(f"{sum(map(len, shards))} rows, manifest.json says {manifest['rows']}")
-    for name in tqdm(names if verify else [], "checking embeddings", delay=5, leave=False, disable=None):
-        if sha256(folder / name) != manifest["shards"][name]:
-            refuse(f"{name} has another sha256 than in manifest.json: damaged or replaced")
-    return shards, manifest
-
-
 def exact_topk(queries_QD, shards, k, block=16384, device="cpu"):
     """
     The k passages of the largest inner product for every question, best first, ties in corpus order.
@@ -116,8 +66,7 @@ def exact_topk(queries_QD, shards, k, block=16384, device="cpu"):
             found = faiss.knn(queries_QD, x_nD.numpy(), min(K, len(x_nD)), metric=faiss.METRIC_INNER_PRODUCT)
             score_Qn, at_Qn = map(torch.from_numpy, found)
         else:
-            with _full_precision(on):
-                parts = [(q_cD @ x_nD.T).topk(min(K, len(x_nD))) for q_cD in q_QD.split(CHUNK)]
+            parts = [(q_cD @ x_nD.T).topk(min(K, len(x_nD))) for q_cD in q_QD.split(CHUNK)]
             score_Qn, at_Qn = (torch.cat(part) for part in zip(*parts, strict=True))
         rough_QK, rows_QK = torch.cat([rough_QK, score_Qn], 1), torch.cat([rows_QK, at_Qn + start], 1)
         rough_QK, best_QK = rough_QK.topk(min(K, rough_QK.shape[1]))
@@ -164,18 +113,6 @@ def blocks(shards, block, device):
                 yield done, wide_bD[:n].copy_(torch.from_numpy(raw_bD[:n]))
                 done += n
                 bar.update(n)
-
-
-@contextlib.contextmanager
-def _full_precision(device):
-    """Matrix products in float32. trap: a trainer's autocast or TF32 would round them to 8-11 bits."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False), torch.no_grad():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def fetch(shards, rows):

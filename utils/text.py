@@ -28,6 +28,14 @@ TIMEOUT = 1.0  # seconds; an ordinary search takes microseconds, `(a|aa)+$` can 
 regex_failures = Counter()
 
 
+def report_regex_failures():
+    """
+    Print a warning for every regex answer that did not compile or took too long, each counted as not found.
+    """
+    for (pattern, why), times in regex_failures.items():
+        print(f"warning: the regex answer {pattern!r} {why} ({times} times); counted as not found")
+
+
 def _normalise(text):
     """NFD and lower case. Word characters stay word characters, so tokens can be cut before or after."""
     if text.isascii():

