@@ -274,6 +274,7 @@ def main():
     total = per_epoch * cfg.epochs
     last = min(total, cfg.stop_after or total)
     warmup = cfg.warmup if cfg.warmup >= 1 else cfg.warmup * total
+    late = f"warning: {warmup:.0f} steps of warm-up in {last} steps: the peak learning rate is never reached"
 
     encoders = load_towers(
         lambda name: run.checkpoint / name if run.checkpoint else cfg.init, cfg, accelerator.device
@@ -303,7 +304,7 @@ def main():
         f"{cfg.batch_size * (1 + cfg.negatives) - 1} negatives each | {per_epoch} steps an epoch, "
         f"{len(train) % cfg.batch_size} questions left over; {last} in all | gradient x {cfg.gradient_scale}"
     )
-    if not run.start(last, size, [train_note, dev_note, banner]):
+    if not run.start(last, size, [train_note, dev_note, banner, *[late] * (warmup >= last)]):
         return
     with ThreadPoolExecutor(1) as ahead:  # the next batch is tokenised while this one trains
         upcoming = ahead.submit(make_batch, run.first, train, corpus, encoders, cfg)

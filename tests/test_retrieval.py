@@ -129,10 +129,10 @@ def test_metrics_of_a_hand_made_ranking(world):
         "top-1": 3, "top-10": 3, "MRR@10": 2, "nDCG@10": 2, "hit@1": 2, "hit@10": 2,
     }  # fmt: skip
     ideal = 1 + 1 / np.log2(3)
-    expected = {"top-1": 1 / 3, "top-5": 2 / 3, "MRR@10": 1 / 4, "nDCG@10": 1 / np.log2(3) / ideal / 2}
+    expected = {"top-1": 1 / 3, "top-10": 2 / 3, "MRR@10": 1 / 4, "nDCG@10": 1 / np.log2(3) / ideal / 2}
     assert {name: metrics[name]["value"] for name in expected} == pytest.approx(expected)
     by_regex, _ = test_dpr.retrieval_metrics(
-        [{"qid": "a", "answers": [r"gr\w+n\b"], "positives": []}], results, corpus, [1, 5], regex=True
+        [{"qid": "a", "answers": [r"gr\w+n\b"], "positives": []}], results, corpus, [1, 10], regex=True
     )
     assert (by_regex["top-1"]["value"], by_regex["top-10"]["value"]) == (0, 1)
 
@@ -232,3 +232,15 @@ def test_the_command_line_ends_in_one_sentence(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "missing.jsonl" in done.stderr.strip().splitlines()[-1]
+
+
+def test_dry_run_writes_nothing(world, test, tmp_path, capsys):
+    """
+    Memory, disk and minutes are printed, from 16 questions and one block; no ranking, no metrics, no index.
+    """
+    before = sorted(world.rglob("*"))
+    with pytest.raises(UserError, match="no such file"):  # of the .run, which the fixture reads afterwards
+        test(dry_run="true")
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("dry run: search", "memory", "disk", "minutes"))
+    assert not (tmp_path / "out").exists() and sorted(world.rglob("*")) == before
