@@ -7,10 +7,10 @@ Run:  accelerate launch train_dpr.py --config config/train_dpr_nq.yaml
       accelerate launch train_dpr.py --config config/train_gcdpr_nq.yaml
 Next: doc2embedding.py
 
-One trainer, several systems: `diff config/train_dpr_nq.yaml config/train_gcdpr_nq.yaml` is the lesson of
-GC-DPR.
+Expect: results/demo (make demo), results/nq_small; the papers' numbers beside ours in README.md
 
-Expect: results/demo (make demo), results/nq_small; the NQ numbers of the papers beside ours in README.md.
+One trainer, several systems: the lesson of GC-DPR is `diff config/train_dpr_nq.yaml
+config/train_gcdpr_nq.yaml`.
 
 Differs from the paper and its code: (1) the gradient is that of the full batch on any number of devices; the
 original trained with 1/8 of it, which `gradient_scale` restores. (2) A question's own positives are not its
@@ -50,12 +50,13 @@ from utils.grad_cache import grad_cache_step
 from utils.metrics import positive_ranks
 from utils.run import Run
 
+TOWERS = {"query_encoder": "question", "doc_encoder": "passage"}
+INPUTS = ("question_tokens", "passage_tokens", "pooling", "token_types")
+
 
 # ---------------------------------------------------------------- data: a batch is a function of (seed, step)
 def draw(example, cfg, rng):
-    """
-    A training example -> its passages [positive, negative, ...], fewer than `negatives` where it has fewer.
-    """
+    """A training example -> [positive, negative, ...]; fewer than `negatives` where it has fewer."""
     positives, negatives = example["positives"], example["negatives"]
     first = positives[rng.integers(len(positives))] if cfg.shuffle_positives else positives[0]
     # from: DPR dpr/models/biencoder.py:184 shuffles the pool anew every epoch and takes the first ones
@@ -222,52 +223,42 @@ def evaluate(pool, encoders, accelerator, cfg):
 
 
 # ---------------------------------------------------------------- main
-def load_towers(source, cfg, device):
+def load_towers(starts, cfg, device):
     """
-    {"query_encoder", "doc_encoder"} from `source(name)`, inputs built as the config says; shared: one twice.
+    {"query_encoder": ..., "doc_encoder": ...} from {name: path}; a shared encoder is one under both names.
     """
-    inputs = {
-        key: getattr(cfg, key) for key in ("question_tokens", "passage_tokens", "pooling", "token_types")
-    }
+    inputs = {key: getattr(cfg, key) for key in INPUTS}
     encoders = {}
-    for name, role in (("query_encoder", "question"), ("doc_encoder", "passage")):
+    for name, role in TOWERS.items():
         if name == "doc_encoder" and cfg.shared_encoder:
             encoders[name] = encoders["query_encoder"]
-            continue
-        stored = inputs | {"role": "shared" if cfg.shared_encoder else role}
-        encoders[name] = load_encoder(source(name), role, stored, cfg.dropout).to(device).train()
+        else:
+            stored = inputs | {"role": "shared" if cfg.shared_encoder else role}
+            encoders[name] = load_encoder(starts[name], role, stored, cfg.dropout).to(device).train()
     return encoders
 
 
 def main():
     cfg = load_config(__doc__, "config/train_dpr_nq.yaml")
-    choose(
-        cfg,
-        pooling=("cls", "mean"),
-        token_types=("zeros", "segments", "zeros_sep"),
-        tracker=("none", "wandb"),
-    )
-    choose(cfg, mixed_precision=("no", "fp16", "bf16"), resume=("never", "exact", "changed"))
-    at_least(cfg, 1, "batch_size", "question_chunk", "passage_chunk", "epochs", "save_every", "log_every")
-    (
-        at_least(cfg, 1, "eval_batch_size"),
-        at_least(cfg, 0, "negatives", "dev_negatives", "eval_every", "stop_after"),
-    )
+    choose(cfg, pooling=("cls", "mean"), token_types=("zeros", "segments", "zeros_sep"))
+    choose(cfg, mixed_precision=("no", "fp16", "bf16"), tracker=("none", "wandb"))
+    choose(cfg, resume=("never", "exact", "changed"))
+    at_least(cfg, 1, "batch_size", "question_chunk", "passage_chunk", "eval_batch_size")
+    at_least(cfg, 1, "epochs", "save_every", "log_every")
+    at_least(cfg, 0, "negatives", "dev_negatives", "eval_every", "stop_after")
     if cfg.batch_size == 1 and not cfg.negatives:
         raise UserError("batch_size 1 with negatives 0 has nothing to tell apart: the loss would be 0")
     need_file(cfg, "train", "dev", "corpus")
     accelerator = start(cfg.mixed_precision)
     if cfg.batch_size % accelerator.num_processes:
-        raise UserError(
-            f"batch_size {cfg.batch_size} cannot be shared by {accelerator.num_processes} devices"
-        )
+        raise UserError(f"batch_size {cfg.batch_size} is not shared by {accelerator.num_processes} devices")
     corpus = Corpus(cfg.corpus, cfg.corpus_format) if cfg.corpus else None
     content = {key: folder_hash(getattr(cfg, key)) for key in ("train", "dev", "init")}
     run = Run(cfg, accelerator, content | {"corpus": corpus.sha256 if corpus else ""})
     train, train_note = read_training(cfg.train, corpus)
-    dev, dev_note = (
-        read_training(cfg.dev, corpus) if cfg.dev else ([], "no dev set: the last checkpoint is the best")
-    )
+    dev, dev_note = [], "no dev set: the last checkpoint is the best"
+    if cfg.dev:
+        dev, dev_note = read_training(cfg.dev, corpus)
     per_epoch = len(train) // cfg.batch_size
     if not per_epoch:
         raise UserError(f"{cfg.train}: {len(train)} questions do not fill one batch of {cfg.batch_size}")
@@ -276,9 +267,8 @@ def main():
     warmup = cfg.warmup if cfg.warmup >= 1 else cfg.warmup * total
     late = f"warning: {warmup:.0f} steps of warm-up in {last} steps: the peak learning rate is never reached"
 
-    encoders = load_towers(
-        lambda name: run.checkpoint / name if run.checkpoint else cfg.init, cfg, accelerator.device
-    )
+    starts = {name: run.checkpoint / name if run.checkpoint else cfg.init for name in TOWERS}
+    encoders = load_towers(starts, cfg, accelerator.device)
     optimizer = make_optimizer(encoders, cfg)
     if run.checkpoint:
         load_optimizer(run.checkpoint, optimizer)
@@ -322,7 +312,7 @@ def main():
                 loss, correct = add_gradient(batch, encoders, accelerator, cfg, step)
             except torch.OutOfMemoryError:
                 raise UserError(
-                    "the GPU's memory is full: --grad_cache true or smaller chunks, same gradient"
+                    "out of GPU memory: --grad_cache true or smaller chunks give the same"
                 ) from None
             accelerator.unscale_gradients()
             norm = torch.nn.utils.clip_grad_norm_(weights, cfg.max_grad_norm).item()

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tests.processes import ENVIRONMENT, begin, kill_tree, on_devices, run
 from tests.toy import make_world
 from train_dpr import (
+    TOWERS,
     add_gradient,
     dev_pool,
     evaluate,
@@ -104,7 +105,7 @@ def config(world, **changes):
 def parts(world, **changes):
     cfg, _ = config(world, **changes)
     corpus = Corpus(cfg.corpus)
-    return cfg, read_questions(cfg.train), corpus, load_towers(lambda name: cfg.init, cfg, "cpu")
+    return cfg, read_questions(cfg.train), corpus, load_towers(dict.fromkeys(TOWERS, cfg.init), cfg, "cpu")
 
 
 def decoded(encoder, chunks, places):
@@ -198,7 +199,7 @@ def device_gradient(folder, cfg, cached):
     rank = dist.get_rank()
     accelerator = SimpleNamespace(**vars(ACCELERATOR) | {"process_index": rank})
     corpus, train, dev = Corpus(cfg.corpus), read_questions(cfg.train), read_questions(cfg.dev)
-    towers = load_towers(lambda name: cfg.init, cfg, "cpu")
+    towers = load_towers(dict.fromkeys(TOWERS, cfg.init), cfg, "cpu")
     cfg.grad_cache = cached
     batch = make_batch(0, train, corpus, towers, cfg)
     loss, correct = add_gradient(batch, towers, accelerator, cfg, 0)
@@ -461,7 +462,7 @@ def test_a_half_precision_start_is_trained_in_full(world, tmp_path):
     cfg, _ = config(world, init=world / "bert")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((world / "bert" / name).read_bytes())
-    towers = load_towers(lambda name: tmp_path, cfg, "cpu")
+    towers = load_towers(dict.fromkeys(TOWERS, tmp_path), cfg, "cpu")
     assert {p.dtype for p in weights_of(towers).values()} == {torch.float32}
 
 
@@ -518,7 +519,5 @@ def test_a_shared_encoder_is_one_folder_named_twice(world, tmp_path):
     done = run("train_dpr.py", keys)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "run" / "doc_encoder").is_symlink()
-    (
-        load_encoder(tmp_path / "run" / "doc_encoder", "passage"),
-        load_encoder(tmp_path / "run" / "query_encoder", "question"),
-    )
+    for name, role in TOWERS.items():
+        assert load_encoder(tmp_path / "run" / name, role).inputs["role"] == "shared"

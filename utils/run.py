@@ -1,9 +1,8 @@
 """
-A training run on disk, the same for every trainer: refuse or resume, one log line a step, checkpoints,
-signals.
+A training run on disk, the same for every trainer: refuse or resume, the log line, checkpoints, signals.
 
-run_dir/  config.yaml (resolved, with command, commit, versions, devices) · log.txt · metrics.jsonl ·
-metrics.json
+run_dir/  config.yaml (resolved, with command, commit, versions, devices)
+          log.txt · metrics.jsonl (a row a step) · metrics.json (at the end)
           checkpoints/step_XXXXXXXX/ (the newest two and the best) · the best weights under their own names
 """
 
@@ -28,19 +27,7 @@ from utils.distributed import any_device, peak_memory
 from utils.files import atomic_file, need_space, read_json, write_json
 
 # Keys that may change between a run and its resume: files are compared by content, the others teach nothing.
-FREE = (
-    "config",
-    "run_dir",
-    "resume",
-    "tracker",
-    "dry_run",
-    "log_every",
-    "save_every",
-    "corpus",
-    "train",
-    "dev",
-    "init",
-)
+FREE = "config run_dir resume tracker dry_run log_every save_every corpus train dev init".split()
 
 
 class Run:
@@ -93,9 +80,7 @@ class Run:
         self.last, self.first, self.began = last, self.state["step"], time.time()
         self.main = self.accelerator.is_main_process
         if self.main:
-            if (
-                not self.checkpoint
-            ):  # newest two, best and one being written: weights and two moments; a copy of the best
+            if not self.checkpoint:  # two, the best, one being written (weights, two moments); the best again
                 need_space(self.dir, (4 * 12 + 4) * parameters, "checkpoints")
             self.dir.mkdir(parents=True, exist_ok=True)
             self._open_logs()

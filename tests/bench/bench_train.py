@@ -26,7 +26,7 @@ from transformers import AutoModel, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from train_dpr import add_gradient, load_towers, make_batch  # noqa: E402
+from train_dpr import TOWERS, add_gradient, load_towers, make_batch  # noqa: E402
 from utils.config import load_config  # noqa: E402
 from utils.data import Corpus, passage_of, read_questions  # noqa: E402
 
@@ -124,7 +124,7 @@ def our_way(args, train, corpus, cached):
     ]
     cfg = load_config("", "config/train_dpr_nq.yaml", argv)
     vars(cfg).update(LENGTHS)
-    towers = load_towers(lambda _: cfg.init, cfg, "cpu")
+    towers = load_towers(dict.fromkeys(TOWERS, cfg.init), cfg, "cpu")
     device = SimpleNamespace(
         device=torch.device("cpu"),
         process_index=0,
