@@ -16,6 +16,7 @@ import argparse
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,7 +67,13 @@ def nano_way(args):
 
 def package_way(args):
     """The GradCache package (luyug), both chunk sizes alike."""
-    from gradcache import GradCache
+    import gradcache
+    import gradcache.context_managers
+
+    # The file on PyPI (0.0.1) is installed as gradcache but imports itself as grad_cache.
+    sys.modules["grad_cache"] = gradcache
+    sys.modules["grad_cache.context_managers"] = gradcache.context_managers
+    from gradcache.grad_cache import GradCache
 
     model, tokenizer = (
         AutoModel.from_pretrained(args.model).train(),
@@ -129,7 +136,7 @@ def our_way(args, train, corpus, cached):
         device=torch.device("cpu"),
         process_index=0,
         backward=torch.Tensor.backward,
-        autocast=torch.enable_grad,
+        autocast=nullcontext,
     )
 
     def gradient(questions, positives, negatives):
