@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import utils.grad_cache
+from tests.saved import Saved
 from tests.toy import INPUTS, bert, tokenizer
 from train_dpr import in_batch_loss
 from utils.encoder import Encoder, collate, tokenize_passages, tokenize_questions
@@ -123,32 +124,6 @@ def test_without_the_replay_it_is_wrong(world, monkeypatch):
     monkeypatch.setattr(utils.grad_cache, "chunk_seed", lambda seed, i: next(fresh))
     _, got = gradients(world, 3, 2, cached=True)
     assert not close(got, wanted, 0.1)
-
-
-class Saved:
-    """Counts the bytes of activations that autograd keeps alive, and their peak."""
-
-    def __init__(self):
-        self.now = self.peak = 0
-
-    def __enter__(self):
-        counter = self
-
-        class Holder:
-            def __init__(self, tensor):
-                self.tensor, self.size = tensor, tensor.numel() * tensor.element_size()
-                counter.now += self.size
-                counter.peak = max(counter.peak, counter.now)
-
-            def __del__(self):
-                counter.now -= self.size
-
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(Holder, lambda holder: holder.tensor)
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.hooks.__exit__(*error)
 
 
 def test_activation_memory_does_not_grow_with_the_batch(world):

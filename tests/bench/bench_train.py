@@ -27,6 +27,7 @@ from transformers import AutoModel, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tests.saved import Saved  # noqa: E402
 from train_dpr import TOWERS, add_gradient, load_towers, make_batch  # noqa: E402
 from utils.config import load_config  # noqa: E402
 from utils.data import Corpus, passage_of, read_questions  # noqa: E402
@@ -149,27 +150,6 @@ def our_way(args, train, corpus, cached):
     return torch.nn.ModuleList(set(towers.values())), gradient
 
 
-class Saved:
-    """Peak bytes of the activations that autograd keeps alive."""
-
-    def __init__(self):
-        self.now = self.peak = 0
-
-    def hooks(self):
-        counter = self
-
-        class Holder:
-            def __init__(self, tensor):
-                self.tensor, self.size = tensor, tensor.numel() * tensor.element_size()
-                counter.now += self.size
-                counter.peak = max(counter.peak, counter.now)
-
-            def __del__(self):
-                counter.now -= self.size
-
-        return torch.autograd.graph.saved_tensors_hooks(Holder, lambda holder: holder.tensor)
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -204,7 +184,7 @@ def main():
                 saved = Saved()
                 start = time.perf_counter()
                 if round_number < 0:
-                    with saved.hooks():
+                    with saved:
                         gradient(*batch)
 
                 else:
