@@ -63,7 +63,7 @@ stage test_hybrid python test_dpr.py --questions $DATA/test.jsonl --corpus $DATA
 
 printf '\n'
 python recipes/demo/table.py $RUN $DATA
-printf '\nquestion> what do you study to become a doctor for cats, dogs and horses\n'
+printf '\nquestion> what is food called that the muslim faith allows\n'
 python ask.py --run $RUN --corpus $DATA/corpus.tsv --questions $DATA/test.jsonl --k 3 \
-    "what do you study to become a doctor for cats, dogs and horses"
+    "what is food called that the muslim faith allows"
 printf 'Ask your own: .venv/bin/python ask.py --run %s --corpus %s\n' $RUN $DATA/corpus.tsv
