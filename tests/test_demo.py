@@ -1,10 +1,6 @@
 """The demo's own pieces: its questions hold what they promise, and its weights are converted right."""
 
 import json
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,44 +100,3 @@ def test_dequantised_weights_are_those_of_the_graph():
     weights = dequantise(graph)
     assert np.array_equal(weights["bert.layer.dense.weight"], ((stored - 1.0) * 0.5).T)
     assert np.array_equal(weights["bert.bias"], [7.0])
-
-
-def test_the_demo_rehearsed_on_the_toy_world(tmp_path):
-    """
-    recipes/demo.sh from the first to the last command on sixty passages; a second time nothing is trained
-    again.
-    """
-    from tests.processes import ENVIRONMENT
-    from tests.toy import make_world
-
-    world = make_world(tmp_path / "world")
-    short = "--batch_size 8 --stop_after 4 --dev_negatives 2 --question_chunk 4 --passage_chunk 4"
-    paths = f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"
-    variables = {
-        "DATA": world,
-        "RUN": tmp_path / "run",
-        "START": world / "bert",
-        "FLAGS": short,
-        "PATH": paths,
-    }
-    environment = ENVIRONMENT | {key: str(value) for key, value in variables.items()}
-    for again in (False, True):
-        done = subprocess.run(
-            ["bash", "recipes/demo.sh"], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
-        for words in (
-            "BM25 ",
-            "untrained encoder",
-            "trained encoder",
-            "n = 10 questions, 60 passages",
-            "dense 1 |",
-        ):
-            assert words in done.stdout, words
-        assert ("finished: " in done.stdout) and (("already complete" in done.stdout) == again)
-        assert (len(re.findall(r"^step ", done.stdout, re.M)) > 0) != again
-    table = json.loads((tmp_path / "run" / "table.json").read_text())
-    assert set(table) == {"BM25", "untrained encoder", "trained encoder", "trained + BM25"}
-    assert all(metrics["top-100"]["value"] == 1 for name, metrics in table.items() if name != "BM25"), (
-        "60 passages"
-    )
