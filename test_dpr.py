@@ -107,7 +107,7 @@ def hybrid(dense, bm25, weight, k):
     2020, Sec. 5.1: weight 1.1; top 2000, that is --k 2000 here and for utils.bm25). A passage missing from
     one list gets that list's lowest score.
     """
-    # differs: the paper does not say what a missing score is, and no code for it was released (spec 1.7)
+    # differs: the paper does not say what a missing score is, and no code for it was released
     dense, bm25 = dict(dense), dict(bm25)
     low_dense, low_bm25 = (min(found.values(), default=0.0) for found in (dense, bm25))
     scores = {row: bm25.get(row, low_bm25) + weight * dense.get(row, low_dense) for row in dense | bm25}

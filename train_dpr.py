@@ -84,7 +84,7 @@ def make_batch(step, train, corpus, encoders, cfg):
         entries += drawn + drawn[:1] * (width - len(drawn))  # a stand-in, masked for every question
 
     # why: the same gold passage twice in a batch of four raises the lowest loss that can be reached from 0 to
-    # 0.35, and pushes a right answer away (shared/faults.md, measured).
+    # 0.35, and pushes a right answer away.
     columns, duplicates = {}, set()
     for column, entry in enumerate(entries):
         columns.setdefault(key_of(entry), []).append(column)

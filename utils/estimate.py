@@ -2,7 +2,6 @@
 What a run will cost on this machine, from a short timed probe, before any work: `--dry_run` of every script.
 """
 
-import shutil
 import time
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 
 from utils.config import UserError
 from utils.distributed import peak_memory, world
+from utils.files import free_space
 
 
 def dry_run(what, models, probe, units, unit, folder, disk, fixed_memory=0, growth=1.0):
@@ -35,10 +35,7 @@ def dry_run(what, models, probe, units, unit, folder, disk, fixed_memory=0, grow
     else:
         name, limit = f"CPU, {torch.get_num_threads()} threads", total_memory()
     memory = before + activations + fixed_memory
-    folder = Path(folder).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = free_space(folder)
     if world()[0] == 0:
         print(
             f"dry run: {what} on {name}\n"

@@ -100,12 +100,17 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def need_space(folder, size, what):
-    """UserError unless `size` bytes are free where `folder` is (or will be)."""
+def free_space(folder):
+    """Bytes free where `folder` is or will be."""
     folder = Path(folder).absolute()
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    return shutil.disk_usage(folder).free
+
+
+def need_space(folder, size, what):
+    """UserError unless `size` bytes are free where `folder` is (or will be)."""
+    free = free_space(folder)
     if free < size:
         raise UserError(f"{what} needs {size / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free")
 
