@@ -1,98 +1,297 @@
 """
-Mine hard negatives: passages that a retriever ranks high and that do not answer the question (DPR, Sec. 3.2).
+Make the next training file from a ranking. RocketQA and ANCE-Tele train DPR's dual encoder again and again
+from the same starting weights; what they add to it is in the four functions below, and nothing else.
 
-In:  a question file, a .run that ranks passages for it, the corpus
-Out: the question file again, with "negatives" (passage ids, best first), for train_dpr.py
+topk          DPR (Karpukhin et al. 2020, Sec. 3.2): the best passages without the answer
+denoise       RocketQA (Qu et al. 2021), steps 2 and 3: negatives that a cross-encoder agrees with
+pseudo_label  RocketQA, step 4: questions without answers, labelled by the cross-encoder
+teleport      ANCE-Tele (Sun et al. 2022): neighbours of the question, of its positive, and last episode's
+
+In:  a question file, a .run that ranks passages for it, the corpus; scores, lookahead_run, momentum by mode
+Out: a training file: "positives" and "negatives" (passage ids) for train_dpr.py or train_cross_encoder.py
 Run: python mine_negatives.py --config config/mine_negatives.yaml
-Differs from DPR, whose miner was never released: (1) a positive is never its own negative, even when it holds
-no answer string; (2) a question without any negative is kept (training then uses the batch) and counted.
+     python mine_negatives.py --mode teleport --run runs/x/ann.run --lookahead_run runs/x/lookahead.run
+Next: train_dpr.py, train_cross_encoder.py
 
-A mode is one function, (question, hits, corpus, cfg) -> (positives, negatives); hits: [(pid, score), ...].
+Differs: (1) DPR's miner was never released: a positive is never its own negative, even when it holds no
+answer. (2) The originals keep everything in memory; here one question is, so all inputs are in the order of
+--run. (3) An answer is found by DPR's tokens; RocketQA deletes all spaces, so that "ti" is in "the art is".
+(4) RocketQA's file for unlabelled questions skips ids that are part of the positive's id ("12" beside
+"5123"); its NQ draw and all of ANCE-Tele's are unseeded. Ours are not; apart from this the files are theirs
+(tests/test_mine_negatives.py).
 """
 
 import json
+import random
 import sys
 from collections import Counter
-from itertools import chain
+from functools import cache
+from itertools import chain, islice
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
-from utils.config import UserError, choose, friendly_errors, load_config, need_file
-from utils.data import Corpus, iter_run, passage_of, read_questions
+from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
+from utils.data import Corpus, iter_jsonl, iter_run, passage_of, read_questions
 from utils.files import atomic_file
 from utils.text import has_answer, report_regex_failures
 
 
-def topk(question, hits, corpus, cfg):
+class Found(NamedTuple):
+    """What the files beside the question file know of one question; passages are corpus ids, best first."""
+
+    ranked: list  # the retriever's ranking, cut to `depth` where a mode says so
+    scores: dict = {}  # id -> the cross-encoder's probability, for the first passages of the ranking
+    lookahead: list = []  # the ranking for its positive passage
+    momentum: list = []  # its negatives of the last episode
+    never: frozenset = frozenset()  # known positives beside the question's own
+
+
+# ------------------------------------------------------------------------------------------ the two questions
+def holds_answer(passage, question, cfg):
     """
-    DPR's negatives: the first passages of the ranking without an answer in their text.
-
-    Where the question has no positive and `find_positives` is set, the first passage with an answer becomes
-    one (DPR's way for TriviaQA, WebQuestions and CuratedTREC, which name no gold passage; Sec. 4.2).
+    Does the passage answer it? The text decides; the title too where `match_title` is set (RocketQA on NQ).
     """
-    positives, negatives = list(question["positives"]), []
-    own = {
-        passage_of(p, corpus).text for p in positives
-    }  # why the text: a positive may be inline, without id
-    for pid, _ in hits:
-        if len(negatives) == cfg.negatives and (positives or not cfg.find_positives):
-            break
-        text = corpus[corpus.row(pid)].text
-        if text in own:
-            continue
-        if has_answer(text, question["answers"], cfg.match == "regex"):
-            if cfg.find_positives and not positives:
-                positives.append(pid)
-        elif len(negatives) < cfg.negatives:
-            negatives.append(pid)
-    return positives, negatives
+    titled = cfg.match_title and has_answer(passage.title, question["answers"], cfg.match == "regex")
+    return titled or has_answer(passage.text, question["answers"], cfg.match == "regex")
 
 
-def mine(mode, questions, corpus, cfg, counts):
+def positives_of(question, ranked, corpus, cfg):
+    """
+    The positives: those given, or (`find`, where none is given; `ranking`, always) the first with an answer.
+    """
+    if cfg.positives == "given" or (cfg.positives == "find" and question["positives"]):
+        return list(question["positives"])
+    hits = (pid for pid in ranked if holds_answer(corpus[corpus.row(pid)], question, cfg))
+    return list(islice(hits, 1))
+
+
+def wrong_for(question, positives, never, corpus, cfg):
+    """
+    A function id -> bool: True for what every method calls a negative, no positive and without an answer.
+    """
+    ids = never | {p for p in positives if isinstance(p, str)}
+    # why: an inline positive has no id, a corpus may hold a passage twice; MARCO has no answers to look for
+    read = bool(question["answers"]) or any(isinstance(p, dict) for p in positives)
+    texts = {passage_of(p, corpus).text for p in positives} if read else set()
+
+    @cache
+    def wrong(pid):
+        if pid in ids or not read:
+            return pid not in ids
+        passage = corpus[corpus.row(pid)]
+        return passage.text not in texts and not holds_answer(passage, question, cfg)
+
+    return wrong
+
+
+def draw(ids, allowed, count, rng):
+    """Up to `count` different ids, drawn uniformly; one that is not allowed is drawn anew (as in RocketQA)."""
+    drawn, tried = [], set()
+    while len(drawn) < count and len(tried) < len(ids):
+        pid = rng.choice(ids)
+        if pid not in tried and allowed(pid):
+            drawn.append(pid)
+        tried.add(pid)
+    return drawn
+
+
+# ------------------------------------------------ the modes: (question, Found, ...) -> (positives, negatives)
+def topk(question, found, corpus, cfg, rngs):
+    """DPR: the first passages of the ranking that hold no answer. Some give it in other words: false ones."""
+    ranked = found.ranked[: cfg.depth]
+    positives = positives_of(question, ranked, corpus, cfg)
+    wrong = wrong_for(question, positives, found.never, corpus, cfg)
+    return positives, list(islice(filter(wrong, ranked), cfg.negatives))
+
+
+def denoise(question, found, corpus, cfg, rngs):
+    """
+    RocketQA. Without scores, what the cross-encoder learns from: negatives drawn from the whole ranking, most
+    of them truly wrong. With scores, what the dual encoder learns from: the best-ranked passages to which the
+    cross-encoder gives less than `negative_below`; it knows most of the false negatives that the rank brings
+    up. `negatives` are meant per positive; `fill` tops up with a draw from below the scored ones, which no
+    one checked.
+    """
+    ranked = found.ranked[: cfg.depth]
+    positives = positives_of(question, ranked, corpus, cfg)
+    wrong = wrong_for(question, positives, found.never, corpus, cfg)
+    if not cfg.scores:
+        # from: RQ construct_marco_train_ce.py:19-28, construct_nq_train_ce.py:17-31: so many per question
+        return positives, draw(ranked, wrong, cfg.negatives, rngs[0])
+    wanted = cfg.negatives * len(positives)
+    sure = (pid for pid in ranked if found.scores.get(pid, 1.0) < cfg.negative_below and wrong(pid))
+    negatives = list(islice(sure, wanted))
+    if cfg.fill:  # from: RQ construct_marco_train_de.py:38-42
+        unseen = [pid for pid in ranked if pid not in found.scores]
+        negatives += draw(unseen, wrong, wanted - len(negatives), rngs[0])
+    return positives, negatives[::-1]  # from: :46-54 hands them out from the end
+
+
+def pseudo_label(question, found, corpus, cfg, rngs):
+    """
+    RocketQA: the cross-encoder's favourite is the positive if it is sure enough (`positive_above`), the first
+    passages below `negative_below` are the negatives; a question of which it is not sure is dropped.
+    """
+    scored = [pid for pid in found.ranked[: cfg.depth] if pid in found.scores]
+    best = max(scored, key=found.scores.get, default=None)  # the first of equals
+    if best is None or found.scores[best] <= cfg.positive_above:
+        return [], []
+    sure = (pid for pid in scored if found.scores[pid] < cfg.negative_below and pid != best)
+    return [best], list(islice(sure, cfg.negatives))
+
+
+def teleport(question, found, corpus, cfg, rngs):
+    """
+    ANCE-Tele: `negatives` out of the nearest `depth` of the question (ANN), as many out of those of its
+    positive (look-ahead: where the question will be, once it is learnt), and the last episode's file
+    (momentum: what was learnt shall not be forgotten). Lists are joined, nothing is weighted or made unique:
+    equal lengths are the paper's alpha = beta = 0.5, and what several sources bring counts more often.
+    """
+    positives = positives_of(question, found.ranked, corpus, cfg)
+    wrong = wrong_for(question, positives, found.never, corpus, cfg)
+
+    def sample(ranked, rng):  # from: AT build_train_hn.py:11-35: drop the positives, cut, shuffle, cut
+        pool = list(islice(filter(wrong, ranked), cfg.depth))
+        rng.shuffle(pool)
+        return pool[: cfg.negatives]
+
+    ann, lookahead = sample(found.ranked, rngs[0]), sample(found.lookahead, rngs[1])
+    # from: AT build_train_em_hn.py:163: where all neighbours answer the question it is left out
+    return positives, ann + lookahead + found.momentum if ann else []
+
+
+MODES = {"topk": topk, "denoise": denoise, "pseudo_label": pseudo_label, "teleport": teleport}
+
+
+# ---------------------------------------------------------------------------------- one question at a time
+def beside(path, items, run):
+    """
+    (take, check) for a second file in the order of the run, of which one question is in memory: take(qid)
+    gives its item or None; check() raises UserError when an item was never asked for, so that nothing is
+    lost.
+    """
+    ahead = [next(items, None)]
+
+    def take(qid):
+        if ahead[0] is None or ahead[0][0] != qid:
+            return None
+        value, ahead[0] = ahead[0][1], next(items, None)
+        return value
+
+    def check():
+        if ahead[0] is not None:
+            raise UserError(
+                f"{path}: question {ahead[0][0]!r} is not in {run}, or not in its order; make both from one "
+                f"question file"
+            )
+
+    return take, check
+
+
+def mine(questions, corpus, cfg, counts):
     """The examples of the training file, in the order of the run; `counts` says what became of the rest."""
-    left = {q["qid"]: q for q in questions}
+    left, never = {q["qid"]: q for q in questions}, {}
+    if cfg.exclude:
+        for q in read_questions(cfg.exclude):
+            never[q["qid"]] = frozenset(p for p in q["positives"] if isinstance(p, str))
+    momentum = (
+        ((q.get("qid"), q.get("negatives", [])) for _, q in iter_jsonl(cfg.momentum))
+        if cfg.momentum
+        else iter(())
+    )
+    files = [
+        beside(cfg.scores, iter_run(cfg.scores) if cfg.scores else iter(()), cfg.run),
+        beside(cfg.lookahead_run, iter_run(cfg.lookahead_run) if cfg.lookahead_run else iter(()), cfg.run),
+        beside(cfg.momentum, momentum, cfg.run),
+    ]
+    rngs = [
+        random.Random(cfg.seed),
+        random.Random(cfg.seed),
+    ]  # the originals mine file by file
     for qid, hits in chain(iter_run(cfg.run), ((qid, []) for qid in list(left))):
+        scores, lookahead, last = (take(qid) if hits else None for take, _ in files)
         question = left.pop(qid, None)
         if question is None:  # of another file; or, in the second part, done before
             counts["rankings of other questions, ignored"] += bool(hits)
             continue
         counts["questions without a ranking"] += not hits
-        positives, negatives = mode(question, hits[: cfg.depth], corpus, cfg)
-        counts["positives found"] += len(positives) - len(question["positives"])
+        found = Found(
+            [pid for pid, _ in hits],
+            dict(scores or []),
+            [pid for pid, _ in lookahead or []],
+            last or [],
+            never.get(qid, frozenset()),
+        )
+        positives, negatives = MODES[cfg.mode](question, found, corpus, cfg, rngs)
+        counts["positives found"] += bool(positives) and positives != question["positives"]
         if not positives and not cfg.keep_without_positives:
             counts["questions dropped, no positive"] += 1
-            continue
-        counts["questions without a negative"] += not negatives
-        counts["questions with fewer than asked"] += 0 < len(negatives) < cfg.negatives
-        counts["negatives"] += len(negatives)
-        yield question | {"positives": positives, "negatives": negatives}
+        elif not negatives and (cfg.scores or cfg.mode == "teleport"):
+            counts["questions dropped, no negative"] += 1
+        else:
+            counts["questions without a negative"] += not negatives
+            counts["questions with fewer than asked"] += 0 < len(negatives) < cfg.negatives
+            counts["negatives"] += len(negatives)
+            yield from examples(question | {"positives": positives, "negatives": negatives}, cfg)
+    for _, check in files:
+        check()
+
+
+def examples(example, cfg):
+    """
+    The lines of a question: one; or, as RocketQA counts its epochs, one for each pair of a positive (first of
+    its list) and a negative, the positives taking turns.
+    """
+    if not cfg.scores:
+        return [example]
+    positives, lines = example["positives"], []
+    for i, negative in enumerate(example["negatives"]):
+        first = positives[i % len(positives)]
+        others = [p for p in positives if p != first]  # so that the trainer masks them
+        lines.append(example | {"positives": [first, *others], "negatives": [negative]})
+    return lines
 
 
 def main():
     cfg = load_config(__doc__, "config/mine_negatives.yaml")
-    choose(cfg, mode=("topk",), match=("string", "regex"))
-    need_file(cfg, "questions", "run", "corpus")
-    if cfg.negatives < 1 or cfg.depth < cfg.negatives:
-        raise UserError(f"negatives ({cfg.negatives}) must be at least 1 and at most depth ({cfg.depth})")
-    if Path(cfg.out).resolve() in {Path(p).resolve() for p in (cfg.questions, cfg.run, cfg.corpus)}:
+    choose(cfg, mode=tuple(MODES), match=("string", "regex"), positives=("given", "find", "ranking"))
+    inputs = ("questions", "run", "corpus", "scores", "lookahead_run", "momentum", "exclude")
+    need_file(cfg, *inputs)
+    at_least(cfg, 1, "negatives")
+    if cfg.depth < cfg.negatives:
+        raise UserError(f"negatives ({cfg.negatives}) must be at most depth ({cfg.depth})")
+    if cfg.mode == "pseudo_label" and not cfg.scores:
+        raise UserError("mode pseudo_label labels by the cross-encoder: give --scores, a .run of rerank.py")
+    for key, modes in {
+        "scores": ("denoise", "pseudo_label"), "fill": ("denoise",),
+        "lookahead_run": ("teleport",), "momentum": ("teleport",),
+    }.items():  # fmt: skip
+        if getattr(cfg, key) and cfg.mode not in modes:
+            raise UserError(f"{key} is for mode {' or '.join(modes)}, not {cfg.mode}: it would be ignored")
+    used = {Path(getattr(cfg, key)).resolve() for key in inputs if getattr(cfg, key)}
+    if Path(cfg.out).resolve() in used:
         raise UserError(f"out: {cfg.out} is an input too; name another file")
     questions, corpus = read_questions(cfg.questions), Corpus(cfg.corpus, cfg.corpus_format)
     unanswered = sum(not q["answers"] for q in questions)
-    if unanswered:  # MS MARCO has none: there, whatever is not judged relevant counts as negative
+    if unanswered and cfg.mode != "pseudo_label":  # MARCO: what is not judged is negative
         print(
             f"warning: {unanswered} questions have no answers: any passage may be their negative",
             file=sys.stderr,
         )
     counts = Counter()
     with atomic_file(cfg.out) as file:
-        examples = mine({"topk": topk}[cfg.mode], questions, corpus, cfg, counts)
-        for example in tqdm(examples, cfg.mode, total=len(questions), delay=5, disable=None):
+        often = 0.1 if sys.stderr.isatty() else 30
+        lines = tqdm(
+            mine(questions, corpus, cfg, counts), cfg.mode, delay=5, mininterval=often, unit=" lines"
+        )
+        for example in lines:
             file.write(json.dumps(example, ensure_ascii=False) + "\n")
-            counts["questions written"] += 1
-        if not counts["questions written"]:
+            counts["lines written"] += 1
+        if not counts["lines written"]:
             raise UserError(
-                f"{cfg.out}: no question is left ({dict(counts)}); without positives, add --find_positives"
+                f"{cfg.out}: no question is left ({dict(counts)}); without positives, add --positives find"
             )
     report_regex_failures()
     print(f"{cfg.out}: " + ", ".join(f"{n:,} {what}" for what, n in sorted(counts.items()) if n))

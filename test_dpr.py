@@ -6,14 +6,20 @@ Out:  a .run (qid, pid, rank, score), which every later stage reads, and its .me
 Run:  python test_dpr.py --config config/test_dpr.yaml
       python test_dpr.py --config config/test_dpr.yaml --index HNSW32
       python test_dpr.py --config config/test_dpr.yaml --bm25_run runs/bm25/test.run --out runs/both/test.run
-Next: mine_negatives.py, ask.py
+      python test_dpr.py --questions data/nq/train.jsonl --lookahead true --k 200 --out runs/nq/lookahead.run
+Next: mine_negatives.py, rerank.py, ask.py
 
 top-k is the share of questions with an answer in the text of the first k passages; as in DPR, titles are not
-searched. MRR@10, hit@k and nDCG@10 ask for the passages that the question file lists as positives, by id.
+searched. MRR@10, hit@k and nDCG@10 ask for the passages that the question file lists as positives, by id;
+hit@50 and hit@1000 are what MS MARCO's papers print as R@50 and R@1000.
+
+lookahead (ANCE-Tele, Sun et al. 2022): the query is a question's positive passage. Its neighbours are what a
+question will find once training has moved it to its positive: negatives of the near future.
 
 Differs from DPR and nanoDPR: (1) exact search without an index in memory is one key away (`stream`). (2) Ties
 are in corpus order, and k is min(k, passages), where theirs repeats the last passage. (3) Only the retrieved
-passages are read. (4) Every number has its n and a 95 % bootstrap interval over the questions.
+passages are read. (4) Every number has its n and a 95 % bootstrap interval over the questions. (5) Look-ahead
+takes the positive's stored vector, where ANCE-Tele encodes the same text with the same model again.
 
 Q questions · D dimensions
 """
@@ -32,10 +38,11 @@ from utils.estimate import dry_run
 from utils.faiss_index import build_index, search_index
 from utils.files import sha256, write_json
 from utils.metrics import bootstrap_interval, hit_at, mrr, ndcg, topk_accuracy
-from utils.search import as_lists, exact_topk, faiss
+from utils.search import as_lists, exact_topk, faiss, fetch
 from utils.text import has_answer, report_regex_failures
 
-KS = (1, 5, 20, 100)
+KS = (1, 5, 20, 50, 100, 1000)
+HIT_ONLY = (50, 1000)  # MS MARCO's R@50 and R@1000 are hit rates; of the answers, DPR counts the others
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -43,11 +50,22 @@ def check_inputs(cfg):
     """All mistakes are found here, before a model is loaded: (questions, corpus, shards, manifest, bm25)."""
     choose(cfg, match=("string", "regex"))
     at_least(cfg, 1, "k", "batch_size", "nprobe", "ef_search")
+    at_least(cfg, 0, "question_tokens")
     need_file(cfg, "bm25_run", "check_leak")
     if not cfg.out.endswith(".run"):
         raise UserError(f"out must be the path of a .run file, got {cfg.out!r}")
+    if cfg.lookahead and (cfg.bm25_run or cfg.dry_run):
+        raise UserError("lookahead only looks vectors up: leave out bm25_run and dry_run")
     questions = read_questions(cfg.questions)
-    leaked(questions, cfg.check_leak)
+    if cfg.lookahead:
+        asked = questions
+        questions = [q for q in asked if q["positives"] and isinstance(q["positives"][0], str)]
+        note = f"{len(asked) - len(questions)} of {len(asked)} questions have no passage id as first positive"
+        if not questions:
+            raise UserError(f"{cfg.questions}: {note}; `convert dpr_json --ids` keeps DPR's passage ids")
+        print(f"look-ahead: {note} and are left out")
+    if cfg.check_leak:
+        leaked(questions, cfg.check_leak)
     corpus = Corpus(cfg.corpus, cfg.corpus_format)
     for pid in {pid for question in questions for pid in gold_ids(question)}:
         corpus.row(pid)
@@ -60,7 +78,8 @@ def check_inputs(cfg):
             raise UserError(f"{cfg.bm25_run}: has none of the questions of {cfg.questions}")
         if missing:
             print(f"warning: {cfg.bm25_run} lacks {len(missing)} questions, such as {missing[0]}")
-    shards, manifest = open_embeddings(cfg.embeddings, corpus.sha256, cfg.verify, cfg.query_encoder)
+    pair_of = "" if cfg.lookahead else cfg.query_encoder  # look-ahead needs no question encoder
+    shards, manifest = open_embeddings(cfg.embeddings, corpus.sha256, cfg.verify, pair_of)
     return questions, corpus, shards, manifest, bm25
 
 
@@ -75,14 +94,24 @@ def leaked(questions, train):
     def plain(text):
         return " ".join(text.casefold().split()).rstrip("? ")
 
-    if train:
-        seen = {plain(str(example.get("question", ""))) for _, example in iter_jsonl(train)}
-        both = [q["question"] for q in questions if plain(q["question"]) in seen]
-        example = f", such as {both[0]!r}" if both else ""
-        print(f"leak: {len(both)} of {len(questions)} test questions occur in {train}{example}")
+    seen = {plain(str(example.get("question", ""))) for _, example in iter_jsonl(train)}
+    both = [q["question"] for q in questions if plain(q["question"]) in seen]
+    example = f", such as {both[0]!r}" if both else ""
+    print(f"leak: {len(both)} of {len(questions)} test questions occur in {train}{example}")
 
 
 # ------------------------------------------------------------------------------------------ model
+def load_question_encoder(cfg, manifest):
+    """The question tower, which must give vectors of the passages' dimension."""
+    encoder = load_encoder(cfg.query_encoder, "question")
+    if encoder.dim != manifest["dim"]:
+        raise UserError(f"{cfg.query_encoder}: {encoder.dim} dimensions, {cfg.embeddings}: {manifest['dim']}")
+    if cfg.question_tokens > (longest := encoder.model.config.max_position_embeddings):
+        raise UserError(f"question_tokens: {cfg.query_encoder} reads at most {longest} tokens")
+    encoder.inputs["question_tokens"] = cfg.question_tokens or encoder.inputs["question_tokens"]
+    return encoder
+
+
 def encode(encoder, questions, cfg):
     """The question vectors, numpy float32 [Q, D]."""
     ids = tokenize_questions(encoder, [q["question"] for q in questions])
@@ -115,19 +144,21 @@ def hybrid(dense, bm25, weight, k):
 
 
 # --------------------------------------------------------------------------------------- evaluate
-def retrieval_metrics(questions, results, corpus, ks=KS, regex=False):
+def retrieval_metrics(questions, results, corpus, ks, regex=False):
     """
     (metrics, hits) of a ranking. results: {qid: [(pid, score), ...]} best first, as read_run gives it; a
-    question that is not in it counts as a miss. metrics: {name: {"value", "low", "high", "n"}}, n the number
-    of questions that have answers (top-k), or positives with ids (MRR@10, hit@k, nDCG@10); a metric without
-    a question is left out. hits: per question, has_answer of every retrieved passage's text.
+    question that is not in it counts as a miss. ks: at most the depth of the ranking. metrics: {name:
+    {"value", "low", "high", "n"}}, n the number of questions that have answers (top-k), or positives with ids
+    (MRR@10, hit@k, nDCG@10); without one, a metric is left out. hits: per question, has_answer of every
+    retrieved passage's text.
     """
     values, hits = {}, []
     for question in tqdm(questions, "metrics", delay=2, leave=False, disable=None):
         pids, gold = [pid for pid, _ in results.get(question["qid"], [])], gold_ids(question)
         texts = [corpus[corpus.row(pid)].text for pid in pids] if question["answers"] else [""] * len(pids)
         hits.append([has_answer(text, question["answers"], regex) for text in texts])
-        one = {f"top-{k}": topk_accuracy(hits[-1:], [k])[k] for k in ks} if question["answers"] else {}
+        accuracy = topk_accuracy(hits[-1:], [k for k in ks if k not in HIT_ONLY])
+        one = {f"top-{k}": value for k, value in accuracy.items() if question["answers"]}
         if gold:
             relevant = [pid in gold for pid in pids]
             rank = relevant.index(True) + 1 if True in relevant else 0
@@ -158,14 +189,9 @@ def main():
     questions, corpus, shards, manifest, bm25 = check_inputs(cfg)
     out = Path(cfg.out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(
-        f"{len(questions):,} questions, {len(corpus):,} passages x {manifest['dim']} {manifest['dtype']}, "
-        f"index {cfg.index}, {device}, {faiss.omp_get_max_threads()} threads",
-        flush=True,
-    )
-    encoder = load_encoder(cfg.query_encoder, "question").to(device)
-    if encoder.dim != manifest["dim"]:
-        raise UserError(f"{cfg.query_encoder}: {encoder.dim} dimensions, {cfg.embeddings}: {manifest['dim']}")
+    size = f"{len(questions):,} questions, {len(corpus):,} passages x {manifest['dim']} {manifest['dtype']}"
+    print(f"{size}, index {cfg.index}, {device}, {faiss.omp_get_max_threads()} threads", flush=True)
+    encoder = None if cfg.lookahead else load_question_encoder(cfg, manifest).to(device)
     if cfg.dry_run:
 
         def probe():  # 16 questions stand for all, one block of passages for the corpus
@@ -174,22 +200,17 @@ def main():
             return len(shards[0][:16384])
 
         memory = 0 if cfg.index == "stream" else 4 * encoder.dim * len(corpus)
-        dry_run(
-            "search",
-            [encoder],
-            probe,
-            len(corpus),
-            "passages",
-            out.parent,
-            60 * len(questions) * cfg.k,
-            memory,
-        )
-        return
+        n, disk = len(corpus), 60 * len(questions) * cfg.k
+        return dry_run("search", [encoder], probe, n, "passages", out.parent, disk, memory)
     index = None  # stream needs none
     if cfg.index != "stream":
         folder, name = cfg.embeddings.rstrip("/"), sha256(Path(cfg.embeddings) / "manifest.json")
         index = build_index(cfg.index, shards, f"{folder}.index", name, cfg.nprobe, cfg.ef_search)
-    vectors_QD = encode(encoder, questions, cfg)
+    if cfg.lookahead:
+        rows = np.array([corpus.row(question["positives"][0]) for question in questions])
+        vectors_QD = fetch(shards, rows).astype(np.float32)
+    else:
+        vectors_QD = encode(encoder, questions, cfg)
     found = search(vectors_QD, shards, index, cfg, device)
     lost = [question["qid"] for question, one in zip(questions, found, strict=True) if not one]
     if lost:
@@ -200,6 +221,8 @@ def main():
     named = [[(corpus[row].id, score) for row, score in one] for one in found]
     ranking = list(zip([question["qid"] for question in questions], named, strict=True))
     write_run(cfg.out, ranking)
+    if cfg.lookahead:
+        return print(f"written: {cfg.out}; no accuracy is counted, the queries were passages")
 
     ks = [k for k in KS if k <= cfg.k]
     metrics, hits = retrieval_metrics(questions, dict(ranking), corpus, ks, cfg.match == "regex")

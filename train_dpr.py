@@ -9,21 +9,26 @@ Next: doc2embedding.py
 
 Expect: results/demo (make demo), results/nq_small; the papers' numbers beside ours in README.md
 
-One trainer, several systems: the lesson of GC-DPR is `diff config/train_dpr_nq.yaml
-config/train_gcdpr_nq.yaml`.
+One trainer, four systems, all with the softmax over every passage of the global batch; `diff` two configs for
+the lesson. GC-DPR: chunks (train_gcdpr_nq). RocketQA: 1024 or 4096 questions a batch, its "cross-batch
+negatives", on one GPU by the same chunks (train_dpr_rocketqa_*). ANCE-Tele: a window that moves on through
+mined negatives, an early stop (train_dpr_ance_tele_*). In the last two every round starts anew from `init`;
+only the training file is new.
 
-Differs from the paper and its code: (1) the gradient is that of the full batch on any number of devices; the
-original trained with 1/8 of it, which `gradient_scale` restores. (2) A question's own positives are not its
-negatives (`mask_duplicates`). (3) The dev metric, from the first epoch on, is the rank (from 1) in one global
-pool of positives and hard negatives; DPR's is the loss until epoch 30, then the rank in a pool per device.
-(4) Dropout, order and negatives are functions of (seed, step), so a killed run resumes to the same bits (on a
-CPU; a GPU's attention may add in another order). (5) torch's AdamW, whose epsilon is outside the bias
-correction.
+Differs from the papers and their code: (1) the gradient is that of the full batch on any number of devices;
+DPR trained with 1/8 of it, which `gradient_scale` restores. (2) A question's own positives are not its
+negatives (`mask_duplicates`); in all four they can be. (3) The dev metric, from the first epoch on, is the
+rank (from 1) in one global pool of positives and hard negatives; DPR's is the loss until epoch 30, then the
+rank in a pool per device. (4) Dropout, order and negatives are functions of (seed, step), so a killed run
+resumes to the same bits (on a CPU; a GPU's attention may add in another order). (5) torch's AdamW, whose
+epsilon is outside the bias correction. (6) The learning rate falls from its peak; RocketQA's drops to 0.9 of
+it after the warm-up.
 
 B questions, P = B * (1 + negatives) passages on this device · Q, N the same on all devices · D hidden
 """
 
 import math
+import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -55,12 +60,29 @@ INPUTS = ("question_tokens", "passage_tokens", "pooling", "token_types")
 
 
 # ---------------------------------------------------------------- data: a batch is a function of (seed, step)
-def draw(example, cfg, rng):
-    """A training example -> [positive, negative, ...]; fewer than `negatives` where it has fewer."""
+def window(pool, k, seed, epoch):
+    """
+    Indexes of k of `pool` negatives: one permutation a question, read on where the last epoch stopped, so
+    that all of the pool is seen before anything comes back (from: ANCE-Tele dense_dataset.py:53).
+    """
+    order = list(range(pool))
+    random.Random(seed).shuffle(order)
+    # differs: a pool of fewer than k is taken once; ANCE-Tele draws k with replacement from an unseeded
+    # generator, and a passage that stands twice in the softmax counts twice
+    return [order[(epoch * k + j) % pool] for j in range(min(k, pool))]
+
+
+def draw(example, item, epoch, cfg):
+    """Line `item` of the training file -> [positive, negative, ...]; fewer negatives where it has fewer."""
     positives, negatives = example["positives"], example["negatives"]
-    first = positives[rng.integers(len(positives))] if cfg.shuffle_positives else positives[0]
-    # from: DPR dpr/models/biencoder.py:184 shuffles the pool anew every epoch and takes the first ones
-    return [first] + [negatives[i] for i in rng.permutation(len(negatives))[: cfg.negatives]]
+    if cfg.rotate_negatives:
+        first = (item + cfg.seed + epoch) % len(positives)
+        picked = window(len(negatives), cfg.negatives, item + cfg.seed, epoch)
+    else:  # from: DPR dpr/models/biencoder.py:184 shuffles the pool anew every epoch and takes the first ones
+        rng = np.random.default_rng([cfg.seed, epoch, item, 1])
+        first = rng.integers(len(positives)) if cfg.shuffle_positives else 0
+        picked = rng.permutation(len(negatives))[: cfg.negatives]
+    return [positives[first if cfg.shuffle_positives else 0]] + [negatives[i] for i in picked]
 
 
 def key_of(entry):
@@ -79,7 +101,7 @@ def make_batch(step, train, corpus, encoders, cfg):
     picked = order[offset * cfg.batch_size : (offset + 1) * cfg.batch_size]
     width, entries, filler = 1 + cfg.negatives, [], set()
     for i in picked:  # of the global batch: every device must know which of all columns are duplicates
-        drawn = draw(train[i], cfg, np.random.default_rng([cfg.seed, epoch, int(i), 1]))
+        drawn = draw(train[i], int(i), epoch, cfg)
         filler |= {*range(len(entries) + len(drawn), len(entries) + width)}
         entries += drawn + drawn[:1] * (width - len(drawn))  # a stand-in, masked for every question
 
@@ -124,12 +146,11 @@ def in_chunks(ids, size):
 # ---------------------------------------------------------------- loss and gradient
 def in_batch_loss(q_QD, p_ND, positive_Q, excluded=None):
     """
-    Mean over questions of -log softmax_n(q . p_n) at the positive (paper Eq. 2), and how many positives score
-    highest.
+    (mean over questions of -log softmax_n(q . p_n) at the positive, paper Eq. 2; how many positives score
+    highest). No temperature, as in the papers.
 
     q_QD, p_ND: vectors of the global batch. positive_Q: column of each question's positive. excluded: [2, E]
-    pairs (question, column) taken out of the softmax. Returns (scalar, integer tensor). No temperature, as in
-    the paper.
+    pairs (question, column) taken out of the softmax.
     """
     scores_QN = q_QD @ p_ND.T
     if excluded is not None and excluded.numel():
@@ -138,16 +159,9 @@ def in_batch_loss(q_QD, p_ND, positive_Q, excluded=None):
 
 
 def add_gradient(batch, encoders, accelerator, cfg, step):
-    """
-    Add the gradient of the global batch, times gradient_scale, to .grad; returns the global (loss, correct).
-    """
-    towers, device = (
-        {"question": encoders["query_encoder"], "passage": encoders["doc_encoder"]},
-        accelerator.device,
-    )
-    chunks = [("question", c) for c in batch["question_chunks"]] + [
-        ("passage", c) for c in batch["passage_chunks"]
-    ]
+    """Add the global batch's gradient, times gradient_scale, to .grad; returns the global (loss, correct)."""
+    towers, device = {kind: encoders[name] for name, kind in TOWERS.items()}, accelerator.device
+    chunks = [(kind, ids) for kind in towers for ids in batch[f"{kind}_chunks"]]
 
     def encode(chunk):
         kind, ids = chunk
@@ -187,17 +201,13 @@ def make_optimizer(encoders, cfg):
 
 
 def learning_rate_factor(step, warmup, total, floor):
-    """
-    Linear rise from 0 over `warmup` steps, linear fall, not below `floor` (DPR dpr/utils/model_utils.py:106).
-    """
+    """Linear rise from 0 over `warmup` steps, then fall, not under `floor` (DPR utils/model_utils.py:106)."""
     return step / warmup if step < warmup else max(floor, (total - step) / max(1, total - warmup))
 
 
 # ---------------------------------------------------------------- evaluation
 def dev_pool(dev, corpus, encoders, cfg):
-    """
-    Tokenise once: (id lists of the questions, of all their distinct passages, place of each gold passage).
-    """
+    """Tokenise once: (ids of the questions, of all their distinct passages, place of each gold passage)."""
     places, entries = {}, []
     for example in dev:
         for entry in example["positives"][:1] + example["negatives"][: cfg.dev_negatives]:
@@ -215,26 +225,23 @@ def evaluate(pool, encoders, accelerator, cfg):
     """Average rank (1 is best) and MRR of the gold passages among all passages of the dev pool."""
     q_QD = embed_on_devices(encoders["query_encoder"], pool[0], cfg.eval_batch_size, "question", accelerator)
     p_ND = embed_on_devices(encoders["doc_encoder"], pool[1], cfg.eval_batch_size, "passage", accelerator)
-    blocks = [(q_QD[k : k + 512] @ p_ND.T).cpu().numpy() for k in range(0, len(q_QD), 512)]
-    ranks_Q = np.concatenate(
-        [positive_ranks(s, pool[2][k * 512 : k * 512 + 512]) for k, s in enumerate(blocks)]
-    )
+    blocks = [slice(k, k + 512) for k in range(0, len(q_QD), 512)]
+    ranks = [positive_ranks((q_QD[rows] @ p_ND.T).cpu().numpy(), pool[2][rows]) for rows in blocks]
+    ranks_Q = np.concatenate(ranks)
     return {"average_rank": float(ranks_Q.mean()), "mrr": float((1 / ranks_Q).mean())}
 
 
 # ---------------------------------------------------------------- main
 def load_towers(starts, cfg, device):
-    """
-    {"query_encoder": ..., "doc_encoder": ...} from {name: path}; a shared encoder is one under both names.
-    """
-    inputs = {key: getattr(cfg, key) for key in INPUTS}
-    encoders = {}
+    """{"query_encoder": ..., "doc_encoder": ...} from {name: path}; a shared one stands under both names."""
+    inputs, encoders = {key: getattr(cfg, key) for key in INPUTS}, {}
     for name, role in TOWERS.items():
         if name == "doc_encoder" and cfg.shared_encoder:
             encoders[name] = encoders["query_encoder"]
         else:
             stored = inputs | {"role": "shared" if cfg.shared_encoder else role}
-            encoders[name] = load_encoder(starts[name], role, stored, cfg.dropout).to(device).train()
+            encoder = load_encoder(starts[name], role, stored, cfg.dropout, cfg.layer_norm_epsilon)
+            encoders[name] = encoder.to(device).train()
     return encoders
 
 
@@ -245,7 +252,7 @@ def main():
     choose(cfg, resume=("never", "exact", "changed"))
     at_least(cfg, 1, "batch_size", "question_chunk", "passage_chunk", "eval_batch_size")
     at_least(cfg, 1, "epochs", "save_every", "log_every")
-    at_least(cfg, 0, "negatives", "dev_negatives", "eval_every", "stop_after")
+    at_least(cfg, 0, "negatives", "dev_negatives", "eval_every", "stop_after", "layer_norm_epsilon")
     if cfg.batch_size == 1 and not cfg.negatives:
         raise UserError("batch_size 1 with negatives 0 has nothing to tell apart: the loss would be 0")
     need_file(cfg, "train", "dev", "corpus")
@@ -311,9 +318,7 @@ def main():
             try:
                 loss, correct = add_gradient(batch, encoders, accelerator, cfg, step)
             except torch.OutOfMemoryError:
-                raise UserError(
-                    "out of GPU memory: --grad_cache true or smaller chunks give the same"
-                ) from None
+                raise UserError("out of memory: --grad_cache true or smaller chunks give the same") from None
             accelerator.unscale_gradients()
             norm = torch.nn.utils.clip_grad_norm_(weights, cfg.max_grad_norm).item()
             run.refuse_non_finite(loss.item(), norm, lr)

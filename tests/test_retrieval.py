@@ -137,6 +137,81 @@ def test_metrics_of_a_hand_made_ranking(world):
     assert (by_regex["top-1"]["value"], by_regex["top-10"]["value"]) == (0, 1)
 
 
+def test_hits_at_50_and_1000_are_ms_marcos_recall(world):
+    """
+    A hit rate, however many positives: the first at rank 50 counts, at 51 not before 1000. A question that is
+    not in the run counts as 0. Accuracies stay DPR's 1, 5, 20, 100.
+    """
+    corpus = Corpus(world / "corpus.tsv")
+    at_50, at_51 = [str(pid) for pid in range(1, 61)], [str(pid) for pid in [60, *range(1, 60)]]
+    questions = [
+        {"qid": qid, "answers": ["red"], "positives": positives}
+        for qid, positives in (("a", ["50", "59"]), ("b", ["50"]), ("missing", ["1"]))
+    ]
+    results = {qid: [(pid, 0.0) for pid in pids] for qid, pids in (("a", at_50), ("b", at_51))}
+    metrics, _ = test_dpr.retrieval_metrics(questions, results, corpus, test_dpr.KS)
+    hits = {name: m["value"] for name, m in metrics.items() if name.startswith("hit")}
+    expected = {"hit@1": 0, "hit@5": 0, "hit@20": 0, "hit@50": 1 / 3, "hit@100": 2 / 3, "hit@1000": 2 / 3}
+    assert hits == pytest.approx(expected)
+    assert [name for name in metrics if name.startswith("top")] == ["top-1", "top-5", "top-20", "top-100"]
+    assert metrics["top-5"]["value"] == pytest.approx(2 / 3) and metrics["hit@1000"]["n"] == 3
+
+
+def test_lookahead_searches_with_the_stored_vector_of_the_positive(world, test, tmp_path, capsys):
+    """
+    The neighbours of a question's positive by a plain sort of the fp16 vectors; the positive itself is first,
+    as a layer norm made all vectors of one length. No encoder is read, and no accuracy is counted.
+    """
+    (tmp_path / "out").mkdir()
+    write_json(tmp_path / "out" / "test.metrics.json", {})  # for the fixture; look-ahead writes none
+    ranking, metrics = test(lookahead="true", query_encoder=tmp_path / "nowhere", index="stream")
+    shards = [np.load(world / "embeddings" / f"{i:05d}.npy") for i in range(3)]
+    x_ND = np.concatenate(shards).astype(np.float64)
+    for question in read_questions(world / "test.jsonl"):
+        scores_N = x_ND @ x_ND[int(question["positives"][0]) - 1]
+        assert ranking[question["qid"]][0][0] == question["positives"][0]
+        best = np.argsort(-scores_N, kind="stable")[:20]
+        assert [pid for pid, _ in ranking[question["qid"]]] == [str(row + 1) for row in best]
+        np.testing.assert_allclose([s for _, s in ranking[question["qid"]]], scores_N[best], rtol=1e-6)
+    assert metrics == {} and "no accuracy is counted" in capsys.readouterr().out
+    flat = test(lookahead="true", index="Flat")[0]
+    assert flat == ranking
+
+
+def test_lookahead_leaves_out_questions_without_a_passage_id(world, test, tmp_path, capsys):
+    """Inline positives have no vector, unlabelled questions no positive; nothing left to ask is an error."""
+    questions = read_questions(world / "test.jsonl")
+    questions[0]["positives"] = []
+    questions[1]["positives"] = [{"title": "", "text": "inline"}, "3"]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    (tmp_path / "none.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions[:2]))
+    (tmp_path / "out").mkdir()
+    write_json(tmp_path / "out" / "test.metrics.json", {})
+    ranking, _ = test(lookahead="true", questions=tmp_path / "some.jsonl")
+    assert list(ranking) == [q["qid"] for q in questions[2:]]
+    assert "2 of 10 questions have no passage id" in capsys.readouterr().out
+    with pytest.raises(UserError, match="none.jsonl: 2 of 2"):
+        test(lookahead="true", questions=tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="leave out bm25_run"):
+        test(lookahead="true", dry_run="true")
+
+
+def test_question_tokens_overrides_the_stored_length(world, test, monkeypatch):
+    """ANCE-Tele trains with 32 tokens and tests TriviaQA with 64: the key is what tokenize_questions sees."""
+    lengths, plain = [], test_dpr.tokenize_questions
+
+    def spy(encoder, questions):
+        lengths.append(max(map(len, plain(encoder, questions))))
+        return plain(encoder, questions)
+
+    monkeypatch.setattr(test_dpr, "tokenize_questions", spy)
+    rankings = [test(question_tokens=n)[0] for n in (0, 16, 5)]
+    assert lengths[:2] == [lengths[0]] * 2 and lengths[0] > 5 and lengths[2] == 5
+    assert rankings[0] == rankings[1] != rankings[2]
+    with pytest.raises(UserError, match="at most 256 tokens"):
+        test(question_tokens=257)
+
+
 def test_k_above_the_corpus_lists_every_passage_once(test):
     """min(k, passages) lines a question; DPR and nanoDPR repeat the last passage instead."""
     for index in ("Flat", "stream", "HNSW32"):

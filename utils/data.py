@@ -30,12 +30,13 @@ def check_passage(entry):
     return isinstance(entry, str) and entry != ""
 
 
-def read_questions(path, need=()):
+def read_questions(path, need=(), repeats=False):
     """
     The examples of a question file as dicts; absent lists become [], keys of your own are kept.
 
     need: lists that every line must have (may be empty) and that may not be empty everywhere, such as
-    ("answers",). Blank answers are removed, and counted in one warning. UserError names file:line.
+    ("answers",). repeats: a qid may come back. Blank answers are removed, and counted in one warning.
+    UserError names file:line.
     """
     questions, seen, blanks = [], {}, 0
     for number, q in iter_jsonl(path):
@@ -45,7 +46,7 @@ def read_questions(path, need=()):
                 raise UserError(f"{where}: {key!r} must be a string with something in it, got {q.get(key)!r}")
         if "\t" in q["qid"] or "\n" in q["qid"]:
             raise UserError(f"{where}: a qid cannot hold tabs or line breaks, got {q['qid']!r}")
-        if seen.setdefault(q["qid"], number) != number:
+        if seen.setdefault(q["qid"], number) != number and not repeats:
             raise UserError(
                 f"{where}: qid {q['qid']!r} is already on line {seen[q['qid']]}; qids must differ"
             )
@@ -75,7 +76,7 @@ def read_training(path, corpus):
     (the questions of `path` that have a positive passage, a line that says what was left out). corpus: where
     passage ids must be found, or None. UserError for an id that is not there, and when no question is left.
     """
-    examples = read_questions(path)
+    examples = read_questions(path, repeats=True)  # why: RocketQA has one line for each negative
     kept = [example for example in examples if example["positives"]]
     for example in kept:
         for entry in example["positives"] + example["negatives"]:

@@ -166,13 +166,13 @@ def embed_on_devices(encoder, ids, batch_size, kind, accelerator):
     return vectors_ND
 
 
-def load_encoder(path, role, inputs=None, dropout=0.0):
+def load_encoder(path, role, inputs=None, dropout=0.0, layer_norm_epsilon=0.0):
     """
     The tower `role` (question | passage) from one of four doors: (a) a folder that save_encoder wrote, (b) a
     BERT-like Hugging Face folder or hub name (then `inputs` must say how inputs are built), (c)
     facebook/dpr-* or a copy, (d) a DPR `.cp` checkpoint. No weight may be missing: random weights without an
-    exception are the classic silent failure. `inputs` overrides what is stored. UserError when the path is
-    the other tower, incomplete, or not reachable.
+    exception are the classic silent failure. `inputs` overrides what is stored, and so does
+    layer_norm_epsilon above 0. UserError when the path is the other tower, incomplete, or not reachable.
     """
     path, stored = str(path), Path(path) / "encoder_inputs.json"
     if not Path(path).exists() and "/" in path and Path(path).parent.exists():
@@ -212,6 +212,10 @@ def load_encoder(path, role, inputs=None, dropout=0.0):
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = dropout
+        if isinstance(module, nn.LayerNorm) and layer_norm_epsilon:
+            # why: no weight tells it, and BERT's 1e-12 in the place of ERNIE's 1e-5 is a wrong model that
+            # still runs (ERNIE issue 75); in the config it is saved, so every later load computes the same
+            module.eps = model.config.layer_norm_eps = layer_norm_epsilon
     encoder = Encoder(model, tokenizer, {"role": role, "pair": ""} | known | (inputs or {}), projection)
     longest = max(encoder.inputs["question_tokens"], encoder.inputs["passage_tokens"])
     for what, needed, there in (

@@ -11,11 +11,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from test_dpr import KS, retrieval_metrics  # noqa: E402
+from test_dpr import retrieval_metrics  # noqa: E402
 from utils.config import UserError, friendly_errors  # noqa: E402
 from utils.data import Corpus, read_questions, read_run  # noqa: E402
 from utils.files import write_json  # noqa: E402
 
+KS = (1, 5, 20, 100)
 RUNS = {
     "BM25": "bm25_runs/test.run",
     "untrained encoder": "untrained/test.run",
@@ -28,7 +29,7 @@ def main(run_dir, data):
     corpus, questions = Corpus(f"{data}/corpus.tsv"), read_questions(f"{data}/test.jsonl")
     table = {}
     for name, path in RUNS.items():
-        table[name], _ = retrieval_metrics(questions, read_run(f"{run_dir}/{path}"), corpus)
+        table[name], _ = retrieval_metrics(questions, read_run(f"{run_dir}/{path}"), corpus, KS)
     write_json(Path(run_dir) / "table.json", table)
     columns = [f"top-{k}" for k in KS] + ["MRR@10"]
     print(f"n = {len(questions)} questions, {len(corpus):,} passages; percent, 95 % bootstrap interval")

@@ -1,0 +1,105 @@
+"""BM25 against its formula, on a corpus that one can read."""
+
+import json
+import math
+import sys
+
+import pytest
+
+from utils import bm25
+from utils.config import UserError
+from utils.data import Corpus, read_run
+
+ROWS = [
+    ("1", "Oslo is the capital of Norway.", "Oslo"),
+    ("2", "The river of Oslo is the Akerselva river.", "River"),
+    ("3", "Lima lies in Peru.", "Lima"),
+    ("4", "Nothing here.", "Oslo"),
+    ("5", "Nothing here.", "Oslo"),
+    ("6", "The", "A"),
+]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "corpus.tsv"
+    path.write_text("id\ttext\ttitle\n" + "".join("\t".join(row) + "\n" for row in ROWS))
+    return Corpus(path)
+
+
+def formula(question, k1=0.9, b=0.4):
+    """Robertson's BM25 with Lucene's idf, word by word, over title + text without stop words."""
+    stop = {"is", "the", "of", "in", "a"}
+    documents = [
+        [w for w in f"{title} {text}".lower().replace(".", "").split() if w not in stop and len(w) > 1]
+        for _, text, title in ROWS
+    ]
+    mean, scores = sum(map(len, documents)) / len(documents), []
+    for words in documents:
+        score = 0.0
+        for word in question.lower().split():
+            n = sum(word in d for d in documents)
+            idf = math.log(1 + (len(documents) - n + 0.5) / (n + 0.5))
+            tf = words.count(word)
+            score += idf * tf / (tf + k1 * (1 - b + b * len(words) / mean))
+        scores.append(score)
+    return scores
+
+
+@pytest.mark.parametrize("question", ["oslo", "river oslo", "norway peru nothing", "oslo oslo capital"])
+def test_bm25_is_the_formula(corpus, tmp_path, question):
+    """Oracle: the published formula with k1 = 0.9, b = 0.4 gives the scores and the order; no zeros."""
+    index = bm25.build_bm25(corpus, tmp_path / "index")
+    expected = formula(question)
+    (hits,) = bm25.search_bm25(index, [question], 10)
+    order = sorted((r for r in range(6) if expected[r] > 0), key=lambda r: -expected[r])
+    assert [row for row, _ in hits] == order
+    assert [score for _, score in hits] == pytest.approx([expected[r] for r in order], rel=1e-5)
+
+
+def test_ties_and_short_lists(corpus, tmp_path):
+    """Equal passages keep the corpus order at every k; a question without known words finds nothing."""
+    index = bm25.build_bm25(corpus, tmp_path / "index")
+    rows = [[row for row, _ in bm25.search_bm25(index, ["nothing"], k)[0]] for k in (1, 2, 3)]
+    assert rows == [[3], [3, 4], [3, 4]]
+    (tmp_path / "same.tsv").write_text("".join(f"{i}\tsame text\tT\n" for i in range(1, 301)))
+    same = bm25.build_bm25(Corpus(tmp_path / "same.tsv"), tmp_path / "same")
+    assert [row for row, _ in bm25.search_bm25(same, ["text"], 100)[0]] == list(range(100))
+    assert bm25.search_bm25(index, ["xyzzy", "", "the of", "?"], 5) == [[], [], [], []]
+
+
+def test_index_is_kept_for_this_corpus_only(corpus, tmp_path, monkeypatch):
+    """The saved index serves the same corpus and no other; a folder that is no index is never deleted."""
+    first = bm25.search_bm25(bm25.build_bm25(corpus, tmp_path / "index"), ["oslo river"], 5)
+    counted, tokens = [], bm25.tokens
+    monkeypatch.setattr(bm25, "tokens", lambda texts: counted.append(1) or tokens(texts))
+    again = bm25.build_bm25(corpus, tmp_path / "index")
+    assert counted == [] and bm25.search_bm25(again, ["oslo river"], 5) == first
+    (tmp_path / "other.tsv").write_text("1\toslo river\tT\n")
+    other = bm25.build_bm25(Corpus(tmp_path / "other.tsv"), tmp_path / "index")
+    assert [row for row, _ in bm25.search_bm25(other, ["oslo"], 5)[0]] == [0]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="not a BM25 index"):
+        bm25.build_bm25(corpus, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_bm25_command(corpus, tmp_path, monkeypatch, capsys):
+    """The command writes a .run of passage ids, one question after the other."""
+    questions = [{"qid": "a", "question": "capital of Norway"}, {"qid": "b", "question": "xyzzy"}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    argv = [
+        "--corpus",
+        corpus.path,
+        "--questions",
+        tmp_path / "q.jsonl",
+        "--out",
+        tmp_path / "x.run",
+        "--k",
+        3,
+    ]
+    monkeypatch.setattr(sys, "argv", ["bm25", *map(str, argv)])
+    bm25.main()
+    assert [pid for pid, _ in read_run(tmp_path / "x.run")["a"]] == ["1"]
+    assert "1 of them without a passage" in capsys.readouterr().out
