@@ -1,10 +1,12 @@
 """
 Ask a question and read the best passages: what the dense retriever finds, and what BM25 thinks of it.
 
-In:   the corpus, runs/X/query_encoder/ (train_dpr.py), runs/X/embeddings/ (doc2embedding.py)
+In:   the corpus, runs/X/query_encoder/ (train_dpr.py), runs/X/embeddings/ (doc2embedding.py); if you like a
+      reader (train_reader.py), which answers from the passages shown
 Out:  the answer on the screen; runs/X/bm25/, once
 Run:  python ask.py --run runs/demo "who wrote hamlet"
       python ask.py --run runs/demo
+      python ask.py --run runs/demo --reader runs/demo/reading/reader
 
 A passage has its dense rank, its BM25 rank (`-`: not among BM25's best 1000), the inner product, id, title
 and text. Words of the question stand out: a first passage without any of them is what DPR is about.
@@ -22,6 +24,7 @@ from utils.lines import iter_jsonl
 from utils.text import answer_position, has_answer
 
 BM25_DEPTH = 1000
+ANSWER_TOKENS = 10  # of a reader's answer [DPR conf/extractive_reader_train_cfg.yaml max_answer_length]
 
 
 # ----------------------------------------------------------------------------------------- the inputs
@@ -55,8 +58,9 @@ def check_inputs(cfg, question):
 # ----------------------------------------------------------------------------------------- the answer
 def load(cfg):
     """
-    Load everything once. Returns a function: question -> (hits, milliseconds, words, note); hits: list of
-    (passage, score, BM25 rank), words: those of the question that BM25 looks for.
+    Load everything once. Returns a function: question -> (hits, milliseconds, words, note, read); hits: list
+    of (passage, score, BM25 rank), words: those of the question that BM25 looks for, read: what the reader
+    says (see predict in utils/reader.py), None without a reader or where the passages are empty.
     """
     # why imported here: torch takes seconds, and a mistake on the command line should show at once
     import torch
@@ -65,14 +69,17 @@ def load(cfg):
     from utils.data import Corpus
     from utils.embeddings import open_embeddings
     from utils.encoder import embed, load_encoder, tokenize_questions
+    from utils.reader import load_reader, predict
+    from utils.reader_data import tokenize_rows
     from utils.search import as_lists, exact_topk
 
     run, corpus = Path(cfg.run), Corpus(cfg.corpus, cfg.corpus_format)
     query_encoder = run / "query_encoder"
     shards, _ = open_embeddings(run / "embeddings", corpus.sha256, verify=False, query_encoder=query_encoder)
     index = build_bm25(corpus, run / "bm25")
-    encoder = load_encoder(query_encoder, "question")
-    encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    encoder = load_encoder(query_encoder, "question").to(device)
+    reader = load_reader(cfg.reader).to(device) if cfg.reader else None
 
     def answer(question):
         times = [time.perf_counter()]
@@ -83,7 +90,12 @@ def load(cfg):
         times.append(time.perf_counter())
         bm25 = {row: rank for rank, (row, _) in enumerate(search_bm25(index, [question], BM25_DEPTH)[0], 1)}
         times.append(time.perf_counter())
-        hits = [(corpus[row], score, bm25.get(row, "-")) for row, score in dense]
+        hits, read = [(corpus[row], score, bm25.get(row, "-")) for row, score in dense], None
+        if reader:
+            passages = [passage for passage, _, _ in hits]
+            rows = tokenize_rows(reader.tokenizer, question, passages, reader.inputs["reader_tokens"])
+            read = predict(reader, [passages], [rows], [len(hits)], ANSWER_TOKENS, 8)[0][0]
+            times.append(time.perf_counter())
         full = len(ids[0]) == encoder.inputs["question_tokens"]
         note = f" | the question fills all {len(ids[0])} tokens, its end may be cut" if full else ""
         return (
@@ -91,6 +103,7 @@ def load(cfg):
             [1000 * (b - a) for a, b in zip(times, times[1:], strict=False)],
             tokens([question]).vocab,
             note,
+            read,
         )
 
     return answer, len(corpus)
@@ -116,10 +129,17 @@ def embolden(text, words, answers):
 
 def show(question, answer, known):
     """Print the passages for one question, and what it cost. known: {question in lower case: its answers}."""
-    hits, (encode, search, bm25), words, note = answer(question)
+    hits, (encode, search, bm25, *reading), words, note, read = answer(question)
     answers = known.get(question.lower().strip(" ?"), [])
     if answers:
         print(f"known answers: {', '.join(answers)}")
+    if read:
+        passage = hits[read["passage_idx"]][0]
+        where = f"dense {read['passage_idx'] + 1} | {plain(passage.id)} | {plain(passage.title)}"
+        likely = f"span {read['score']:.3f} | relevance {read['relevance_score']:.3f}"
+        print(f"answer: {plain(read['text'])} | {likely} | in {where}")
+    elif reading:
+        print("answer: none, no text of a passage fits beside the question")
     width = max(40, shutil.get_terminal_size().columns)
     for rank, (passage, score, bm25_rank) in enumerate(hits, 1):
         found = " | holds the answer" if has_answer(passage.text, answers) else ""
@@ -127,7 +147,8 @@ def show(question, answer, known):
         print(f"dense {rank} | BM25 {bm25_rank} | {score:.3f} | {plain(passage.id)} | {title}")
         text = textwrap.fill(plain(passage.text), width, initial_indent="    ", subsequent_indent="    ")
         print(embolden(text, words, answers) if sys.stdout.isatty() else text)
-    print(f"encode {encode:.0f} ms | search {search:.0f} ms | BM25 {bm25:.0f} ms{note}\n", flush=True)
+    took = f" | read {reading[0]:.0f} ms" if reading else ""
+    print(f"encode {encode:.0f} ms | search {search:.0f} ms | BM25 {bm25:.0f} ms{took}{note}\n", flush=True)
 
 
 def main():

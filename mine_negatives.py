@@ -183,7 +183,7 @@ def beside(path, items, run):
     def check():
         if ahead[0] is not None:
             raise UserError(
-                f"{path}: question {ahead[0][0]!r} is not in {run}, or not in its order; make both from one "
+                f"{path}: question {ahead[0][0]!r} is not in {run}, or not in its order; both must come from one "
                 f"question file"
             )
 

@@ -7,12 +7,14 @@ Out:  a .run with the first `depth` hits of a question, sorted by the probabilit
 Run:  python rerank.py --config config/rerank.yaml
       accelerate launch rerank.py --config config/rerank.yaml
       The same command goes on after a crash; what is complete is not scored again.
+      trap: torchrun takes the flag --run for one of its own; with it, name the run in the yaml.
 Next: mine_negatives.py; for RocketQA under 0.1 is a negative, above 0.9 an unlabelled question's positive
 
 Differs from RocketQA: (1) Ids stand beside the scores; its file is one number a line, meant for a depth that
 the reader has to know. (2) Pairs are sorted by length, then padded to the longest of a batch and not to 160.
 (3) float64 on disk, to the last bit: probabilities near 1 keep their order. (4) Block i of the questions
-belongs to process i modulo W and is one part file, whole or absent: the bytes are the same for any W.
+belongs to process i modulo W and is one part file, whole or absent: with as many threads in each process,
+the bytes are the same for any W.
 """
 
 import shutil

@@ -48,12 +48,12 @@ stage train python train_dpr.py --config config/train_dpr_demo.yaml --run_dir $R
     --train $RUN/data/train.jsonl --dev $RUN/data/dev.jsonl --corpus $DATA/corpus.tsv $FLAGS
 
 # The corpus as vectors, by the untrained and by the trained encoder; the same search for both.
-stage untrained python recipes/demo/untrained.py $START $RUN/untrained/encoder
-stage encode_untrained python doc2embedding.py --doc_encoder $RUN/untrained/encoder --corpus $DATA/corpus.tsv \
+stage untrained python recipes/untrained.py config/train_dpr_demo.yaml $START $RUN/untrained
+stage encode_untrained python doc2embedding.py --doc_encoder $RUN/untrained/doc_encoder --corpus $DATA/corpus.tsv \
     --out $RUN/untrained/embeddings
 stage encode python doc2embedding.py --doc_encoder $RUN/doc_encoder --corpus $DATA/corpus.tsv --out $RUN/embeddings
 stage test_untrained python test_dpr.py --questions $DATA/test.jsonl --corpus $DATA/corpus.tsv --index stream \
-    --embeddings $RUN/untrained/embeddings --query_encoder $RUN/untrained/encoder --out $RUN/untrained/test.run
+    --embeddings $RUN/untrained/embeddings --query_encoder $RUN/untrained/query_encoder --out $RUN/untrained/test.run
 stage test python test_dpr.py --questions $DATA/test.jsonl --corpus $DATA/corpus.tsv --index stream \
     --embeddings $RUN/embeddings --query_encoder $RUN/query_encoder --out $RUN/test/test.run \
     --check_leak $DATA/train.jsonl

@@ -13,11 +13,15 @@ import torch.multiprocessing as mp
 
 from utils.config import ROOT
 
-ENVIRONMENT = os.environ | {
-    "HF_HUB_OFFLINE": "1",
-    "ACCELERATE_USE_CPU": "true",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+ENVIRONMENT = (
+    os.environ
+    | {
+        "HF_HUB_OFFLINE": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",  # why: threads of a tiny model wait for each other, up to 30 times as long as it computes
+    }
+)
 
 
 def command(script, arguments, processes=1):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import BertTokenizer, DPRConfig, DPRContextEncoder, DPRQuestionEncoder
+from transformers import AutoTokenizer, BertTokenizer, DPRConfig, DPRContextEncoder, DPRQuestionEncoder
 
 from tests.toy import INPUTS, bert, make_world, tokenizer
 from utils.config import UserError
@@ -226,3 +226,18 @@ def test_the_hash_knows_weights_and_inputs(world):
     with torch.no_grad():
         encoder.model.embeddings.word_embeddings.weight[0, 0] += 1
     assert encoder_hash(encoder) != first
+
+
+def test_other_libraries_see_the_token_types(tmp_path):
+    """A folder of a segments model says so: another library's tokenizer call returns them too."""
+    words = tokenizer(tmp_path)
+    words.model_input_names = ["input_ids", "attention_mask"]
+    words.save_pretrained(tmp_path / "bare")
+    bare = AutoTokenizer.from_pretrained(tmp_path / "bare", model_input_names=words.model_input_names)
+    for kind in ("zeros", "segments"):
+        inputs = INPUTS | {"role": "shared", "token_types": kind}
+        save_encoder(Encoder(bert(len(words)), bare, inputs), tmp_path / kind)
+    segments, zeros = (
+        AutoTokenizer.from_pretrained(tmp_path / k)("paris", "rome") for k in ("segments", "zeros")
+    )
+    assert segments["token_type_ids"] == [0, 0, 0, 1, 1] and "token_type_ids" not in zeros

@@ -34,6 +34,7 @@ from utils.config import ROOT, load_config
 from utils.data import Corpus, read_questions
 from utils.encoder import collate, load_encoder
 
+torch.set_num_threads(1)  # why: threads that wait for each other take seconds on a busy machine
 GOLDEN = Path(__file__).parent / "golden"
 
 

@@ -101,12 +101,6 @@ def load_cross_encoder(path, pair_tokens=0, dropout=0.0, new_head=False, layer_n
     role = known.get("role", "cross")
     if role != "cross" and not new_head:
         raise UserError(f"{path}: this is a {role} encoder; a cross-encoder is needed here")
-    pair_tokens = pair_tokens or known.get("pair_tokens", 0)
-    if not pair_tokens:
-        raise UserError(
-            f"{path}: no encoder_inputs.json, so the length of a pair is unknown; write one there, such as "
-            f"{json.dumps({'role': 'cross', 'pair_tokens': 160})}"
-        )
     try:
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -121,6 +115,12 @@ def load_cross_encoder(path, pair_tokens=0, dropout=0.0, new_head=False, layer_n
             f"{path}: neither a complete local folder nor reachable on the hub (with a network, "
             f"`hf download {path}` fetches it): {first_line}"
         ) from None
+    pair_tokens = pair_tokens or known.get("pair_tokens", 0)
+    if not pair_tokens:
+        raise UserError(
+            f"{path}: no encoder_inputs.json, so the length of a pair is unknown; write one there, such as "
+            f"{json.dumps({'role': 'cross', 'pair_tokens': 160})}"
+        )
     missing = [key for key in found["missing_keys"] if "position_ids" not in key]
     inner = f"{model.base_model_prefix}."
     lost = [key for key in missing if not (new_head and key.removeprefix(inner).startswith(HEAD))]
@@ -135,7 +135,8 @@ def load_cross_encoder(path, pair_tokens=0, dropout=0.0, new_head=False, layer_n
         if isinstance(module, nn.Dropout):
             module.p = dropout
         if isinstance(module, nn.LayerNorm) and layer_norm_epsilon:
-            module.eps = config.layer_norm_eps = layer_norm_epsilon  # saved with the weights, see encoder.py
+            # in the config it is saved; see utils/encoder.py for why it matters
+            module.eps = model.config.layer_norm_eps = layer_norm_epsilon
     for what, needed, there in (
         ("words in its tokenizer", len(tokenizer), config.vocab_size),
         ("tokens a pair", pair_tokens, config.max_position_embeddings),
@@ -144,5 +145,7 @@ def load_cross_encoder(path, pair_tokens=0, dropout=0.0, new_head=False, layer_n
             raise UserError(f"{path}: {needed} {what}, but only {there} embeddings for them")
     types = "segments" if getattr(config, "type_vocab_size", 2) > 1 else "zeros"  # RoBERTa has one segment
     return CrossEncoder(
-        model, tokenizer, {"role": "cross", "pair_tokens": pair_tokens, "token_types": types, "pair": ""}
+        model,
+        tokenizer,
+        {"role": "cross", "pair_tokens": pair_tokens, "token_types": types, "pair": known.get("pair", "")},
     )

@@ -90,7 +90,7 @@ def read_training(path, corpus):
         raise UserError(f"{path}: none of its {len(examples)} questions has a positive passage")
     bare = sum(not example["negatives"] for example in kept)
     note = f"{path}: {len(kept)} questions, {len(examples) - len(kept)} without a positive left out"
-    return kept, f"{note}, {bare} have no hard negative (only the batch's)"
+    return kept, f"{note}, {bare} have no negative of their own"
 
 
 def passage_of(entry, corpus):

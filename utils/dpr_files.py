@@ -19,6 +19,7 @@ from transformers import (
     DPRConfig,
     DPRContextEncoder,
     DPRQuestionEncoder,
+    DPRReader,
 )
 
 from utils.config import UserError, friendly_errors
@@ -96,43 +97,70 @@ class _RestrictedPickle:
         return cls.Unpickler(file, **options).load()
 
 
+def read_cp(path):
+    """What torch.save wrote, as a dict with "model_dict"; nothing in the file can run."""
+    try:
+        # why not weights_only: DPR's 2021 files hold an omegaconf object, which torch's own safe loader
+        # refuses
+        saved = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_RestrictedPickle)
+        return saved | {"model_dict": saved["model_dict"]}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:
+        raise UserError(f"{path}: not a DPR checkpoint, or truncated: {error}") from None
+
+
+def sizes(weights):
+    """The settings of a BERT, from the shapes of its weights."""
+    words_VD = weights["embeddings.word_embeddings.weight"]
+    return {
+        "vocab_size": words_VD.shape[0],
+        "hidden_size": words_VD.shape[1],
+        "num_hidden_layers": 1
+        + max(int(key.split(".")[2]) for key in weights if key.startswith("encoder.layer.")),
+        "num_attention_heads": max(1, words_VD.shape[1] // 64),  # 64 a head, as in every released BERT
+        "intermediate_size": weights["encoder.layer.0.intermediate.dense.weight"].shape[0],
+        "max_position_embeddings": weights["embeddings.position_embeddings.weight"].shape[0],
+    }
+
+
+def cp_tokenizer(path, saved):
+    """The tokenizer beside a checkpoint, or the one that it names."""
+    parameters = saved.get("encoder_params") or {}
+    here = Path(path).parent
+    named = here if (here / "tokenizer.json").is_file() else parameters.get("pretrained_model_cfg")
+    return AutoTokenizer.from_pretrained(str(named or "bert-base-uncased"))
+
+
 def from_cp(path, role):
     """
     A checkpoint of the original DPR code -> (BertModel, tokenizer, projection or None); sizes from the
     weights.
     """
-    try:
-        # why not weights_only: DPR's 2021 files hold an omegaconf object, which torch's own safe loader
-        # refuses
-        saved = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_RestrictedPickle)
-        weights = saved["model_dict"]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except Exception as error:
-        raise UserError(f"{path}: not a DPR checkpoint, or truncated: {error}") from None
-    prefix = {"question": "question_model.", "passage": "ctx_model."}[role]
-    weights = {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
+    saved, prefix = read_cp(path), {"question": "question_model.", "passage": "ctx_model."}[role]
+    weights = {k[len(prefix) :]: v for k, v in saved["model_dict"].items() if k.startswith(prefix)}
     if not weights:
         raise UserError(f"{path}: no weights under {prefix}*: not a bi-encoder checkpoint")
-    words_VD = weights["embeddings.word_embeddings.weight"]
-    config = BertConfig(
-        vocab_size=words_VD.shape[0],
-        hidden_size=words_VD.shape[1],
-        num_hidden_layers=1
-        + max(int(key.split(".")[2]) for key in weights if key.startswith("encoder.layer.")),
-        num_attention_heads=max(1, words_VD.shape[1] // 64),  # 64 a head, as in every released BERT
-        intermediate_size=weights["encoder.layer.0.intermediate.dense.weight"].shape[0],
-        max_position_embeddings=weights["embeddings.position_embeddings.weight"].shape[0],
-    )
-    model, projection = BertModel(config, add_pooling_layer=False), None
+    model, projection = BertModel(BertConfig(**sizes(weights)), add_pooling_layer=False), None
     if "encode_proj.weight" in weights:
-        projection = nn.Linear(words_VD.shape[1], weights["encode_proj.weight"].shape[0])
+        projection = nn.Linear(model.config.hidden_size, weights["encode_proj.weight"].shape[0])
         projection.load_state_dict({k: weights.pop(f"encode_proj.{k}") for k in ("weight", "bias")})
     check_complete(path, model.load_state_dict(weights, strict=False).missing_keys)
-    parameters = saved.get("encoder_params") or {}
-    here = Path(path).parent
-    named = here if (here / "tokenizer.json").is_file() else parameters.get("pretrained_model_cfg")
-    return model, AutoTokenizer.from_pretrained(str(named or "bert-base-uncased")), projection
+    return model, cp_tokenizer(path, saved), projection
+
+
+def reader_from_cp(path):
+    """A reader checkpoint of the original DPR code -> (DPRReader, tokenizer); sizes from the weights."""
+    saved = read_cp(path)
+    weights, bert = saved["model_dict"], "span_predictor.encoder.bert_model."
+    inner = {k.removeprefix("encoder."): v for k, v in weights.items() if k.startswith("encoder.")}
+    if "embeddings.word_embeddings.weight" not in inner:
+        raise UserError(f"{path}: no weights under encoder.embeddings.*: not a reader checkpoint")
+    named = {f"{bert}{k}": v for k, v in inner.items()}
+    named |= {f"span_predictor.{k}": v for k, v in weights.items() if k.startswith("qa_")}
+    model = DPRReader(DPRConfig(**sizes(inner) | {"projection_dim": 0}))
+    check_complete(path, model.load_state_dict(named, strict=False).missing_keys)
+    return model, cp_tokenizer(path, saved)
 
 
 def export_hf_dpr(folder, role, out):

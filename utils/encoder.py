@@ -240,6 +240,10 @@ def save_encoder(encoder, folder):
         words = copy.deepcopy(encoder.tokenizer)  # another thread may be using the original
         words.backend_tokenizer.no_truncation()  # the last length used is no part of a tokenizer
         words.save_pretrained(temporary)
+        if encoder.inputs["token_types"] == "segments":  # why: others pass on only what is named
+            config = read_json(temporary / "tokenizer_config.json")
+            config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+            write_json(temporary / "tokenizer_config.json", config)
         write_json(temporary / "encoder_inputs.json", encoder.inputs)
 
 

@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# ANCE-Tele on Natural Questions (Sun et al. 2022): three episodes. In each, the last model finds negatives near the
+# question (ANN) and near its positive (look-ahead), the last file is kept (momentum), and a new model is trained on all
+# of them from the start: coCondenser, never the last model. Episodes 1 and 2 stop early, on the schedule of 40 epochs.
+#
+# Expected after episode 3, top-5 / 20 / 100 of 3,610 test questions (README of ANCE-Tele's code): 77.0 / 84.9 / 89.7
+# Ours: not run. Time: not measured. Disk: 13 GB corpus + 33 GB of vectors for each of four models.
+#
+# Also TriviaQA and MS MARCO, by ance_tele_trivia.sh and ance_tele_marco.sh: their variables are the difference.
+# Smaller: DATA, RUN, START, TRAIN_FLAGS="--batch_size 32 --mixed_precision no", ENCODE_FLAGS="", LAUNCH=python. Files
+# in DATA: corpus.tsv, train.jsonl (positives as passage ids), test.jsonl. A killed run goes on where it was.
+DATA=${DATA:-data/nq}
+SET=${SET:-nq}                                     # in the names of DPR's files
+RUN=${RUN:-runs/ance_tele_nq}
+START=${START:-Luyu/co-condenser-wiki}
+CONFIG=${CONFIG:-config/train_dpr_ance_tele_nq.yaml}
+DEV=${DEV:-}                                       # a question file that chooses the best checkpoint; "": the last
+EPISODES=${EPISODES:-1 2 3}
+NEGATIVES=(${NEGATIVES:-3 7 11})                   # hard negatives a question and step, by episode
+STOP_AFTER=(${STOP_AFTER:-2000 2000 0})            # steps, by episode; 0: none before the end
+DEPTH=${DEPTH:-200}                                # passages retrieved for a question and for its positive
+SAMPLE=${SAMPLE:-80}                               # drawn from each of the two: 160 negatives, then 320, then 480
+POSITIVES=${POSITIVES:-find}                       # find: where train.jsonl has none, the first passage with the answer
+TEST_DEPTH=${TEST_DEPTH:-100}
+TEST_TOKENS=${TEST_TOKENS:-0}                      # length of a test question; 0: as in training
+TRAIN_FLAGS=${TRAIN_FLAGS:-}
+ENCODE_FLAGS=${ENCODE_FLAGS---mixed_precision fp16}
+LAUNCH=${LAUNCH:-accelerate launch} FORMAT=${FORMAT:-auto}
+. "$(dirname "$0")/stage.sh"
+
+# Data: DPR's. --ids: look-ahead needs the vector of the positive, so its place in the corpus; the train.jsonl of
+# dpr_nq.sh has texts instead, move it away.
+if [ ! -f $DATA/corpus.tsv ]; then
+    python -m utils.download psgs_w100.tsv --out $DATA
+    mv $DATA/psgs_w100.tsv $DATA/corpus.tsv
+fi
+if [ ! -f $DATA/train.jsonl ]; then
+    python -m utils.download biencoder-$SET-train.json --out $DATA
+    python -m utils.data convert dpr_json $DATA/biencoder-$SET-train.json $DATA/train.jsonl --ids
+fi
+if [ ! -f $DATA/test.jsonl ]; then
+    python -m utils.download $SET-test.qa.csv --out $DATA
+    python -m utils.data convert dpr_qa $DATA/$SET-test.qa.csv $DATA/test.jsonl
+fi
+
+# M_0: coCondenser as it is, never trained for retrieval.
+stage $RUN/m0/doc_encoder python recipes/untrained.py $CONFIG $START $RUN/m0
+encode $RUN/m0
+
+for episode in $EPISODES; do
+    last=$RUN/m$((episode - 1)) model=$RUN/m$episode questions=$DATA/train.jsonl momentum=
+    search $last $DATA/train.jsonl $DEPTH ann
+    if [ $POSITIVES = find ]; then
+        questions=$last/questions.jsonl
+        stage $questions python mine_negatives.py --mode topk --positives find --negatives 1 --depth $DEPTH \
+            --questions $DATA/train.jsonl --run $last/ann.run $CORPUS --out $questions
+    fi
+    stage $last/lookahead.run python test_dpr.py --lookahead true --questions $questions $CORPUS \
+        --embeddings $last/embeddings --index stream --k $DEPTH --out $last/lookahead.run
+
+    [ $episode = 1 ] || momentum="--momentum $RUN/m$((episode - 1)).jsonl"
+    stage $model.jsonl python mine_negatives.py --mode teleport --questions $questions --run $last/ann.run $CORPUS \
+        --lookahead_run $last/lookahead.run $momentum --negatives $SAMPLE --depth $DEPTH --out $model.jsonl
+    stage $model/metrics.json $LAUNCH train_dpr.py --config $CONFIG --run_dir $model --init $START \
+        --train $model.jsonl --dev "$DEV" $CORPUS --negatives ${NEGATIVES[episode - 1]} \
+        --stop_after ${STOP_AFTER[episode - 1]} --resume exact $TRAIN_FLAGS
+
+    encode $model
+    search $model $DATA/test.jsonl $TEST_DEPTH test --question_tokens $TEST_TOKENS
+done

@@ -1,0 +1,68 @@
+"""
+Rankings of the same questions side by side, and what each gains over the first one, question by question.
+
+Run: python recipes/compare.py data/nq/corpus.tsv data/nq/test.jsonl runs/x/d0/test.run runs/x/d1/test.run
+
+Both intervals are 95 % bootstrap over the questions. That of a gain is narrower than two separate ones
+suggest, because most questions are right or wrong under both systems, and only those that change count
+(paired test).
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from test_dpr import gold_ids  # noqa: E402
+from utils.config import UserError, friendly_errors  # noqa: E402
+from utils.data import Corpus, read_questions, read_run  # noqa: E402
+from utils.metrics import bootstrap_interval, mrr  # noqa: E402
+from utils.text import has_answer  # noqa: E402
+
+KS = (1, 5, 20, 100)
+
+
+def per_question(path, questions, corpus):
+    """{metric: array [Q]} of one .run; a k beyond the depth of the run is left out."""
+    found, values = read_run(path), {}
+    depth = max(map(len, found.values()))
+    for question in questions:
+        pids, gold = [pid for pid, _ in found.get(question["qid"], [])], gold_ids(question)
+        if question["answers"]:
+            texts = (corpus[corpus.row(pid)].text for pid in pids)
+            first = next((i for i, t in enumerate(texts, 1) if has_answer(t, question["answers"])), depth + 1)
+            for k in KS:
+                values.setdefault(f"top-{k}", []).append(first <= k) if k <= depth else None
+        if gold:
+            rank = next((i for i, pid in enumerate(pids, 1) if pid in gold), 0)
+            values.setdefault("MRR@10", []).append(mrr([rank], 10))
+    return {metric: np.array(one, dtype=float) for metric, one in values.items()}
+
+
+def cell(values, signed=False):
+    low, high = (100 * x for x in bootstrap_interval(values))
+    return f"{100 * values.mean():{'+' if signed else ''}.1f} ({low:.1f} to {high:.1f})"
+
+
+def main(corpus, questions, *runs):
+    corpus, questions = Corpus(corpus), read_questions(questions)
+    print(
+        f"n = {len(questions)} questions, {len(corpus):,} passages; percent (95 % interval); gains over {runs[0]}"
+    )
+    baseline = {}
+    for run in runs:
+        values = per_question(run, questions, corpus)
+        print(f"{run}\n    " + "   ".join(f"{metric} {cell(v)}" for metric, v in values.items()))
+        if baseline:
+            gains = {metric: v - baseline[metric] for metric, v in values.items() if metric in baseline}
+            print("    " + "   ".join(f"{metric} {cell(v, True)}" for metric, v in gains.items()))
+        baseline = baseline or values
+
+
+if __name__ == "__main__":
+    with friendly_errors():
+        if len(sys.argv) < 4:
+            raise UserError("usage: python recipes/compare.py CORPUS QUESTIONS RUN [RUN ...]")
+        main(*sys.argv[1:])

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# MS MARCO passages as RocketQA and ANCE-Tele use them -> $1/corpus.tsv (id, title, text), train.jsonl, test.jsonl.
+# Questions and judgements are MS MARCO's (test: dev small); the titles are RocketQA's: put para.txt and para.title.txt
+# of its data there first (wget_data.sh in its repository). A passage without a title gets "-", as in theirs.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+DATA=$1
+if [ ! -f $DATA/corpus.tsv ]; then
+    for file in para.txt para.title.txt; do
+        if [ ! -f $DATA/$file ]; then
+            echo "$DATA/$file is missing: take it from RocketQA's data (its wget_data.sh)" >&2
+            exit 2
+        fi
+    done
+    awk -F '\t' -v OFS='\t' 'NR == FNR { title[$1] = $2; next } { print $1, ($1 in title ? title[$1] : "-"), $2 }' \
+        $DATA/para.title.txt $DATA/para.txt >$DATA/corpus.tsv.tmp
+    mv $DATA/corpus.tsv.tmp $DATA/corpus.tsv
+fi
+if [ ! -f $DATA/train.jsonl ] || [ ! -f $DATA/test.jsonl ]; then
+    python -m utils.download msmarco --out $DATA
+    from=$DATA/msmarco
+    python -m utils.data convert msmarco $from/queries.train.tsv $from/qrels.train.tsv $DATA/train.jsonl
+    python -m utils.data convert msmarco $from/queries.dev.small.tsv $from/qrels.dev.small.tsv $DATA/test.jsonl
+fi

@@ -1,0 +1,51 @@
+"""
+Step 1 of RocketQA on MS MARCO: negatives are passages of the corpus, drawn at random (Qu et al. 2021).
+
+In:  a corpus, a question file with positives
+Out: a training file, one line for each (question, positive, negative), as RocketQA counts its epochs
+Run: python recipes/random_negatives.py data/msmarco/corpus.tsv marco data/msmarco/train.jsonl runs/d0.jsonl
+
+RocketQA's README says four per question, its later files have four per positive (2,131,044 lines instead of
+2,011,756); here it is per positive. Its own draw was not released.
+"""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.config import UserError, friendly_errors  # noqa: E402
+from utils.data import Corpus, read_questions  # noqa: E402
+from utils.files import atomic_file  # noqa: E402
+
+NEGATIVES = 4
+
+
+def main(corpus_path, corpus_format, questions, out):
+    corpus, rng, lines = Corpus(corpus_path, corpus_format), random.Random(111), 0
+    with atomic_file(out) as file:
+        for question in read_questions(questions, need=("positives",)):
+            positives = question["positives"]
+            if len(positives) + NEGATIVES > len(corpus):
+                raise UserError(f"{corpus_path}: {len(corpus)} passages, too few to draw negatives from")
+            for first in positives:
+                drawn = []
+                while len(drawn) < NEGATIVES:
+                    pid = corpus[rng.randrange(len(corpus))].id
+                    if pid not in positives and pid not in drawn:
+                        drawn.append(pid)
+                others = [p for p in positives if p != first]  # so that the trainer masks them
+                for pid in drawn:
+                    example = question | {"positives": [first, *others], "negatives": [pid]}
+                    file.write(json.dumps(example, ensure_ascii=False) + "\n")
+                    lines += 1
+    print(f"{out}: {lines:,} lines")
+
+
+if __name__ == "__main__":
+    with friendly_errors():
+        if len(sys.argv) != 5:
+            raise UserError("usage: python recipes/random_negatives.py CORPUS FORMAT QUESTIONS OUT")
+        main(*sys.argv[1:])

@@ -1,0 +1,48 @@
+# Sourced by the recipes of RocketQA and ANCE-Tele: how a stage is run once, and the three stages that repeat.
+# Needs: DATA, RUN, LAUNCH, FORMAT, ENCODE_FLAGS.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export HF_HUB_DISABLE_TELEMETRY=1
+mkdir -p $RUN
+
+# stage OUTPUT COMMAND...: run the command unless OUTPUT is there. Every script writes its output whole or not at all
+# and goes on where it was killed, and so does a recipe. Vectors are there when their manifest says so.
+stage() {
+    local output=$1 began=$SECONDS
+    shift
+    if [ "${output##*/}" = manifest.json ]; then
+        grep -qs '"complete": true' $output && return
+    elif [ -e $output ]; then
+        return
+    fi
+    printf '\n== %s\n' "$*"
+    "$@"
+    [ -e $output ] || { echo "error: $output is not there after: $*" >&2 && exit 1; }
+    printf '%s\t%s\n' $output $((SECONDS - began)) >>$RUN/seconds.tsv
+}
+
+CORPUS="--corpus $DATA/corpus.tsv --corpus_format $FORMAT"
+
+# encode MODEL: the corpus by MODEL/doc_encoder -> MODEL/embeddings
+encode() {
+    stage $1/embeddings/manifest.json $LAUNCH doc2embedding.py --doc_encoder $1/doc_encoder $CORPUS \
+        --out $1/embeddings $ENCODE_FLAGS
+}
+
+# search MODEL QUESTIONS K NAME [FLAGS]: the K passages nearest to each question -> MODEL/NAME.run, .metrics.json
+search() {
+    stage $1/$4.metrics.json python test_dpr.py --questions $2 $CORPUS --embeddings $1/embeddings \
+        --query_encoder $1/query_encoder --index stream --k $3 --out $1/$4.run "${@:5}"
+}
+
+# rescore MODEL QUESTIONS DEPTH NAME: MODEL/NAME.run by the cross-encoder -> MODEL/NAME_ce.run, .metrics.json
+rescore() {
+    stage $1/$4_ce.metrics.json $LAUNCH rerank.py --questions $2 $CORPUS --run $1/$4.run --depth $3 \
+        --cross_encoder $RUN/c/cross_encoder --out $1/$4_ce.run
+}
+
+# join OUT FILE...: one file after the other
+join() {
+    cat "${@:2}" >$1.tmp
+    mv $1.tmp $1
+}
