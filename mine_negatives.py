@@ -14,11 +14,12 @@ Run: python mine_negatives.py --config config/mine_negatives.yaml
 Next: train_dpr.py, train_cross_encoder.py
 
 Differs: (1) DPR's miner was never released: a positive is never its own negative, even when it holds no
-answer. (2) The originals keep everything in memory; here one question is, so all inputs are in the order of
+answer. (2) The originals keep all rankings in memory; here one question's, so all files are in the order of
 --run. (3) An answer is found by DPR's tokens; RocketQA deletes all spaces, so that "ti" is in "the art is".
 (4) RocketQA's file for unlabelled questions skips ids that are part of the positive's id ("12" beside
-"5123"); its NQ draw and all of ANCE-Tele's are unseeded. Ours are not; apart from this the files are theirs
-(tests/test_mine_negatives.py).
+"5123"); its NQ draw and all of ANCE-Tele's are unseeded. (5) Momentum comes last in the list, as ANCE-Tele
+has it on NQ (first on MARCO), positives are not repeated, and a question that momentum lacks is kept. Else
+the files are theirs (tests/test_mine_negatives.py).
 """
 
 import json
@@ -27,13 +28,21 @@ import sys
 from collections import Counter
 from functools import cache
 from itertools import chain, islice
-from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
-from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
-from utils.data import Corpus, iter_jsonl, iter_run, passage_of, read_questions
+from utils.config import (
+    UserError,
+    at_least,
+    choose,
+    friendly_errors,
+    load_config,
+    need_file,
+    need_out,
+    need_value,
+)
+from utils.data import Corpus, check_passage, iter_jsonl, iter_run, passage_of, read_questions
 from utils.files import atomic_file
 from utils.text import has_answer, report_regex_failures
 
@@ -87,7 +96,9 @@ def wrong_for(question, positives, never, corpus, cfg):
 
 
 def draw(ids, allowed, count, rng):
-    """Up to `count` different ids, drawn uniformly; one that is not allowed is drawn anew (as in RocketQA)."""
+    """
+    Up to `count` different ids, drawn uniformly; one that is not allowed is drawn anew (as in RocketQA).
+    """
     drawn, tried = [], set()
     while len(drawn) < count and len(tried) < len(ids):
         pid = rng.choice(ids)
@@ -121,7 +132,8 @@ def denoise(question, found, corpus, cfg, rngs):
         # from: RQ construct_marco_train_ce.py:19-28, construct_nq_train_ce.py:17-31: so many per question
         return positives, draw(ranked, wrong, cfg.negatives, rngs[0])
     wanted = cfg.negatives * len(positives)
-    sure = (pid for pid in ranked if found.scores.get(pid, 1.0) < cfg.negative_below and wrong(pid))
+    scored = (pid for pid in ranked if pid in found.scores)
+    sure = (pid for pid in scored if found.scores[pid] < cfg.negative_below and wrong(pid))
     negatives = list(islice(sure, wanted))
     if cfg.fill:  # from: RQ construct_marco_train_de.py:38-42
         unseen = [pid for pid in ranked if pid not in found.scores]
@@ -166,12 +178,12 @@ MODES = {"topk": topk, "denoise": denoise, "pseudo_label": pseudo_label, "telepo
 
 
 # ---------------------------------------------------------------------------------- one question at a time
-def beside(path, items, run):
+def beside(path, read, run):
     """
-    (take, check) for a second file in the order of the run, of which one question is in memory: take(qid)
-    gives its item or None; check() raises UserError when an item was never asked for, so that nothing is
-    lost.
+    (take, check) for a file in the order of the run, of which one question is in memory: take(qid) gives its
+    item or None; check() raises UserError when an item was never asked for, so that nothing is lost.
     """
+    items = read(path) if path else iter(())
     ahead = [next(items, None)]
 
     def take(qid):
@@ -182,12 +194,30 @@ def beside(path, items, run):
 
     def check():
         if ahead[0] is not None:
-            raise UserError(
-                f"{path}: question {ahead[0][0]!r} is not in {run}, or not in its order; both must come from one "
-                f"question file"
-            )
+            where = f"{path}: question {ahead[0][0]!r} is not in {run}, or not in its order"
+            raise UserError(f"{where}; both must come from one question file")
 
     return take, check
+
+
+def iter_negatives(path):
+    """(qid, negatives) of every line of a training file."""
+    for number, example in iter_jsonl(path):
+        negatives = example.get("negatives")
+        if not isinstance(negatives, list) or not all(map(check_passage, negatives)):
+            raise UserError(f"{path}:{number}: 'negatives' must be a list of passages; not a training file")
+        yield example.get("qid"), negatives
+
+
+def check_scores(qid, scores, ranked, cfg):
+    """UserError unless `scores` are probabilities of passages of this ranking."""
+    if scores is None:
+        raise UserError(f"{cfg.scores}: question {qid!r} is missing; rescore {cfg.run} again (rerank.py)")
+    for pid, p in scores:
+        if pid not in ranked:
+            raise UserError(f"{cfg.scores}: passage {pid!r} of question {qid!r} is not in {cfg.run}")
+        if not 0 <= p <= 1:
+            raise UserError(f"{cfg.scores}: question {qid!r}: {p} is no probability; make it with rerank.py")
 
 
 def mine(questions, corpus, cfg, counts):
@@ -196,34 +226,22 @@ def mine(questions, corpus, cfg, counts):
     if cfg.exclude:
         for q in read_questions(cfg.exclude):
             never[q["qid"]] = frozenset(p for p in q["positives"] if isinstance(p, str))
-    momentum = (
-        ((q.get("qid"), q.get("negatives", [])) for _, q in iter_jsonl(cfg.momentum))
-        if cfg.momentum
-        else iter(())
-    )
-    files = [
-        beside(cfg.scores, iter_run(cfg.scores) if cfg.scores else iter(()), cfg.run),
-        beside(cfg.lookahead_run, iter_run(cfg.lookahead_run) if cfg.lookahead_run else iter(()), cfg.run),
-        beside(cfg.momentum, momentum, cfg.run),
-    ]
-    rngs = [
-        random.Random(cfg.seed),
-        random.Random(cfg.seed),
-    ]  # the originals mine file by file
+    files = ((cfg.scores, iter_run), (cfg.lookahead_run, iter_run), (cfg.momentum, iter_negatives))
+    files = [beside(path, read, cfg.run) for path, read in files]
+    rngs = [random.Random(cfg.seed) for _ in range(2)]  # why two: the originals mine file by file
     for qid, hits in chain(iter_run(cfg.run), ((qid, []) for qid in list(left))):
         scores, lookahead, last = (take(qid) if hits else None for take, _ in files)
-        question = left.pop(qid, None)
+        question, ranked = left.pop(qid, None), [pid for pid, _ in hits]
         if question is None:  # of another file; or, in the second part, done before
             counts["rankings of other questions, ignored"] += bool(hits)
             continue
         counts["questions without a ranking"] += not hits
-        found = Found(
-            [pid for pid, _ in hits],
-            dict(scores or []),
-            [pid for pid, _ in lookahead or []],
-            last or [],
-            never.get(qid, frozenset()),
-        )
+        counts["questions without look-ahead"] += bool(cfg.lookahead_run) and not lookahead
+        counts["questions without momentum"] += bool(cfg.momentum) and not last
+        if cfg.scores and hits:
+            check_scores(qid, scores, set(ranked), cfg)
+        ahead = [pid for pid, _ in lookahead or []]
+        found = Found(ranked, dict(scores or []), ahead, last or [], never.get(qid, frozenset()))
         positives, negatives = MODES[cfg.mode](question, found, corpus, cfg, rngs)
         counts["positives found"] += bool(positives) and positives != question["positives"]
         if not positives and not cfg.keep_without_positives:
@@ -231,8 +249,13 @@ def mine(questions, corpus, cfg, counts):
         elif not negatives and (cfg.scores or cfg.mode == "teleport"):
             counts["questions dropped, no negative"] += 1
         else:
+            for pid in chain(positives, negatives):
+                if isinstance(pid, str):
+                    corpus.row(pid)  # UserError for a ranking of another corpus
+            lists = len(positives) if cfg.mode == "denoise" and cfg.scores else 1 + bool(cfg.lookahead_run)
             counts["questions without a negative"] += not negatives
-            counts["questions with fewer than asked"] += 0 < len(negatives) < cfg.negatives
+            new = len(negatives) - len(found.momentum)
+            counts["questions with fewer new ones than asked"] += 0 < new < lists * cfg.negatives
             counts["negatives"] += len(negatives)
             yield from examples(question | {"positives": positives, "negatives": negatives}, cfg)
     for _, check in files:
@@ -258,21 +281,22 @@ def main():
     cfg = load_config(__doc__, "config/mine_negatives.yaml")
     choose(cfg, mode=tuple(MODES), match=("string", "regex"), positives=("given", "find", "ranking"))
     inputs = ("questions", "run", "corpus", "scores", "lookahead_run", "momentum", "exclude")
+    need_value(cfg, "questions", "run", "corpus", "out")
     need_file(cfg, *inputs)
+    need_out(cfg, "out", *inputs)
     at_least(cfg, 1, "negatives")
     if cfg.depth < cfg.negatives:
         raise UserError(f"negatives ({cfg.negatives}) must be at most depth ({cfg.depth})")
     if cfg.mode == "pseudo_label" and not cfg.scores:
         raise UserError("mode pseudo_label labels by the cross-encoder: give --scores, a .run of rerank.py")
+    if cfg.fill and not cfg.scores:
+        raise UserError("fill tops up what the scores leave: give --scores too")
     for key, modes in {
-        "scores": ("denoise", "pseudo_label"), "fill": ("denoise",),
-        "lookahead_run": ("teleport",), "momentum": ("teleport",),
+        "scores": ("denoise", "pseudo_label"), "fill": ("denoise",), "lookahead_run": ("teleport",),
+        "momentum": ("teleport",), "exclude": ("topk", "denoise", "teleport"),
     }.items():  # fmt: skip
         if getattr(cfg, key) and cfg.mode not in modes:
             raise UserError(f"{key} is for mode {' or '.join(modes)}, not {cfg.mode}: it would be ignored")
-    used = {Path(getattr(cfg, key)).resolve() for key in inputs if getattr(cfg, key)}
-    if Path(cfg.out).resolve() in used:
-        raise UserError(f"out: {cfg.out} is an input too; name another file")
     questions, corpus = read_questions(cfg.questions), Corpus(cfg.corpus, cfg.corpus_format)
     unanswered = sum(not q["answers"] for q in questions)
     if unanswered and cfg.mode != "pseudo_label":  # MARCO: what is not judged is negative

@@ -6,8 +6,7 @@ Out:  a .run with the first `depth` hits of a question, sorted by the probabilit
       their score; its .metrics.json, before and after
 Run:  python rerank.py --config config/rerank.yaml
       accelerate launch rerank.py --config config/rerank.yaml
-      The same command goes on after a crash; what is complete is not scored again.
-      trap: torchrun takes the flag --run for one of its own; with it, name the run in the yaml.
+      The same command goes on after a crash; blocks that are there are not scored again.
 Next: mine_negatives.py; for RocketQA under 0.1 is a negative, above 0.9 an unlabelled question's positive
 
 Differs from RocketQA: (1) Ids stand beside the scores; its file is one number a line, meant for a depth that
@@ -30,7 +29,16 @@ import torch
 from tqdm import tqdm
 
 from test_dpr import KS, gold_ids, retrieval_metrics
-from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
+from utils.config import (
+    UserError,
+    at_least,
+    choose,
+    friendly_errors,
+    load_config,
+    need_file,
+    need_out,
+    need_value,
+)
 from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pairs
 from utils.data import Corpus, iter_run, read_questions, write_run
 from utils.distributed import start
@@ -50,7 +58,7 @@ def check_inputs(cfg, corpus, say):
     for pid in {pid for question in unranked.values() for pid in gold_ids(question)}:
         corpus.row(pid)
     questions, sizes, strangers = {}, [], 0
-    for qid, hits in iter_run(cfg.run):
+    for qid, hits in iter_run(cfg.ranking):
         if qid not in unranked:
             strangers += 1
             continue
@@ -58,11 +66,11 @@ def check_inputs(cfg, corpus, say):
         sizes[-1] += sum(corpus.row(pid) >= 0 for pid, _ in hits[: cfg.depth])  # row() refuses unknown ids
         questions[qid] = unranked.pop(qid)
     if not questions:
-        raise UserError(f"{cfg.run}: has none of the questions of {cfg.questions}")
+        raise UserError(f"{cfg.ranking}: has none of the questions of {cfg.questions}")
     if strangers:
-        say(f"warning: {cfg.run}: {strangers:,} rankings left out, {cfg.questions} has no such questions")
+        say(f"warning: {cfg.ranking}: {strangers:,} rankings left out, {cfg.questions} has no such questions")
     if unranked:
-        say(f"warning: {cfg.run} lacks {len(unranked):,} questions, such as {next(iter(unranked))}")
+        say(f"warning: {cfg.ranking} lacks {len(unranked):,} questions, such as {next(iter(unranked))}")
     return questions | unranked, sizes
 
 
@@ -78,7 +86,7 @@ def read_blocks(todo, questions, corpus, cross, cfg):
         pairs = [(questions[qid]["question"], pid) for qid, hits in block for pid, _ in hits]
         return i, block, tokenize_pairs(cross, [(text, corpus[corpus.row(pid)]) for text, pid in pairs])
 
-    rankings, ahead = rankings_of(cfg.run, questions, cfg.depth), []
+    rankings, ahead = rankings_of(cfg.ranking, questions, cfg.depth), []
     with ThreadPoolExecutor(1) as pool:
         for i in range(max(todo, default=-1) + 1):
             block = list(islice(rankings, cfg.block))
@@ -136,17 +144,21 @@ def main():
     cfg = load_config(__doc__, "config/rerank.yaml")
     choose(cfg, match=("string", "regex"), mixed_precision=("no", "fp16", "bf16"))
     at_least(cfg, 1, "depth", "batch_size", "block")
-    need_file(cfg, "questions", "run", "corpus")
+    need_value(cfg, "questions", "ranking", "corpus", "cross_encoder", "out")
+    need_file(cfg, "questions", "ranking", "corpus")
+    need_out(cfg, "out", "questions", "ranking", "corpus")
     out, folder = Path(cfg.out), Path(f"{cfg.out}.parts")
-    if out.suffix != ".run" or out.is_dir() or out.resolve() == Path(cfg.run).resolve():
-        raise UserError(f"out must be the path of a .run file other than --run, got {cfg.out!r}")
+    if out.suffix != ".run":
+        raise UserError(f"out must be the path of a .run file, got {cfg.out!r}")
+    if Path(cfg.cross_encoder).parent.exists() and not Path(cfg.cross_encoder).is_dir():
+        raise UserError(f"cross_encoder: {cfg.cross_encoder}: no such folder")  # before the run is read
     accelerator = start(cfg.mixed_precision)
     rank, devices, say = accelerator.process_index, accelerator.num_processes, accelerator.print
     with accelerator.main_process_first():  # the first to open a corpus writes its index
         corpus = Corpus(cfg.corpus, cfg.corpus_format)
     questions, sizes = check_inputs(cfg, corpus, say)
     want = {key: getattr(cfg, key) for key in ("depth", "block", "mixed_precision")}
-    want |= {"run": sha256(cfg.run), "questions": sha256(cfg.questions), "corpus": corpus.sha256}
+    want |= {"ranking": sha256(cfg.ranking), "questions": sha256(cfg.questions), "corpus": corpus.sha256}
     want |= {"corpus_format": corpus.meta["fmt"], "cross_encoder": folder_hash(cfg.cross_encoder)}
     manifest = folder / "manifest.json"
     stored = read_json(manifest) if manifest.is_file() else {}
@@ -188,7 +200,7 @@ def main():
             time.sleep(0.1)
         seconds = time.perf_counter() - began
         write_run(out, chain.from_iterable(map(iter_run, parts)))
-        before, after = (measure(path, questions, corpus, cfg) for path in (cfg.run, out))
+        before, after = (measure(path, questions, corpus, cfg) for path in (cfg.ranking, out))
         write_json(out.with_suffix(".metrics.json"), {"before": before, "after": after})
         report_regex_failures()
         if before:

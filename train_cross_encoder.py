@@ -199,7 +199,8 @@ def main():
     if cfg.batch_size % accelerator.num_processes:
         raise UserError(f"batch_size {cfg.batch_size} is not shared by {accelerator.num_processes} devices")
     corpus = Corpus(cfg.corpus, cfg.corpus_format) if cfg.corpus else None
-    content = {key: folder_hash(getattr(cfg, key)) for key in ("train", "dev", "init")}
+    content = {key: folder_hash(getattr(cfg, key)) for key in ("train", "dev")}
+    content["init"] = folder_hash(cfg.init) or cfg.init  # a hub name is its own content
     run = Run(cfg, accelerator, content | {"corpus": corpus.sha256 if corpus else ""})
     _, pairs, train_note = read_pairs(cfg.train, corpus)
     dev, dev_pairs, dev_note = [], [], "no dev set: the last checkpoint is the best"

@@ -218,8 +218,8 @@ def evaluate(dev, corpus, reader, accelerator, cfg):
 # ---------------------------------------------------------------- predict
 def answer_file(cfg, accelerator):
     """Answer the test questions: two prediction files and a table of EM and F1."""
-    need = Path(cfg.out)
-    if need.suffix != ".json":
+    out = Path(cfg.out)
+    if out.suffix != ".json":
         raise UserError(f"out must be the path of a .json file, got {cfg.out!r}")
     corpus = Corpus(cfg.corpus, cfg.corpus_format) if cfg.corpus else None
     examples, corpus, note = read_ranking(cfg.test, cfg.test_run, corpus, cfg.test_depth)
@@ -232,7 +232,7 @@ def answer_file(cfg, accelerator):
             return len(examples[:4])
 
         disk = len(examples) * len(top_docs) * 1000
-        return dry_run("answering", [reader], probe, len(examples), "questions", need.parent, disk)
+        return dry_run("answering", [reader], probe, len(examples), "questions", out.parent, disk)
     began = time.time()
     answers = answer_all(examples, corpus, reader, accelerator, cfg, top_docs)
     seconds = time.time() - began
@@ -244,12 +244,12 @@ def answer_file(cfg, accelerator):
     for name, values in scores(examples, answers, top_docs).items():
         low, high = bootstrap_interval(values)
         metrics[name] = {"value": float(np.mean(values)), "low": low, "high": high, "n": len(values)}
-    write_json(need.with_suffix(".metrics.json"), metrics)
-    print(f"{need.name:24} {'%':>6}   95 % interval      n")
+    write_json(out.with_suffix(".metrics.json"), metrics)
+    print(f"{out.name:24} {'%':>6}   95 % interval      n")
     for name, m in metrics.items():
         value, low, high = (100 * m[key] for key in ("value", "low", "high"))
         print(f"{name:24} {value:6.1f}   {low:5.1f} - {high:5.1f}  {m['n']:7,}")
-    print(f"written: {need}, {need.with_suffix('.answers.json')}, {need.with_suffix('.metrics.json')}")
+    print(f"written: {out}, {out.with_suffix('.answers.json')}, {out.with_suffix('.metrics.json')}")
 
 
 def write_predictions(out, examples, answers, top_docs):
@@ -290,7 +290,8 @@ def main():
     if cfg.batch_size % accelerator.num_processes:
         raise UserError(f"batch_size {cfg.batch_size} is not shared by {accelerator.num_processes} devices")
     corpus = Corpus(cfg.corpus, cfg.corpus_format) if cfg.corpus else None
-    content = {key: folder_hash(getattr(cfg, key)) for key in (*inputs, "init")}
+    paths = {key: getattr(cfg, key) for key in (*inputs, "init")}
+    content = {key: folder_hash(path) for key, path in paths.items() if path}  # trap: "" is the folder "."
     run = Run(cfg, accelerator, content | {"corpus": corpus.sha256 if corpus else ""})
     torch.manual_seed(cfg.seed)  # the new outputs, the same on every device
     source = run.checkpoint / "reader" if run.checkpoint else cfg.init

@@ -6,7 +6,8 @@ export HF_HUB_DISABLE_TELEMETRY=1
 mkdir -p $RUN
 
 # stage OUTPUT COMMAND...: run the command unless OUTPUT is there. Every script writes its output whole or not at all
-# and goes on where it was killed, and so does a recipe. Vectors are there when their manifest says so.
+# and goes on where it was killed, and so does a recipe. Vectors are there when their manifest says so. trap: what is
+# there is not compared with the variables; give other variables another RUN.
 stage() {
     local output=$1 began=$SECONDS
     shift
@@ -37,7 +38,7 @@ search() {
 
 # rescore MODEL QUESTIONS DEPTH NAME: MODEL/NAME.run by the cross-encoder -> MODEL/NAME_ce.run, .metrics.json
 rescore() {
-    stage $1/$4_ce.metrics.json $LAUNCH rerank.py --questions $2 $CORPUS --run $1/$4.run --depth $3 \
+    stage $1/$4_ce.metrics.json $LAUNCH rerank.py --questions $2 $CORPUS --ranking $1/$4.run --depth $3 \
         --cross_encoder $RUN/c/cross_encoder --out $1/$4_ce.run
 }
 

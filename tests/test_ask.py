@@ -18,7 +18,9 @@ from utils.bm25 import build_bm25, search_bm25
 from utils.config import ROOT, UserError
 from utils.data import Corpus
 from utils.embeddings import open_embeddings
-from utils.encoder import embed, load_encoder, tokenize_questions
+from utils.encoder import embed, load_encoder, save_encoder, tokenize_questions
+from utils.reader import load_reader, predict
+from utils.reader_data import tokenize_rows
 
 torch.set_num_threads(1)
 QUESTION = "which colour has the tower of oslo"
@@ -70,6 +72,30 @@ def test_what_it_prints_is_what_search_finds(world, monkeypatch, capsys):
             passage.text,
         )
         assert one == wanted
+
+
+def test_the_readers_answer_stands_first(world, tmp_path, monkeypatch, capsys):
+    """--reader: the best span of the most relevant of the k passages, both scores, and where it stands."""
+    reader = load_reader(world / "bert", {"reader_tokens": 40}, new_head=True)
+    save_encoder(reader, tmp_path / "reader")
+    say(world, monkeypatch, QUESTION, reader=tmp_path / "reader")
+    said = capsys.readouterr().out
+    pids = re.findall(r"^dense \d+ \| BM25 \S+ \| \S+ \| (\S+) \|", said, re.M)
+    corpus = Corpus(world / "corpus.tsv")
+    passages = [corpus[corpus.row(pid)] for pid in pids]
+    rows = tokenize_rows(reader.tokenizer, QUESTION, passages, 40)
+    wanted = predict(reader, [passages], [rows], [4], 10, 1)[0][0]
+    i = wanted["passage_idx"]
+    assert said.startswith(f"answer: {wanted['text']} | span ") and wanted["text"] in passages[i].text
+    assert f"| in dense {i + 1} | {pids[i]} | {passages[i].title}\n" in said and re.search(
+        r"read \d+ ms\n", said
+    )
+    scores = [float(x) for x in re.findall(r"(?:span|relevance) (\S+)", said)]
+    assert np.allclose(scores, [wanted["score"], wanted["relevance_score"]], atol=2e-3)
+    say(world, monkeypatch, "oslo " * 99, reader=tmp_path / "reader")
+    assert capsys.readouterr().out.startswith("answer: none, no text of a passage fits")
+    with pytest.raises(UserError, match="this is a question encoder; a reader is needed"):
+        say(world, monkeypatch, QUESTION, reader=world / "query_encoder")
 
 
 def test_typing_questions_until_ctrl_d(world, monkeypatch, capsys):

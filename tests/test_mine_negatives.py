@@ -175,6 +175,36 @@ def test_thresholds_are_strict_and_a_false_negative_is_stopped(corpus, tmp_path)
     cfg = config(tmp_path, mode="pseudo_label", scores=str(tmp_path / "s.run"), positive_above=0.95)
     lines, counts = mined([question | {"positives": []}], corpus, cfg)
     assert lines == [] and counts["questions dropped, no positive"] == 1
+    cfg = config(tmp_path, mode="pseudo_label", scores=str(tmp_path / "s.run"), depth=1)
+    assert mined([question | {"positives": []}], corpus, cfg)[0] == []  # passage 2 is second in the ranking
+
+
+def test_an_open_gate_takes_scored_passages_only(corpus, tmp_path):
+    """Without denoising (--negative_below 2) the candidates are the same: those that were scored."""
+    write_run(tmp_path / "x.run", [("q", ALL)])
+    write_run(tmp_path / "s.run", [("q", [("3", 0.9), ("2", 0.8), ("1", 0.7)])])
+    cfg = config(tmp_path, mode="denoise", scores=str(tmp_path / "s.run"), negative_below=2.0, negatives=3)
+    question = {"qid": "q", "question": "?", "answers": [], "positives": ["1"]}
+    assert [line["negatives"] for line in mined([question], corpus, cfg)[0]] == [["3"], ["2"]]
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([("b", [("2", 0.5)])], "question 'a' is missing; rescore"),
+        ([("a", [("2", 0.5)]), ("b", [("77", 0.5)])], "passage '77' of question 'b' is not in"),
+        ([("a", [("2", 0.5)]), ("b", [("2", 1.5)])], "question 'b': 1.5 is no probability"),
+        ([("a", [("2", -3.0)]), ("b", [("2", 0.5)])], "question 'a': -3.0 is no probability"),
+    ],
+)
+def test_scores_that_are_not_of_this_ranking_are_refused(corpus, tmp_path, scores, message):
+    """A truncated, stale or foreign score file would open the gate without a word."""
+    write_run(tmp_path / "x.run", [("a", ALL), ("b", ALL)])
+    write_run(tmp_path / "s.run", scores)
+    questions = [{"qid": q, "question": "?", "answers": [], "positives": ["1"]} for q in "ab"]
+    cfg = config(tmp_path, mode="denoise", scores=str(tmp_path / "s.run"))
+    with pytest.raises(UserError, match=message):
+        mined(questions, corpus, cfg)
 
 
 def test_draw_ends_and_is_fair():
@@ -276,10 +306,13 @@ def test_teleport_joins_its_three_sources_through_files(tmp_path):
     questions = [{"qid": q, "question": "?", "answers": [], "positives": case["qrels"][q]} for q in order]
     lines, counts = mined(questions, corpus, cfg)
     assert [line["qid"] for line in lines] == order
+    rng = random.Random(case["seed"])  # look-ahead has a generator of its own, which starts anew
     for line in lines:
         qid, negatives = line["qid"], line["negatives"]
         assert negatives[:5] == case["expected"]["ann"][qid]
-        assert set(negatives[5:10]) <= set(case["lookahead_run"][qid]) - set(case["qrels"][qid])
+        pool = [pid for pid in case["lookahead_run"][qid] if pid not in case["qrels"][qid]][:30]
+        rng.shuffle(pool)
+        assert negatives[5:10] == pool[:5]
         assert negatives[10:] == case["momentum"].get(qid, [])
     only = case["ann_run"][order[0]]
     questions[0] = questions[0] | {"positives": only}
@@ -356,7 +389,7 @@ def test_nothing_is_dropped_silently(corpus, tmp_path):
         "questions without a ranking": 1,
         "questions without a negative": 1,
         "rankings of other questions, ignored": 1,
-        "questions with fewer than asked": 1,
+        "questions with fewer new ones than asked": 1,
         "negatives": 1,
     }
     examples, counts = by_qid(positives="find")
@@ -378,6 +411,50 @@ def test_mining_command(corpus, tmp_path, monkeypatch, capsys):
     (mined,) = read_questions(tmp_path / "train.jsonl", need=("positives", "negatives"))
     assert mined["negatives"] == ["4", "5"] and mined["positives"] == ["1"]
     assert "1 lines written, 2 negatives" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["--out", ""], "out: give a path, it is empty"),
+        (["--run", ""], "run: give a path, it is empty"),
+        (["--out", "."], "out: . is a folder; name a file"),
+        (["--out", "{q}/x.jsonl"], "is a file, not a folder"),
+        (["--out", "{q}"], "is an input too (questions)"),
+        (["--negatives", "9", "--depth", "5"], "negatives (9) must be at most depth (5)"),
+        (["--mode", "pseudo_label"], "give --scores, a .run of rerank.py"),
+        (["--scores", "{run}"], "scores is for mode denoise or pseudo_label, not topk"),
+        (
+            ["--lookahead_run", "{run}", "--mode", "denoise"],
+            "lookahead_run is for mode teleport, not denoise",
+        ),
+        (["--mode", "denoise", "--fill", "true"], "fill tops up what the scores leave"),
+        (["--mode", "teleport", "--momentum", "{run}"], "x.run:1: "),
+        (["--mode", "teleport", "--momentum", "{q}"], "q.jsonl:1: 'negatives' must be a list of passages"),
+    ],
+)
+def test_what_would_be_ignored_or_lost_is_refused(corpus, tmp_path, monkeypatch, capsys, keys, message):
+    """
+    A key that the mode does not read, and an output that cannot be written, are found before the mining.
+    """
+    q = write_json_lines(tmp_path / "q.jsonl", [{"qid": "q", "question": "x", "positives": ["1"]}])
+    write_run(tmp_path / "x.run", [("q", ALL)])
+    argv = [
+        "mine_negatives.py",
+        "--questions",
+        q,
+        "--run",
+        str(tmp_path / "x.run"),
+        "--corpus",
+        str(corpus.path),
+    ]
+    argv += ["--out", str(tmp_path / "train.jsonl")]
+    argv += [key.format(q=q, run=tmp_path / "x.run") for key in keys]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as stopped, friendly_errors():
+        mine_negatives.main()
+    assert stopped.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "train.jsonl").exists()
 
 
 def test_mistakes_are_one_line(corpus, tmp_path, monkeypatch, capsys):

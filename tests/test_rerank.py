@@ -48,7 +48,7 @@ def world(tmp_path_factory):
 
 
 def arguments(world, out, keys):
-    files = {"questions": "test.jsonl", "run": "test.run", "corpus": "corpus.tsv"}
+    files = {"questions": "test.jsonl", "ranking": "test.run", "corpus": "corpus.tsv"}
     files = {key: world / name for key, name in (files | {"cross_encoder": "cross_encoder"}).items()}
     return files | SMALL | {"out": out} | keys
 
@@ -130,7 +130,7 @@ def test_two_processes_write_the_same_bytes_as_one(world, call, tmp_path):
     keys |= {
         k: v if isinstance(v, int) else str(v) for k, v in arguments(world, tmp_path / "two.run", {}).items()
     }
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(keys))  # why: torchrun takes --run for its own
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(keys))
     done = run("rerank.py", {"config": tmp_path / "two.yaml"}, processes=2)
     (tmp_path / "two.yaml").unlink()
     assert done.returncode == 0, done.stderr
@@ -242,7 +242,7 @@ def test_parts_of_another_job_are_refused(world, call, tmp_path, monkeypatch):
         ({"block": 4}, "block was 3 there and is 4 now"),
         ({"mixed_precision": "bf16"}, "mixed_precision was 'no' there and is 'bf16' now"),
         ({"cross_encoder": tmp_path / "other"}, "cross_encoder was '[0-9a-f]*' there"),
-        ({"run": altered["test.run"]}, "run was '[0-9a-f]*' there"),
+        ({"ranking": altered["test.run"]}, "ranking was '[0-9a-f]*' there"),
         ({"questions": altered["test.jsonl"]}, "questions was '[0-9a-f]*' there"),
         ({"corpus": tmp_path / "corpus.tsv"}, "corpus was '[0-9a-f]*' there"),
     ):
@@ -313,14 +313,17 @@ def test_bad_inputs_are_named_before_the_model_loads(world, call, tmp_path, monk
         (tmp_path / name).write_text(text)
     for keys, message in (
         ({"out": "x.tsv"}, "out must be the path of a .run file"),
-        ({"out": world / "test.run"}, "other than --run"),
+        ({"out": world / "test.run"}, "is an input too .ranking."),
         ({"depth": 0}, "depth must be at least 1"),
         ({"mixed_precision": "fp8"}, "mixed_precision must be one of no, fp16, bf16"),
         ({"mixed_precision": "fp16"}, "fp16 needs a GPU"),
-        ({"run": tmp_path / "absent.run"}, "run: .*absent.run: no such file"),
-        ({"run": tmp_path / "ghost.run"}, "no passage has the id '999'"),
-        ({"run": tmp_path / "order.run"}, "order.run:2: score 3.0 under rank 2 is not in descending order"),
-        ({"run": tmp_path / "none.run"}, "has none of the questions of"),
+        ({"ranking": tmp_path / "absent.run"}, "ranking: .*absent.run: no such file"),
+        ({"ranking": tmp_path / "ghost.run"}, "no passage has the id '999'"),
+        (
+            {"ranking": tmp_path / "order.run"},
+            "order.run:2: score 3.0 under rank 2 is not in descending order",
+        ),
+        ({"ranking": tmp_path / "none.run"}, "has none of the questions of"),
         ({"questions": tmp_path / "lost.jsonl"}, "no passage has the id '999'"),
     ):
         with pytest.raises(UserError, match=message):

@@ -418,3 +418,25 @@ def test_dry_run_writes_nothing(world, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("parameters", "memory", "disk", "minutes"))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_rate_is_constant_after_its_rise_and_stop_after_stops(world, whole, tmp_path, monkeypatch):
+    """No decay (RocketQA's optimization.py:70): a rise over `warmup` steps, then the peak to the end."""
+    assert {row["lr"] for row in rows(whole[1]) if "lr" in row} == {float(whole[0]["learning_rate"])}
+    keys = {
+        "run_dir": tmp_path / "run",
+        "warmup": 4,
+        "stop_after": 6,
+        "learning_rate": 1e-3,
+        "adversarial_epsilon": 0,
+    }
+    call(config(world, **keys)[1], monkeypatch)
+    rates = [row["lr"] for row in rows(tmp_path / "run") if "lr" in row]
+    assert rates == pytest.approx([0.0, 2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
+
+
+def test_a_dash_is_no_title(world):
+    """MARCO's mark for 'no title' is read by the dual encoder; the cross-encoder gets nothing (RocketQA)."""
+    *_, cross = parts(world)
+    dash, none = (tokenize_pairs(cross, [("which", Passage("1", title, "the river"))]) for title in ("-", ""))
+    assert dash == none

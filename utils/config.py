@@ -147,3 +147,25 @@ def need_file(cfg, *keys):
     for key in keys:
         if getattr(cfg, key) and not Path(getattr(cfg, key)).is_file():
             raise UserError(f"{key}: {getattr(cfg, key)}: no such file")
+
+
+def need_value(cfg, *keys):
+    """UserError where a key that the work cannot do without is ""."""
+    for key in keys:
+        if not getattr(cfg, key):
+            raise UserError(f"{key}: give a path, it is empty")
+
+
+def need_out(cfg, key, *inputs):
+    """
+    UserError, before any work, where the file that a key names cannot be written or is one of the inputs.
+    """
+    path = Path(getattr(cfg, key))
+    if path.is_dir():
+        raise UserError(f"{key}: {path} is a folder; name a file")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise UserError(f"{key}: {path}: {above} is a file, not a folder")
+    for other in inputs:
+        if getattr(cfg, other) and Path(getattr(cfg, other)).resolve() == path.resolve():
+            raise UserError(f"{key}: {path} is an input too ({other}); name another file")

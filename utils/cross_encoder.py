@@ -56,7 +56,9 @@ def tokenize_pairs(cross, pairs):
     if not pairs:
         return []
     questions = [question for question, _ in pairs]
-    passages = [f"{passage.title} {passage.text}" for _, passage in pairs]
+    # from: RocketQA construct_marco_train_ce.py:33: MARCO's "-" for "no title" is for the dual encoder only
+    titles = ["" if passage.title == "-" else passage.title for _, passage in pairs]
+    passages = [f"{title} {passage.text}" for title, (_, passage) in zip(titles, pairs, strict=True)]
     length = cross.inputs["pair_tokens"]
     return cross.tokenizer(
         questions, passages, truncation=True, max_length=length, return_attention_mask=False
@@ -131,6 +133,8 @@ def load_cross_encoder(path, pair_tokens=0, dropout=0.0, new_head=False, layer_n
         )
     if any("pooler." in key for key in missing) and world()[0] == 0:
         print(f"warning: {path}: no pooler in it, so one is trained from random weights", file=sys.stderr)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # aligned; see utils/encoder.py
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = dropout

@@ -120,6 +120,8 @@ def folder_hash(path):
     One hex sha256 of the files of a folder (or of one file), "" for what is not here, such as a hub name. It
     tells whether weights are the same without loading them.
     """
+    if not str(path):  # trap: Path("") is the folder that one stands in
+        return ""
     path = Path(path)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     parts = [f"{file.name} {sha256(file)}" for file in files if file.is_file()]

@@ -159,10 +159,16 @@ def load_reader(path, inputs=None, dropout=0.0, new_head=False):
                 f"{path}: neither a complete local folder nor reachable on the hub (with a network, "
                 f"`hf download {path}` fetches it): {first_line}"
             ) from None
+    for parameter in model.parameters():
+        # trap: weights mapped from a file lie at any address, and a matrix product on a CPU may round
+        # otherwise there; in memory of their own a resumed run has the bits of an unbroken one
+        parameter.data = parameter.data.clone()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = dropout
     kept = {key: known[key] for key in DPR_READER if key in known}
+    if known.get("role") == "reader":
+        kept["pair"] = known["pair"]
     reader = Reader(model, tokenizer, {"role": "reader", "pair": ""} | DPR_READER | kept | (inputs or {}))
     for what, needed, there in (
         ("words in its tokenizer", len(tokenizer), model.config.vocab_size),

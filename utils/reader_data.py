@@ -24,11 +24,11 @@ from utils.text import has_answer
 # from: DPR dpr/data/reader_data.py:220-317: positives kept where no gold page is known; ten negatives for
 # each positive, within these bounds
 MAX_POSITIVES, NEGATIVES = 20, (50, 150)
-PATTERN = re.compile(r"\\[sdwb]|\.\*|\(\?:|\)\?|\[\^?\w-\w")  # what plain answers hardly ever hold
+PATTERN = re.compile(r"\\[sdwb]|\.\*|\(\?:|\w\|\w|\[\^?\w-\w")  # what plain answers hardly ever hold
 
 
 def word_pieces(tokenizer, texts):
-    """Id lists, without special tokens and uncut: the warning that long ones do not fit a BERT is too early."""
+    """Id lists, without special tokens, uncut; the warning that some are too long for a BERT is premature."""
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
 
 
