@@ -217,7 +217,7 @@ def check_scores(qid, scores, ranked, cfg):
         if pid not in ranked:
             raise UserError(f"{cfg.scores}: passage {pid!r} of question {qid!r} is not in {cfg.run}")
         if not 0 <= p <= 1:
-            raise UserError(f"{cfg.scores}: question {qid!r}: {p} is no probability; make it with rerank.py")
+            raise UserError(f"{cfg.scores}: question {qid!r}: {p} is no probability; rerank.py gives some")
 
 
 def mine(questions, corpus, cfg, counts):

@@ -17,7 +17,8 @@ as the paper says. (2) Its direction is the gradient of the global batch, so tha
 number of devices; Paddle took each worker's own. (3) A dev file may choose the best checkpoint; RocketQA
 takes the last. (4) torch's AdamW, whose epsilon is outside the bias correction; new labels are drawn from the
 normal distribution, not a truncated one. (5) Dropout and order are functions of (seed, step), so a killed run
-resumes to the same bits (on a CPU; a GPU's attention may add in another order).
+resumes to the same bits (on a CPU; a GPU's attention may add in another order). (6) MS MARCO's title "-",
+which stands for none, is read here as in the dual encoder; RocketQA trains its cross-encoder with "" there.
 
 B pairs in the global batch, b in a chunk of it · 2 labels · N pairs of the dev set · V words · D hidden
 """

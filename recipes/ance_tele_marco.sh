@@ -9,6 +9,7 @@ export DATA=${DATA:-data/msmarco} RUN=${RUN:-runs/ance_tele_marco} FORMAT=${FORM
 export START=${START:-Luyu/co-condenser-marco}
 export CONFIG=${CONFIG:-config/train_dpr_ance_tele_marco.yaml}
 export NEGATIVES=${NEGATIVES:-15 31 31} STOP_AFTER=${STOP_AFTER:-20000 20000 0} # of 62,867 steps an epoch, 3 epochs
+export TRAIN=$DATA/train.jsonl
 export SAMPLE=${SAMPLE:-30} POSITIVES=given TEST_DEPTH=${TEST_DEPTH:-1000}      # 60 negatives, then 120, then 180
 bash "$(dirname "$0")/marco_data.sh" $DATA
 exec bash "$(dirname "$0")/ance_tele_nq.sh"

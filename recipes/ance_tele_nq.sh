@@ -11,6 +11,7 @@
 # in DATA: corpus.tsv, train.jsonl (positives as passage ids), test.jsonl. A killed run goes on where it was.
 DATA=${DATA:-data/nq}
 SET=${SET:-nq}                                     # in the names of DPR's files
+TRAIN=${TRAIN:-$DATA/train_ids.jsonl}              # the training questions, positives as passage ids
 RUN=${RUN:-runs/ance_tele_nq}
 START=${START:-Luyu/co-condenser-wiki}
 CONFIG=${CONFIG:-config/train_dpr_ance_tele_nq.yaml}
@@ -28,15 +29,15 @@ ENCODE_FLAGS=${ENCODE_FLAGS---mixed_precision fp16}
 LAUNCH=${LAUNCH:-accelerate launch} FORMAT=${FORMAT:-auto}
 . "$(dirname "$0")/stage.sh"
 
-# Data: DPR's. --ids: look-ahead needs the vector of the positive, so its place in the corpus; the train.jsonl of
-# dpr_nq.sh has texts instead, move it away.
+# Data: DPR's. --ids: look-ahead needs the vector of the positive, so its place in the corpus; dpr_nq.sh's train.jsonl
+# has texts instead. It also keeps the questions for which DPR names no passage: they take the first with the answer.
 if [ ! -f $DATA/corpus.tsv ]; then
     python -m utils.download psgs_w100.tsv --out $DATA
     mv $DATA/psgs_w100.tsv $DATA/corpus.tsv
 fi
-if [ ! -f $DATA/train.jsonl ]; then
+if [ ! -f $TRAIN ]; then
     python -m utils.download biencoder-$SET-train.json --out $DATA
-    python -m utils.data convert dpr_json $DATA/biencoder-$SET-train.json $DATA/train.jsonl --ids
+    python -m utils.data convert dpr_json $DATA/biencoder-$SET-train.json $TRAIN --ids
 fi
 if [ ! -f $DATA/test.jsonl ]; then
     python -m utils.download $SET-test.qa.csv --out $DATA
@@ -44,16 +45,16 @@ if [ ! -f $DATA/test.jsonl ]; then
 fi
 
 # M_0: coCondenser as it is, never trained for retrieval.
-stage $RUN/m0/doc_encoder python recipes/untrained.py $CONFIG $START $RUN/m0
+stage $RUN/m0/doc_encoder python recipes/untrained.py --config $CONFIG --init $START --run_dir $RUN/m0 $TRAIN_FLAGS
 encode $RUN/m0
 
 for episode in $EPISODES; do
-    last=$RUN/m$((episode - 1)) model=$RUN/m$episode questions=$DATA/train.jsonl momentum=
-    search $last $DATA/train.jsonl $DEPTH ann
+    last=$RUN/m$((episode - 1)) model=$RUN/m$episode questions=$TRAIN momentum=
+    search $last $TRAIN $DEPTH ann
     if [ $POSITIVES = find ]; then
         questions=$last/questions.jsonl
         stage $questions python mine_negatives.py --mode topk --positives find --negatives 1 --depth $DEPTH \
-            --questions $DATA/train.jsonl --run $last/ann.run $CORPUS --out $questions
+            --questions $TRAIN --run $last/ann.run $CORPUS --out $questions
     fi
     stage $last/lookahead.run python test_dpr.py --lookahead true --questions $questions $CORPUS \
         --embeddings $last/embeddings --index stream --k $DEPTH --out $last/lookahead.run

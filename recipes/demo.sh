@@ -48,7 +48,7 @@ stage train python train_dpr.py --config config/train_dpr_demo.yaml --run_dir $R
     --train $RUN/data/train.jsonl --dev $RUN/data/dev.jsonl --corpus $DATA/corpus.tsv $FLAGS
 
 # The corpus as vectors, by the untrained and by the trained encoder; the same search for both.
-stage untrained python recipes/untrained.py config/train_dpr_demo.yaml $START $RUN/untrained
+stage untrained python recipes/untrained.py --config config/train_dpr_demo.yaml --init $START --run_dir $RUN/untrained
 stage encode_untrained python doc2embedding.py --doc_encoder $RUN/untrained/doc_encoder --corpus $DATA/corpus.tsv \
     --out $RUN/untrained/embeddings
 stage encode python doc2embedding.py --doc_encoder $RUN/doc_encoder --corpus $DATA/corpus.tsv --out $RUN/embeddings

@@ -24,10 +24,11 @@ NEGATIVES = 4
 
 
 def main(corpus_path, corpus_format, questions, out):
-    corpus, rng, lines = Corpus(corpus_path, corpus_format), random.Random(111), 0
+    corpus, rng, lines, without = Corpus(corpus_path, corpus_format), random.Random(111), 0, 0
     with atomic_file(out) as file:
         for question in read_questions(questions, need=("positives",)):
             positives = question["positives"]
+            without += not positives
             if len(positives) + NEGATIVES > len(corpus):
                 raise UserError(f"{corpus_path}: {len(corpus)} passages, too few to draw negatives from")
             for first in positives:
@@ -41,7 +42,7 @@ def main(corpus_path, corpus_format, questions, out):
                     example = question | {"positives": [first, *others], "negatives": [pid]}
                     file.write(json.dumps(example, ensure_ascii=False) + "\n")
                     lines += 1
-    print(f"{out}: {lines:,} lines")
+    print(f"{out}: {lines:,} lines; {without:,} questions without a positive left out")
 
 
 if __name__ == "__main__":

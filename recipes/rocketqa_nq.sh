@@ -8,8 +8,9 @@
 # Ours: not run. Time: not measured. Disk: 13 GB corpus + 33 GB of vectors for each of the three.
 #
 # The same file on other data and weights, smaller: DATA, RUN, START, CROSS_START, TRAIN_FLAGS="--batch_size 32
-# --mixed_precision no", CROSS_FLAGS, ENCODE_FLAGS="", LAUNCH=python. Files in DATA: corpus.tsv, train.jsonl (with one
-# negative or more), test.jsonl, unlabelled.jsonl (qid, question). A killed run goes on where it was.
+# --mixed_precision no --layer_norm_epsilon 0" (0 unless START is an ERNIE), CROSS_FLAGS likewise, ENCODE_FLAGS="",
+# LAUNCH=python. Files in DATA: corpus.tsv, train.jsonl (with one negative or more), test.jsonl, unlabelled.jsonl (qid,
+# question). A killed run goes on where it was.
 DATA=${DATA:-data/nq}
 RUN=${RUN:-runs/rocketqa_nq}
 START=${START:-nghuyong/ernie-2.0-base-en}         # both towers, in every step
@@ -20,6 +21,7 @@ DEV=${DEV:-}                                       # a question file that choose
 DEPTH=${DEPTH:-100}                                # passages retrieved for a training question, and for a test question
 SCORED=${SCORED:-100}                              # so many of them are rescored by the cross-encoder
 UNLABELLED_DEPTH=${UNLABELLED_DEPTH:-50}           # both, for an unlabelled question
+POSITIVES=${POSITIVES:-ranking}                    # ranking: the first with the answer [its code]; given: train.jsonl's
 BELOW=${BELOW:-0.1} ABOVE=${ABOVE:-0.9}            # the cross-encoder is sure: a negative, a positive
 TRAIN_FLAGS=${TRAIN_FLAGS:-} CROSS_FLAGS=${CROSS_FLAGS:-}
 ENCODE_FLAGS=${ENCODE_FLAGS---mixed_precision fp16}
@@ -64,7 +66,7 @@ search $RUN/d0 $DATA/train.jsonl $DEPTH train
 
 # Step 2. M_C: the first passage with the answer against one drawn from those without it.
 stage $RUN/c.jsonl python mine_negatives.py --mode denoise --questions $DATA/train.jsonl $CORPUS \
-    --run $RUN/d0/train.run --positives ranking --match_title true --negatives 1 --depth $DEPTH --out $RUN/c.jsonl
+    --run $RUN/d0/train.run --positives $POSITIVES --match_title true --negatives 1 --depth $DEPTH --out $RUN/c.jsonl
 stage $RUN/c/metrics.json $LAUNCH train_cross_encoder.py --config $CROSS_CONFIG --run_dir $RUN/c --init $CROSS_START \
     --train $RUN/c.jsonl $CORPUS --resume exact $CROSS_FLAGS
 
@@ -72,7 +74,7 @@ stage $RUN/c/metrics.json $LAUNCH train_cross_encoder.py --config $CROSS_CONFIG 
 rescore $RUN/d0 $DATA/train.jsonl $SCORED train
 denoise() { # NAME BELOW
     stage $RUN/$1.jsonl python mine_negatives.py --mode denoise --questions $DATA/train.jsonl $CORPUS \
-        --run $RUN/d0/train.run --scores $RUN/d0/train_ce.run --negative_below $2 --positives ranking \
+        --run $RUN/d0/train.run --scores $RUN/d0/train_ce.run --negative_below $2 --positives $POSITIVES \
         --match_title true --negatives 1 --depth $DEPTH --out $RUN/$1.jsonl
 }
 denoise d1 $BELOW

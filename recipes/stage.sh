@@ -3,11 +3,13 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export HF_HUB_DISABLE_TELEMETRY=1
+case "$DATA$RUN" in *" "*) echo "DATA and RUN cannot have spaces in them" >&2 && exit 2 ;; esac
 mkdir -p $RUN
 
 # stage OUTPUT COMMAND...: run the command unless OUTPUT is there. Every script writes its output whole or not at all
 # and goes on where it was killed, and so does a recipe. Vectors are there when their manifest says so. trap: what is
-# there is not compared with the variables; give other variables another RUN.
+# there is not compared with the variables or with the files it was made from: give other variables another RUN, and
+# delete what depends on a file that you replace.
 stage() {
     local output=$1 began=$SECONDS
     shift

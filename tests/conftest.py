@@ -1,4 +1,4 @@
-"""One thread for every test: a tiny model's threads only wait for each other, and results have the same bits."""
+"""One thread for every test: a tiny model's threads only wait for each other, and bits stay the same."""
 
 import os
 

@@ -13,15 +13,12 @@ import torch.multiprocessing as mp
 
 from utils.config import ROOT
 
-ENVIRONMENT = (
-    os.environ
-    | {
-        "HF_HUB_OFFLINE": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": "1",  # why: threads of a tiny model wait for each other, up to 30 times as long as it computes
-    }
-)
+ENVIRONMENT = os.environ | {
+    "HF_HUB_OFFLINE": "1",
+    "ACCELERATE_USE_CPU": "true",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",  # why: tiny models' threads wait for each other, up to 30 times as long
+}
 
 
 def command(script, arguments, processes=1):

@@ -64,10 +64,14 @@ def test_dpr_json(tmp_path, monkeypatch, capsys, indent, block):
 
 
 def test_dpr_json_ids(tmp_path):
-    """--ids writes references into the corpus, under either name that DPR's files use for them."""
+    """--ids writes references into the corpus, under either name in DPR's files, and drops nothing."""
     source = save(tmp_path / "in.json", json.dumps(DPR))
-    first, second, _ = run("--ids", "dpr_json", source, tmp_path / "out.jsonl")
-    assert (first["positives"], first["negatives"]) == (["1", "2"], ["4"]) and second["negatives"] == ["3"]
+    lines = run("--ids", "dpr_json", source, tmp_path / "out.jsonl")
+    first, *_ = lines
+    assert (first["positives"], first["negatives"]) == (["1", "2"], ["4"])
+    assert ["3"] in [line["negatives"] for line in lines]
+    # a question without a positive is kept: ANCE-Tele takes the first passage with the answer
+    assert len(lines) == len(DPR) and [] in [line["positives"] for line in lines]
     source = save(tmp_path / "in.json", json.dumps([{**DPR[0], "positive_ctxs": [ctx("no id")]}]))
     with pytest.raises(UserError, match="example 0 .*--ids"):
         run("--ids", "dpr_json", source, tmp_path / "out.jsonl")

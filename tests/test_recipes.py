@@ -99,7 +99,13 @@ def gate(recipe, run):
 def rehearse(recipe, folder):
     """(DATA, RUN, output) of a rehearsal; asserts that it succeeds, and that a second one changes nothing."""
     world, run = make_data(recipe, folder / "data"), folder / "run"
-    variables = COMMON | {"DATA": world, "RUN": run, "START": world / "bert", "CROSS_START": world / "bert"}
+    variables = COMMON | {
+        "DATA": world,
+        "TRAIN": world / "train.jsonl",
+        "RUN": run,
+        "START": world / "bert",
+        "CROSS_START": world / "bert",
+    }
 
     def bash(**changes):
         environment = {key: str(value) for key, value in (variables | RECIPES[recipe] | changes).items()}

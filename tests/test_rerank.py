@@ -277,7 +277,7 @@ def test_other_orders_and_other_questions(world, call, tmp_path, capsys):
     ranking = list(iter_run(world / "test.run"))[::-1][:8]
     ranking.insert(2, ("stranger", [("1", 1.0)]))
     write_run(tmp_path / "mixed.run", ranking)
-    found = read_run(call(run=tmp_path / "mixed.run"))
+    found = read_run(call(ranking=tmp_path / "mixed.run"))
     assert list(found) == [qid for qid, _ in ranking if qid != "stranger"]
     said = capsys.readouterr().out
     assert "1 rankings left out" in said and "lacks 2 questions, such as q50" in said

@@ -433,10 +433,3 @@ def test_the_rate_is_constant_after_its_rise_and_stop_after_stops(world, whole, 
     call(config(world, **keys)[1], monkeypatch)
     rates = [row["lr"] for row in rows(tmp_path / "run") if "lr" in row]
     assert rates == pytest.approx([0.0, 2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
-
-
-def test_a_dash_is_no_title(world):
-    """MARCO's mark for 'no title' is read by the dual encoder; the cross-encoder gets nothing (RocketQA)."""
-    *_, cross = parts(world)
-    dash, none = (tokenize_pairs(cross, [("which", Passage("1", title, "the river"))]) for title in ("-", ""))
-    assert dash == none

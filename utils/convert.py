@@ -99,9 +99,10 @@ def from_dpr_json(path, counts, ids=False):
             negatives = [p for p in passages(hard) if p not in positives]
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: example {index} is not DPR's: {error!r}; wrong file?") from None
-        if not positives:
+        if not positives and not ids:
             counts["dropped, no positive"] += 1
             continue
+        counts["without a positive, kept"] += not positives  # why: ANCE-Tele finds one (--positives find)
         counts["negatives that are positives too, left out"] += len(hard) - len(negatives)
         counts["without negatives"] += not negatives
         answers = strings(entry.get("answers", []), f"{path}: example {index}")

@@ -56,9 +56,7 @@ def tokenize_pairs(cross, pairs):
     if not pairs:
         return []
     questions = [question for question, _ in pairs]
-    # from: RocketQA construct_marco_train_ce.py:33: MARCO's "-" for "no title" is for the dual encoder only
-    titles = ["" if passage.title == "-" else passage.title for _, passage in pairs]
-    passages = [f"{title} {passage.text}" for title, (_, passage) in zip(titles, pairs, strict=True)]
+    passages = [f"{passage.title} {passage.text}" for _, passage in pairs]
     length = cross.inputs["pair_tokens"]
     return cross.tokenizer(
         questions, passages, truncation=True, max_length=length, return_attention_mask=False
