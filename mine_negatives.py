@@ -42,7 +42,7 @@ from utils.config import (
     need_out,
     need_value,
 )
-from utils.data import Corpus, check_passage, iter_jsonl, iter_run, passage_of, read_questions
+from utils.data import Corpus, beside, check_passage, iter_jsonl, iter_run, passage_of, read_questions
 from utils.files import atomic_file
 from utils.text import has_answer, report_regex_failures
 
@@ -178,28 +178,6 @@ MODES = {"topk": topk, "denoise": denoise, "pseudo_label": pseudo_label, "telepo
 
 
 # ---------------------------------------------------------------------------------- one question at a time
-def beside(path, read, run):
-    """
-    (take, check) for a file in the order of the run, of which one question is in memory: take(qid) gives its
-    item or None; check() raises UserError when an item was never asked for, so that nothing is lost.
-    """
-    items = read(path) if path else iter(())
-    ahead = [next(items, None)]
-
-    def take(qid):
-        if ahead[0] is None or ahead[0][0] != qid:
-            return None
-        value, ahead[0] = ahead[0][1], next(items, None)
-        return value
-
-    def check():
-        if ahead[0] is not None:
-            where = f"{path}: question {ahead[0][0]!r} is not in {run}, or not in its order"
-            raise UserError(f"{where}; both must come from one question file")
-
-    return take, check
-
-
 def iter_negatives(path):
     """(qid, negatives) of every line of a training file."""
     for number, example in iter_jsonl(path):
@@ -227,7 +205,7 @@ def mine(questions, corpus, cfg, counts):
         for q in read_questions(cfg.exclude):
             never[q["qid"]] = frozenset(p for p in q["positives"] if isinstance(p, str))
     files = ((cfg.scores, iter_run), (cfg.lookahead_run, iter_run), (cfg.momentum, iter_negatives))
-    files = [beside(path, read, cfg.run) for path, read in files]
+    files = [beside(path, read(path) if path else iter(()), cfg.run) for path, read in files]
     rngs = [random.Random(cfg.seed) for _ in range(2)]  # why two: the originals mine file by file
     for qid, hits in chain(iter_run(cfg.run), ((qid, []) for qid in list(left))):
         scores, lookahead, last = (take(qid) if hits else None for take, _ in files)

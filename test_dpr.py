@@ -25,13 +25,24 @@ Q questions · D dimensions
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
-from utils.data import Corpus, iter_jsonl, read_questions, read_run, write_dpr_json, write_run, write_trec
+from utils.data import (
+    Corpus,
+    beside,
+    iter_jsonl,
+    iter_run,
+    read_questions,
+    read_run,
+    write_dpr_json,
+    write_run,
+    write_trec,
+)
 from utils.embeddings import open_embeddings
 from utils.encoder import embed, load_encoder, tokenize_questions
 from utils.estimate import dry_run
@@ -42,6 +53,7 @@ from utils.search import as_lists, exact_topk, faiss, fetch
 from utils.text import has_answer, report_regex_failures
 
 KS = (1, 5, 20, 50, 100, 1000)
+BLOCK = 16384  # questions searched at a time: MS MARCO's 502,939 x 1,000 hits would fill 100 GB
 HIT_ONLY = (50, 1000)  # MS MARCO's R@50 and R@1000 are hit rates; of the answers, DPR counts the others
 
 
@@ -152,11 +164,14 @@ def retrieval_metrics(questions, results, corpus, ks, regex=False):
     (MRR@10, hit@k, nDCG@10); without one, a metric is left out. hits: per question, has_answer of every
     retrieved passage's text.
     """
-    values, hits = {}, []
+    values, hits, misses = {}, [], {}
     for question in tqdm(questions, "metrics", delay=2, leave=False, disable=None):
         pids, gold = [pid for pid, _ in results.get(question["qid"], [])], gold_ids(question)
-        texts = [corpus[corpus.row(pid)].text for pid in pids] if question["answers"] else [""] * len(pids)
-        hits.append([has_answer(text, question["answers"], regex) for text in texts])
+        if question["answers"]:
+            texts = (corpus[corpus.row(pid)].text for pid in pids)
+            hits.append([has_answer(text, question["answers"], regex) for text in texts])
+        else:  # MS MARCO: one list for all, of half a million questions
+            hits.append(misses.setdefault(len(pids), [False] * len(pids)))
         accuracy = topk_accuracy(hits[-1:], [k for k in ks if k not in HIT_ONLY])
         one = {f"top-{k}": value for k, value in accuracy.items() if question["answers"]}
         if gold:
@@ -173,6 +188,12 @@ def retrieval_metrics(questions, results, corpus, ks, regex=False):
         metrics[name] = {"value": float(np.mean(per_question)), "low": float(low), "high": float(high)}
         metrics[name]["n"] = len(per_question)
     return metrics, hits
+
+
+def read_beside(path):
+    """A .run with a `get` like that of a dict, for questions in its order: one question's hits in memory."""
+    take, _ = beside(path, iter_run(path), "")
+    return SimpleNamespace(get=lambda qid, default: take(qid) or default)
 
 
 def print_table(metrics, name):
@@ -211,21 +232,25 @@ def main():
         vectors_QD = fetch(shards, rows).astype(np.float32)
     else:
         vectors_QD = encode(encoder, questions, cfg)
-    found = search(vectors_QD, shards, index, cfg, device)
-    lost = [question["qid"] for question, one in zip(questions, found, strict=True) if not one]
+    lost = []
+
+    def rankings():
+        for first in range(0, len(questions), BLOCK):
+            found = search(vectors_QD[first : first + BLOCK], shards, index, cfg, device)
+            for question, one in zip(questions[first : first + BLOCK], found, strict=True):
+                lost.extend([] if one else [question["qid"]])
+                if bm25:
+                    one = hybrid(one, bm25.get(question["qid"], []), cfg.hybrid_weight, cfg.k)
+                yield question["qid"], [(corpus[row].id, score) for row, score in one]
+
+    write_run(cfg.out, rankings())
     if lost:
         print(f"warning: no result for {len(lost)} questions (NaN in their vectors): {', '.join(lost[:5])}")
-    if bm25:
-        pairs = zip(questions, found, strict=True)
-        found = [hybrid(one, bm25.get(q["qid"], []), cfg.hybrid_weight, cfg.k) for q, one in pairs]
-    named = [[(corpus[row].id, score) for row, score in one] for one in found]
-    ranking = list(zip([question["qid"] for question in questions], named, strict=True))
-    write_run(cfg.out, ranking)
     if cfg.lookahead:
         return print(f"written: {cfg.out}; no accuracy is counted, the queries were passages")
 
     ks = [k for k in KS if k <= cfg.k]
-    metrics, hits = retrieval_metrics(questions, dict(ranking), corpus, ks, cfg.match == "regex")
+    metrics, hits = retrieval_metrics(questions, read_beside(cfg.out), corpus, ks, cfg.match == "regex")
     path = out.with_suffix(".metrics.json")
     write_json(path, metrics)
     report_regex_failures()
@@ -234,9 +259,11 @@ def main():
     else:
         print(f"{cfg.questions} has neither answers nor positives: only the ranking is written")
     if cfg.trec:
-        write_trec(out.with_suffix(".trec"), ranking)
+        write_trec(out.with_suffix(".trec"), iter_run(cfg.out))
     if cfg.dpr_json:
-        write_dpr_json(out.with_suffix(".json"), questions, ranking, corpus, hits)
+        get = read_beside(cfg.out).get
+        again = ((question["qid"], get(question["qid"], [])) for question in questions)
+        write_dpr_json(out.with_suffix(".json"), questions, again, corpus, hits)
     print(f"written: {cfg.out}, {path}")
 
 

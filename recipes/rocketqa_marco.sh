@@ -6,7 +6,7 @@
 # Expected, MRR@10 / R@50 / R@1000 of 6,980 dev questions (README of RocketQA's released code; hit@50, hit@1000 here):
 #   M_D0 33.32 / 83.95 / 97.21     M_D1 36.38 / 84.63 / 97.44     M_D2 37.02 / 85.46 / 97.85
 # on 8,841,823 passages with titles, which MS MARCO's own file does not have: not comparable with numbers without them.
-# Ours: not run. Time: not measured. The search for 502,939 training questions x 1,000 keeps every hit in memory.
+# Ours: not run. Time: not measured.
 #
 # Variables and files as in rocketqa_nq.sh; train.jsonl needs positives only. On a corpus with a header, FORMAT=auto.
 DATA=${DATA:-data/msmarco}

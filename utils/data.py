@@ -179,6 +179,28 @@ def iter_run(path):
     yield qid, hits
 
 
+def beside(path, items, other):
+    """
+    (take, check) for a file in the order of another, of which one question is in memory. items: (qid, value),
+    read from `path`. take(qid) gives its value, or None; check() raises UserError when an item was never
+    asked for, so that nothing is lost.
+    """
+    ahead = [next(items, None)]
+
+    def take(qid):
+        if ahead[0] is None or ahead[0][0] != qid:
+            return None
+        value, ahead[0] = ahead[0][1], next(items, None)
+        return value
+
+    def check():
+        if ahead[0] is not None:
+            where = f"{path}: question {ahead[0][0]!r} is not in {other}, or not in its order"
+            raise UserError(f"{where}; both must come from one question file")
+
+    return take, check
+
+
 def read_run(path):
     """A .run as {qid: [(pid, score), ...]}, best first; UserError names the first line that is wrong."""
     return dict(iter_run(path))

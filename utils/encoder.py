@@ -210,7 +210,7 @@ def load_encoder(path, role, inputs=None, dropout=0.0, layer_norm_epsilon=0.0):
             f"such as {json.dumps({'role': 'shared', **DPR_INPUTS, 'pair': ''})}"
         )
     for parameter in model.parameters():
-        # why: weights lie in the mapped file as they come, and a matrix product may add in another order where
+        # why: weights lie in the mapped file as they come, and a product may add in another order where
         # they are not aligned: the last bit would depend on the file that a run was resumed from
         parameter.data = parameter.data.clone()
     for module in model.modules():
