@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from utils.config import ROOT, UserError, load_config
+from utils.files import folder_hash
 
 SCHEMA = "config/train_dpr_nq.yaml"
 
@@ -77,3 +78,10 @@ def test_all_configs_of_a_script_have_its_keys_in_its_order():
         load_config("", SCHEMA, ["--config", str(other)])
         first, second = (list(yaml.safe_load(p.read_text())) for p in (ROOT / SCHEMA, other))
         assert first == second, other.name
+
+
+def test_nothing_has_no_hash(tmp_path, monkeypatch):
+    """Path("") is the folder one stands in: a run without a dev set must not depend on what lies there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    assert folder_hash("") == folder_hash("no-such/hub-name") == "" != folder_hash("file") != folder_hash(".")

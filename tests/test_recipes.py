@@ -41,6 +41,19 @@ RECIPES = {  # recipe: its variables; the longest first
 }  # fmt: skip
 
 
+PAPERS = {  # recipe: the numbers of the papers' code (RocketQA run_nq.sh, run_marco.sh; ANCE-Tele shells/)
+    "rocketqa_nq": dict(
+        DEPTH=100, SCORED=100, UNLABELLED_DEPTH=50, BELOW=0.1, ABOVE=0.9, POSITIVES="ranking"
+    ),
+    "rocketqa_marco": dict(DEPTH=1000, SCORED=50, UNLABELLED_DEPTH=50, BELOW=0.1, ABOVE=0.9),
+    "ance_tele_nq": dict(
+        NEGATIVES="3 7 11", STOP_AFTER="2000 2000 0", DEPTH=200, SAMPLE=80, EPISODES="1 2 3"
+    ),
+    "ance_tele_marco": dict(NEGATIVES="15 31 31", STOP_AFTER="20000 20000 0", SAMPLE=30, TEST_DEPTH=1000),
+    "ance_tele_trivia": dict(TEST_TOKENS=64),
+}
+
+
 def lines(path):
     return [row for _, row in iter_jsonl(path)]
 
@@ -137,6 +150,17 @@ def rehearsal(tmp_path_factory, request):
         futures = {name: pool.submit(rehearse, name, tmp_path_factory.mktemp(name)) for name in wanted}
         yield lambda name: futures[name].result()
         pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("recipe", PAPERS)
+def test_the_numbers_of_the_papers(recipe):
+    """What a rehearsal makes smaller is the papers' number when nobody sets it."""
+    text = (ROOT / "recipes" / f"{recipe}.sh").read_text()
+    for name, number in PAPERS[recipe].items():
+        found = re.search(rf"\b{name}=\(?\$\{{{name}:-([^}}]*)\}}", text)
+        assert found and found[1] == str(number), f"{recipe}: {name}"
+    if recipe == "rocketqa_marco":  # epochs: 40, and 10 from step 3 on (run_marco.sh:13,54,88)
+        assert re.findall(r"^train (d\d) (\d+)$", text, re.M) == [("d0", "40"), ("d1", "10"), ("d2", "10")]
 
 
 def metrics_of(run, name):
