@@ -53,6 +53,8 @@ def check_inputs(cfg, question):
     if not cfg.corpus:
         raise UserError("corpus: name the file that the embeddings were made from")
     need_file(cfg, "corpus", "questions")
+    if "/" in cfg.reader and not Path(cfg.reader).exists() and Path(cfg.reader).parent.exists():
+        raise UserError(f"reader: {cfg.reader}: no such folder; train_reader.py writes it")
 
 
 # ----------------------------------------------------------------------------------------- the answer

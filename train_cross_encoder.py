@@ -39,7 +39,7 @@ from utils.data import Corpus, passage_of, read_training
 from utils.distributed import start, sum_gradients, world
 from utils.encoder import collate
 from utils.estimate import dry_run
-from utils.files import folder_hash
+from utils.files import folder_hash, weights_hash
 from utils.grad_cache import chunk_seed
 from utils.run import Run
 
@@ -201,7 +201,7 @@ def main():
         raise UserError(f"batch_size {cfg.batch_size} is not shared by {accelerator.num_processes} devices")
     corpus = Corpus(cfg.corpus, cfg.corpus_format) if cfg.corpus else None
     content = {key: folder_hash(getattr(cfg, key)) for key in ("train", "dev")}
-    content["init"] = folder_hash(cfg.init) or cfg.init  # a hub name is its own content
+    content["init"] = weights_hash(cfg.init)
     run = Run(cfg, accelerator, content | {"corpus": corpus.sha256 if corpus else ""})
     _, pairs, train_note = read_pairs(cfg.train, corpus)
     dev, dev_pairs, dev_note = [], [], "no dev set: the last checkpoint is the best"

@@ -50,7 +50,7 @@ from utils.encoder import (
     tokenize_questions,
 )
 from utils.estimate import dry_run
-from utils.files import folder_hash
+from utils.files import folder_hash, weights_hash
 from utils.grad_cache import grad_cache_step
 from utils.metrics import positive_ranks
 from utils.run import Run
@@ -261,7 +261,7 @@ def main():
         raise UserError(f"batch_size {cfg.batch_size} is not shared by {accelerator.num_processes} devices")
     corpus = Corpus(cfg.corpus, cfg.corpus_format) if cfg.corpus else None
     content = {key: folder_hash(getattr(cfg, key)) for key in ("train", "dev")}
-    content["init"] = folder_hash(cfg.init) or cfg.init  # a hub name is its own content
+    content["init"] = weights_hash(cfg.init)
     run = Run(cfg, accelerator, content | {"corpus": corpus.sha256 if corpus else ""})
     train, train_note = read_training(cfg.train, corpus)
     dev, dev_note = [], "no dev set: the last checkpoint is the best"

@@ -37,12 +37,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from utils.checkpoint import load_optimizer
-from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
+from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file, need_out
 from utils.data import Corpus
 from utils.distributed import start, sum_gradients, world
 from utils.encoder import collate
 from utils.estimate import dry_run
-from utils.files import folder_hash, write_json
+from utils.files import folder_hash, weights_hash, write_json
 from utils.grad_cache import chunk_seed
 from utils.metrics import bootstrap_interval
 from utils.reader import load_reader, predict
@@ -219,8 +219,6 @@ def evaluate(dev, corpus, reader, accelerator, cfg):
 def answer_file(cfg, accelerator):
     """Answer the test questions: two prediction files and a table of EM and F1."""
     out = Path(cfg.out)
-    if out.suffix != ".json":
-        raise UserError(f"out must be the path of a .json file, got {cfg.out!r}")
     corpus = Corpus(cfg.corpus, cfg.corpus_format) if cfg.corpus else None
     examples, corpus, note = read_ranking(cfg.test, cfg.test_run, corpus, cfg.test_depth)
     reader = load_reader(cfg.init).to(accelerator.device)
@@ -284,14 +282,21 @@ def main():
         raise UserError('give either train, or test with --train "" and the reader as init')
     inputs = ("test", "test_run") if cfg.test else ("train", "train_run", "dev", "dev_run", "gold")
     need_file(cfg, *inputs, "corpus")
+    if cfg.test:
+        if Path(cfg.out).suffix != ".json":
+            raise UserError(f"out must be the path of a .json file, got {cfg.out!r}")
+        for suffix in (".json", ".answers.json", ".metrics.json"):
+            written = type(cfg)(**vars(cfg) | {"out": str(Path(cfg.out).with_suffix(suffix))})
+            need_out(written, "out", *inputs, "corpus")
     accelerator = start(cfg.mixed_precision)
     if cfg.test:
         return answer_file(cfg, accelerator)
     if cfg.batch_size % accelerator.num_processes:
         raise UserError(f"batch_size {cfg.batch_size} is not shared by {accelerator.num_processes} devices")
     corpus = Corpus(cfg.corpus, cfg.corpus_format) if cfg.corpus else None
-    paths = {key: getattr(cfg, key) for key in (*inputs, "init")}
-    content = {key: folder_hash(path) for key, path in paths.items() if path}  # trap: "" is the folder "."
+    content = {key: folder_hash(getattr(cfg, key)) for key in inputs}
+    # why hashed: a hub name is its own content, of which Run keeps 16 characters: "facebook/dpr-rea"
+    content["init"] = weights_hash(cfg.init)
     run = Run(cfg, accelerator, content | {"corpus": corpus.sha256 if corpus else ""})
     torch.manual_seed(cfg.seed)  # the new outputs, the same on every device
     source = run.checkpoint / "reader" if run.checkpoint else cfg.init
@@ -354,7 +359,10 @@ def main():
             try:
                 loss, correct = add_gradient(chunks, reader, accelerator, cfg, step).tolist()
             except torch.OutOfMemoryError:
-                raise UserError("out of GPU memory: a smaller --question_chunk gives the same") from None
+                raise UserError(
+                    "out of GPU memory: lower --question_chunk if above 1 (same gradient, other dropout "
+                    "masks), then --passages_per_question, or use --mixed_precision bf16"
+                ) from None
             accelerator.unscale_gradients()
             norm = torch.nn.utils.clip_grad_norm_(weights, cfg.max_grad_norm).item()
             run.refuse_non_finite(loss, norm, lr)

@@ -149,6 +149,7 @@ def test_mistakes_are_one_line(world, tmp_path, monkeypatch):
         ({"run": tmp_path}, "who", "has no embeddings/manifest.json; doc2embedding.py writes it"),
         ({"corpus": "no.tsv"}, "who", "no.tsv: no such file"),
         ({"k": 0}, "who", "k must be at least 1"),
+        ({"reader": tmp_path / "reader"}, "who", "reader: .*no such folder; train_reader.py writes it"),
         ({}, " ", "the question is empty"),
         ({"kk": 3}, "who", "unknown key --kk; did you mean 'k'"),
     ):

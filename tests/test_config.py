@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from utils.config import ROOT, UserError, load_config
-from utils.files import folder_hash
+from utils.files import folder_hash, weights_hash
 
 SCHEMA = "config/train_dpr_nq.yaml"
 
@@ -85,3 +85,9 @@ def test_nothing_has_no_hash(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("x")
     assert folder_hash("") == folder_hash("no-such/hub-name") == "" != folder_hash(".")
+
+
+def test_a_hub_name_is_an_identity():
+    """A run started from one hub model does not go on from another, however alike their names begin."""
+    names = ("Luyu/co-condenser-wiki", "Luyu/co-condenser-marco")
+    assert len({weights_hash(name)[:16] for name in names}) == 2

@@ -219,7 +219,14 @@ def test_sliced_text_equals_decoded_text_on_ordinary_passages(golden):
     """The golden texts of all spans, contractions as transformers 4 wrote them: don't, not don ' t."""
     cases, words, _, _ = golden
     seen, joined = 0, 0
-    for case in (case for case in cases if case["kind"] == "spans"):
+    cases = [case for case in cases if case["kind"] == "spans"]
+    for tokens, start, wanted in (  # by hand: the golden cases with a contraction hold [UNK] or u. s.
+        ("the king don ' t was first", 2, "don't"),
+        ("the river ' s city", 1, "river's"),
+    ):
+        span = {"start": start, "end": start + 2, "text": wanted, "text_without_cleanup": "apart"}
+        cases.append({"tokens": tokens.split(), "expected": [span]})
+    for case in cases:
         text = text_of(words, case["tokens"])
         if text is None:
             continue
@@ -229,7 +236,7 @@ def test_sliced_text_equals_decoded_text_on_ordinary_passages(golden):
             if "u. s." not in text:  # trap: a decoder cannot know that there was no space
                 assert sliced == span["text"]
                 seen, joined = seen + 1, joined + ("text_without_cleanup" in span)
-    assert seen > 60
+    assert seen > 60 and joined >= 2
 
 
 def test_the_letters_of_the_passage_are_kept(world):
@@ -312,6 +319,26 @@ def test_what_is_learned_and_what_is_dropped_and_why(world):
     assert find_spans(*ids, [[]]) == [], "an answer of no tokens is nowhere"
 
 
+def test_an_answer_across_the_cut_is_never_learned(world):
+    """An answer of three tokens, the cut at every place: it counts only when its last token is left."""
+    cfg, _, _, reader = parts(world)
+    path = world / "cut.jsonl"
+    path.write_text(json.dumps({"_id": "p", "title": "", "text": "the river of rome is new river of rome"}))
+    corpus, pieces = Corpus(path), word_pieces(reader.tokenizer, ["river of rome"])
+    assert len(pieces[0]) == 3
+    example = {"question": "which", "answers": ["river of rome"], "rows": np.array([0])}
+    for length in range(4, 16):  # [CLS] which [SEP] [SEP] the: the mentions are tokens 5 to 7 and 10 to 12
+        status, positives, _ = lessons([example], corpus, reader.tokenizer, {}, length)[0]
+        spans = [span for span in [(5, 7), (10, 12)] if span[1] < length]
+        assert status == ("kept" if spans else f"with answers only beyond {length} tokens")
+        assert positives.tolist() == [0] * bool(spans)
+        if spans:
+            reader.inputs["reader_tokens"] = length
+            kept = example | {"positives": positives, "negatives": positives[:0]}
+            drawn = draw(kept, 0, 0, corpus, reader, cfg)
+            assert drawn["spans"] == spans and len(drawn["ids"][0]) == min(length, 13)
+
+
 def test_a_gold_page_comes_before_other_positives(world, tmp_path):
     """With a gold file only passages of its page are positives, however many; else the first twenty."""
     path = tmp_path / "gold.json"
@@ -381,6 +408,41 @@ def test_regex_answers_and_wrong_files_are_refused(world, tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             read_ranking(path, ranking, corpus, 9)
+
+
+def test_odd_result_json_is_refused_by_its_example(tmp_path, capsys):
+    """null, half a character, no passages, no answers where they are needed: the example is named."""
+    good = {"question": "who", "answers": ["red", " "], "ctxs": [{"title": "a", "text": "red"}]}
+    path = tmp_path / "odd.json"
+    for odd, words in (
+        ({"question": None}, "example 1: 'question' must be a string .* None"),
+        ({"ctxs": [{"title": "a", "text": None}]}, "example 1: title and text .* None"),
+        ({"question": "\ud800"}, "example 1: holds half a character"),
+        ({"answers": ["\ud800"]}, "example 1: holds half a character"),
+        ({"ctxs": [{"title": "a", "text": "\ud800"}]}, "example 1: holds half a character"),
+    ):
+        path.write_text(json.dumps([good, good | odd]))
+        with pytest.raises(UserError, match="odd.json: " + words):
+            read_ranking(path, "", None, 9)
+    path.write_text(json.dumps([good | {"ctxs": []}] * 2))
+    with pytest.raises(UserError, match="odd.json: example 0 has no passages"):
+        read_ranking(path, "", None, 9)
+    silent = {key: value for key, value in good.items() if key != "answers"}
+    for entries, words in (
+        ([good, silent], "example 1: 'answers' is missing"),
+        ([good | {"answers": [" "]}], "no question has any answers"),
+    ):
+        path.write_text(json.dumps(entries))
+        assert len(read_ranking(path, "", None, 9)[0]) == len(entries), "without need they may be absent"
+        with pytest.raises(UserError, match=words):
+            read_ranking(path, "", None, 9, ("answers",))
+    capsys.readouterr()
+    path.write_text(json.dumps([good, good | {"ctxs": good["ctxs"] * 3}, good]))
+    examples, _, note = read_ranking(path, "", None, 2, ("answers",))
+    assert [example["answers"] for example in examples] == [["red"]] * 3
+    assert capsys.readouterr().err == f"warning: {path}: 3 blank answers left out\n"
+    assert "passages each: 1 or more, median 1\nwarning" in note and "2 questions have passages, but" in note
+    assert "warning" not in read_ranking(path, "", None, 1)[2]
 
 
 def test_worker_processes_find_the_same(world):
@@ -524,6 +586,18 @@ def test_reading_in_batches_changes_nothing(world):
         assert len(a[0]) == len(b[0]) == len(row) and np.allclose(a[0], b[0], atol=1e-5)
         assert np.allclose(a[1], b[1], atol=1e-5) and abs(a[2] - b[2]) < 1e-5
     assert reader.training, "the mode is given back"
+
+
+def test_logits_that_are_no_numbers_name_the_question(world):
+    """A NaN in either output: one line with the question, before an answer is chosen by it."""
+    for part in ("qa_outputs", "qa_classifier"):
+        cfg, train, corpus, reader = parts(world)
+        with torch.no_grad():
+            getattr(reader.model.span_predictor, part).bias[0] = float("nan")
+        words = reader.tokenizer.decode(word_pieces(reader.tokenizer, [train[0]["question"]])[0])
+        with pytest.raises(UserError) as error:
+            answer_all(train[:3], corpus, reader, ACCELERATOR, cfg, [1])
+        assert str(error.value).startswith(f"question {words!r}: the reader's logits are not finite")
 
 
 def test_scores_by_hand():
@@ -756,6 +830,26 @@ def test_mistakes_end_in_one_line(whole, world, tmp_path, monkeypatch):
             call(keys, monkeypatch)
         assert all(word in str(error.value) for word in words), str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_no_output_replaces_an_input(world, tmp_path, monkeypatch):
+    """Neither out nor the two files beside it may be what is read; refused before a reader is opened."""
+    for test, out in (("out.json", "out.json"), ("out.answers.json", "out.json"), ("a", "out.json")):
+        ranking = "out.metrics.json" if test == "a" else "r.run"
+        for name in (test, ranking):
+            shutil.copy(world / "dev.jsonl", tmp_path / name)
+        keys = config(
+            world,
+            train="",
+            init=tmp_path / "nowhere",
+            test=tmp_path / test,
+            test_run=tmp_path / ranking,
+            out=tmp_path / out,
+        )[1]
+        with pytest.raises(UserError, match=r"is an input too \(test"):
+            call(keys, monkeypatch)
+        assert (tmp_path / test).read_text() == (world / "dev.jsonl").read_text()
+        (tmp_path / test).unlink()
 
 
 def test_a_loss_that_is_not_a_number_stops_before_the_weights_change(world, tmp_path, monkeypatch):

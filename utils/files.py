@@ -126,3 +126,8 @@ def folder_hash(path):
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     parts = [f"{file.name} {sha256(file)}" for file in files if file.is_file()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else ""
+
+
+def weights_hash(path):
+    """folder_hash of starting weights; of a hub name, which has no files here, the hash of the name."""
+    return folder_hash(path) or hashlib.sha256(str(path).encode()).hexdigest()

@@ -102,11 +102,19 @@ def predict(reader, passages, rows, top_docs, max_answer_length, batch_size, aut
     the first n, as the dict {"text", "score", "relevance_score", "passage_idx", "passage"} of DPR's
     prediction files; None where no passage has any text. The two scores are never added up (DPR
     train_extractive_reader.py:407-472). passages: of each question, best first; rows: their tokenize_rows().
+    UserError that names the question where a logit is not finite.
     """
     found = iter(read(reader, [ids for one in rows for ids, _ in one], batch_size, autocast))
     answers = []
     for texts, one in zip(passages, rows, strict=True):
         logits = [next(found) for _ in one]
+        for (ids, first), parts in zip(one, logits, strict=True):
+            if not all(np.isfinite(part).all() for part in parts):
+                question = reader.tokenizer.decode(ids[1:first]).split(reader.tokenizer.sep_token)[0].strip()
+                raise UserError(
+                    f"question {question!r}: the reader's logits are not finite; its weights are damaged, or "
+                    "too large for fp16 (then --mixed_precision no)"
+                )
         usable = [i for i, (ids, first) in enumerate(one) if len(ids) > first]
         best = [max((i for i in usable if i < n), key=lambda i: logits[i][2], default=None) for n in top_docs]
         spans = {

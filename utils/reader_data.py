@@ -6,6 +6,7 @@ answers stand in those. No torch; nothing is stored that could go stale.
 import json
 import multiprocessing
 import re
+import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -52,14 +53,14 @@ def read_ranking(path, run, corpus, depth, need=()):
     """
     (examples, corpus, note): a question file with its ranking, or DPR's result json, which brings passages.
     An example is {"qid", "question", "answers", "rows"}; rows: where its first `depth` passages are in
-    corpus.
+    corpus. need: as in read_questions. The note says how deep the ranking is, and warns where not `depth`.
     """
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         is_list = file.read(4096).lstrip().startswith("[")
     if is_list:
         if run:
             raise UserError(f"{path}: DPR's result json brings its own ranking; leave out {run}")
-        examples, corpus = read_result_json(path, depth)
+        examples, corpus = read_result_json(path, depth, need)
     else:
         if not run or corpus is None:
             raise UserError(f"{path}: a question file needs its ranking (a .run) and the corpus too")
@@ -80,15 +81,23 @@ def read_ranking(path, run, corpus, depth, need=()):
             f"{odd[0]!r} (CuratedTREC?); a reader learns, and is scored on, plain answers only"
         )
     note = f", {len(without)} of them without passages, such as {without[0]}" if without else ""
-    return examples, corpus, f"{path}: {len(examples)} questions{note}"
+    depths = [len(example["rows"]) for example in examples if len(example["rows"])]
+    note = f"{path}: {len(examples)} questions{note}; passages each: {min(depths)} or more, "
+    note += f"median {np.median(depths):g}"
+    if short := sum(n < depth for n in depths):
+        note += (
+            f"\nwarning: {run or path}: {short} questions have passages, but fewer than the {depth} asked for"
+        )
+    return examples, corpus, note
 
 
-def read_result_json(path, depth):
+def read_result_json(path, depth, need=()):
     """
     (examples, corpus) of [{"question", "answers", "ctxs": [{"title", "text"}, ...]}, ...]. why a corpus: the
-    result file of NQ holds gigabytes of text; they go to a temporary file that ends with the process.
+    result file of NQ holds gigabytes of text; they go to a temporary folder (TMPDIR), which is removed when
+    the corpus goes or the process ends. After SIGKILL it stays: reader_passages_*.
     """
-    folder, examples, count = tempfile.TemporaryDirectory(prefix="reader_passages_"), [], 0
+    folder, examples, count, blanks = tempfile.TemporaryDirectory(prefix="reader_passages_"), [], 0, 0
     with atomic_file(Path(folder.name) / "passages.jsonl") as file:
         for index, entry in iter_json_list(path):
             try:
@@ -99,13 +108,36 @@ def read_result_json(path, depth):
                     f"{path}: example {index} is not of DPR's retrieval results: {error!r}; its training "
                     "files become question files by `python -m utils.data convert dpr_json`"
                 ) from None
-            answers = strings(entry.get("answers", []), f"{path}: example {index}")
-            answers = [answer for answer in answers if not blank(answer)]
+            where = f"{path}: example {index}"
+            if "answers" in need and "answers" not in entry:
+                raise UserError(
+                    f"{where}: 'answers' is missing; this step needs it (an empty list is allowed)"
+                )
+            given = strings(entry.get("answers", []), where)
+            if not isinstance(question, str) or not question.strip():
+                raise UserError(
+                    f"{where}: 'question' must be a string with something in it, got {question!r}"
+                )
+            for text in (text for pair in texts for text in pair):
+                if not isinstance(text, str):
+                    raise UserError(f"{where}: title and text of a passage must be strings, got {text!r}")
+            try:  # trap: json can hold half a character, at which every tokenizer fails
+                "".join([question, *given, *(text for pair in texts for text in pair)]).encode()
+            except UnicodeEncodeError as error:
+                raise UserError(f"{where}: holds half a character: {error}") from None
+            answers = [answer for answer in given if not blank(answer)]
+            blanks += len(given) - len(answers)
             rows = np.arange(count, count + len(texts))
             examples.append({"qid": str(index), "question": question, "answers": answers, "rows": rows})
             for row, (title, text) in zip(rows.tolist(), texts, strict=True):
                 file.write(json.dumps({"_id": str(row), "title": title, "text": text}) + "\n")
             count += len(texts)
+    if not count:
+        raise UserError(f"{path}: example 0 has no passages in 'ctxs', nor has any of the {len(examples)}")
+    if "answers" in need and not any(example["answers"] for example in examples):
+        raise UserError(f"{path}: no question has any answers; this step needs some")
+    if blanks:
+        print(f"warning: {path}: {blanks} blank answers left out", file=sys.stderr)
     corpus = Corpus(Path(folder.name) / "passages.jsonl")
     corpus.folder = folder  # lives as long as it
     return examples, corpus
