@@ -295,7 +295,6 @@ def main():
         raise UserError(f"batch_size {cfg.batch_size} is not shared by {accelerator.num_processes} devices")
     corpus = Corpus(cfg.corpus, cfg.corpus_format) if cfg.corpus else None
     content = {key: folder_hash(getattr(cfg, key)) for key in inputs}
-    # why hashed: a hub name is its own content, of which Run keeps 16 characters: "facebook/dpr-rea"
     content["init"] = weights_hash(cfg.init)
     run = Run(cfg, accelerator, content | {"corpus": corpus.sha256 if corpus else ""})
     torch.manual_seed(cfg.seed)  # the new outputs, the same on every device
