@@ -22,13 +22,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from test_dpr import KS, gold_ids, retrieval_metrics
+from test_dpr import KS, gold_ids, in_order, retrieval_metrics
 from utils.config import (
     UserError,
     at_least,
@@ -117,14 +116,7 @@ def rescore(cross, block, ids, cfg, autocast, bar):
 # --------------------------------------------------------------------------------------- evaluate
 def measure(path, questions, corpus, cfg):
     """The metrics of test_dpr.py for the first `depth` hits, one question's hits in memory at a time."""
-    rankings = rankings_of(path, questions, cfg.depth)
-
-    def get(qid, default):  # why it may read on: `questions` are in the order of the run, the unranked last
-        found, hits = next(rankings, (qid, default))
-        assert found == qid, f"{found} != {qid}"
-        return hits
-
-    results, ks = SimpleNamespace(get=get), [k for k in KS if k <= cfg.depth]
+    results, ks = in_order(rankings_of(path, questions, cfg.depth)), [k for k in KS if k <= cfg.depth]
     return retrieval_metrics(list(questions.values()), results, corpus, ks, cfg.match == "regex")[0]
 
 

@@ -48,7 +48,7 @@ from utils.encoder import embed, load_encoder, tokenize_questions
 from utils.estimate import dry_run
 from utils.faiss_index import build_index, search_index
 from utils.files import sha256, write_json
-from utils.metrics import bootstrap_interval, hit_at, mrr, ndcg, topk_accuracy
+from utils.metrics import hit_at, mrr, ndcg, print_table, topk_accuracy, with_intervals
 from utils.search import as_lists, exact_topk, faiss, fetch
 from utils.text import has_answer, report_regex_failures
 
@@ -182,26 +182,13 @@ def retrieval_metrics(questions, results, corpus, ks, regex=False):
             one |= {f"hit@{k}": hit_at([rank], k) for k in ks}
         for name, value in one.items():
             values.setdefault(name, []).append(float(value))
-    metrics = {}
-    for name, per_question in values.items():
-        low, high = bootstrap_interval(per_question)
-        metrics[name] = {"value": float(np.mean(per_question)), "low": float(low), "high": float(high)}
-        metrics[name]["n"] = len(per_question)
-    return metrics, hits
+    return with_intervals(values), hits
 
 
-def read_beside(path):
-    """A .run with a `get` like that of a dict, for questions in its order: one question's hits in memory."""
-    take, _ = beside(path, iter_run(path), "")
+def in_order(rankings):
+    """(qid, hits) in the order of the questions, with a `get` like a dict's: one question's in memory."""
+    take, _ = beside("", rankings, "")
     return SimpleNamespace(get=lambda qid, default: take(qid) or default)
-
-
-def print_table(metrics, name):
-    """One line a metric, in percent."""
-    print(f"{name:24} {'%':>6}   95 % interval      n")
-    for metric, m in metrics.items():
-        value, low, high = (100 * m[key] for key in ("value", "low", "high"))
-        print(f"{metric:24} {value:6.1f}   {low:5.1f} - {high:5.1f}  {m['n']:7,}")
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -250,7 +237,9 @@ def main():
         return print(f"written: {cfg.out}; no accuracy is counted, the queries were passages")
 
     ks = [k for k in KS if k <= cfg.k]
-    metrics, hits = retrieval_metrics(questions, read_beside(cfg.out), corpus, ks, cfg.match == "regex")
+    metrics, hits = retrieval_metrics(
+        questions, in_order(iter_run(cfg.out)), corpus, ks, cfg.match == "regex"
+    )
     path = out.with_suffix(".metrics.json")
     write_json(path, metrics)
     report_regex_failures()
@@ -261,7 +250,7 @@ def main():
     if cfg.trec:
         write_trec(out.with_suffix(".trec"), iter_run(cfg.out))
     if cfg.dpr_json:
-        get = read_beside(cfg.out).get
+        get = in_order(iter_run(cfg.out)).get
         again = ((question["qid"], get(question["qid"], [])) for question in questions)
         write_dpr_json(out.with_suffix(".json"), questions, again, corpus, hits)
     print(f"written: {cfg.out}, {path}")

@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from utils.checkpoint import load_optimizer
+from utils.checkpoint import load_optimizer, make_optimizer
 from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
 from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pairs
 from utils.data import Corpus, passage_of, read_training
@@ -140,17 +140,6 @@ def add_gradient(chunks, cross, accelerator, cfg, step):
     return totals
 
 
-def make_optimizer(cross, cfg):
-    """AdamW; biases and layer norms are not decayed (RocketQA model/src/optimization.py:102-131)."""
-    groups = {True: [], False: []}
-    for name, parameter in cross.named_parameters():
-        groups[name.endswith("bias") or "LayerNorm" in name].append(parameter)
-    groups = [
-        {"params": p, "weight_decay": 0.0 if plain else cfg.weight_decay} for plain, p in groups.items()
-    ]
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, eps=cfg.adam_epsilon)
-
-
 # ---------------------------------------------------------------- evaluation
 def evaluate(examples, ids, cross, accelerator, cfg):
     """
@@ -221,7 +210,7 @@ def main():
         source, cfg.pair_tokens, cfg.dropout, not run.checkpoint, cfg.layer_norm_epsilon
     )
     cross.to(accelerator.device).train()
-    optimizer = make_optimizer(cross, cfg)
+    optimizer = make_optimizer(cross.named_parameters(), cfg)
     if run.checkpoint:
         load_optimizer(run.checkpoint, optimizer)
     optimizer = accelerator.prepare(optimizer)  # for fp16's loss scaler; gradients are summed by add_gradient

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from utils.checkpoint import load_optimizer
+from utils.checkpoint import load_optimizer, make_optimizer
 from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
 from utils.data import Corpus, passage_of, read_training
 from utils.distributed import gather_rows, start, sum_gradients, world
@@ -189,17 +189,6 @@ def weights_of(encoders):
 
 
 # ---------------------------------------------------------------- optimizer
-def make_optimizer(encoders, cfg):
-    """AdamW; biases and layer norms are not decayed (DPR dpr/models/hf_models.py:166)."""
-    groups = {True: [], False: []}
-    for name, parameter in weights_of(encoders).items():
-        groups[name.endswith("bias") or "LayerNorm" in name].append(parameter)
-    groups = [
-        {"params": p, "weight_decay": 0.0 if plain else cfg.weight_decay} for plain, p in groups.items()
-    ]
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, eps=cfg.adam_epsilon)
-
-
 def learning_rate_factor(step, warmup, total, floor):
     """Linear rise from 0 over `warmup` steps, then fall, not under `floor` (DPR utils/model_utils.py:106)."""
     return step / warmup if step < warmup else max(floor, (total - step) / max(1, total - warmup))
@@ -277,7 +266,7 @@ def main():
 
     starts = {name: run.checkpoint / name if run.checkpoint else cfg.init for name in TOWERS}
     encoders = load_towers(starts, cfg, accelerator.device)
-    optimizer = make_optimizer(encoders, cfg)
+    optimizer = make_optimizer(weights_of(encoders).items(), cfg)
     if run.checkpoint:
         load_optimizer(run.checkpoint, optimizer)
     optimizer = accelerator.prepare(optimizer)  # for fp16's loss scaler; gradients are summed by add_gradient

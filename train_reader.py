@@ -36,7 +36,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from utils.checkpoint import load_optimizer
+from utils.checkpoint import load_optimizer, make_optimizer
 from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file, need_out
 from utils.data import Corpus
 from utils.distributed import start, sum_gradients, world
@@ -44,7 +44,8 @@ from utils.encoder import collate
 from utils.estimate import dry_run
 from utils.files import folder_hash, weights_hash, write_json
 from utils.grad_cache import chunk_seed
-from utils.metrics import bootstrap_interval
+from utils.metrics import print_table, with_intervals
+from utils.predictions import answer_scores, write_predictions
 from utils.reader import load_reader, predict
 from utils.reader_data import (
     find_lessons,
@@ -55,7 +56,6 @@ from utils.reader_data import (
     word_pieces,
 )
 from utils.run import Run
-from utils.text import exact_match, f1
 
 MAX_SPANS = 10  # mentions of the answers in a positive [DPR dpr/models/reader.py:114-274, max_n_answers]
 BLOCK = 16  # questions that are answered together, so that passages of like length meet
@@ -155,17 +155,6 @@ def add_gradient(chunks, reader, accelerator, cfg, step):
     return totals
 
 
-def make_optimizer(reader, cfg):
-    """AdamW; biases and layer norms are not decayed (DPR dpr/models/hf_models.py:166)."""
-    groups = {True: [], False: []}
-    for name, parameter in reader.named_parameters():
-        groups[name.endswith("bias") or "LayerNorm" in name].append(parameter)
-    groups = [
-        {"params": p, "weight_decay": 0.0 if plain else cfg.weight_decay} for plain, p in groups.items()
-    ]
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, eps=cfg.adam_epsilon)
-
-
 # ---------------------------------------------------------------- evaluation
 def answer_all(examples, corpus, reader, accelerator, cfg, top_docs):
     """What utils.reader.predict says of every example, on every device, each having answered its share."""
@@ -196,22 +185,10 @@ def answer_all(examples, corpus, reader, accelerator, cfg, top_docs):
     return [answers[i] for i in range(len(examples))]
 
 
-def scores(examples, answers, top_docs):
-    """{"EM@n", "F1@n": [one value a question]} over the questions that have answers; no prediction is 0."""
-    values = {}
-    for example, predictions in zip(examples, answers, strict=True):
-        for n, prediction in zip(top_docs, predictions, strict=True):
-            for name, score in (("EM", exact_match), ("F1", f1)):
-                if example["answers"]:
-                    value = float(score(prediction["text"], example["answers"])) if prediction else 0.0
-                    values.setdefault(f"{name}@{n}", []).append(value)
-    return values
-
-
 def evaluate(dev, corpus, reader, accelerator, cfg):
     """{"em", "f1"} of the answers from the first test_depth passages."""
     top_docs = [cfg.test_depth]
-    values = scores(dev, answer_all(dev, corpus, reader, accelerator, cfg, top_docs), top_docs)
+    values = answer_scores(dev, answer_all(dev, corpus, reader, accelerator, cfg, top_docs), top_docs)
     return {name.partition("@")[0].lower(): float(np.mean(value)) for name, value in values.items()}
 
 
@@ -238,34 +215,10 @@ def answer_file(cfg, accelerator):
         return
     print(f"{note}\n{len(examples) / seconds:.1f} questions/s of up to {cfg.test_depth} passages")
     write_predictions(cfg.out, examples, answers, top_docs)
-    metrics = {}
-    for name, values in scores(examples, answers, top_docs).items():
-        low, high = bootstrap_interval(values)
-        metrics[name] = {"value": float(np.mean(values)), "low": low, "high": high, "n": len(values)}
+    metrics = with_intervals(answer_scores(examples, answers, top_docs))
     write_json(out.with_suffix(".metrics.json"), metrics)
-    print(f"{out.name:24} {'%':>6}   95 % interval      n")
-    for name, m in metrics.items():
-        value, low, high = (100 * m[key] for key in ("value", "low", "high"))
-        print(f"{name:24} {value:6.1f}   {low:5.1f} - {high:5.1f}  {m['n']:7,}")
+    print_table(metrics, out.name)
     print(f"written: {out}, {out.with_suffix('.answers.json')}, {out.with_suffix('.metrics.json')}")
-
-
-def write_predictions(out, examples, answers, top_docs):
-    """DPR's layout (train_extractive_reader.py:512-536) in `out`; {qid: answer} in .answers.json."""
-    rows = [
-        {
-            "question": example["question"],
-            "gold_answers": example["answers"],
-            "predictions": [
-                {"top_k": n, "prediction": one} for n, one in zip(top_docs, predictions, strict=True) if one
-            ],
-        }
-        for example, predictions in zip(examples, answers, strict=True)
-    ]
-    write_json(out, rows)
-    texts = [predictions[-1]["text"] if predictions[-1] else "" for predictions in answers]
-    qids = [example["qid"] for example in examples]
-    write_json(Path(out).with_suffix(".answers.json"), dict(zip(qids, texts, strict=True)))
 
 
 # ---------------------------------------------------------------- main
@@ -315,7 +268,7 @@ def main():
     last = min(total, cfg.stop_after or total)
     warmup = cfg.warmup if cfg.warmup >= 1 else cfg.warmup * total
     late = f"warning: {warmup:.0f} steps of warm-up in {last} steps: the peak learning rate is never reached"
-    optimizer = make_optimizer(reader, cfg)
+    optimizer = make_optimizer(reader.named_parameters(), cfg)
     if run.checkpoint:
         load_optimizer(run.checkpoint, optimizer)
     optimizer = accelerator.prepare(optimizer)  # for fp16's loss scaler; gradients are summed by add_gradient

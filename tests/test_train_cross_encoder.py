@@ -23,10 +23,10 @@ from train_cross_encoder import (
     evaluate,
     main,
     make_batch,
-    make_optimizer,
     read_pairs,
     tokenize,
 )
+from utils.checkpoint import make_optimizer
 from utils.config import UserError, load_config
 from utils.corpus import Passage
 from utils.cross_encoder import CrossEncoder, load_cross_encoder, probabilities, tokenize_pairs
@@ -303,7 +303,7 @@ def test_biases_and_layer_norms_are_not_decayed(world):
     decayed, plain = (
         [names[p] for p in group["params"]]
         for wanted in (0.01, 0.0)
-        for group in make_optimizer(cross, config(world)[0]).param_groups
+        for group in make_optimizer(cross.named_parameters(), config(world)[0]).param_groups
         if group["weight_decay"] == wanted
     )
     assert len(decayed) + len(plain) == len(names)

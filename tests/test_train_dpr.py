@@ -27,9 +27,9 @@ from train_dpr import (
     learning_rate_factor,
     load_towers,
     make_batch,
-    make_optimizer,
     weights_of,
 )
+from utils.checkpoint import make_optimizer
 from utils.config import ROOT, load_config
 from utils.data import Corpus, read_questions
 from utils.encoder import collate, load_encoder
@@ -257,7 +257,8 @@ def test_biases_and_layer_norms_are_not_decayed(world):
     """Two groups, every weight of a shared encoder once."""
     cfg, _, _, towers = parts(world, weight_decay=0.1, shared_encoder=True)
     groups = {
-        group["weight_decay"]: len(group["params"]) for group in make_optimizer(towers, cfg).param_groups
+        group["weight_decay"]: len(group["params"])
+        for group in make_optimizer(weights_of(towers).items(), cfg).param_groups
     }
     total = len(list(towers["query_encoder"].parameters()))
     assert groups[0.1] + groups[0.0] == total and groups[0.0] > groups[0.1] > 0
@@ -470,11 +471,11 @@ def test_a_half_precision_start_is_trained_in_full(world, tmp_path):
 
 def test_older_checkpoints_go_and_an_abandoned_future_too(world, tmp_path):
     """After a fall back to step 10, the damaged steps 30 and 40 must not crowd out step 15."""
-    from utils.checkpoint import load_optimizer, save_checkpoint
+    from utils.checkpoint import load_optimizer, make_optimizer, save_checkpoint
     from utils.config import UserError
 
     cfg, _, _, towers = parts(world)
-    optimizer = make_optimizer(towers, cfg)
+    optimizer = make_optimizer(weights_of(towers).items(), cfg)
     for step in (10, 30, 40, 15):
         save_checkpoint(tmp_path, step, towers, optimizer, {"step": step}, protect=10)
     (tmp_path / "checkpoints" / ".step_00000016.tmp").mkdir()

@@ -25,15 +25,15 @@ from train_reader import (
     evaluate,
     main,
     make_batch,
-    make_optimizer,
     reader_loss,
-    scores,
 )
+from utils.checkpoint import make_optimizer
 from utils.config import ROOT, UserError, load_config
 from utils.corpus import Passage
 from utils.data import Corpus, write_dpr_json
 from utils.encoder import collate, load_encoder, save_encoder
 from utils.grad_cache import chunk_seed
+from utils.predictions import answer_scores
 from utils.reader import best_spans, load_reader, predict, read
 from utils.reader_data import (
     find_lessons,
@@ -568,7 +568,7 @@ def test_biases_and_layer_norms_are_not_decayed(world):
     """DPR's two groups: matrices are decayed, biases and layer norms are not."""
     cfg, _, _, reader = parts(world, weight_decay=0.1)
     names = {p: name for name, p in reader.named_parameters()}
-    for group in make_optimizer(reader, cfg).param_groups:
+    for group in make_optimizer(reader.named_parameters(), cfg).param_groups:
         plain = [names[p].endswith("bias") or "LayerNorm" in names[p] for p in group["params"]]
         assert set(plain) == {group["weight_decay"] == 0.0}
 
@@ -604,7 +604,7 @@ def test_scores_by_hand():
     """EM and F1 per n; a question without a prediction counts 0, one without answers is not counted."""
     examples = [{"answers": answers} for answers in (["The Beatles"], ["new york"], ["the"], [])]
     answers = [[{"text": "beatles!"}] * 2, [None, {"text": "york"}], [None, None], [{"text": "x"}] * 2]
-    values = scores(examples, answers, [1, 5])
+    values = answer_scores(examples, answers, [1, 5])
     assert values["EM@1"] == [1, 0, 0] and values["EM@5"] == [1, 0, 0]
     assert values["F1@1"] == [1, 0, 0] and values["F1@5"] == [1, pytest.approx(2 / 3), 0]
 

@@ -10,6 +10,7 @@ mid-epoch with other negatives (measured with 1.15).
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from utils.config import UserError
@@ -83,6 +84,22 @@ def damage(folder):
         if sha256(folder / name) != digest:
             return f"{name} does not match its sha256 (truncated or altered)"
     return ""
+
+
+def make_optimizer(named, cfg):
+    """
+    AdamW for (name, parameter) pairs; biases and layer norms are not decayed (DPR
+    dpr/models/hf_models.py:166, RocketQA model/src/optimization.py:102-131). load_optimizer needs the same
+    pairs in the same order.
+    """
+    groups = {True: [], False: []}
+    for name, parameter in named:
+        plain = name.endswith("bias") or "LayerNorm" in name or "layer_norm" in name  # BERT's, T5's
+        groups[plain].append(parameter)
+    groups = [
+        {"params": p, "weight_decay": 0.0 if plain else cfg.weight_decay} for plain, p in groups.items()
+    ]
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, eps=cfg.adam_epsilon)
 
 
 def load_optimizer(folder, optimizer):

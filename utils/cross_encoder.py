@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from utils.config import UserError
 from utils.distributed import world
-from utils.encoder import collate
+from utils.encoder import check_sizes, collate, settle, unreachable
 from utils.files import read_json
 
 HEAD = ("classifier.", "pooler.")  # what a plain BERT does not bring: labels, and perhaps the layer before
@@ -110,11 +110,7 @@ def load_cross_encoder(path, pair_tokens=0, dropout=0.0, new_head=False, layer_n
             path, config=config, output_loading_info=True, dtype=torch.float32
         )
     except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{path}: neither a complete local folder nor reachable on the hub (with a network, "
-            f"`hf download {path}` fetches it): {first_line}"
-        ) from None
+        raise unreachable(path, error) from None
     pair_tokens = pair_tokens or known.get("pair_tokens", 0)
     if not pair_tokens:
         raise UserError(
@@ -131,20 +127,8 @@ def load_cross_encoder(path, pair_tokens=0, dropout=0.0, new_head=False, layer_n
         )
     if any("pooler." in key for key in missing) and world()[0] == 0:
         print(f"warning: {path}: no pooler in it, so one is trained from random weights", file=sys.stderr)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()  # aligned; see utils/encoder.py
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = dropout
-        if isinstance(module, nn.LayerNorm) and layer_norm_epsilon:
-            # in the config it is saved; see utils/encoder.py for why it matters
-            module.eps = model.config.layer_norm_eps = layer_norm_epsilon
-    for what, needed, there in (
-        ("words in its tokenizer", len(tokenizer), config.vocab_size),
-        ("tokens a pair", pair_tokens, config.max_position_embeddings),
-    ):
-        if needed > there:
-            raise UserError(f"{path}: {needed} {what}, but only {there} embeddings for them")
+    settle(model, dropout, layer_norm_epsilon)
+    check_sizes(path, model, tokenizer, pair_tokens, "tokens a pair")
     types = "segments" if getattr(config, "type_vocab_size", 2) > 1 else "zeros"  # RoBERTa has one segment
     return CrossEncoder(
         model,

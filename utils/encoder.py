@@ -199,16 +199,29 @@ def load_encoder(path, role, inputs=None, dropout=0.0, layer_norm_epsilon=0.0):
                 )
                 check_complete(path, found["missing_keys"])
         except (OSError, ValueError) as error:
-            first_line = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"{path}: neither a complete local folder nor reachable on the hub (with a network, "
-                f"`hf download {path}` fetches it): {first_line}"
-            ) from None
+            raise unreachable(path, error) from None
     if not known and not inputs:
         raise UserError(
             f"{path}: no encoder_inputs.json, so lengths and pooling are unknown; write one there, "
             f"such as {json.dumps({'role': 'shared', **DPR_INPUTS, 'pair': ''})}"
         )
+    settle(model, dropout, layer_norm_epsilon)
+    encoder = Encoder(model, tokenizer, {"role": role, "pair": ""} | known | (inputs or {}), projection)
+    longest = max(encoder.inputs["question_tokens"], encoder.inputs["passage_tokens"])
+    check_sizes(path, model, tokenizer, longest, "tokens a text")
+    return encoder
+
+
+def unreachable(path, error):
+    """The UserError for a path that Hugging Face cannot load; its first line is enough."""
+    return UserError(
+        f"{path}: neither a complete local folder nor reachable on the hub (with a network, "
+        f"`hf download {path}` fetches it): {str(error).strip().splitlines()[0]}"
+    )
+
+
+def settle(model, dropout, layer_norm_epsilon=0.0):
+    """What every loaded model needs: memory of its own, this dropout; epsilon above 0 where given."""
     for parameter in model.parameters():
         # why: weights lie in the mapped file as they come, and a product may add in another order where
         # they are not aligned: the last bit would depend on the file that a run was resumed from
@@ -220,15 +233,16 @@ def load_encoder(path, role, inputs=None, dropout=0.0, layer_norm_epsilon=0.0):
             # why: no weight tells it, and BERT's 1e-12 in the place of ERNIE's 1e-5 is a wrong model that
             # still runs (ERNIE issue 75); in the config it is saved, so every later load computes the same
             module.eps = model.config.layer_norm_eps = layer_norm_epsilon
-    encoder = Encoder(model, tokenizer, {"role": role, "pair": ""} | known | (inputs or {}), projection)
-    longest = max(encoder.inputs["question_tokens"], encoder.inputs["passage_tokens"])
-    for what, needed, there in (
+
+
+def check_sizes(path, model, tokenizer, tokens, what):
+    """UserError where the model has no embedding for a word or for a place; what: such as "tokens a text"."""
+    for kind, needed, there in (
         ("words in its tokenizer", len(tokenizer), model.config.vocab_size),
-        ("tokens a text", longest, model.config.max_position_embeddings),
+        (what, tokens, model.config.max_position_embeddings),
     ):
         if needed > there:
-            raise UserError(f"{path}: {needed} {what}, but only {there} embeddings for them")
-    return encoder
+            raise UserError(f"{path}: {needed} {kind}, but only {there} embeddings for them")
 
 
 def save_encoder(encoder, folder):

@@ -77,3 +77,21 @@ def bootstrap_interval(values_per_question, samples=1000, seed=0):
     drawn = np.random.default_rng(seed).multinomial(n, counts / n, size=samples)
     low, high = np.percentile(drawn @ values / n, [2.5, 97.5])
     return float(low), float(high)
+
+
+def with_intervals(values):
+    """{name: [a number a question]} -> {name: {"value", "low", "high", "n"}}: mean and bootstrap interval."""
+    metrics = {}
+    for name, per_question in values.items():
+        low, high = bootstrap_interval(per_question)
+        value, n = float(np.mean(per_question)), len(per_question)
+        metrics[name] = {"value": value, "low": low, "high": high, "n": n}
+    return metrics
+
+
+def print_table(metrics, name):
+    """One line a metric, in percent."""
+    print(f"{name:24} {'%':>6}   95 % interval      n")
+    for metric, m in metrics.items():
+        value, low, high = (100 * m[key] for key in ("value", "low", "high"))
+        print(f"{metric:24} {value:6.1f}   {low:5.1f} - {high:5.1f}  {m['n']:7,}")

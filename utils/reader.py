@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, DPRConfig, DPRRea
 
 from utils.config import UserError
 from utils.dpr_files import check_complete, reader_from_cp
-from utils.encoder import collate
+from utils.encoder import check_sizes, collate, settle, unreachable
 from utils.files import read_json
 
 # from: DPR README (encoder.sequence_length=350) and the June 2020 code of the released readers: segments of 0
@@ -162,28 +162,13 @@ def load_reader(path, inputs=None, dropout=0.0, new_head=False):
             else:
                 model = from_bert(path, config, new_head)
         except (OSError, ValueError) as error:
-            first_line = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"{path}: neither a complete local folder nor reachable on the hub (with a network, "
-                f"`hf download {path}` fetches it): {first_line}"
-            ) from None
-    for parameter in model.parameters():
-        # trap: weights mapped from a file lie at any address, and a matrix product on a CPU may round
-        # otherwise there; in memory of their own a resumed run has the bits of an unbroken one
-        parameter.data = parameter.data.clone()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = dropout
+            raise unreachable(path, error) from None
+    settle(model, dropout)
     kept = {key: known[key] for key in DPR_READER if key in known}
     if known.get("role") == "reader":
         kept["pair"] = known["pair"]
     reader = Reader(model, tokenizer, {"role": "reader", "pair": ""} | DPR_READER | kept | (inputs or {}))
-    for what, needed, there in (
-        ("words in its tokenizer", len(tokenizer), model.config.vocab_size),
-        ("tokens a passage", reader.inputs["reader_tokens"], model.config.max_position_embeddings),
-    ):
-        if needed > there:
-            raise UserError(f"{path}: {needed} {what}, but only {there} embeddings for them")
+    check_sizes(path, model, tokenizer, reader.inputs["reader_tokens"], "tokens a passage")
     return reader
 
 

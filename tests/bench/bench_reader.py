@@ -24,7 +24,8 @@ from torch.nn.utils import clip_grad_norm_
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from train_reader import add_gradient, answer_all, draw, make_batch, make_optimizer  # noqa: E402
+from train_reader import add_gradient, answer_all, draw, make_batch  # noqa: E402
+from utils.checkpoint import make_optimizer  # noqa: E402
 from utils.config import load_config  # noqa: E402
 from utils.data import Corpus  # noqa: E402
 from utils.encoder import collate  # noqa: E402
@@ -92,7 +93,7 @@ def main():
     theirs = copy.deepcopy(ours)
     train, _ = find_lessons(args.train, examples[:400], corpus, ours.tokenizer, {}, cfg)
     few = [example | {"rows": example["rows"][: args.passages]} for example in train]
-    optimizers = [make_optimizer(reader, cfg) for reader in (ours, theirs)]
+    optimizers = [make_optimizer(reader.named_parameters(), cfg) for reader in (ours, theirs)]
     sizes = f"{args.questions} questions x {args.passages} passages, {args.length} tokens"
     print(f"{args.model}, {sizes}, {args.threads} threads, n = {args.rounds}")
     seconds = {name: [] for name in ("train, reference", "train, ours", "answer, reference", "answer, ours")}

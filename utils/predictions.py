@@ -1,0 +1,39 @@
+"""What the two readers, extractive and FiD, agree on: how answers are scored, and the files they go to."""
+
+from pathlib import Path
+
+from utils.files import write_json
+from utils.text import exact_match, f1
+
+
+def answer_scores(examples, answers, top_docs):
+    """
+    {"EM@n", "F1@n": [one value a question]} over the questions that have answers. answers: of each question
+    one dict with "text" for every n of top_docs, or None: no prediction scores 0.
+    """
+    values = {}
+    for example, predictions in zip(examples, answers, strict=True):
+        for n, prediction in zip(top_docs, predictions, strict=True):
+            for name, score in (("EM", exact_match), ("F1", f1)):
+                if example["answers"]:
+                    value = float(score(prediction["text"], example["answers"])) if prediction else 0.0
+                    values.setdefault(f"{name}@{n}", []).append(value)
+    return values
+
+
+def write_predictions(out, examples, answers, top_docs):
+    """DPR's layout (train_extractive_reader.py:512-536) in `out`; {qid: answer} in .answers.json."""
+    rows = [
+        {
+            "question": example["question"],
+            "gold_answers": example["answers"],
+            "predictions": [
+                {"top_k": n, "prediction": one} for n, one in zip(top_docs, predictions, strict=True) if one
+            ],
+        }
+        for example, predictions in zip(examples, answers, strict=True)
+    ]
+    write_json(out, rows)
+    texts = [predictions[-1]["text"] if predictions[-1] else "" for predictions in answers]
+    qids = [example["qid"] for example in examples]
+    write_json(Path(out).with_suffix(".answers.json"), dict(zip(qids, texts, strict=True)))
