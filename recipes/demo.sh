@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The whole of DPR on real text, on a laptop: train, encode, search, ask. `make demo` sets up and runs this.
-# About 10 minutes on two idle cores (results/demo/). Run again, training and encoding go on where they were, or say
+# The whole of DPR on real text, on a laptop: train, encode, search, read, ask. `make demo` sets up and runs this.
+# About 12 minutes on two idle cores (results/demo/). Run again, training and encoding go on where they were, or say
 # that they are finished; the short stages are repeated.
 #
 # With a hub, any BERT: START=bert-base-uncased RUN=runs/demo_bert make demo. Other data: DATA, a folder with corpus.tsv
-# and {train,dev,test}.jsonl. FLAGS goes to both trainings, such as FLAGS="--batch_size 16".
+# and {train,dev,test}.jsonl. FLAGS goes to both trainings of the encoders, such as FLAGS="--batch_size 16", READER_FLAGS to that of the
+# reader.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export HF_HUB_DISABLE_TELEMETRY=1
@@ -13,6 +14,7 @@ RUN=${RUN:-runs/demo}
 DATA=${DATA:-data/demo}
 START=${START:-data/models/tinybert-4l}
 FLAGS=${FLAGS:-}
+READER_FLAGS=${READER_FLAGS:-}
 mkdir -p $RUN/data $RUN/bm25_runs
 
 # stage NAME COMMAND...: run it, and note how long it took the first time
@@ -61,9 +63,21 @@ stage test_hybrid python test_dpr.py --questions $DATA/test.jsonl --corpus $DATA
     --embeddings $RUN/embeddings --query_encoder $RUN/query_encoder --out $RUN/test/hybrid.run \
     --bm25_run $RUN/bm25_runs/test.run
 
+# The reader learns from what this retriever finds, and answers from it.
+for split in train dev; do
+    stage search_$split python test_dpr.py --questions $DATA/$split.jsonl --corpus $DATA/corpus.tsv --index stream \
+        --embeddings $RUN/embeddings --query_encoder $RUN/query_encoder --out $RUN/test/$split.run
+done
+stage read_train python train_reader.py --config config/train_reader_demo.yaml --run_dir $RUN/reading --init $START \
+    --train $DATA/train.jsonl --train_run $RUN/test/train.run --dev $DATA/dev.jsonl --dev_run $RUN/test/dev.run \
+    --corpus $DATA/corpus.tsv $READER_FLAGS
+stage read python train_reader.py --config config/train_reader_demo.yaml --train "" --init $RUN/reading/reader \
+    --test $DATA/test.jsonl --test_run $RUN/test/test.run --corpus $DATA/corpus.tsv --out $RUN/test/reader.json
+
 printf '\n'
 python recipes/demo/table.py $RUN $DATA
 printf '\nquestion> what is food called that the muslim faith allows\n'
-python ask.py --run $RUN --corpus $DATA/corpus.tsv --questions $DATA/test.jsonl --k 3 \
+python ask.py --run $RUN --corpus $DATA/corpus.tsv --questions $DATA/test.jsonl --reader $RUN/reading/reader --k 3 \
     "what is food called that the muslim faith allows"
-printf 'Ask your own: .venv/bin/python ask.py --run %s --corpus %s\n' $RUN $DATA/corpus.tsv
+printf 'Ask your own: .venv/bin/python ask.py --run %s --corpus %s --reader %s\n' $RUN $DATA/corpus.tsv \
+    $RUN/reading/reader

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # DPR on Natural Questions from the official files (Karpukhin et al. 2020, Table 2, "Single", NQ column).
-# Expected: top-20 / top-100 of 78.4 / 85.4 (paper), 79.97 / 85.87 (released checkpoint). Ours: not run (README).
+# Expected: top-20 / top-100 of 78.4 / 85.4 (paper), 79.97 / 85.87 (released checkpoint); then the reader's exact match,
+# 41.5 (paper, Table 4). Ours: not run (README).
 # Time: not measured here; DPR's own: about a day on 8 V100. Disk: 13 GB corpus + 33 GB vectors + 8 GB checkpoints.
 #
 # On GPUs `accelerate launch` starts one process a device; GPU-less machines with several processes: torchrun.
@@ -11,6 +12,11 @@ DATA=${DATA:-data/nq}
 RUN=${RUN:-runs/dpr_nq}
 CONFIG=${CONFIG:-config/train_dpr_nq.yaml}
 INIT=${INIT:-bert-base-uncased}
+LAUNCH=${LAUNCH:-accelerate launch}
+TRAIN_FLAGS=${TRAIN_FLAGS:-}
+READER_INIT=${READER_INIT:-bert-base-uncased}
+READER_FLAGS=${READER_FLAGS:-}
+GOLD=${GOLD-$DATA/gold_train.json} # DPR's gold pages of the training questions; GOLD= for none
 
 # Data: 21,015,324 passages; 58,880 training and 6,515 dev questions with a BM25 negative each; 3,610 test questions.
 if [ ! -f $DATA/corpus.tsv ]; then
@@ -28,8 +34,23 @@ if [ ! -f $DATA/test.jsonl ]; then
     python -m utils.data convert dpr_qa $DATA/nq-test.qa.csv $DATA/test.jsonl
 fi
 
-accelerate launch train_dpr.py --config $CONFIG --run_dir $RUN --init $INIT --resume exact \
-    --train $DATA/train.jsonl --dev $DATA/dev.jsonl --corpus $DATA/corpus.tsv
-accelerate launch doc2embedding.py --doc_encoder $RUN/doc_encoder --corpus $DATA/corpus.tsv --out $RUN/embeddings
+$LAUNCH train_dpr.py --config $CONFIG --run_dir $RUN --init $INIT --resume exact \
+    --train $DATA/train.jsonl --dev $DATA/dev.jsonl --corpus $DATA/corpus.tsv $TRAIN_FLAGS
+$LAUNCH doc2embedding.py --doc_encoder $RUN/doc_encoder --corpus $DATA/corpus.tsv --out $RUN/embeddings
 python test_dpr.py --questions $DATA/test.jsonl --corpus $DATA/corpus.tsv --embeddings $RUN/embeddings \
     --query_encoder $RUN/query_encoder --index stream --out $RUN/test/test.run
+
+# The reader (paper Sec. 6) learns from what this retriever finds for the training questions.
+for split in train dev; do
+    python test_dpr.py --questions $DATA/$split.jsonl --corpus $DATA/corpus.tsv --embeddings $RUN/embeddings \
+        --query_encoder $RUN/query_encoder --index stream --k 200 --out $RUN/$split/$split.run
+done
+if [ "$GOLD" = $DATA/gold_train.json ] && [ ! -f $GOLD ]; then
+    python -m utils.download nq-train_gold_info.json --out $DATA
+    mv $DATA/nq-train_gold_info.json $GOLD
+fi
+$LAUNCH train_reader.py --config config/train_reader_nq.yaml --run_dir $RUN/reading --init $READER_INIT \
+    --train $DATA/train.jsonl --train_run $RUN/train/train.run --dev $DATA/dev.jsonl --dev_run $RUN/dev/dev.run \
+    --gold "$GOLD" --corpus $DATA/corpus.tsv --resume exact $READER_FLAGS
+$LAUNCH train_reader.py --config config/train_reader_nq.yaml --train "" --init $RUN/reading/reader \
+    --test $DATA/test.jsonl --test_run $RUN/test/test.run --corpus $DATA/corpus.tsv --out $RUN/test/reader.json

@@ -34,7 +34,14 @@ RESCORE = {
 RECIPES = {  # recipe: its variables; the longest first
     "rocketqa_nq": RESCORE | {"DEPTH": 20, "ABLATION": "true"},
     "rocketqa_marco": RESCORE | {"DEPTH": 60},
-    "demo": {"FLAGS": "--batch_size 8 --stop_after 4 --dev_negatives 2 --question_chunk 4 --passage_chunk 4"},
+    "demo": {
+        "FLAGS": "--batch_size 8 --stop_after 4 --dev_negatives 2 --question_chunk 4 --passage_chunk 4",
+        "READER_FLAGS": "--reader_tokens 48 --batch_size 4 --stop_after 3 --test_depth 5",
+    },
+    "dpr_nq": {
+        "GOLD": "",
+        "READER_FLAGS": "--reader_tokens 48 --batch_size 4 --stop_after 3 --workers 0 --passages_per_question 3",
+    },
     "ance_tele_nq": {"EPISODES": "1 2", "NEGATIVES": "2 3", "STOP_AFTER": "3 0", "DEPTH": 20, "SAMPLE": 5},
     "ance_tele_trivia": {"EPISODES": "1", "DEPTH": 20, "SAMPLE": 5},
     "ance_tele_marco": {"EPISODES": "1", "DEPTH": 20, "SAMPLE": 5},
@@ -118,6 +125,8 @@ def rehearse(recipe, folder):
         "RUN": run,
         "START": world / "bert",
         "CROSS_START": world / "bert",
+        "INIT": world / "bert",
+        "READER_INIT": world / "bert",
     }
 
     def bash(**changes):
@@ -135,7 +144,7 @@ def rehearse(recipe, folder):
     done = bash(**below)
     assert done.returncode == 0, f"{recipe}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
     assert "train_cross_encoder.py" not in done.stdout
-    if recipe != "demo":  # whose short stages are repeated
+    if recipe not in ("demo", "dpr_nq"):  # whose short stages are repeated
         before, again = snapshot(folder), bash(**below)
         assert again.returncode == 0 and "==" not in again.stdout, again.stdout + again.stderr
         assert snapshot(folder) == before
@@ -314,11 +323,22 @@ def test_ance_tele_marco(rehearsal):
     assert {"MRR@10", "hit@1000"} <= set(read_json(run / "m1" / "test.metrics.json"))
 
 
+def test_dpr_nq(rehearsal):
+    """From the official files to exact match."""
+    _, run, output = rehearsal("dpr_nq")
+    assert len(read_json(run / "test" / "reader.json")) == 10
+    scores = read_json(run / "test" / "reader.metrics.json")
+    assert scores["EM@100"]["n"] == 10 and "test.run" in output
+
+
 def test_demo(rehearsal):
     """The whole of `make demo` after its downloads, from BM25 to a question that is answered."""
     _, run, output = rehearsal("demo")
     for words in ("untrained encoder", "n = 10 questions, 60 passages", "dense 1 |", "60 pairs, 0 passages"):
         assert words in output, words
     table = read_json(run / "table.json")
-    assert set(table) == {"BM25", "untrained encoder", "trained encoder", "trained + BM25"}
+    retrieval = {"BM25", "untrained encoder", "trained encoder", "trained + BM25"}
+    assert set(table) == retrieval | {"title of the first passage", "reader, 20 passages"}
+    assert table["reader, 20 passages"]["EM"]["n"] == 10
+    assert re.search(r"^answer: .* \| span .* \| in dense \d", output, re.M)
     assert table["trained encoder"]["top-100"]["value"] == 1  # sixty passages

@@ -47,6 +47,7 @@ for name in "nq-train nq-dev nq-test squad1-test webquestions-test curatedtrec-t
     URLS[f"{name}.qa.csv"] = DPR + f"data/retriever/{name}.qa.csv"
 for name in "trivia-train trivia-dev trivia-test".split():
     URLS[f"{name}.qa.csv"] = DPR + f"data/retriever/{name}.qa.csv.gz"
+URLS["nq-train_gold_info.json"] = DPR + "data/nq_gold_info/nq-train_gold_info.json.gz"
 # (bytes, hash) of what the server sends. from: huggingface/datasets, dataset_infos.json of wiki_dpr and of
 # nq_open; allenai/ir_datasets, etc/downloads.json (md5: proof against accidents only)
 HASHES = {
