@@ -39,7 +39,7 @@ from tqdm import tqdm
 from utils.checkpoint import load_optimizer, make_optimizer
 from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file, need_out
 from utils.data import Corpus
-from utils.distributed import start, sum_gradients, world
+from utils.distributed import gather_items, start, sum_gradients, world
 from utils.encoder import collate
 from utils.estimate import dry_run
 from utils.files import folder_hash, weights_hash, write_json
@@ -57,6 +57,7 @@ from utils.reader_data import (
 )
 from utils.run import Run
 
+INPUTS = ("reader_tokens", "token_types")
 MAX_SPANS = 10  # mentions of the answers in a positive [DPR dpr/models/reader.py:114-274, max_n_answers]
 BLOCK = 16  # questions that are answered together, so that passages of like length meet
 
@@ -178,10 +179,7 @@ def answer_all(examples, corpus, reader, accelerator, cfg, top_docs):
             found = predict(reader, passages, rows, top_docs, *sizes, accelerator.autocast)
             answers |= zip(block, found, strict=True)
             bar.update(len(block))
-    if devices > 1:
-        everyones = [None] * devices
-        dist.all_gather_object(everyones, answers)
-        answers = {i: answer for one in everyones for i, answer in one.items()}
+    answers = gather_items(answers)
     return [answers[i] for i in range(len(examples))]
 
 
@@ -198,7 +196,9 @@ def answer_file(cfg, accelerator):
     out = Path(cfg.out)
     corpus = Corpus(cfg.corpus, cfg.corpus_format) if cfg.corpus else None
     examples, corpus, note = read_ranking(cfg.test, cfg.test_run, corpus, cfg.test_depth)
-    reader = load_reader(cfg.init).to(accelerator.device)
+    # why: a `.cp` does not say how its inputs are built; DPR's of before May 2021: zeros, later ones: segments
+    how = {key: getattr(cfg, key) for key in INPUTS} if cfg.init.endswith(".cp") else {}
+    reader = load_reader(cfg.init, how).to(accelerator.device)
     top_docs = sorted({n for n in cfg.eval_top_docs if 0 < n < cfg.test_depth} | {cfg.test_depth})
     if cfg.dry_run:
 
@@ -252,12 +252,16 @@ def main():
     run = Run(cfg, accelerator, content | {"corpus": corpus.sha256 if corpus else ""})
     torch.manual_seed(cfg.seed)  # the new outputs, the same on every device
     source = run.checkpoint / "reader" if run.checkpoint else cfg.init
-    how = {key: getattr(cfg, key) for key in ("reader_tokens", "token_types")}
+    how = {key: getattr(cfg, key) for key in INPUTS}
     reader = load_reader(source, how, cfg.dropout, new_head=not run.checkpoint)
     reader.to(accelerator.device).train()
     gold = read_gold(cfg.gold) if cfg.gold else {}
-    found, train_corpus, _ = read_ranking(cfg.train, cfg.train_run, corpus, cfg.train_depth, ("answers",))
-    train, train_note = find_lessons(cfg.train, found, train_corpus, reader.tokenizer, gold, cfg)
+    found, train_corpus, depth_note = read_ranking(
+        cfg.train, cfg.train_run, corpus, cfg.train_depth, ("answers",)
+    )
+    train, train_note = find_lessons(
+        cfg.train, found, train_corpus, reader.tokenizer, gold, cfg, world(), gather_items
+    )
     dev, dev_corpus, dev_note = [], None, "no dev set: the last checkpoint is the best"
     if cfg.dev:
         dev, dev_corpus, dev_note = read_ranking(cfg.dev, cfg.dev_run, corpus, cfg.test_depth, ("answers",))
@@ -292,7 +296,7 @@ def main():
         f"passages each | {per_epoch} steps an epoch, {len(train) % cfg.batch_size} questions left over; "
         f"{last} in all"
     )
-    if not run.start(last, size, [train_note, dev_note, banner, *[late] * (warmup >= last)]):
+    if not run.start(last, size, [depth_note, train_note, dev_note, banner, *[late] * (warmup >= last)]):
         return
     with ThreadPoolExecutor(1) as ahead:  # the next batch is tokenised while this one trains
         upcoming = ahead.submit(make_batch, run.first, train, train_corpus, reader, cfg)

@@ -300,7 +300,7 @@ def test_what_is_learned_and_what_is_dropped_and_why(world):
 
     def fate(answers, rows, length=40):
         example = {"question": "which", "answers": answers, "rows": np.array(rows, dtype=np.int64)}
-        status, positives, negatives = lessons([example], corpus, reader.tokenizer, {}, length)[0]
+        status, positives, negatives, _ = lessons([example], corpus, reader.tokenizer, {}, length)[0]
         return status, positives.tolist(), negatives.tolist()
 
     assert fate(["red", "blue"], [2, 0, 3, 1]) == ("kept", [0], [2, 3]), (
@@ -328,7 +328,7 @@ def test_an_answer_across_the_cut_is_never_learned(world):
     assert len(pieces[0]) == 3
     example = {"question": "which", "answers": ["river of rome"], "rows": np.array([0])}
     for length in range(4, 16):  # [CLS] which [SEP] [SEP] the: the mentions are tokens 5 to 7 and 10 to 12
-        status, positives, _ = lessons([example], corpus, reader.tokenizer, {}, length)[0]
+        status, positives, *_ = lessons([example], corpus, reader.tokenizer, {}, length)[0]
         spans = [span for span in [(5, 7), (10, 12)] if span[1] < length]
         assert status == ("kept" if spans else f"with answers only beyond {length} tokens")
         assert positives.tolist() == [0] * bool(spans)
@@ -352,7 +352,7 @@ def test_a_gold_page_comes_before_other_positives(world, tmp_path):
 
     def learned(question, depth):
         example = {"question": question, "answers": ["red"], "rows": np.arange(depth)}
-        status, positives, negatives = lessons([example], corpus, words.tokenizer, read_gold(path), 40)[0]
+        status, positives, negatives, _ = lessons([example], corpus, words.tokenizer, read_gold(path), 40)[0]
         return status, positives.tolist(), len(negatives)
 
     assert learned("which ?", 225) == ("kept", list(range(30, 55)), 150)
@@ -363,7 +363,7 @@ def test_a_gold_page_comes_before_other_positives(world, tmp_path):
         read_gold(tmp_path / "bad.json")
 
 
-def test_dprs_result_json_is_the_run_with_its_passages(world, tmp_path):
+def test_dprs_result_json_is_the_run_with_its_passages(world, tmp_path, monkeypatch):
     """The same questions, answers and passages from a .run with a corpus and from DPR's own result file."""
     from utils.data import read_questions, read_run
 
@@ -379,6 +379,29 @@ def test_dprs_result_json_is_the_run_with_its_passages(world, tmp_path):
     path = brought.path
     del brought
     assert not path.exists(), "the passages' file goes with the corpus"
+    monkeypatch.setattr("utils.files.free_space", lambda _: 10)
+    with pytest.raises(UserError, match="r.json needs .* GB in"):
+        read_ranking(tmp_path / "r.json", "", None, 4)
+
+
+def test_training_reads_dprs_result_json_too(world, tmp_path):
+    """The same steps from DPR's own file as from the .run and the corpus: the same losses, bit by bit."""
+    from utils.data import read_questions, read_run
+
+    corpus = Corpus(world / "corpus.tsv")
+    for name in ("train", "dev"):
+        questions, ranking = read_questions(world / f"{name}.jsonl"), read_run(world / f"{name}.run")
+        hits = [[True] * 10] * len(ranking)
+        write_dpr_json(tmp_path / f"{name}.json", questions, list(ranking.items()), corpus, hits)
+    losses = []
+    for i, more in enumerate(({}, {"train": tmp_path / "train.json", "dev": tmp_path / "dev.json"})):
+        if more:
+            more |= {"train_run": "", "dev_run": "", "corpus": ""}
+        _, keys = config(world, stop_after=2, **more)
+        done = run("train_reader.py", keys | {"run_dir": tmp_path / f"run{i}"})
+        assert done.returncode == 0, done.stderr[-2000:]
+        losses.append([row["loss"] for row in rows(tmp_path / f"run{i}") if "loss" in row])
+    assert len(losses[0]) == 2 and losses[0] == losses[1]
 
 
 def test_regex_answers_and_wrong_files_are_refused(world, tmp_path):
@@ -447,9 +470,29 @@ def test_odd_result_json_is_refused_by_its_example(tmp_path, capsys):
 
 def test_worker_processes_find_the_same(world):
     """Two processes and this one give the same report, positives and negatives."""
-    found = [parts(world, workers=workers)[1] for workers in (0, 1)]
+    found = [parts(world, workers=workers)[1] for workers in (0, 2)]
     assert len(found[0]) == 40 and [set(one) for one in found[0]] == [set(one) for one in found[1]]
     for a, b in zip(*found, strict=True):
+        assert all(np.array_equal(a[key], b[key]) for key in a)
+
+
+def test_devices_share_the_search_for_answers(world):
+    """Three devices search a third each; what they gather is what one finds alone, with the same report."""
+    cfg, train, corpus, reader = parts(world)
+    many, gold = train * 20, {train[0]["question"]: corpus[train[0]["positives"][0]].title}
+    shares, alone = {}, find_lessons("x", many, corpus, reader.tokenizer, gold, cfg)
+
+    def collect(mine):
+        assert shares.keys().isdisjoint(mine)
+        shares.update(mine)
+        return dict(shares)
+
+    for rank in (2, 0):
+        with pytest.raises(ValueError):  # the others' shares are missing
+            find_lessons("x", many, corpus, reader.tokenizer, gold, cfg, (rank, 3), collect)
+    kept, report = find_lessons("x", many, corpus, reader.tokenizer, gold, cfg, (1, 3), collect)
+    assert len(shares) == 4 and report == alone[1] and "; 20 with positives of the gold page" in report
+    for a, b in zip(kept, alone[0], strict=True):
         assert all(np.array_equal(a[key], b[key]) for key in a)
 
 

@@ -67,6 +67,16 @@ def sum_gradients(parameters):
             work.wait()
 
 
+def gather_items(mine):
+    """{key: value} that each device has made for its own keys -> all of them on every device."""
+    devices = world()[1]
+    if devices == 1:
+        return mine
+    everyones = [None] * devices
+    dist.all_gather_object(everyones, mine)
+    return {key: value for one in everyones for key, value in one.items()}
+
+
 def any_device(flag, device):
     """
     True on all devices as soon as `flag` is true on one: devices must leave a loop together, or the rest

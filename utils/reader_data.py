@@ -5,6 +5,7 @@ answers stand in those. No torch; nothing is stored that could go stale.
 
 import json
 import multiprocessing
+import os
 import re
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from utils.config import UserError
 from utils.convert import iter_json_list, strings
 from utils.corpus import Corpus
 from utils.data import blank, iter_run, read_questions
-from utils.files import atomic_file, read_json
+from utils.files import atomic_file, need_space, read_json
 from utils.text import has_answer
 
 # from: DPR dpr/data/reader_data.py:220-317: positives kept where no gold page is known; ten negatives for
@@ -98,6 +99,8 @@ def read_result_json(path, depth, need=()):
     the corpus goes or the process ends. After SIGKILL it stays: reader_passages_*.
     """
     folder, examples, count, blanks = tempfile.TemporaryDirectory(prefix="reader_passages_"), [], 0, 0
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each makes a folder of its own
+    need_space(folder.name, os.path.getsize(path) * devices, f"the passages of {path}")
     with atomic_file(Path(folder.name) / "passages.jsonl") as file:
         for index, entry in iter_json_list(path):
             try:
@@ -165,9 +168,10 @@ def find_spans(ids, first, answers):
 
 def lessons(examples, corpus, tokenizer, gold, length):
     """
-    For each example ("kept" or why not, rows of its positives, rows of its negatives). A positive holds an
-    answer as word pieces within the first `length` tokens of the input; where some are of the gold page, only
-    these count (DPR dpr/data/reader_data.py:220-317). A negative holds no answer at all.
+    For each example ("kept" or why not, rows of its positives, rows of its negatives, whether those positives
+    are of the gold page). A positive holds an answer as word pieces within the first `length` tokens of the
+    input; where some are of the gold page, only these count (DPR dpr/data/reader_data.py:220-317). A negative
+    holds no answer at all.
     """
     found = []
     for example in examples:
@@ -194,26 +198,31 @@ def lessons(examples, corpus, tokenizer, gold, length):
         )
         status = next((why for there, why in checks if not there), "kept")
         chosen = (np.array([rows[i] for i in part], dtype=np.int64) for part in (positives, negatives))
-        found.append((status, *chosen))
+        found.append((status, *chosen, bool(of_gold)))
     return found
 
 
-def find_lessons(path, examples, corpus, tokenizer, gold, cfg):
+def find_lessons(path, examples, corpus, tokenizer, gold, cfg, world=(0, 1), gather=dict):
     """
     (the examples to learn from, with "positives" and "negatives", a report). cfg.workers: processes that
-    search; 0: this one.
+    search, over all devices; 0: none beside this one. world, gather: as in utils/distributed.py, where
+    several devices share the search.
     """
-    parts = [examples[k : k + 256] for k in range(0, len(examples), 256)]
+    rank, devices = world
+    mine = range(256 * rank, len(examples), 256 * devices)
+    parts = [examples[k : k + 256] for k in mine]
     same = ([thing] * len(parts) for thing in (corpus, tokenizer, gold, cfg.reader_tokens))
     spawn = multiprocessing.get_context("spawn")  # why: a fork of a process with threads can hang
-    pool = ProcessPoolExecutor(cfg.workers, mp_context=spawn) if cfg.workers else None
+    workers = -(-cfg.workers // devices)
+    pool = ProcessPoolExecutor(workers, mp_context=spawn) if workers else None
     found = (pool.map if pool else map)(lessons, parts, *same)
     bar = {"desc": "finding answers", "total": len(parts), "delay": 5, "disable": None}
-    found = [one for part in tqdm(found, **bar) for one in part]
+    found = gather(dict(zip(mine, tqdm(found, **bar), strict=True)))
     if pool:
         pool.shutdown()
-    counts, kept = Counter(status for status, _, _ in found), []
-    for example, (status, positives, negatives) in zip(examples, found, strict=True):
+    found = [one for _, part in sorted(found.items()) for one in part]
+    counts, kept = Counter(status for status, *_ in found), []
+    for example, (status, positives, negatives, _) in zip(examples, found, strict=True):
         if status == "kept":
             kept.append(example | {"positives": positives, "negatives": negatives})
     dropped = [f"{n} {status}" for status, n in counts.most_common() if status != "kept"]
@@ -221,4 +230,7 @@ def find_lessons(path, examples, corpus, tokenizer, gold, cfg):
     if not kept:
         raise UserError(f"{report}; nothing to learn from")
     bare = sum(not len(example["negatives"]) for example in kept)
-    return kept, f"{report}; {bare} kept without a negative"
+    report += f"; {bare} kept without a negative"
+    if gold:
+        report += f"; {sum(of_gold for *_, of_gold in found)} with positives of the gold page"
+    return kept, report
