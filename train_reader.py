@@ -196,7 +196,7 @@ def answer_file(cfg, accelerator):
     out = Path(cfg.out)
     corpus = Corpus(cfg.corpus, cfg.corpus_format) if cfg.corpus else None
     examples, corpus, note = read_ranking(cfg.test, cfg.test_run, corpus, cfg.test_depth)
-    # why: a `.cp` does not say how its inputs are built; DPR's of before May 2021: zeros, later ones: segments
+    # why: a `.cp` does not say how its inputs are built; before May 2021 DPR had zeros, then segments
     how = {key: getattr(cfg, key) for key in INPUTS} if cfg.init.endswith(".cp") else {}
     reader = load_reader(cfg.init, how).to(accelerator.device)
     top_docs = sorted({n for n in cfg.eval_top_docs if 0 < n < cfg.test_depth} | {cfg.test_depth})

@@ -46,7 +46,7 @@ def dry_run(what, models, probe, units, unit, folder, disk, fixed_memory=0, grow
         )
     if memory > limit:
         raise UserError(
-            "this does not fit in memory: lower the chunks or the batch size (train_dpr.py: --grad_cache true)"
+            "this does not fit in memory: lower the chunks or the batch size; train_dpr.py: --grad_cache true"
         )
     if disk > free:
         raise UserError(
