@@ -37,7 +37,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from utils.checkpoint import load_optimizer, make_optimizer
-from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file, need_out
+from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
 from utils.data import Corpus
 from utils.distributed import gather_items, start, sum_gradients, world
 from utils.encoder import collate
@@ -45,7 +45,7 @@ from utils.estimate import dry_run
 from utils.files import folder_hash, weights_hash, write_json
 from utils.grad_cache import chunk_seed
 from utils.metrics import print_table, with_intervals
-from utils.predictions import answer_scores, write_predictions
+from utils.predictions import answer_scores, need_predictions_out, write_predictions
 from utils.reader import load_reader, predict
 from utils.reader_data import (
     find_lessons,
@@ -236,11 +236,7 @@ def main():
     inputs = ("test", "test_run") if cfg.test else ("train", "train_run", "dev", "dev_run", "gold")
     need_file(cfg, *inputs, "corpus")
     if cfg.test:
-        if Path(cfg.out).suffix != ".json":
-            raise UserError(f"out must be the path of a .json file, got {cfg.out!r}")
-        for suffix in (".json", ".answers.json", ".metrics.json"):
-            written = type(cfg)(**vars(cfg) | {"out": str(Path(cfg.out).with_suffix(suffix))})
-            need_out(written, "out", *inputs, "corpus")
+        need_predictions_out(cfg, *inputs, "corpus")
     accelerator = start(cfg.mixed_precision)
     if cfg.test:
         return answer_file(cfg, accelerator)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from utils.config import UserError, need_out
 from utils.files import write_json
 from utils.text import exact_match, f1
 
@@ -19,6 +20,14 @@ def answer_scores(examples, answers, top_docs):
                     value = float(score(prediction["text"], example["answers"])) if prediction else 0.0
                     values.setdefault(f"{name}@{n}", []).append(value)
     return values
+
+
+def need_predictions_out(cfg, *inputs):
+    """UserError where the three files that stand for `out` cannot be written, or would replace an input."""
+    if Path(cfg.out).suffix != ".json":
+        raise UserError(f"out must be the path of a .json file, got {cfg.out!r}")
+    for suffix in (".json", ".answers.json", ".metrics.json"):
+        need_out(type(cfg)(**vars(cfg) | {"out": str(Path(cfg.out).with_suffix(suffix))}), "out", *inputs)
 
 
 def write_predictions(out, examples, answers, top_docs):
