@@ -131,7 +131,8 @@ def span_text(reader, passage, ids, first, start_L, end_L, relevance, max_answer
     text = passage.text.strip()
     # differs: DPR decodes the tokens, so that its answers are in lower case and "U.S." reads "u. s.". Under
     # transformers 5 "don't" would even be "don ' t", which exact match counts as wrong.
-    offsets = reader.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    how = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+    offsets = reader.tokenizer(text, **how).offset_mapping
     answer = text[offsets[a][0] : offsets[b][1]]
     return {"text": answer, "score": score, "relevance_score": relevance, "passage": text}
 
