@@ -2,11 +2,13 @@
 Ask a question and read the best passages: what the dense retriever finds, and what BM25 thinks of it.
 
 In:   the corpus, runs/X/query_encoder/ (train_dpr.py), runs/X/embeddings/ (doc2embedding.py); if you like a
-      reader (train_reader.py), which answers from the passages shown
+      reader, which answers from the passages shown: train_reader.py's cuts the answer out of one of them,
+      train_emdr2.py's (FiD) writes it from all of them
 Out:  the answer on the screen; runs/X/bm25/, once
 Run:  python ask.py --run runs/demo "who wrote hamlet"
       python ask.py --run runs/demo
       python ask.py --run runs/demo --reader runs/demo/reading/reader
+      python ask.py --run runs/emdr2_nq --corpus data/nq/corpus.tsv --reader runs/emdr2_nq/reader
 
 A passage has its dense rank, its BM25 rank (`-`: not among BM25's best 1000), the inner product, id, title
 and text. Words of the question stand out: a first passage without any of them is what DPR is about.
@@ -25,6 +27,7 @@ from utils.text import answer_position, has_answer
 
 BM25_DEPTH = 1000
 ANSWER_TOKENS = 10  # of a reader's answer [DPR conf/extractive_reader_train_cfg.yaml max_answer_length]
+BATCH = 8  # passages that a reader reads at a time
 
 
 # ----------------------------------------------------------------------------------------- the inputs
@@ -54,15 +57,52 @@ def check_inputs(cfg, question):
         raise UserError("corpus: name the file that the embeddings were made from")
     need_file(cfg, "corpus", "questions")
     if "/" in cfg.reader and not Path(cfg.reader).exists() and Path(cfg.reader).parent.exists():
-        raise UserError(f"reader: {cfg.reader}: no such folder; train_reader.py writes it")
+        raise UserError(f"reader: {cfg.reader}: no such folder; train_reader.py and train_emdr2.py write one")
 
 
 # ----------------------------------------------------------------------------------------- the answer
+def load_reading(path, corpus, device):
+    """
+    The reader in a folder, of either kind, as a function: (question, passages, their rows in the corpus)
+    -> what stands after `answer: `.
+    """
+    from utils.fid import answer, contexts_of, load_fid, text_budget
+    from utils.files import read_json
+    from utils.reader import load_reader, predict
+    from utils.reader_data import tokenize_rows
+
+    no_room = "none, no text of a passage fits beside the question"
+    stored = Path(path) / "encoder_inputs.json"
+    if stored.is_file() and read_json(stored).get("role") == "fid":
+        fid = load_fid(path).to(device)
+
+        def write(question, passages, rows):
+            if all(text_budget(fid, question, passage.title) < 1 for passage in passages):
+                return no_room
+            text = plain(answer(fid, [contexts_of(question, passages, rows, corpus, fid)], BATCH)[0])
+            return f"{text or 'none, the reader wrote an empty text'} | FiD over {len(passages)} passages"
+
+        return write
+    reader = load_reader(path).to(device)
+
+    def cut(question, passages, _):
+        rows = tokenize_rows(reader.tokenizer, question, passages, reader.inputs["reader_tokens"])
+        found = predict(reader, [passages], [rows], [len(passages)], ANSWER_TOKENS, BATCH)[0][0]
+        if not found:
+            return no_room
+        i = found["passage_idx"]
+        likely = f"span {found['score']:.3f} | relevance {found['relevance_score']:.3f}"
+        where = f"dense {i + 1} | {plain(passages[i].id)} | {plain(passages[i].title)}"
+        return f"{plain(found['text'])} | {likely} | in {where}"
+
+    return cut
+
+
 def load(cfg):
     """
-    Load everything once. Returns a function: question -> (hits, milliseconds, words, note, read); hits: list
-    of (passage, score, BM25 rank), words: those of the question that BM25 looks for, read: what the reader
-    says (see predict in utils/reader.py), None without a reader or where the passages are empty.
+    Load everything once. Returns a function: question -> (hits, milliseconds, words, note, said); hits: list
+    of (passage, score, BM25 rank), words: those of the question that BM25 looks for, said: what the reader
+    answers, "" without a reader.
     """
     # why imported here: torch takes seconds, and a mistake on the command line should show at once
     import torch
@@ -71,8 +111,6 @@ def load(cfg):
     from utils.data import Corpus
     from utils.embeddings import open_embeddings
     from utils.encoder import embed, load_encoder, tokenize_questions
-    from utils.reader import load_reader, predict
-    from utils.reader_data import tokenize_rows
     from utils.search import as_lists, exact_topk
 
     run, corpus = Path(cfg.run), Corpus(cfg.corpus, cfg.corpus_format)
@@ -81,7 +119,7 @@ def load(cfg):
     index = build_bm25(corpus, run / "bm25")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = load_encoder(query_encoder, "question").to(device)
-    reader = load_reader(cfg.reader).to(device) if cfg.reader else None
+    read = load_reading(cfg.reader, corpus, device) if cfg.reader else None
 
     def answer(question):
         times = [time.perf_counter()]
@@ -92,11 +130,9 @@ def load(cfg):
         times.append(time.perf_counter())
         bm25 = {row: rank for rank, (row, _) in enumerate(search_bm25(index, [question], BM25_DEPTH)[0], 1)}
         times.append(time.perf_counter())
-        hits, read = [(corpus[row], score, bm25.get(row, "-")) for row, score in dense], None
-        if reader:
-            passages = [passage for passage, _, _ in hits]
-            rows = tokenize_rows(reader.tokenizer, question, passages, reader.inputs["reader_tokens"])
-            read = predict(reader, [passages], [rows], [len(hits)], ANSWER_TOKENS, 8)[0][0]
+        hits, said = [(corpus[row], score, bm25.get(row, "-")) for row, score in dense], ""
+        if read:
+            said = read(question, [passage for passage, _, _ in hits], [row for row, _ in dense])
             times.append(time.perf_counter())
         full = len(ids[0]) == encoder.inputs["question_tokens"]
         note = f" | the question fills all {len(ids[0])} tokens, its end may be cut" if full else ""
@@ -105,7 +141,7 @@ def load(cfg):
             [1000 * (b - a) for a, b in zip(times, times[1:], strict=False)],
             tokens([question]).vocab,
             note,
-            read,
+            said,
         )
 
     return answer, len(corpus)
@@ -131,17 +167,12 @@ def embolden(text, words, answers):
 
 def show(question, answer, known):
     """Print the passages for one question, and what it cost. known: {question in lower case: its answers}."""
-    hits, (encode, search, bm25, *reading), words, note, read = answer(question)
+    hits, (encode, search, bm25, *reading), words, note, said = answer(question)
     answers = known.get(question.lower().strip(" ?"), [])
     if answers:
         print(f"known answers: {', '.join(answers)}")
-    if read:
-        passage = hits[read["passage_idx"]][0]
-        where = f"dense {read['passage_idx'] + 1} | {plain(passage.id)} | {plain(passage.title)}"
-        likely = f"span {read['score']:.3f} | relevance {read['relevance_score']:.3f}"
-        print(f"answer: {plain(read['text'])} | {likely} | in {where}")
-    elif reading:
-        print("answer: none, no text of a passage fits beside the question")
+    if said:
+        print(f"answer: {said}")
     width = max(40, shutil.get_terminal_size().columns)
     for rank, (passage, score, bm25_rank) in enumerate(hits, 1):
         found = " | holds the answer" if has_answer(passage.text, answers) else ""

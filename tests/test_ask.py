@@ -14,11 +14,13 @@ import ask
 import doc2embedding
 from tests.processes import ENVIRONMENT
 from tests.toy import make_world
+from tests.toy_t5 import t5
 from utils.bm25 import build_bm25, search_bm25
 from utils.config import ROOT, UserError
 from utils.data import Corpus
 from utils.embeddings import open_embeddings
 from utils.encoder import embed, load_encoder, save_encoder, tokenize_questions
+from utils.fid import answer, load_fid, tokenize_contexts
 from utils.reader import load_reader, predict
 from utils.reader_data import tokenize_rows
 
@@ -98,6 +100,34 @@ def test_the_readers_answer_stands_first(world, tmp_path, monkeypatch, capsys):
         say(world, monkeypatch, QUESTION, reader=world / "query_encoder")
 
 
+def test_fid_writes_its_answer_from_all_passages(world, tmp_path, monkeypatch, capsys):
+    """--reader with role fid: what it generates from the k passages shown, or that it wrote nothing."""
+    fid = load_fid(t5(tmp_path), {"reader_tokens": 40, "answer_tokens": 4})
+    torch.manual_seed(0)  # a random T5 with its own output mostly repeats one word
+    fid.model.lm_head.weight = torch.nn.Parameter(torch.randn_like(fid.model.lm_head.weight))
+    for block in fid.model.decoder.block:
+        block.layer[1].EncDecAttention.o.weight.data *= 4
+    save_encoder(fid, tmp_path / "fid")
+    corpus, written = Corpus(world / "corpus.tsv"), set()
+    for question in (QUESTION, "green market", "who is it ?"):
+        say(world, monkeypatch, question, reader=tmp_path / "fid")
+        said = capsys.readouterr().out
+        pids = re.findall(r"^dense \d+ \| BM25 \S+ \| \S+ \| (\S+) \|", said, re.M)
+        passages = [corpus[corpus.row(pid)] for pid in pids]
+        wanted = answer(fid, [tokenize_contexts(fid, question, passages)], 1)[0]
+        assert len(pids) == 4 and said.startswith(f"answer: {wanted} | FiD over 4 passages\n")
+        assert re.search(r"\| read \d+ ms\n", said)
+        written.add(wanted)
+    assert len(written - {""}) > 1
+    fid.model.lm_head.weight.data.zero_()
+    fid.model.lm_head.weight.data[0], fid.model.lm_head.weight.data[1] = 1, -1  # <pad> or </s> is likeliest
+    save_encoder(fid, tmp_path / "mute")
+    say(world, monkeypatch, QUESTION, reader=tmp_path / "mute")
+    assert capsys.readouterr().out.startswith("answer: none, the reader wrote an empty text | FiD over 4")
+    say(world, monkeypatch, "oslo " * 99, reader=tmp_path / "fid")
+    assert capsys.readouterr().out.startswith("answer: none, no text of a passage fits")
+
+
 def test_typing_questions_until_ctrl_d(world, monkeypatch, capsys):
     """An empty line is answered with a hint; code, prompts, an emoji and 10,000 letters are questions."""
     odd = [
@@ -149,7 +179,7 @@ def test_mistakes_are_one_line(world, tmp_path, monkeypatch):
         ({"run": tmp_path}, "who", "has no embeddings/manifest.json; doc2embedding.py writes it"),
         ({"corpus": "no.tsv"}, "who", "no.tsv: no such file"),
         ({"k": 0}, "who", "k must be at least 1"),
-        ({"reader": tmp_path / "reader"}, "who", "reader: .*no such folder; train_reader.py writes it"),
+        ({"reader": tmp_path / "reader"}, "who", "reader: .*no such folder; train_reader.py and"),
         ({}, " ", "the question is empty"),
         ({"kk": 3}, "who", "unknown key --kk; did you mean 'k'"),
     ):

@@ -229,6 +229,8 @@ def settle(model, dropout, layer_norm_epsilon=0.0):
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = dropout
+        elif isinstance(getattr(module, "dropout", None), int | float):
+            module.dropout = dropout  # trap: T5's attention keeps its rate as a number, not as a module
         if isinstance(module, nn.LayerNorm) and layer_norm_epsilon:
             # why: no weight tells it, and BERT's 1e-12 in the place of ERNIE's 1e-5 is a wrong model that
             # still runs (ERNIE issue 75); in the config it is saved, so every later load computes the same
@@ -239,7 +241,8 @@ def check_sizes(path, model, tokenizer, tokens, what):
     """UserError where the model has no embedding for a word or for a place; what: such as "tokens a text"."""
     for kind, needed, there in (
         ("words in its tokenizer", len(tokenizer), model.config.vocab_size),
-        (what, tokens, model.config.max_position_embeddings),
+        # T5 has none to run out of: it learns distances, not places
+        (what, tokens, getattr(model.config, "max_position_embeddings", tokens)),
     ):
         if needed > there:
             raise UserError(f"{path}: {needed} {kind}, but only {there} embeddings for them")
