@@ -14,6 +14,7 @@ import pytest
 
 from tests.processes import ENVIRONMENT
 from tests.toy import make_world
+from tests.toy_t5 import t5
 from utils.config import ROOT, read_yaml
 from utils.data import Corpus, iter_jsonl, iter_run, read_run
 from utils.files import read_json
@@ -40,7 +41,12 @@ RECIPES = {  # recipe: its variables; the longest first
     },
     "dpr_nq": {
         "GOLD": "",
-        "READER_FLAGS": "--reader_tokens 48 --batch_size 4 --stop_after 3 --workers 0 --passages_per_question 3",
+        "READER_FLAGS": "--reader_tokens 48 --batch_size 4 --stop_after 3 --workers 0",
+    },
+    "emdr2_nq": {
+        "TRAIN_FLAGS": "--mixed_precision no --batch_size 8 --question_chunk 4 --top_k 4 --reader_tokens 48 "
+        "--answer_tokens 8 --encoding_batch_size 32 --refresh_every 2 --stop_after 3 --warmup 0",
+        "SPAN_FLAGS": "--model rules --passages 30 --workers 0", "MSS": "true", "BASELINE": "true", "DEPTH": 20,
     },
     "ance_tele_nq": {"EPISODES": "1 2", "NEGATIVES": "2 3", "STOP_AFTER": "3 0", "DEPTH": 20, "SAMPLE": 5},
     "ance_tele_trivia": {"EPISODES": "1", "DEPTH": 20, "SAMPLE": 5},
@@ -80,6 +86,14 @@ def make_data(recipe, folder):
         (world / "corpus.tsv").write_text(re.sub(r"\.\t", ". It was named first.\t", text))
     if recipe == "rocketqa_nq":
         write_lines(world / "unlabelled.jsonl", unlabelled)
+    if recipe == "emdr2_nq":  # a year to mask, a trained retriever, a T5, and DPR's other file names
+        text = re.sub(r"\.\t", ". It was named by an old town in 1889.\t", (world / "corpus.tsv").read_text())
+        (world / "corpus.tsv").write_text(text)
+        (world / "dpr").mkdir()
+        for name in ("query_encoder", "doc_encoder"):
+            (world / name).rename(world / "dpr" / name)
+        (world / "dev.jsonl").rename(world / "dev_qa.jsonl")
+        t5(world)
     if recipe == "ance_tele_trivia":  # DPR names no passage for some questions
         rows = lines(world / "train.jsonl")
         write_lines(
@@ -127,6 +141,8 @@ def rehearse(recipe, folder):
         "CROSS_START": world / "bert",
         "INIT": world / "bert",
         "READER_INIT": world / "bert",
+        "RETRIEVER": world / "dpr",
+        "READER": world / "t5",
     }
 
     def bash(**changes):
@@ -321,6 +337,29 @@ def test_ance_tele_marco(rehearsal):
     assert all(sources(run, 1, row)[2] == [] for row in lines(run / "m1.jsonl"))
     assert (run / "m1" / "doc_encoder").is_symlink() and not (run / "m0" / "questions.jsonl").exists()
     assert {"MRR@10", "hit@1000"} <= set(read_json(run / "m1" / "test.metrics.json"))
+
+
+def test_emdr2_nq(rehearsal):
+    """
+    Masked sentences, then questions: EMDR2 and plain FiD both start from what the sentences taught; accuracy
+    before and after, and exact match of both.
+    """
+    world, run, output = rehearsal("emdr2_nq")
+    masked = lines(run / "mss.jsonl")
+    assert len(masked) == 30 and all(row["answers"] == ["1889"] for row in masked)
+    mss, fid, emdr2 = (read_yaml(run / name / "config.yaml") for name in ("mss", "fid", "."))
+    assert mss["drop_source"] and mss["query_encoder"] == f"{world}/dpr/query_encoder" and not mss["dev"]
+    for config in (fid, emdr2):
+        assert config["doc_encoder"] == f"{run}/mss/doc_encoder" and config["reader"] == f"{run}/mss/reader"
+        assert config["embeddings"] == f"{run}/mss/embeddings" and not config["drop_source"]
+    assert (fid["retriever_loss"], emdr2["retriever_loss"], emdr2["refresh"]) == ("none", "emdr2", "sync")
+    for name in ("fid", "."):
+        assert read_json(run / name / "metrics.json")["step"] == 3 and (run / name / "curves.png").is_file()
+        assert read_json(run / name / "answers.metrics.json")["EM@4"]["n"] == 10
+    assert {"top-5", "top-20"} <= set(read_json(run / "test.metrics.json"))
+    assert f"{run}/test.run" in (run / "compare.txt").read_text() and "n = 10 questions" in output
+    index_age = [row["index_age"] for row in lines(run / "metrics.jsonl") if "index_age" in row]
+    assert index_age == [0, 1, 0], "the passages are encoded anew after two steps"
 
 
 def test_dpr_nq(rehearsal):
