@@ -46,7 +46,8 @@ RECIPES = {  # recipe: its variables; the longest first
     "emdr2_nq": {
         "TRAIN_FLAGS": "--mixed_precision no --batch_size 8 --question_chunk 4 --top_k 4 --reader_tokens 48 "
         "--answer_tokens 8 --encoding_batch_size 32 --refresh_every 2 --stop_after 3 --warmup 0",
-        "SPAN_FLAGS": "--model rules --passages 30 --workers 0", "MSS": "true", "BASELINE": "true", "DEPTH": 20,
+        "SPAN_FLAGS": "--model rules --passages 30 --workers 0",
+        "MSS": "true", "BASELINE": "true", "DEPTH": 20,
     },
     "ance_tele_nq": {"EPISODES": "1 2", "NEGATIVES": "2 3", "STOP_AFTER": "3 0", "DEPTH": 20, "SAMPLE": 5},
     "ance_tele_trivia": {"EPISODES": "1", "DEPTH": 20, "SAMPLE": 5},

@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# EMDR2 on Natural Questions (Singh et al. 2021): from a trained retriever and a T5 to both, trained together. Needs what
+# recipes/dpr_nq.sh left: an encoder for questions, one for passages, and the vectors.
+#
+# Published exact match, dev / test (the paper's table, in the repository of its code), base size, 50 passages read:
+#   FiD, DPR's retriever and a T5 reader, not trained together    47.3 / 48.3    (the nearest to what starts here)
+#   FiD, MSS retriever and reader, not trained together           38.5 / 40.1    (what EMDR2 starts from)
+#   EMDR2                                                         50.4 / 52.5
+# Ours: not run. Time: not measured. Disk: 13 GB corpus + 33 GB of vectors each for the retriever before and after +
+# 23 GB of checkpoints.
+#
+# REFRESH=sync stops the training every 500 steps to encode the passages anew. The paper does it beside the training, on
+# other devices; no step waits, and the vectors are older. Two commands at the same time, on one node:
+#   REFRESH=async CUDA_VISIBLE_DEVICES=0,1,2,3 bash recipes/emdr2_nq.sh
+#   CUDA_VISIBLE_DEVICES=4,5,6,7 python -m utils.index_worker --run_dir runs/emdr2_nq --launch "accelerate launch"
+#
+# Smaller: DATA, RUN, RETRIEVER, READER=google/flan-t5-small, TRAIN_FLAGS="--top_k 10 --mixed_precision no", LAUNCH=python.
+# Files in DATA: corpus.tsv, train_qa.jsonl, dev_qa.jsonl, test.jsonl, all with answers. A killed run goes on where it was.
+DATA=${DATA:-data/nq}
+TRAIN=${TRAIN:-$DATA/train_qa.jsonl}
+DEV=${DEV-$DATA/dev_qa.jsonl}                      # chooses the best checkpoint; "": the last
+RUN=${RUN:-runs/emdr2_nq}
+RETRIEVER=${RETRIEVER:-runs/dpr_nq}                # query_encoder/ and doc_encoder/ to start from
+READER=${READER:-t5-base}
+CONFIG=${CONFIG:-config/train_emdr2_nq.yaml}
+REFRESH=${REFRESH:-sync}                           # sync | async | none
+TEMPERATURE=${TEMPERATURE:-1}                      # DPR learnt on plain inner products; the paper's retriever: 0, sqrt(d)
+BASELINE=${BASELINE:-false}                        # true: also FiD over the retriever as it is
+MSS=${MSS:-false}                                  # true: begin with the paper's pre-training, on masked sentences
+SPAN_FLAGS=${SPAN_FLAGS:-}
+DEPTH=${DEPTH:-100}                                # passages retrieved for a test question; the reader takes top_k of them
+TRAIN_FLAGS=${TRAIN_FLAGS:-}
+ENCODE_FLAGS=${ENCODE_FLAGS---mixed_precision fp16}
+LAUNCH=${LAUNCH:-accelerate launch} FORMAT=${FORMAT:-auto}
+. "$(dirname "$0")/stage.sh"
+
+# Data: all questions of DPR's split, 79,168 and 8,757; DPR trains on the 58,880 for which it knows a passage.
+if [ ! -f $DATA/corpus.tsv ]; then
+    python -m utils.download psgs_w100.tsv --out $DATA
+    mv $DATA/psgs_w100.tsv $DATA/corpus.tsv
+fi
+qa() { # SPLIT FILE
+    if [ ! -f $2 ]; then
+        python -m utils.download nq-$1.qa.csv --out $DATA
+        python -m utils.data convert dpr_qa $DATA/nq-$1.qa.csv $2
+    fi
+}
+qa train $TRAIN
+[ -z "$DEV" ] || qa dev $DEV
+qa test $DATA/test.jsonl
+
+train() { # RUN_DIR CONFIG TRAIN DEV [FLAGS]: from RETRIEVER and READER
+    stage $1/metrics.json $LAUNCH train_emdr2.py --config $2 --run_dir $1 --train $3 --dev "$4" $CORPUS \
+        --query_encoder $RETRIEVER/query_encoder --doc_encoder $RETRIEVER/doc_encoder \
+        --embeddings $RETRIEVER/embeddings --reader $READER --resume exact $TRAIN_FLAGS "${@:5}"
+}
+answer() { # RUN_DIR RANKING: the test questions, from the passages that a retriever found -> RUN_DIR/answers*.json
+    stage $1/answers.metrics.json $LAUNCH train_emdr2.py --config $CONFIG --train "" --dev "" --reader $1/reader \
+        --test $DATA/test.jsonl --test_run $2 $CORPUS --out $1/answers.json $TRAIN_FLAGS
+}
+
+compare() { # OUT RANKING RANKING: accuracy, and the gain of the second with its interval
+    python recipes/compare.py $DATA/corpus.tsv $DATA/test.jsonl $2 $3 >$1.tmp
+    mv $1.tmp $1
+}
+
+encode $RETRIEVER
+
+# Optional: questions out of the corpus itself. What is trained on them is the start of all that follows.
+if [ $MSS = true ]; then
+    stage $RUN/mss.jsonl python -m utils.salient_spans $CORPUS --out $RUN/mss.jsonl $SPAN_FLAGS
+    train $RUN/mss config/train_emdr2_mss.yaml $RUN/mss.jsonl "" --temperature $TEMPERATURE
+    RETRIEVER=$RUN/mss READER=$RUN/mss/reader
+    encode $RETRIEVER
+fi
+
+# Before: what the retriever finds, and what a FiD reader makes of it when the retriever stays as it is.
+search $RETRIEVER $DATA/test.jsonl $DEPTH test
+if [ $BASELINE = true ]; then
+    train $RUN/fid $CONFIG $TRAIN "$DEV" --retriever_loss none --refresh none
+    answer $RUN/fid $RETRIEVER/test.run
+fi
+
+# EMDR2, and after: what its retriever finds, and exact match.
+train $RUN $CONFIG $TRAIN "$DEV" --refresh $REFRESH --temperature $TEMPERATURE
+encode $RUN
+search $RUN $DATA/test.jsonl $DEPTH test
+answer $RUN $RUN/test.run
+stage $RUN/compare.txt compare $RUN/compare.txt $RETRIEVER/test.run $RUN/test.run
+cat $RUN/compare.txt

@@ -1,0 +1,337 @@
+"""
+Masked salient spans: hand-made sentences, the corpus they were cut from, a killed job, a pipeline of our own.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+import spacy
+from spacy.training import Example
+
+from tests.processes import ENVIRONMENT
+from tests.toy import CITIES, THINGS
+from utils import salient_spans
+from utils.config import ROOT, UserError, friendly_errors, read_yaml
+from utils.data import Corpus, read_questions
+from utils.files import read_json
+from utils.salient_spans import mask, pipeline
+from utils.text import has_answer
+
+DEFAULTS = read_yaml(ROOT / "config/salient_spans.yaml")
+
+
+def city_of(number):
+    return CITIES[number % 12].title()
+
+
+def text_of(number):
+    """Three sentences: names, a place and a year; a place said twice, which leaves the year; a short one."""
+    city, thing = city_of(number), THINGS[number % 5].title()
+    first = f"The {thing} Bridge of {city} was built by Anna {city}son in {1800 + number} as they say."
+    second = f"In {city} they say that {city} itself was named in {1900 + number}, much later."
+    return f"{first} {second} Nobody knows."
+
+
+def write_corpus(path, rows=40):
+    """Passages in csv quoting, one of them without text, one with white space of several kinds."""
+    lines = [f"p{i}\t{text_of(i)}\t{CITIES[i % 12]}\n" for i in range(rows)]
+    lines[3] = "p3\t\tno text\n"
+    lines[4] = f'p4\t"He  said\u2028""{text_of(4)}"""\tquotes\n'
+    path.write_text("id\ttext\ttitle\n" + "".join(lines), encoding="utf-8", newline="")
+    return path
+
+
+def flags(keys):
+    return [part for key, value in keys.items() for part in (f"--{key}", str(value))]
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """Runs the script in this process on the corpus of this file; returns the bytes of its `out`."""
+
+    def run(out="mss.jsonl", **keys):
+        if not (tmp_path / "corpus.tsv").exists():
+            write_corpus(tmp_path / "corpus.tsv")
+        given = {"corpus": tmp_path / "corpus.tsv", "model": "rules", "workers": 0, "out": tmp_path / out}
+        monkeypatch.setattr(sys, "argv", ["salient_spans", *flags(given | keys)])
+        salient_spans.main()
+        return (tmp_path / out).read_bytes()
+
+    return run
+
+
+def rows_of(content):
+    return [json.loads(line) for line in content.decode().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------- the rules
+@pytest.mark.parametrize(
+    ("text", "spans"),
+    [
+        ("He met J. S. Bach in Eisenach.", ["NAME J. S. Bach", "NAME Eisenach"]),
+        ("Paris lies far from the Bank of the West.", ["NAME Bank of the West"]),
+        ("Charles de Gaulle spoke. Then Gaulle left.", ["NAME Charles de Gaulle", "NAME Gaulle"]),
+        ("It is Österreich where I and He and The live.", ["NAME Österreich"]),
+        ("Born on 31 March 1685 or in May 1997.", ["DATE 31 March 1685", "DATE May 1997"]),
+        ("On March 12, 1999, and March 3, they left.", ["DATE March 12, 1999", "DATE March 3"]),
+        ("It may rain on Monday in June.", []),
+        ("In 1066, the 1990s and the 19th century.", ["DATE 1066", "DATE 1990s", "DATE 19th century"]),
+        ("About 1500 metres or 3000 people.", ["QUANTITY 1500 metres"]),
+        ("They paid $ 3.2 million, 5% of it.", ["MONEY $ 3.2 million", "PERCENT 5%"]),
+    ],
+)
+def test_the_rules(text, spans):
+    """Dates of every form are one span, months and days no names, nor is the first word of a sentence."""
+    assert [f"{span.label_} {span.text}" for span in pipeline("rules")(text).ents] == spans
+
+
+# -------------------------------------------------------------------------------------------- one sentence
+def masked(text, seed=0, **keys):
+    (sentence,) = pipeline("rules")(text).sents
+    return mask(sentence, np.random.default_rng(seed), SimpleNamespace(**DEFAULTS | keys))
+
+
+@pytest.mark.parametrize(
+    ("text", "keys", "expected"),
+    [
+        (
+            "The tower was built in 1889 by men.",
+            {},
+            ("DATE", "The tower was built in [MASK] by men.", "1889"),
+        ),
+        ("Built in 1889 by several men.", {}, ("shorter than 8 words", "", "")),
+        ("Built in 1889 by men.", {"min_words": 5}, ("DATE", "Built in [MASK] by men.", "1889")),
+        ("The tower was built in 1889 by several men.", {"max_words": 8}, ("longer than 8 words", "", "")),
+        ("The tower was built by several men last year.", {}, ("without an entity", "", "")),
+        ("The tower has 300 metres and as many visitors.", {}, ("without an entity", "", "")),
+        ("The tower was built in 1889 or before 1889.", {}, ("whose entities are all said twice", "", "")),
+        ("All say the PARIS of today was Paris then.", {}, ("whose entities are all said twice", "", "")),
+        ("What [MASK] hid was built in 1889 by men.", {}, ("with a [MASK] of its own", "", "")),
+        (
+            "The tower was built in 1889 by Gustave Eiffel.",
+            {"labels": ["NAME"]},
+            ("NAME", "The tower was built in 1889 by [MASK].", "Gustave Eiffel"),
+        ),
+    ],
+)
+def test_a_sentence(text, keys, expected):
+    """What is masked, and each reason why nothing is."""
+    assert masked(text, **keys) == expected
+
+
+def test_every_entity_has_its_turn():
+    """Three entities, drawn uniformly: 600 seeds; within 4 standard deviations (11.5)."""
+    text = "In 1889 they went from Paris by way of London."
+    drawn = Counter(masked(text, seed)[2] for seed in range(600))
+    assert set(drawn) == {"1889", "Paris", "London"} and all(abs(n - 200) < 46 for n in drawn.values())
+
+
+# ------------------------------------------------------------------------------------------------- the file
+def test_the_file(make, tmp_path, capsys):
+    """Filling the gap restores a sentence of the passage named, and the report counts what is in the file."""
+    rows, corpus = rows_of(make()), Corpus(tmp_path / "corpus.tsv")
+    assert [row["qid"] for row in read_questions(tmp_path / "mss.jsonl")] == [row["qid"] for row in rows]
+    for row in rows:
+        (answer,), (pid,) = row["answers"], row["positives"]
+        passage = " ".join(corpus[corpus.row(pid)].text.split())
+        assert set(row) == {"qid", "question", "answers", "positives"}
+        assert row["question"].count("[MASK]") == 1
+        assert row["question"].replace("[MASK]", answer) in passage
+        assert not has_answer(row["question"], [answer])
+        assert 8 <= len(row["question"].split()) <= 60
+    assert Counter(row["positives"][0] for row in rows) == {f"p{i}": 2 for i in range(40) if i != 3}
+    second = [row for row in rows if "itself was named" in row["question"]]
+    assert len(second) == 39 and all(row["answers"][0].startswith("19") for row in second)
+    out = capsys.readouterr().out
+    labels = Counter("DATE" if row["answers"][0].isdigit() else "NAME" for row in rows)
+    assert "78 questions of 40 passages" in out and min(labels.values()) > 5
+    assert all(f"{n} {label}" in out for label, n in labels.items())
+    assert "sentences dropped: 39 shorter than 8 words\n" in out
+    assert not (tmp_path / "mss.jsonl.parts").exists()
+
+
+def test_the_same_file_for_any_division(make):
+    """Two processes and blocks of 7 write what one and blocks of 40 write; another seed draws other spans."""
+    whole = make("whole.jsonl")
+    assert make("parts.jsonl", workers=2, block=7) == whole
+    other = make("other.jsonl", seed=1)
+    first, second = ([row["qid"] for row in rows_of(content)] for content in (whole, other))
+    assert other != whole and first == second
+
+
+def test_a_sample(make):
+    """`passages` of them in corpus order, the same for a seed; their lines are those of the whole file."""
+    draws, everything = [], rows_of(make("whole.jsonl", passages=99))
+    order = [row["positives"][0] for row in everything]
+    for seed in (0, 0, 1):
+        rows = rows_of(make(f"{len(draws)}.jsonl", passages=9, seed=seed))
+        pids = list(dict.fromkeys(row["positives"][0] for row in rows))
+        assert 8 <= len(pids) <= 9 and pids == sorted(pids, key=order.index)
+        draws.append(rows)
+    assert draws[0] == draws[1] != draws[2] and len(everything) == 78
+    everything = rows_of(make("again.jsonl", seed=1))
+    assert all(row in everything for row in draws[2])
+
+
+# ----------------------------------------------------------------------------------------- stops and goes on
+def test_stopped_and_killed(make, tmp_path, monkeypatch, capsys):
+    """
+    Ctrl-C ends in one line, and a SIGKILL of the parent takes its workers along; then only the missing blocks
+    are done, and the file is that of an undisturbed job.
+    """
+    write_corpus(tmp_path / "corpus.tsv", 1500)
+    keys = {"corpus": tmp_path / "corpus.tsv", "model": "rules", "block": 3, "out": tmp_path / "mss.jsonl"}
+    command = [sys.executable, "-m", "utils.salient_spans", *flags(keys | {"workers": 1})]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    folder = tmp_path / "mss.jsonl.parts"
+
+    def start():
+        before, end = len(list(folder.glob("0*.jsonl"))), time.time() + 240
+        job = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, **pipes)
+        while len(list(folder.glob("0*.jsonl"))) < before + 3:
+            assert job.poll() is None and time.time() < end, "no block was written"
+            time.sleep(0.005)
+        return job
+
+    job = start()
+    os.killpg(job.pid, signal.SIGINT)
+    error = job.communicate(timeout=60)[1]
+    assert job.returncode == 130 and error.strip() == "stopped by Ctrl-C"
+    job = start()
+    workers = psutil.Process(job.pid).children(recursive=True)
+    assert workers
+    job.kill()
+    assert not psutil.wait_procs(workers, timeout=30)[1], "workers outlive their parent"
+    job.communicate(timeout=60)
+    assert not (tmp_path / "mss.jsonl").exists()
+
+    done, again, do_block = {*folder.glob("0*.jsonl")}, [], salient_spans.do_block
+
+    def note(part, *arguments):
+        again.append(part)
+        do_block(part, *arguments)
+
+    monkeypatch.setattr(salient_spans, "do_block", note)
+    content = make(block=3)
+    assert f"{len(done)} of 500 blocks are there already" in capsys.readouterr().out
+    assert 6 <= len(done) < 500 and len(again) == 500 - len(done) and not done & {*again}
+    assert content == make("whole.jsonl", block=1500)
+
+
+def test_half_a_job_with_other_settings(make, tmp_path, monkeypatch):
+    """What is half done is not mixed with another corpus or setting; what is done is not overwritten."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(salient_spans, "do_block", stop)
+        make()
+    stored = read_json(tmp_path / "mss.jsonl.parts" / "settings.json")
+    assert stored["pipeline"] == f"en_rules {spacy.__version__}"
+    for keys in ({"seed": 5}, {"labels": "[DATE]"}, {"passages": 7}, {"block": 3}, {"min_words": 9}):
+        with pytest.raises(UserError, match=f"half done: {[*keys][0]} .* then, .* now; delete it"):
+            make(**keys)
+    other = write_corpus(tmp_path / "other.tsv", 39)
+    with pytest.raises(UserError, match="half done: corpus"):
+        make(corpus=other)
+    content = make()
+    with pytest.raises(UserError, match="is there already; delete it first"):
+        make(seed=5)
+    assert (tmp_path / "mss.jsonl").read_bytes() == content
+
+
+def test_a_dead_worker_is_one_line(make, monkeypatch, capsys):
+    """Such as one that the kernel killed for its memory."""
+    monkeypatch.setattr(salient_spans, "begin_worker", os.abort)
+    with pytest.raises(SystemExit), friendly_errors():
+        make(workers=1)
+    assert capsys.readouterr().err.endswith("perhaps: try fewer --workers\n")
+
+
+# ------------------------------------------------------------------------------------------ other pipelines
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A real NER that has learnt cities by heart, its sentence splitter switched off as in en_core_web_sm."""
+    nlp, examples = spacy.blank("en", meta={"name": "cities", "version": "7"}), []
+    nlp.add_pipe("ner")
+    nlp.add_pipe("senter")
+    for i in range(0, 40, 2):
+        doc = nlp.make_doc(text_of(i))
+        cities = [(word.idx, word.idx + len(word), "GPE") for word in doc if word.text.lower() in CITIES]
+        starts = [1 if k == 0 or doc[k - 1].text == "." else -1 for k in range(len(doc))]
+        examples.append(Example.from_dict(doc, {"entities": cities, "sent_starts": starts}))
+    spacy.util.fix_random_seed(0)
+    optimizer = nlp.initialize(lambda: examples)
+    for _ in range(40):
+        nlp.update(examples, sgd=optimizer, drop=0.1)
+    nlp.disable_pipe("senter")
+    folder = tmp_path_factory.mktemp("spacy") / "cities"
+    nlp.to_disk(folder)
+    return folder
+
+
+def test_a_trained_pipeline(make, trained, capsys):
+    """Its entities are masked, not those of the rules, and its own sentence splitter is switched on."""
+    rows, out = rows_of(make(model=trained)), capsys.readouterr()
+    assert "pipeline en_cities 7, entities GPE" in out.out and "warning" not in out.err
+    assert [row["positives"][0] for row in rows] == [f"p{i}" for i in range(40) if i != 3]
+    for row in rows:
+        city = city_of(int(row["positives"][0][1:]))
+        assert row["answers"] == [city] and f"of [MASK] was built by Anna {city}son" in row["question"]
+        assert row["question"].endswith("as they say."), "two sentences in one"
+    assert pipeline(str(trained)).pipe_names == ["ner", "senter"]
+
+
+def test_sentences_without_a_splitter(trained, tmp_path):
+    """A pipeline with NER alone splits sentences at full stops; one without NER is refused."""
+    spacy.load(trained, exclude=["senter"]).to_disk(tmp_path / "ner")
+    sentences = pipeline(str(tmp_path / "ner"))("It rains. It pours.").sents
+    assert [sentence.text for sentence in sentences] == ["It rains.", "It pours."]
+    spacy.blank("en").to_disk(tmp_path / "blank")
+    with pytest.raises(UserError, match="finds no entities"):
+        pipeline(str(tmp_path / "blank"))
+
+
+def test_a_pipeline_that_is_not_installed_is_said(make, capsys):
+    """Rules take its place, the warning names the command that installs it; rules by choice need none."""
+    make(model="en_core_web_zz")
+    out = capsys.readouterr()
+    assert "pipeline en_rules" in out.out and "entities DATE, NAME" in out.out
+    assert "en_core_web_zz is not installed (python -m spacy download en_core_web_zz): rules" in out.err
+    make("other.jsonl", model="rules")
+    assert capsys.readouterr().err == ""
+
+
+def test_mistakes_are_one_line(make, tmp_path, monkeypatch):
+    """Each with the fix, and nothing is written."""
+    (tmp_path / "broken").mkdir()
+    for keys, message in (
+        ({"model": f"{tmp_path}/none"}, "no such folder"),
+        ({"model": tmp_path / "broken"}, "spaCy cannot load it"),
+        ({"labels": "[GPE, ORG]"}, r"en_rules .* has none of .*GPE.*; it has DATE, MONEY, NAME"),
+        ({"corpus": ""}, "corpus: give a path"),
+        ({"corpus": tmp_path / "none.tsv"}, "none.tsv: no such file"),
+        ({"max_words": 7}, "max_words must be at least 8"),
+        ({"block": 0}, "block must be at least 1"),
+        ({"min_words": 40}, r"no sentence has an entity to mask: \{.*shorter than 40 words.*; try other"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make(**keys)
+    assert not (tmp_path / "mss.jsonl").exists()
+    with pytest.raises(UserError, match="is an input too"):
+        make("corpus.tsv")
+    pipeline.cache_clear()
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    with pytest.raises(UserError, match="pip install spacy==") as error:
+        make("without.jsonl")
+    assert f"\n{str(error.value).split()[-1]} " in (ROOT / "requirements.txt").read_text()
