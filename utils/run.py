@@ -28,7 +28,7 @@ from utils.files import atomic_file, need_space, read_json, write_json
 
 # Keys that may change between a run and its resume: files are compared by content, the others teach nothing.
 FREE = "config run_dir resume tracker dry_run log_every save_every corpus train dev init".split()
-FREE += "train_run dev_run gold test test_run out workers".split()
+FREE += "train_run dev_run gold test test_run out workers query_encoder doc_encoder embeddings reader".split()
 
 
 class Run:

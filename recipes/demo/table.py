@@ -34,12 +34,12 @@ def cell(m):
 
 
 def reading(run_dir, data, corpus):
-    """{row: {"EM", "F1"}} of the reader at its deepest, and of the first passage's title as the answer."""
+    """{row: {"EM", "F1"}} of the first passage's title as the answer, and of the reader at each depth."""
     examples, corpus, _ = read_ranking(f"{data}/test.jsonl", f"{run_dir}/test/test.run", corpus, 1)
     titles = with_intervals(answer_scores(examples, title_answers(examples, corpus), [1]))
     found = read_json(f"{run_dir}/test/reader.metrics.json")
-    depth = max(int(name.partition("@")[2]) for name in found)
-    rows = {"title of the first passage": (titles, 1), f"reader, {depth} passages": (found, depth)}
+    depths = [name.partition("@")[2] for name in found if name.startswith("EM@")]
+    rows = {"title of passage 1": (titles, "1")} | {f"reader, best of {n}": (found, n) for n in depths}
     return {row: {m: values[f"{m}@{n}"] for m in ("EM", "F1")} for row, (values, n) in rows.items()}
 
 
