@@ -1,0 +1,605 @@
+"""
+Train a reader and its retriever together, from questions and answers alone (EMDR2, Singh et al. 2021).
+
+In:   questions with answers, a corpus, the two encoders of train_dpr.py and the vectors that doc2embedding.py
+      made with them, any T5
+Out:  training: run_dir/{query_encoder,doc_encoder,reader}/ (best dev EM), checkpoints/, log.txt,
+      metrics.jsonl, curves.png; prediction: `out` (DPR's json), beside it .answers.json and .metrics.json
+Run:  accelerate launch train_emdr2.py --config config/train_emdr2_nq.yaml
+      torchrun --nproc_per_node 8 train_emdr2.py --config config/train_emdr2_nq.yaml
+      python train_emdr2.py --train "" --reader runs/emdr2_nq/reader --test data/nq/test.jsonl
+      --test_run runs/emdr2_nq/test/test.run --out runs/emdr2_nq/test.json
+Next: doc2embedding.py and test_dpr.py show what the retriever learned; ask.py --reader
+
+A step: (1) search the K best passages with the question's vector of now, in vectors that may be some steps
+old. (2) Fusion-in-Decoder (FiD): T5 encodes each passage by itself, its decoder reads all of them at once and
+learns the answer. (3) How well could the reader, kept constant, have said the answer from each passage alone?
+(4) The encoders of now turn scores into a prior over the K passages, and learn to give weight to those that
+explained the answer. (5) Every so many steps the corpus is encoded again (`refresh`).
+
+`retriever_loss: none` is plain FiD with a frozen retriever, the baseline. config/train_emdr2_mss.yaml trains
+on masked sentences (utils/salient_spans.py) by the same lines.
+
+Differs from the paper and its code: (1) The mixture of passages is taken per answer token, as released; the
+paper's equation is `marginal: sequence`. (2) Any Hugging Face T5 and our own DPR in the place of their
+MSS-trained T5 and BERT. (3) The one-document likelihood reads the encoder states that FiD has computed, which
+is the paper's Figure 1; the code encodes again, as it fills FiD's inputs up with neighbouring passages: that
+is `neighbors: true`. (4) The search is without dropout (as in Atlas). (5) `refresh: sync` stops training and
+encodes on its devices, so that vectors are 0 to 500 steps old (as the author's later ART); theirs are 500 to
+1000, which is `refresh: async`. (6) Both losses divide by the answer tokens of the global batch, theirs by
+those of a GPU. (7) bf16, not fp16. (8) Order, drawn answers and dropout are functions of (seed, step), so a
+killed run with refresh sync or none resumes to the same bits (on a CPU).
+
+trap: `accelerate launch --cpu --num_processes 2` may start one process; where it does, torchrun starts two.
+
+Q questions of the global batch · B questions of a chunk · K passages each · T answer tokens · L tokens of a
+context · D hidden
+"""
+
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from utils.checkpoint import load_optimizer, make_optimizer
+from utils.config import (
+    UserError,
+    at_least,
+    choose,
+    friendly_errors,
+    load_config,
+    need_file,
+    need_out,
+    need_value,
+)
+from utils.data import Corpus, read_questions
+from utils.distributed import start, sum_gradients, world
+from utils.embeddings import open_embeddings
+from utils.encoder import (
+    collate,
+    embed_on_devices,
+    full_length,
+    load_encoder,
+    tokenize_passages,
+    tokenize_questions,
+)
+from utils.estimate import dry_run
+from utils.fid import (
+    PAD,
+    answer,
+    document_log_likelihood,
+    encode_contexts,
+    extend,
+    fused_log_likelihood,
+    load_fid,
+    text_budget,
+    tokenize_answers,
+    tokenize_contexts,
+)
+from utils.files import folder_hash, read_json, weights_hash, write_json
+from utils.grad_cache import chunk_seed
+from utils.index_worker import abandon, clean, export, finished, vectors, worker_state
+from utils.live_index import LiveIndex
+from utils.metrics import print_table, topk_accuracy, with_intervals
+from utils.plot import curves
+from utils.predictions import answer_scores, write_predictions
+from utils.reader_data import read_ranking
+from utils.run import Run
+from utils.text import has_answer
+
+TOWERS = {"query_encoder": "question", "doc_encoder": "passage"}
+CURVES = "loss ret entropy agree has em hit@1 hit@5 hit@20 index_age search_seconds refresh_seconds".split()
+PATIENCE = 60  # seconds without a sign of life after which an index worker is called dead
+
+
+# ---------------------------------------------------------------- data: a batch is a function of (seed, step)
+def load_questions(path, corpus, cfg):
+    """(the questions of a file that have answers, with "own": the rows that they never retrieve; a note)."""
+    questions = read_questions(path, need=("answers",))
+    kept = [question for question in questions if question["answers"]]
+    for question in kept:
+        # trap: a dev file of real questions names their right passages; only a masked sentence must not find
+        # the passage that it was cut from, where it would read its answer
+        drop = cfg.drop_source and (path == cfg.train or "[MASK]" in question["question"])
+        named = question["positives"] if drop else []
+        if not all(isinstance(passage, str) for passage in named):
+            raise UserError(f"{path}: {question['qid']}: drop_source needs ids of the corpus as positives")
+        question["own"] = {corpus.row(pid) for pid in named}
+    note = f"{path}: {len(kept)} questions, {len(questions) - len(kept)} without an answer left out"
+    return kept, note
+
+
+def draw(step, train, cfg):
+    """The questions of a step's global batch, and for each one of its answers [DU:128-134]."""
+    epoch, offset = divmod(step, len(train) // cfg.batch_size)
+    order = np.random.default_rng([cfg.seed, epoch]).permutation(len(train))
+    picked = order[offset * cfg.batch_size : (offset + 1) * cfg.batch_size].tolist()
+    answers = [
+        train[i]["answers"][np.random.default_rng([cfg.seed, epoch, i, 1]).integers(len(train[i]["answers"]))]
+        for i in picked
+    ]
+    return [train[i] for i in picked], answers
+
+
+def retrieve(examples, index, query_encoder, k, accelerator, cfg):
+    """Of every question the rows of its k best passages, its own left out: lists, the same on all devices."""
+    ids = tokenize_questions(query_encoder, [example["question"] for example in examples])
+    q_QD = embed_on_devices(query_encoder, ids, cfg.encoding_batch_size, "question", accelerator)
+    # from: EM:264-265, 389-391: one more is fetched where one may have to go
+    spare = max(len(example["own"]) for example in examples)
+    _, rows_Qk = index.search(q_QD.cpu().numpy(), k + spare)
+    pairs = zip(examples, rows_Qk.tolist(), strict=True)
+    return [[row for row in rows if row not in example["own"]][:k] for example, rows in pairs]
+
+
+def contexts_of(question, passages, rows, corpus, fid):
+    """What FiD reads: id lists of a question with each passage; a reader of neighbors fills them up."""
+    if fid.inputs.get("neighbors"):
+        budgets = [text_budget(fid, question, passage.title) for passage in passages]
+        passages = [extend(corpus, row, fid, budget) for row, budget in zip(rows, budgets, strict=True)]
+    return tokenize_contexts(fid, question, passages)
+
+
+def prepare(examples, rows, labels_BT, corpus, models, cfg):
+    """All that the models read of a chunk of B questions; rows: their passages."""
+    fid, batch = models["reader"], {"contexts": [], "bare": [], "texts": [], "has": 0.0}
+    batch["labels_BT"] = labels_BT[:, : int((labels_BT != PAD).sum(1).max())]
+    for example, own in zip(examples, rows, strict=True):
+        passages = [corpus[row] for row in own]
+        batch["contexts"] += contexts_of(example["question"], passages, own, corpus, fid)
+        if cfg.neighbors:
+            batch["bare"] += tokenize_contexts(fid, example["question"], passages)
+        batch["texts"] += [(passage.title, passage.text) for passage in passages]
+        batch["has"] += sum(has_answer(p.text, example["answers"]) for p in passages) / cfg.top_k
+    if cfg.retriever_loss != "none":
+        questions = [example["question"] for example in examples]
+        batch["question_ids"] = tokenize_questions(models["query_encoder"], questions)
+        batch["passage_ids"] = tokenize_passages(models["doc_encoder"], batch["texts"])
+    return batch
+
+
+# ---------------------------------------------------------------- loss and gradient
+def retriever_loss(log_prior_BK, log_likelihood_BKT, mask_BT, marginal):
+    """
+    How badly the answers are explained by the passages together, the retriever's belief as their weights:
+
+        token     - sum_t log sum_k prior_k p(a_t | a_<t, q, z_k)  /  answer tokens       (EMDR2 TR:100-107)
+        sequence  - log sum_k prior_k prod_t p(a_t | a_<t, q, z_k), mean over questions   (the paper's form)
+
+    With scores s and log_prior = log_softmax(s), d loss / d s = prior - posterior, where the posterior is
+    softmax(log_prior + log p(answer | k)): of the whole answer, or the mean of those of its tokens. So a
+    passage rises when the reader finds the answer likelier with it than the retriever had believed.
+
+    log_likelihood_BKT: log p of the answer's tokens by each passage alone, constants; mask_BT: true at
+    tokens.
+    """
+    assert marginal in ("token", "sequence"), marginal
+    mask_BT = mask_BT.bool()
+    log_likelihood_BKT = log_likelihood_BKT.masked_fill(~mask_BT[:, None], 0.0)
+    if marginal == "token":
+        log_BT = (log_prior_BK[:, :, None] + log_likelihood_BKT).logsumexp(1)
+        return -log_BT[mask_BT].sum() / mask_BT.sum()
+    return -(log_prior_BK + log_likelihood_BKT.sum(2)).logsumexp(1).mean()
+
+
+def kl_loss(log_prior_BK, log_likelihood_BKT, mask_BT):
+    """
+    KL(preference || prior), mean over questions: the preference is a softmax over passages of the mean log p
+    of the answer's tokens, whatever the prior says (EMDR2 TR:184-214; the ancestor of ART and Atlas' PDist).
+    """
+    mask_BT = mask_BT.bool()
+    log_likelihood_BKT = log_likelihood_BKT.masked_fill(~mask_BT[:, None], 0.0)
+    preference_BK = (log_likelihood_BKT.sum(2) / mask_BT.sum(1, keepdim=True)).log_softmax(1)
+    return (preference_BK.exp() * (preference_BK - log_prior_BK)).sum(1).mean()
+
+
+def vectors_of(encoder, ids, kind, chunk, autocast):
+    """Id lists -> [N, D] with a graph, `chunk` rows at a time; rows of like length meet."""
+    order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), i))
+    parts = []
+    for k in range(0, len(order), chunk):
+        part = [ids[i] for i in order[k : k + chunk]]
+        with autocast():
+            parts.append(encoder(**collate(encoder, part, full_length(encoder, kind))))
+    return torch.cat(parts)[torch.from_numpy(np.argsort(order)).to(parts[0].device)]
+
+
+def learn(batch, models, backward, tokens, autocast, cfg):
+    """
+    The method, for one chunk of B questions: add its share of the gradient to .grad. backward: takes a loss;
+    tokens: answer tokens of the global batch. Returns sums over the chunk as a tensor [5]: reader loss and
+    retriever loss as shares of the batch's means, entropy of the prior in nats, how often prior and posterior
+    agree on the first passage, share of passages with an answer.
+
+    The two losses have two graphs with nothing in common, so each runs backward by itself, and the
+    activations of T5 are gone before those of the encoders come.
+    """
+    fid, device = models["reader"], next(models["reader"].parameters()).device
+    labels_BT = batch["labels_BT"].to(device)
+    mask_BT, B, K = labels_BT != PAD, len(labels_BT), cfg.top_k
+
+    # The reader: - log p(answer | question, all K passages). Its gradient ends in T5: the passages were
+    # chosen by a search, and no score enters the decoder.                                 [EM:152-183]
+    hidden_NLD, mask_NL = encode_contexts(fid, batch["contexts"], cfg.passage_chunk, autocast)
+    hidden_BKLD, mask_BKL = hidden_NLD.unflatten(0, (B, K)), mask_NL.unflatten(0, (B, K))
+    reader = -fused_log_likelihood(fid, hidden_BKLD, mask_BKL, labels_BT, autocast).sum() / tokens
+    backward(reader)
+    reader, hidden_BKLD, hidden_NLD = reader.detach(), hidden_BKLD.detach(), None  # frees the graph
+    zero = torch.zeros((), device=device)
+    if cfg.retriever_loss == "none":
+        return torch.stack([reader, zero, zero, zero, zero + batch["has"]])
+
+    # What each passage alone would have made of the answer, the reader a constant.       [EM:187-210]
+    if cfg.neighbors:  # FiD has read more than the passage, for which alone the retriever answers
+        with torch.no_grad():
+            hidden_NLD, mask_NL = encode_contexts(fid, batch["bare"], cfg.passage_chunk, autocast)
+        hidden_BKLD, mask_BKL = hidden_NLD.unflatten(0, (B, K)), mask_NL.unflatten(0, (B, K))
+    likelihood_BKT = document_log_likelihood(fid, hidden_BKLD, mask_BKL, labels_BT, cfg.score_chunk, autocast)
+    hidden_BKLD = hidden_NLD = None
+
+    # The retriever's belief in its K passages, by the encoders of now, not the search's scores. [EM:98-145]
+    query, doc = models["query_encoder"], models["doc_encoder"]
+    q_BD = vectors_of(query, batch["question_ids"], "question", cfg.passage_chunk, autocast)
+    d_BKD = vectors_of(doc, batch["passage_ids"], "passage", cfg.passage_chunk, autocast).unflatten(0, (B, K))
+    scores_BK = torch.einsum("bd,bkd->bk", q_BD, d_BKD) / (cfg.temperature or math.sqrt(query.dim))
+    log_prior_BK = scores_BK.log_softmax(1)
+
+    # Where belief and evidence differ the encoders learn; nothing here leads to T5.       [TR:100-178]
+    if cfg.retriever_loss == "kl":
+        loss = kl_loss(log_prior_BK, likelihood_BKT, mask_BT) * (B / cfg.batch_size)
+    else:
+        loss = retriever_loss(log_prior_BK, likelihood_BKT, mask_BT, cfg.marginal)
+        loss = loss * (mask_BT.sum() / tokens if cfg.marginal == "token" else B / cfg.batch_size)
+    backward(loss)
+    log_prior_BK, loss = log_prior_BK.detach(), loss.detach()
+    entropy_B = -(log_prior_BK.exp() * log_prior_BK).sum(1)
+    agree_B = log_prior_BK.argmax(1) == (log_prior_BK + likelihood_BKT.sum(2)).argmax(1)
+    return torch.stack([reader, loss, entropy_B.sum(), agree_B.sum(), zero + batch["has"]])
+
+
+def add_gradient(examples, answers, rows, corpus, models, accelerator, cfg, step):
+    """
+    Add the gradient of the global batch's losses to .grad; rows: the passages of every question of it.
+    Returns ({"loss", "ret", "entropy", "agree", "has"} of the global batch, seconds of the backward passes).
+    """
+    (rank, devices), device = world(), accelerator.device
+    labels_QT = tokenize_answers(models["reader"], answers)
+    tokens, share = int((labels_QT != PAD).sum()), cfg.batch_size // devices
+    ends = range(rank * share, (rank + 1) * share, cfg.question_chunk)
+    chunks = [slice(k, min(k + cfg.question_chunk, (rank + 1) * share)) for k in ends]
+    totals, spent = torch.zeros(5, device=device), 0.0
+
+    def batch_of(part):
+        return prepare(examples[part], rows[part], labels_QT[part], corpus, models, cfg)
+
+    def backward(loss):
+        nonlocal spent
+        began = clock(device)
+        accelerator.backward(loss)
+        spent += clock(device) - began
+
+    with ThreadPoolExecutor(1) as ahead:  # the next chunk is tokenised while this one trains
+        upcoming = ahead.submit(batch_of, chunks[0])
+        for i in range(len(chunks)):
+            batch = upcoming.result()
+            if i + 1 < len(chunks):
+                upcoming = ahead.submit(batch_of, chunks[i + 1])
+            torch.manual_seed(chunk_seed((cfg.seed, step, rank), i))  # the dropout masks
+            totals += learn(batch, models, backward, tokens, accelerator.autocast, cfg)
+    for model in models.values():
+        sum_gradients(model.parameters())
+    if devices > 1:
+        dist.all_reduce(totals)
+    loss, ret, entropy, agree, has = totals.tolist()
+    shown = {"loss": loss}
+    if cfg.retriever_loss != "none":
+        shown |= {"ret": ret, "entropy": entropy / cfg.batch_size, "agree": agree / cfg.batch_size}
+    return shown | {"has": has / cfg.batch_size}, spent
+
+
+def clock(device):
+    """Seconds, after all that the device was asked to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+# ---------------------------------------------------------------- the index
+def refresh(step, index, doc_encoder, run, accelerator, cfg):
+    """Before a step: bring the index up to date, as `refresh` says. Every device calls it at every step."""
+    due = step > 0 and step % cfg.refresh_every == 0
+    if cfg.refresh == "none" or (cfg.refresh == "sync" and not due):
+        return
+    if due:
+        if accelerator.is_main_process:
+            export(run.dir, step, doc_encoder)
+        accelerator.wait_for_everyone()
+    if cfg.refresh == "sync":
+        index.refresh(doc_encoder, step, cfg.encoding_batch_size, accelerator.autocast)
+    else:
+        newest = torch.zeros((), dtype=torch.long, device=accelerator.device)
+        if accelerator.is_main_process:
+            newest += finished(run.dir)
+            if due and (fault := worker_state(run.dir, PATIENCE)):
+                run.say(f"warning: {fault}; training goes on with vectors of step {index.step}")
+        if world()[1] > 1:
+            dist.all_reduce(newest)  # one device looks, so that all change over at the same step
+        if int(newest) > index.step:
+            index.load(vectors(run.dir, int(newest)), int(newest))
+            run.say(f"step {step}: the vectors of step {index.step} are in use")
+    run.state["index_step"] = index.step
+    if due and accelerator.is_main_process:
+        kept = [read_json(path) for path in run.dir.glob("checkpoints/step_*/state.json")]
+        clean(run.dir, {index.step, *(state.get("index_step", 0) for state in kept)})
+
+
+def restore_index(index, run, accelerator, cfg):
+    """The index as it was at the checkpoint that the run resumes from, or, at the start, as it was given."""
+    made, first = run.state.setdefault("index_step", 0), run.state["step"]
+    if accelerator.is_main_process and not cfg.dry_run:
+        abandon(run.dir, first)
+    accelerator.wait_for_everyone()
+    source = vectors(run.dir, made).parent / "doc_encoder" if made else cfg.doc_encoder
+    if made and cfg.refresh == "async" and vectors(run.dir, made).is_dir():
+        index.load(vectors(run.dir, made), made)
+    elif not made or first % cfg.refresh_every or cfg.refresh != "sync":  # else the first step does it
+        encoder = load_encoder(source, "passage").to(accelerator.device)
+        if made:
+            index.refresh(encoder, made, cfg.encoding_batch_size, accelerator.autocast)
+        else:
+            index.check(encoder, accelerator)
+
+
+# ---------------------------------------------------------------- evaluation
+def answer_all(examples, rows, corpus, fid, accelerator, cfg):
+    """FiD's answer to every example from its rows, top_k at most: strings, None without passages."""
+    (rank, devices), answers = world(), {}
+    width = max(1, cfg.eval_batch_size // cfg.top_k)
+    known = [i for i in range(len(examples)) if len(rows[i])]
+    mine = [known[k : k + width] for k in range(0, len(known), width)][rank::devices]
+
+    def tokenized(block):
+        own = {i: rows[i][: cfg.top_k] for i in block}
+        texts = {i: [corpus[row] for row in own[i]] for i in block}
+        return [contexts_of(examples[i]["question"], texts[i], own[i], corpus, fid) for i in block]
+
+    bar = tqdm(total=sum(map(len, mine)), desc="answers", delay=5, leave=False, disable=None)
+    with bar, ThreadPoolExecutor(1) as ahead:  # the next block is tokenised while this one is read
+        upcoming = ahead.submit(tokenized, mine[0]) if mine else None
+        for n, block in enumerate(mine):
+            contexts = upcoming.result()
+            upcoming = ahead.submit(tokenized, mine[n + 1]) if n + 1 < len(mine) else None
+            texts = answer(fid, contexts, cfg.eval_batch_size, accelerator.autocast)
+            answers |= zip(block, texts, strict=True)
+            bar.update(len(block))
+    if devices > 1:
+        everyones = [None] * devices
+        dist.all_gather_object(everyones, answers)
+        answers = {i: text for one in everyones for i, text in one.items()}
+    return [answers.get(i) for i in range(len(examples))]
+
+
+def evaluate(dev, corpus, index, models, query_encoder, accelerator, cfg):
+    """{"em", "f1", "hit@k"...}: the reader's greedy answers, and what the live index finds for them."""
+    most = max(cfg.top_k, *cfg.eval_hits)
+    rows = retrieve(dev, index, query_encoder, most, accelerator, cfg)
+    hits = [
+        [has_answer(corpus[row].text, example["answers"]) for row in one[: max(cfg.eval_hits)]]
+        for example, one in zip(dev, rows, strict=True)
+    ]
+    texts = answer_all(dev, rows, corpus, models["reader"], accelerator, cfg)
+    values = answer_scores(dev, [[{"text": text}] for text in texts], [cfg.top_k])
+    metrics = {name.partition("@")[0].lower(): float(np.mean(value)) for name, value in values.items()}
+    return metrics | {f"hit@{k}": share for k, share in topk_accuracy(hits, cfg.eval_hits).items()}
+
+
+# ---------------------------------------------------------------- predict
+def answer_file(cfg, accelerator):
+    """Answer the test questions from the first top_k passages of a ranking: two files and a table."""
+    out = Path(cfg.out)
+    examples, corpus, note = read_ranking(
+        cfg.test, cfg.test_run, Corpus(cfg.corpus, cfg.corpus_format), cfg.top_k
+    )
+    fid = load_fid(cfg.reader).to(accelerator.device)
+    rows = [example["rows"].tolist() for example in examples]
+    if cfg.dry_run:
+
+        def probe():
+            answer_all(examples[:4], rows, corpus, fid, accelerator, cfg)
+            return len(examples[:4])
+
+        return dry_run(
+            "answering", [fid], probe, len(examples), "questions", out.parent, len(examples) * 1000
+        )
+    began = time.time()
+    texts = answer_all(examples, rows, corpus, fid, accelerator, cfg)
+    seconds = time.time() - began
+    if not accelerator.is_main_process:
+        return
+    print(f"{note}\n{len(examples) / seconds:.1f} questions/s of up to {cfg.top_k} passages")
+    answers = [[{"text": text}] if text is not None else [None] for text in texts]
+    write_predictions(cfg.out, examples, answers, [cfg.top_k])
+    metrics = with_intervals(answer_scores(examples, answers, [cfg.top_k]))
+    write_json(out.with_suffix(".metrics.json"), metrics)
+    print_table(metrics, out.name)
+    print(f"written: {out}, {out.with_suffix('.answers.json')}, {out.with_suffix('.metrics.json')}")
+
+
+# ---------------------------------------------------------------- main
+def main():
+    cfg = load_config(__doc__, "config/train_emdr2_nq.yaml")
+    choose(cfg, retriever_loss=("emdr2", "kl", "none"), marginal=("token", "sequence"))
+    choose(cfg, refresh=("sync", "async", "none"), resume=("never", "exact", "changed"))
+    choose(cfg, mixed_precision=("no", "fp16", "bf16"), tracker=("none", "wandb"))
+    at_least(cfg, 1, "top_k", "batch_size", "question_chunk", "passage_chunk", "score_chunk", "epochs")
+    at_least(cfg, 1, "refresh_every", "encoding_batch_size", "eval_batch_size", "save_every", "log_every")
+    at_least(cfg, 0, "temperature", "stop_after", "warmup", "eval_every", "retriever_lr_scale")
+    if not cfg.eval_hits or min(cfg.eval_hits) < 1:
+        raise UserError(f"eval_hits must name depths of at least 1, got {cfg.eval_hits}")
+    at_least(cfg, 2, "answer_tokens")
+    at_least(cfg, 8, "reader_tokens")
+    if cfg.neighbors and cfg.drop_source:
+        raise UserError("drop_source with neighbors: the dropped passage would come back as a neighbour")
+    if bool(cfg.train) == bool(cfg.test):
+        raise UserError('give either train, or test with --train "" and the reader of a run')
+    inputs = ("test", "test_run") if cfg.test else ("train", "dev")
+    need_value(cfg, "reader", "corpus")
+    need_file(cfg, *inputs, "corpus")
+    if cfg.test:
+        if Path(cfg.out).suffix != ".json":
+            raise UserError(f"out must be the path of a .json file, got {cfg.out!r}")
+        for suffix in (".json", ".answers.json", ".metrics.json"):
+            written = type(cfg)(**vars(cfg) | {"out": str(Path(cfg.out).with_suffix(suffix))})
+            need_out(written, "out", *inputs, "corpus")
+    else:
+        need_value(cfg, *TOWERS, "embeddings")
+    accelerator = start(cfg.mixed_precision)
+    if cfg.test:
+        return answer_file(cfg, accelerator)
+    if cfg.batch_size % accelerator.num_processes:
+        raise UserError(f"batch_size {cfg.batch_size} is not shared by {accelerator.num_processes} devices")
+    with accelerator.main_process_first():  # the first to open a corpus writes its index
+        corpus = Corpus(cfg.corpus, cfg.corpus_format)
+    open_embeddings(cfg.embeddings, corpus.sha256, verify=False, query_encoder=cfg.query_encoder)
+    content = {key: folder_hash(getattr(cfg, key)) for key in inputs} | {"corpus": corpus.sha256}
+    content |= {key: weights_hash(getattr(cfg, key)) for key in (*TOWERS, "reader")}
+    content["embeddings"] = folder_hash(Path(cfg.embeddings) / "manifest.json")  # has the hash of every shard
+    run = Run(cfg, accelerator, content)
+    train, train_note = load_questions(cfg.train, corpus, cfg)
+    dev, dev_note = [], "no dev set: the last checkpoint is the best"
+    if cfg.dev:
+        dev, dev_note = load_questions(cfg.dev, corpus, cfg)
+    spare = max(len(question["own"]) for question in train)
+    if cfg.drop_source and not spare:
+        raise UserError(f"{cfg.train}: drop_source, but no question has positives to drop")
+    if cfg.top_k + spare > len(corpus):
+        raise UserError(f"top_k {cfg.top_k}: {cfg.corpus} has {len(corpus)} passages, {spare} may be dropped")
+    per_epoch = len(train) // cfg.batch_size
+    if not per_epoch:
+        raise UserError(f"{cfg.train}: {len(train)} questions do not fill one batch of {cfg.batch_size}")
+    total = per_epoch * cfg.epochs
+    last = min(total, cfg.stop_after or total)
+    warmup = cfg.warmup if cfg.warmup >= 1 else cfg.warmup * total
+    late = f"warning: {warmup:.0f} steps of warm-up in {last} steps: the peak learning rate is never reached"
+
+    learns = cfg.retriever_loss != "none"
+    if not learns:
+        cfg.refresh = "none"  # a frozen encoder makes the vectors that are there
+    starts = {
+        name: run.checkpoint / name if run.checkpoint and learns else getattr(cfg, name) for name in TOWERS
+    }
+    encoders = {name: load_encoder(starts[name], role, dropout=cfg.dropout) for name, role in TOWERS.items()}
+    for name, role in TOWERS.items():
+        encoders[name].inputs["role"] = role  # a shared encoder becomes two, which part from here on
+        encoders[name].to(accelerator.device).train()
+    how = {key: getattr(cfg, key) for key in ("reader_tokens", "answer_tokens", "neighbors")}
+    fid = load_fid(run.checkpoint / "reader" if run.checkpoint else cfg.reader, how, cfg.dropout)
+    fid.to(accelerator.device).train()
+    models = {"reader": fid} | (encoders if learns else {})
+    if cfg.gradient_checkpointing:
+        for model in models.values():
+            model.model.activation_checkpointing_enable()
+    optimizer = make_optimizer(fid.named_parameters(), cfg)
+    for group in optimizer.param_groups:
+        group["scale"] = 1.0
+    for name in encoders if learns else ():
+        for group in make_optimizer(encoders[name].named_parameters(), cfg).param_groups:
+            optimizer.add_param_group(group | {"scale": cfg.retriever_lr_scale})
+    if run.checkpoint:
+        load_optimizer(run.checkpoint, optimizer)
+    optimizer = accelerator.prepare(optimizer)  # for fp16's loss scaler; gradients are summed by add_gradient
+    weights = [p for model in models.values() for p in model.parameters()]
+    size = sum(p.numel() for p in weights)
+    index = LiveIndex(corpus, cfg.embeddings, accelerator)
+    if run.state["step"] < last:
+        restore_index(index, run, accelerator, cfg)
+
+    if cfg.dry_run:
+        few = min(cfg.batch_size, 2 * cfg.question_chunk * accelerator.num_processes)
+        small = type(cfg)(**vars(cfg) | {"batch_size": few})
+
+        def probe():
+            examples, answers = draw(0, train, small)
+            rows = retrieve(examples, index, encoders["query_encoder"], cfg.top_k, accelerator, cfg)
+            add_gradient(examples, answers, rows, corpus, models, accelerator, small, 0)
+            return few / cfg.batch_size
+
+        probe()  # fills .grad, which is no activation
+        disk = 52 * size  # four checkpoints at most, the best weights once more
+        return dry_run("training", [*models.values()], probe, last, "steps", cfg.run_dir, disk, 8 * size)
+    banner = (
+        f"{size / 1e6:.1f} M parameters, {accelerator.num_processes} x {accelerator.device.type}, precision "
+        f"{accelerator.mixed_precision} | {cfg.batch_size} questions a step, {cfg.top_k} of {len(corpus):,} "
+        f"passages each | {per_epoch} steps an epoch, {len(train) % cfg.batch_size} questions left over; "
+        f"{last} in all"
+    )
+    if not run.start(last, size, [train_note, dev_note, banner, *[late] * (warmup >= last)]):
+        return
+    for step in range(run.first, last):
+        began = clock(accelerator.device)
+        refresh(step, index, encoders["doc_encoder"], run, accelerator, cfg)
+        refreshed = clock(accelerator.device)
+        examples, answers = draw(step, train, cfg)
+        rows = retrieve(examples, index, encoders["query_encoder"], cfg.top_k, accelerator, cfg)
+        searched = clock(accelerator.device)
+        if step == run.first:
+            ids = contexts_of(examples[0]["question"], [corpus[rows[0][0]]], rows[0][:1], corpus, fid)[0]
+            run.say(f"example context: {fid.tokenizer.decode(ids)}\nexample answer: {answers[0]}")
+        fall = max(cfg.min_lr_ratio, (total - step) / max(1, total - warmup))
+        lr = cfg.learning_rate * (step / warmup if step < warmup else fall)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        try:
+            shown, backward_seconds = add_gradient(
+                examples, answers, rows, corpus, models, accelerator, cfg, step
+            )
+        except torch.OutOfMemoryError:
+            raise UserError(
+                "out of GPU memory: lower --question_chunk if above 1 and --score_chunk (same gradient), use "
+                "--gradient_checkpointing true, then lower --top_k"
+            ) from None
+        accelerator.unscale_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(weights, cfg.max_grad_norm).item()
+        run.refuse_non_finite(shown["loss"] + shown.get("ret", 0.0), norm, lr)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        done = clock(accelerator.device)
+        if step == run.first and learns:
+            even = shown["entropy"] / math.log(cfg.top_k) if cfg.top_k > 1 else 0.0
+            run.say(f"entropy of the prior: {shown['entropy']:.3f} nats, {even:.2f} of the log of top_k")
+            if even > 0.95:
+                run.say(
+                    "warning: the prior hardly tells the passages apart, so the retriever learns little: was "
+                    "it trained on plain inner products? then --temperature 1"
+                )
+        run.step(
+            f"{cfg.batch_size / (done - began):.1f} q/s",
+            shown | {"lr": lr},
+            {
+                "grad_norm": norm,
+                "index_age": step - index.step,
+                "refresh_seconds": refreshed - began,
+                "search_seconds": searched - refreshed,
+                "forward_seconds": done - searched - backward_seconds,
+                "backward_seconds": backward_seconds,
+                "seconds": done - began,
+            },
+        )
+        if dev and ((step + 1) % (cfg.eval_every or per_epoch) == 0 or step + 1 == last):
+            found = evaluate(dev, corpus, index, models, encoders["query_encoder"], accelerator, cfg)
+            run.dev(found, by="em", sign=1)
+        for model in models.values():
+            model.inputs["pair"] = f"{run.fingerprint}-{step + 1}"  # these belong together
+        run.save(models, optimizer, evaluates=bool(dev))
+    if accelerator.is_main_process:
+        curves(run.dir / "metrics.jsonl", run.dir / "curves.png", CURVES)
+
+
+if __name__ == "__main__":
+    with friendly_errors():
+        main()
