@@ -702,7 +702,7 @@ def test_training_takes_vectors_from_a_live_worker(world, tmp_path, monkeypatch)
     the run resumes with those vectors; at its end the worker ends too.
     """
     folder = tmp_path / "run"
-    changes = {"refresh": "async", "dev": "", "epochs": 5000, "refresh_every": 20, "warmup": 0.0}
+    changes = {"refresh": "async", "dev": "", "epochs": 1500, "refresh_every": 20, "warmup": 0.0}
     _, keys = config(world, run_dir=folder, learning_rate=1e-6, save_every=1000, log_every=20, **changes)
     argv = [sys.executable, "-m", "utils.index_worker", "--run_dir", str(folder), "--poll_seconds", "0.2"]
     argv += ["--corpus", str(world / "corpus.tsv")]

@@ -94,6 +94,8 @@ class Run:
             self._publish()
             self._finish(self.state)
             return False
+        if self.main:  # a finished run that goes on is not finished; others look at this file
+            (self.dir / "metrics.json").unlink(missing_ok=True)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._remember)
         return True
