@@ -65,7 +65,7 @@ stage test_hybrid python test_dpr.py --questions $DATA/test.jsonl --corpus $DATA
 
 # The reader learns from what this retriever finds, and answers from it.
 for split in train dev; do
-    stage search_$split python test_dpr.py --questions $DATA/$split.jsonl --corpus $DATA/corpus.tsv --index stream \
+    stage search_$split python test_dpr.py --questions $DATA/$split.jsonl --corpus $DATA/corpus.tsv --index stream --k 50 \
         --embeddings $RUN/embeddings --query_encoder $RUN/query_encoder --out $RUN/test/$split.run
 done
 stage read_train python train_reader.py --config config/train_reader_demo.yaml --run_dir $RUN/reading --init $START \
