@@ -25,10 +25,13 @@ paper's equation is `marginal: sequence`. (2) Any Hugging Face T5 and our own DP
 MSS-trained T5 and BERT. (3) The one-document likelihood reads the encoder states that FiD has computed, which
 is the paper's Figure 1; the code encodes again, as it fills FiD's inputs up with neighbouring passages: that
 is `neighbors: true`. (4) The search is without dropout (as in Atlas). (5) `refresh: sync` stops training and
-encodes on its devices, so that vectors are 0 to 500 steps old (as the author's later ART); theirs are 500 to
-1000, which is `refresh: async`. (6) Both losses divide by the answer tokens of the global batch, theirs by
-those of a GPU. (7) bf16, not fp16. (8) Order, drawn answers and dropout are functions of (seed, step), so a
-killed run with refresh sync or none resumes to the same bits (on a CPU).
+encodes on its devices, so that vectors are 0 to refresh_every - 1 steps old (as the author's later ART);
+theirs are 500 to 1000. `refresh: async` is theirs, but never waits: vectors are as many steps old as the
+encoding takes when they come into use, and up to refresh_every more until the next do. (6) Losses divide by
+the answer tokens of the global batch (sequence, kl: by its questions), theirs by those of a GPU. (7) bf16,
+not fp16. (8) Order, drawn answers and dropout are functions of (seed, step), so a killed run with refresh
+sync or none resumes to the same bits (on a CPU). (9) `temperature` 1, theirs sqrt(D): of the plain inner
+products that train_dpr.py's encoders have learned, sqrt(D) would leave an almost even prior.
 
 trap: `accelerate launch --cpu --num_processes 2` may start one process; where it does, torchrun starts two.
 
@@ -44,50 +47,32 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from utils.checkpoint import load_optimizer, make_optimizer
-from utils.config import (
-    UserError,
-    at_least,
-    choose,
-    friendly_errors,
-    load_config,
-    need_file,
-    need_out,
-    need_value,
-)
+from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file, need_value
 from utils.data import Corpus, read_questions
 from utils.distributed import start, sum_gradients, world
 from utils.embeddings import open_embeddings
-from utils.encoder import (
-    collate,
-    embed_on_devices,
-    full_length,
-    load_encoder,
-    tokenize_passages,
-    tokenize_questions,
-)
+from utils.encoder import embed_on_devices, load_encoder, tokenize_passages, tokenize_questions, vectors_of
 from utils.estimate import dry_run
 from utils.fid import (
     PAD,
-    answer,
+    answer_all,
+    contexts_of,
     document_log_likelihood,
     encode_contexts,
-    extend,
     fused_log_likelihood,
     load_fid,
-    text_budget,
     tokenize_answers,
     tokenize_contexts,
 )
-from utils.files import folder_hash, read_json, weights_hash, write_json
+from utils.files import folder_hash, read_json, weights_hash
 from utils.grad_cache import chunk_seed
-from utils.index_worker import abandon, clean, export, finished, vectors, worker_state
+from utils.index_worker import abandon, clean, export, worker_state
 from utils.live_index import LiveIndex
-from utils.metrics import print_table, topk_accuracy, with_intervals
+from utils.metrics import topk_accuracy
 from utils.plot import curves
-from utils.predictions import answer_scores, write_predictions
+from utils.predictions import answer_scores, need_predictions_out, write_predictions
 from utils.reader_data import read_ranking
 from utils.run import Run
 from utils.text import has_answer
@@ -137,14 +122,6 @@ def retrieve(examples, index, query_encoder, k, accelerator, cfg):
     return [[row for row in rows if row not in example["own"]][:k] for example, rows in pairs]
 
 
-def contexts_of(question, passages, rows, corpus, fid):
-    """What FiD reads: id lists of a question with each passage; a reader of neighbors fills them up."""
-    if fid.inputs.get("neighbors"):
-        budgets = [text_budget(fid, question, passage.title) for passage in passages]
-        passages = [extend(corpus, row, fid, budget) for row, budget in zip(rows, budgets, strict=True)]
-    return tokenize_contexts(fid, question, passages)
-
-
 def prepare(examples, rows, labels_BT, corpus, models, cfg):
     """All that the models read of a chunk of B questions; rows: their passages."""
     fid, batch = models["reader"], {"contexts": [], "bare": [], "texts": [], "has": 0.0}
@@ -152,7 +129,7 @@ def prepare(examples, rows, labels_BT, corpus, models, cfg):
     for example, own in zip(examples, rows, strict=True):
         passages = [corpus[row] for row in own]
         batch["contexts"] += contexts_of(example["question"], passages, own, corpus, fid)
-        if cfg.neighbors:
+        if cfg.neighbors and cfg.retriever_loss != "none":
             batch["bare"] += tokenize_contexts(fid, example["question"], passages)
         batch["texts"] += [(passage.title, passage.text) for passage in passages]
         batch["has"] += sum(has_answer(p.text, example["answers"]) for p in passages) / cfg.top_k
@@ -192,21 +169,23 @@ def kl_loss(log_prior_BK, log_likelihood_BKT, mask_BT):
     KL(preference || prior), mean over questions: the preference is a softmax over passages of the mean log p
     of the answer's tokens, whatever the prior says (EMDR2 TR:184-214; the ancestor of ART and Atlas' PDist).
     """
+    wish_BK = posterior(log_prior_BK, log_likelihood_BKT, mask_BT, "kl")
+    return (torch.xlogy(wish_BK, wish_BK) - wish_BK * log_prior_BK).sum(1).mean()  # 0 log 0 is 0
+
+
+def posterior(log_prior_BK, log_likelihood_BKT, mask_BT, form):
+    """
+    What each form of the loss draws the prior to, p_BK: the posterior of the whole answer (sequence), the
+    mean of those of its tokens (token), or the reader's preference alone (kl).
+    """
     mask_BT = mask_BT.bool()
     log_likelihood_BKT = log_likelihood_BKT.masked_fill(~mask_BT[:, None], 0.0)
-    preference_BK = (log_likelihood_BKT.sum(2) / mask_BT.sum(1, keepdim=True)).log_softmax(1)
-    return (preference_BK.exp() * (preference_BK - log_prior_BK)).sum(1).mean()
-
-
-def vectors_of(encoder, ids, kind, chunk, autocast):
-    """Id lists -> [N, D] with a graph, `chunk` rows at a time; rows of like length meet."""
-    order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), i))
-    parts = []
-    for k in range(0, len(order), chunk):
-        part = [ids[i] for i in order[k : k + chunk]]
-        with autocast():
-            parts.append(encoder(**collate(encoder, part, full_length(encoder, kind))))
-    return torch.cat(parts)[torch.from_numpy(np.argsort(order)).to(parts[0].device)]
+    if form == "sequence":
+        return (log_prior_BK + log_likelihood_BKT.sum(2)).softmax(1)
+    if form == "kl":
+        return (log_likelihood_BKT.sum(2) / mask_BT.sum(1, keepdim=True)).softmax(1)
+    by_token_BKT = (log_prior_BK[:, :, None] + log_likelihood_BKT).softmax(1)
+    return (by_token_BKT * mask_BT[:, None]).sum(2) / mask_BT.sum(1, keepdim=True)
 
 
 def learn(batch, models, backward, tokens, autocast, cfg):
@@ -250,38 +229,39 @@ def learn(batch, models, backward, tokens, autocast, cfg):
     log_prior_BK = scores_BK.log_softmax(1)
 
     # Where belief and evidence differ the encoders learn; nothing here leads to T5.       [TR:100-178]
-    if cfg.retriever_loss == "kl":
-        loss = kl_loss(log_prior_BK, likelihood_BKT, mask_BT) * (B / cfg.batch_size)
+    form = "kl" if cfg.retriever_loss == "kl" else cfg.marginal
+    if form == "kl":
+        loss = kl_loss(log_prior_BK, likelihood_BKT, mask_BT)
     else:
-        loss = retriever_loss(log_prior_BK, likelihood_BKT, mask_BT, cfg.marginal)
-        loss = loss * (mask_BT.sum() / tokens if cfg.marginal == "token" else B / cfg.batch_size)
+        loss = retriever_loss(log_prior_BK, likelihood_BKT, mask_BT, form)
+    loss = loss * (mask_BT.sum() / tokens if form == "token" else B / cfg.batch_size)
     backward(loss)
     log_prior_BK, loss = log_prior_BK.detach(), loss.detach()
     entropy_B = -(log_prior_BK.exp() * log_prior_BK).sum(1)
-    agree_B = log_prior_BK.argmax(1) == (log_prior_BK + likelihood_BKT.sum(2)).argmax(1)
+    posterior_BK = posterior(log_prior_BK, likelihood_BKT, mask_BT, form)
+    agree_B = log_prior_BK.argmax(1) == posterior_BK.argmax(1)
     return torch.stack([reader, loss, entropy_B.sum(), agree_B.sum(), zero + batch["has"]])
 
 
 def add_gradient(examples, answers, rows, corpus, models, accelerator, cfg, step):
     """
     Add the gradient of the global batch's losses to .grad; rows: the passages of every question of it.
-    Returns ({"loss", "ret", "entropy", "agree", "has"} of the global batch, seconds of the backward passes).
+    Returns ({"loss", "ret", "entropy", "agree", "has"} of the global batch, seconds of its passes).
     """
     (rank, devices), device = world(), accelerator.device
     labels_QT = tokenize_answers(models["reader"], answers)
     tokens, share = int((labels_QT != PAD).sum()), cfg.batch_size // devices
     ends = range(rank * share, (rank + 1) * share, cfg.question_chunk)
     chunks = [slice(k, min(k + cfg.question_chunk, (rank + 1) * share)) for k in ends]
-    totals, spent = torch.zeros(5, device=device), 0.0
+    totals, spent = torch.zeros(5, device=device), {"forward_seconds": 0.0, "backward_seconds": 0.0}
 
     def batch_of(part):
         return prepare(examples[part], rows[part], labels_QT[part], corpus, models, cfg)
 
     def backward(loss):
-        nonlocal spent
         began = clock(device)
         accelerator.backward(loss)
-        spent += clock(device) - began
+        spent["backward_seconds"] += clock(device) - began
 
     with ThreadPoolExecutor(1) as ahead:  # the next chunk is tokenised while this one trains
         upcoming = ahead.submit(batch_of, chunks[0])
@@ -290,7 +270,10 @@ def add_gradient(examples, answers, rows, corpus, models, accelerator, cfg, step
             if i + 1 < len(chunks):
                 upcoming = ahead.submit(batch_of, chunks[i + 1])
             torch.manual_seed(chunk_seed((cfg.seed, step, rank), i))  # the dropout masks
+            began = clock(device)
             totals += learn(batch, models, backward, tokens, accelerator.autocast, cfg)
+            spent["forward_seconds"] += clock(device) - began
+    spent["forward_seconds"] -= spent["backward_seconds"]  # learn() ran both
     for model in models.values():
         sum_gradients(model.parameters())
     if devices > 1:
@@ -312,78 +295,23 @@ def clock(device):
 # ---------------------------------------------------------------- the index
 def refresh(step, index, doc_encoder, run, accelerator, cfg):
     """Before a step: bring the index up to date, as `refresh` says. Every device calls it at every step."""
-    due = step > 0 and step % cfg.refresh_every == 0
+    due, main_process = step > 0 and step % cfg.refresh_every == 0, accelerator.is_main_process
     if cfg.refresh == "none" or (cfg.refresh == "sync" and not due):
         return
-    if due:
-        if accelerator.is_main_process:
-            export(run.dir, step, doc_encoder)
-        accelerator.wait_for_everyone()
+    if due and main_process:
+        export(run.dir, step, doc_encoder)  # for the worker, and for a resume
+        if cfg.refresh == "async" and (fault := worker_state(run.dir, PATIENCE)):
+            run.say(f"warning: {fault}; training goes on with vectors of step {index.step}")
     if cfg.refresh == "sync":
         index.refresh(doc_encoder, step, cfg.encoding_batch_size, accelerator.autocast)
-    else:
-        newest = torch.zeros((), dtype=torch.long, device=accelerator.device)
-        if accelerator.is_main_process:
-            newest += finished(run.dir)
-            if due and (fault := worker_state(run.dir, PATIENCE)):
-                run.say(f"warning: {fault}; training goes on with vectors of step {index.step}")
-        if world()[1] > 1:
-            dist.all_reduce(newest)  # one device looks, so that all change over at the same step
-        if int(newest) > index.step:
-            index.load(vectors(run.dir, int(newest)), int(newest))
-            run.say(f"step {step}: the vectors of step {index.step} are in use")
+    elif index.follow(run.dir):
+        run.say(f"step {step}: the vectors of step {index.step} are in use")
     run.state["index_step"] = index.step
-    if due and accelerator.is_main_process:
-        kept = [read_json(path) for path in run.dir.glob("checkpoints/step_*/state.json")]
-        clean(run.dir, {index.step, *(state.get("index_step", 0) for state in kept)})
-
-
-def restore_index(index, run, accelerator, cfg):
-    """The index as it was at the checkpoint that the run resumes from, or, at the start, as it was given."""
-    made, first = run.state.setdefault("index_step", 0), run.state["step"]
-    if accelerator.is_main_process and not cfg.dry_run:
-        abandon(run.dir, first)
-    accelerator.wait_for_everyone()
-    source = vectors(run.dir, made).parent / "doc_encoder" if made else cfg.doc_encoder
-    if made and cfg.refresh == "async" and vectors(run.dir, made).is_dir():
-        index.load(vectors(run.dir, made), made)
-    elif not made or first % cfg.refresh_every or cfg.refresh != "sync":  # else the first step does it
-        encoder = load_encoder(source, "passage").to(accelerator.device)
-        if made:
-            index.refresh(encoder, made, cfg.encoding_batch_size, accelerator.autocast)
-        else:
-            index.check(encoder, accelerator)
+    if due and main_process:
+        clean(run.dir, {index.step})
 
 
 # ---------------------------------------------------------------- evaluation
-def answer_all(examples, rows, corpus, fid, accelerator, cfg):
-    """FiD's answer to every example from its rows, top_k at most: strings, None without passages."""
-    (rank, devices), answers = world(), {}
-    width = max(1, cfg.eval_batch_size // cfg.top_k)
-    known = [i for i in range(len(examples)) if len(rows[i])]
-    mine = [known[k : k + width] for k in range(0, len(known), width)][rank::devices]
-
-    def tokenized(block):
-        own = {i: rows[i][: cfg.top_k] for i in block}
-        texts = {i: [corpus[row] for row in own[i]] for i in block}
-        return [contexts_of(examples[i]["question"], texts[i], own[i], corpus, fid) for i in block]
-
-    bar = tqdm(total=sum(map(len, mine)), desc="answers", delay=5, leave=False, disable=None)
-    with bar, ThreadPoolExecutor(1) as ahead:  # the next block is tokenised while this one is read
-        upcoming = ahead.submit(tokenized, mine[0]) if mine else None
-        for n, block in enumerate(mine):
-            contexts = upcoming.result()
-            upcoming = ahead.submit(tokenized, mine[n + 1]) if n + 1 < len(mine) else None
-            texts = answer(fid, contexts, cfg.eval_batch_size, accelerator.autocast)
-            answers |= zip(block, texts, strict=True)
-            bar.update(len(block))
-    if devices > 1:
-        everyones = [None] * devices
-        dist.all_gather_object(everyones, answers)
-        answers = {i: text for one in everyones for i, text in one.items()}
-    return [answers.get(i) for i in range(len(examples))]
-
-
 def evaluate(dev, corpus, index, models, query_encoder, accelerator, cfg):
     """{"em", "f1", "hit@k"...}: the reader's greedy answers, and what the live index finds for them."""
     most = max(cfg.top_k, *cfg.eval_hits)
@@ -392,42 +320,39 @@ def evaluate(dev, corpus, index, models, query_encoder, accelerator, cfg):
         [has_answer(corpus[row].text, example["answers"]) for row in one[: max(cfg.eval_hits)]]
         for example, one in zip(dev, rows, strict=True)
     ]
-    texts = answer_all(dev, rows, corpus, models["reader"], accelerator, cfg)
-    values = answer_scores(dev, [[{"text": text}] for text in texts], [cfg.top_k])
+    read = [one[: cfg.top_k] for one in rows]
+    answers = answer_all(models["reader"], dev, read, corpus, cfg.eval_batch_size, accelerator)
+    values = answer_scores(dev, answers, [cfg.top_k])
     metrics = {name.partition("@")[0].lower(): float(np.mean(value)) for name, value in values.items()}
     return metrics | {f"hit@{k}": share for k, share in topk_accuracy(hits, cfg.eval_hits).items()}
 
 
 # ---------------------------------------------------------------- predict
 def answer_file(cfg, accelerator):
-    """Answer the test questions from the first top_k passages of a ranking: two files and a table."""
-    out = Path(cfg.out)
-    examples, corpus, note = read_ranking(
-        cfg.test, cfg.test_run, Corpus(cfg.corpus, cfg.corpus_format), cfg.top_k
-    )
+    """Answer the test questions from the first top_k passages of a ranking: three files and a table."""
+    stored = Path(cfg.reader) / "encoder_inputs.json"
+    known = read_json(stored) if stored.is_file() else {}
+    if known.get("role") != "fid":
+        raise UserError(f"reader: {cfg.reader} has not learned to answer; with test, give run_dir/reader")
+    whole = Corpus(cfg.corpus, cfg.corpus_format) if cfg.corpus else None
+    examples, corpus, note = read_ranking(cfg.test, cfg.test_run, whole, cfg.top_k)
+    if known.get("neighbors") and corpus is not whole:
+        raise UserError(f"{cfg.reader} reads neighbours too: give a question file, test_run and corpus")
     fid = load_fid(cfg.reader).to(accelerator.device)
     rows = [example["rows"].tolist() for example in examples]
     if cfg.dry_run:
 
         def probe():
-            answer_all(examples[:4], rows, corpus, fid, accelerator, cfg)
-            return len(examples[:4])
+            return len(answer_all(fid, examples[:4], rows[:4], corpus, cfg.eval_batch_size, accelerator))
 
-        return dry_run(
-            "answering", [fid], probe, len(examples), "questions", out.parent, len(examples) * 1000
-        )
+        out, disk = Path(cfg.out).parent, len(examples) * 1000
+        return dry_run("answering", [fid], probe, len(examples), "questions", out, disk)
     began = time.time()
-    texts = answer_all(examples, rows, corpus, fid, accelerator, cfg)
+    answers = answer_all(fid, examples, rows, corpus, cfg.eval_batch_size, accelerator)
     seconds = time.time() - began
-    if not accelerator.is_main_process:
-        return
-    print(f"{note}\n{len(examples) / seconds:.1f} questions/s of up to {cfg.top_k} passages")
-    answers = [[{"text": text}] if text is not None else [None] for text in texts]
-    write_predictions(cfg.out, examples, answers, [cfg.top_k])
-    metrics = with_intervals(answer_scores(examples, answers, [cfg.top_k]))
-    write_json(out.with_suffix(".metrics.json"), metrics)
-    print_table(metrics, out.name)
-    print(f"written: {out}, {out.with_suffix('.answers.json')}, {out.with_suffix('.metrics.json')}")
+    if accelerator.is_main_process:
+        print(f"{note}\n{len(examples) / seconds:.1f} questions/s of up to {cfg.top_k} passages")
+        write_predictions(cfg.out, examples, answers, [cfg.top_k])
 
 
 # ---------------------------------------------------------------- main
@@ -448,16 +373,12 @@ def main():
     if bool(cfg.train) == bool(cfg.test):
         raise UserError('give either train, or test with --train "" and the reader of a run')
     inputs = ("test", "test_run") if cfg.test else ("train", "dev")
-    need_value(cfg, "reader", "corpus")
     need_file(cfg, *inputs, "corpus")
     if cfg.test:
-        if Path(cfg.out).suffix != ".json":
-            raise UserError(f"out must be the path of a .json file, got {cfg.out!r}")
-        for suffix in (".json", ".answers.json", ".metrics.json"):
-            written = type(cfg)(**vars(cfg) | {"out": str(Path(cfg.out).with_suffix(suffix))})
-            need_out(written, "out", *inputs, "corpus")
+        need_value(cfg, "reader")
+        need_predictions_out(cfg, *inputs, "corpus")
     else:
-        need_value(cfg, *TOWERS, "embeddings")
+        need_value(cfg, "reader", "corpus", *TOWERS, "embeddings")
     accelerator = start(cfg.mixed_precision)
     if cfg.test:
         return answer_file(cfg, accelerator)
@@ -490,11 +411,12 @@ def main():
     learns = cfg.retriever_loss != "none"
     if not learns:
         cfg.refresh = "none"  # a frozen encoder makes the vectors that are there
-    starts = {
-        name: run.checkpoint / name if run.checkpoint and learns else getattr(cfg, name) for name in TOWERS
-    }
+    kept = run.checkpoint if learns else None
+    starts = {name: kept / name if kept else getattr(cfg, name) for name in TOWERS}
     encoders = {name: load_encoder(starts[name], role, dropout=cfg.dropout) for name, role in TOWERS.items()}
     for name, role in TOWERS.items():
+        if learns and encoders[name].projection:
+            raise UserError(f"{name}: {starts[name]} has a projection on top, and would not be saved with it")
         encoders[name].inputs["role"] = role  # a shared encoder becomes two, which part from here on
         encoders[name].to(accelerator.device).train()
     how = {key: getattr(cfg, key) for key in ("reader_tokens", "answer_tokens", "neighbors")}
@@ -504,20 +426,22 @@ def main():
     if cfg.gradient_checkpointing:
         for model in models.values():
             model.model.activation_checkpointing_enable()
-    optimizer = make_optimizer(fid.named_parameters(), cfg)
-    for group in optimizer.param_groups:
-        group["scale"] = 1.0
-    for name in encoders if learns else ():
-        for group in make_optimizer(encoders[name].named_parameters(), cfg).param_groups:
-            optimizer.add_param_group(group | {"scale": cfg.retriever_lr_scale})
+    groups = []
+    for name, model in models.items():
+        scale = cfg.retriever_lr_scale if name in TOWERS else 1.0
+        own = make_optimizer(model.named_parameters(), cfg).param_groups
+        groups += [group | {"scale": scale} for group in own]
+    optimizer = torch.optim.AdamW(groups)
     if run.checkpoint:
         load_optimizer(run.checkpoint, optimizer)
     optimizer = accelerator.prepare(optimizer)  # for fp16's loss scaler; gradients are summed by add_gradient
     weights = [p for model in models.values() for p in model.parameters()]
     size = sum(p.numel() for p in weights)
     index = LiveIndex(corpus, cfg.embeddings, accelerator)
-    if run.state["step"] < last:
-        restore_index(index, run, accelerator, cfg)
+    first, made = run.state["step"], run.state.setdefault("index_step", 0)
+    anew = made and cfg.refresh == "sync" and first % cfg.refresh_every == 0  # by the first step
+    if first < last and not anew:
+        index.restore(run.dir, made, cfg.doc_encoder, cfg.encoding_batch_size, accelerator)
 
     if cfg.dry_run:
         few = min(cfg.batch_size, 2 * cfg.question_chunk * accelerator.num_processes)
@@ -538,8 +462,9 @@ def main():
         f"passages each | {per_epoch} steps an epoch, {len(train) % cfg.batch_size} questions left over; "
         f"{last} in all"
     )
-    if not run.start(last, size, [train_note, dev_note, banner, *[late] * (warmup >= last)]):
-        return
+    run.start(last, size, [train_note, dev_note, banner, *[late] * (warmup >= last)])
+    if accelerator.is_main_process:
+        abandon(run.dir, run.first)
     for step in range(run.first, last):
         began = clock(accelerator.device)
         refresh(step, index, encoders["doc_encoder"], run, accelerator, cfg)
@@ -555,13 +480,11 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         try:
-            shown, backward_seconds = add_gradient(
-                examples, answers, rows, corpus, models, accelerator, cfg, step
-            )
+            shown, spent = add_gradient(examples, answers, rows, corpus, models, accelerator, cfg, step)
         except torch.OutOfMemoryError:
             raise UserError(
-                "out of GPU memory: lower --question_chunk if above 1 and --score_chunk (same gradient), use "
-                "--gradient_checkpointing true, then lower --top_k"
+                "out of GPU memory: lower --question_chunk if above 1 and --score_chunk (other dropout "
+                "masks), use --gradient_checkpointing true, then lower --top_k"
             ) from None
         accelerator.unscale_gradients()
         norm = torch.nn.utils.clip_grad_norm_(weights, cfg.max_grad_norm).item()
@@ -574,21 +497,17 @@ def main():
             run.say(f"entropy of the prior: {shown['entropy']:.3f} nats, {even:.2f} of the log of top_k")
             if even > 0.95:
                 run.say(
-                    "warning: the prior hardly tells the passages apart, so the retriever learns little: was "
-                    "it trained on plain inner products? then --temperature 1"
+                    "warning: the prior hardly tells the passages apart, so the retriever learns little: "
+                    "lower --temperature (1 for encoders of train_dpr.py)"
                 )
         run.step(
             f"{cfg.batch_size / (done - began):.1f} q/s",
             shown | {"lr": lr},
-            {
-                "grad_norm": norm,
-                "index_age": step - index.step,
-                "refresh_seconds": refreshed - began,
-                "search_seconds": searched - refreshed,
-                "forward_seconds": done - searched - backward_seconds,
-                "backward_seconds": backward_seconds,
-                "seconds": done - began,
-            },
+            {"grad_norm": norm}
+            | ({"index_age": step - index.step} if learns else {})
+            | {"refresh_seconds": refreshed - began, "search_seconds": searched - refreshed, **spent}
+            # other: to wait for tokenised chunks, to add up gradients, the optimizer
+            | {"other_seconds": done - searched - sum(spent.values()), "seconds": done - began},
         )
         if dev and ((step + 1) % (cfg.eval_every or per_epoch) == 0 or step + 1 == last):
             found = evaluate(dev, corpus, index, models, encoders["query_encoder"], accelerator, cfg)

@@ -42,9 +42,8 @@ from utils.data import Corpus
 from utils.distributed import gather_items, start, sum_gradients, world
 from utils.encoder import collate
 from utils.estimate import dry_run
-from utils.files import folder_hash, weights_hash, write_json
+from utils.files import folder_hash, weights_hash
 from utils.grad_cache import chunk_seed
-from utils.metrics import print_table, with_intervals
 from utils.predictions import answer_scores, need_predictions_out, write_predictions
 from utils.reader import load_reader, predict
 from utils.reader_data import (
@@ -193,7 +192,6 @@ def evaluate(dev, corpus, reader, accelerator, cfg):
 # ---------------------------------------------------------------- predict
 def answer_file(cfg, accelerator):
     """Answer the test questions: two prediction files and a table of EM and F1."""
-    out = Path(cfg.out)
     corpus = Corpus(cfg.corpus, cfg.corpus_format) if cfg.corpus else None
     examples, corpus, note = read_ranking(cfg.test, cfg.test_run, corpus, cfg.test_depth)
     # why: a `.cp` does not say how its inputs are built; before May 2021 DPR had zeros, then segments
@@ -207,7 +205,8 @@ def answer_file(cfg, accelerator):
             return len(examples[:4])
 
         disk = len(examples) * len(top_docs) * 1000
-        return dry_run("answering", [reader], probe, len(examples), "questions", out.parent, disk)
+        out = Path(cfg.out).parent
+        return dry_run("answering", [reader], probe, len(examples), "questions", out, disk)
     began = time.time()
     answers = answer_all(examples, corpus, reader, accelerator, cfg, top_docs)
     seconds = time.time() - began
@@ -215,10 +214,6 @@ def answer_file(cfg, accelerator):
         return
     print(f"{note}\n{len(examples) / seconds:.1f} questions/s of up to {cfg.test_depth} passages")
     write_predictions(cfg.out, examples, answers, top_docs)
-    metrics = with_intervals(answer_scores(examples, answers, top_docs))
-    write_json(out.with_suffix(".metrics.json"), metrics)
-    print_table(metrics, out.name)
-    print(f"written: {out}, {out.with_suffix('.answers.json')}, {out.with_suffix('.metrics.json')}")
 
 
 # ---------------------------------------------------------------- main

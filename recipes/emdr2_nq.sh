@@ -7,12 +7,14 @@
 #   FiD, MSS retriever and reader, not trained together           38.5 / 40.1    (what EMDR2 starts from)
 #   EMDR2                                                         50.4 / 52.5
 # Ours: not run. Time: not measured. Disk: 13 GB corpus + 33 GB of vectors each for the retriever before and after +
-# 23 GB of checkpoints.
+# 23 GB of checkpoints; REFRESH=async: 99 GB more, two finished folders of vectors and one in progress.
 #
 # REFRESH=sync stops the training every 500 steps to encode the passages anew. The paper does it beside the training, on
-# other devices; no step waits, and the vectors are older. Two commands at the same time, on one node:
+# other devices; no step waits, and the vectors are older. Two commands at the same time, on one node, the second once
+# the corpus is there:
 #   REFRESH=async CUDA_VISIBLE_DEVICES=0,1,2,3 bash recipes/emdr2_nq.sh
-#   CUDA_VISIBLE_DEVICES=4,5,6,7 python -m utils.index_worker --run_dir runs/emdr2_nq --launch "accelerate launch"
+#   CUDA_VISIBLE_DEVICES=4,5,6,7 python -m utils.index_worker --run_dir runs/emdr2_nq --launch "accelerate launch" \
+#     --corpus data/nq/corpus.tsv --mixed_precision fp16
 #
 # Smaller: DATA, RUN, RETRIEVER, READER=google/flan-t5-small, TRAIN_FLAGS="--top_k 10 --mixed_precision no", LAUNCH=python.
 # Files in DATA: corpus.tsv, train_qa.jsonl, dev_qa.jsonl, test.jsonl, all with answers. A killed run goes on where it was.
@@ -24,7 +26,6 @@ RETRIEVER=${RETRIEVER:-runs/dpr_nq}                # query_encoder/ and doc_enco
 READER=${READER:-t5-base}
 CONFIG=${CONFIG:-config/train_emdr2_nq.yaml}
 REFRESH=${REFRESH:-sync}                           # sync | async | none
-TEMPERATURE=${TEMPERATURE:-1}                      # DPR learnt on plain inner products; the paper's retriever: 0, sqrt(d)
 BASELINE=${BASELINE:-false}                        # true: also FiD over the retriever as it is
 MSS=${MSS:-false}                                  # true: begin with the paper's pre-training, on masked sentences
 SPAN_FLAGS=${SPAN_FLAGS:-}
@@ -69,7 +70,7 @@ encode $RETRIEVER
 # Optional: questions out of the corpus itself. What is trained on them is the start of all that follows.
 if [ $MSS = true ]; then
     stage $RUN/mss.jsonl python -m utils.salient_spans $CORPUS --out $RUN/mss.jsonl $SPAN_FLAGS
-    train $RUN/mss config/train_emdr2_mss.yaml $RUN/mss.jsonl "" --temperature $TEMPERATURE
+    train $RUN/mss config/train_emdr2_mss.yaml $RUN/mss.jsonl ""
     RETRIEVER=$RUN/mss READER=$RUN/mss/reader
     encode $RETRIEVER
 fi
@@ -82,7 +83,7 @@ if [ $BASELINE = true ]; then
 fi
 
 # EMDR2, and after: what its retriever finds, and exact match.
-train $RUN $CONFIG $TRAIN "$DEV" --refresh $REFRESH --temperature $TEMPERATURE
+train $RUN $CONFIG $TRAIN "$DEV" --refresh $REFRESH
 encode $RUN
 search $RUN $DATA/test.jsonl $DEPTH test
 answer $RUN $RUN/test.run

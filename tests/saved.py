@@ -1,6 +1,20 @@
-"""How many bytes of activations autograd keeps alive, for a test and a benchmark."""
+"""How much memory a step takes, for tests and benchmarks: what autograd keeps alive, the largest tensor."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that is made, forward or backward."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **kwargs or {})
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return made
 
 
 class Saved:

@@ -8,9 +8,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, T5EncoderModel, T5ForConditionalGeneration
 
+from tests.saved import Largest
 from tests.toy import make_world
 from tests.toy_t5 import t5
 from utils.config import UserError
@@ -179,21 +179,6 @@ def test_states_and_gradients_for_any_chunk(fid, chunk):
 
 
 # ---------------------------------------------------------------- memory and precision
-class Largest(TorchDispatchMode):
-    """The most elements that any tensor had, of all that were made or read meanwhile."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **kwargs or {})
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return out
-
-
 def test_no_tensor_of_all_logits(tmp_path):
     """
     B*K*T*V logits, 1.6 GB in EMDR2 as it was published, are nowhere while a step is taken: `chunk` passages'
@@ -210,7 +195,7 @@ def test_no_tensor_of_all_logits(tmp_path):
             if chunk < B * K:
                 fused_BT.sum().backward()
         weights = V * fid.model.config.d_model
-        assert seen.elements == max(wanted, weights), (chunk, seen.elements)
+        assert seen.numel == max(wanted, weights), (chunk, seen.numel)
 
 
 def test_the_loss_needs_one_copy_of_the_logits(tmp_path):

@@ -303,8 +303,12 @@ def test_what_is_old_or_abandoned_is_deleted(world, tmp_path):
     index_worker.forget_old(tmp_path)
     whole = ["doc_encoder", "embeddings"]
     assert names(tmp_path) == {1: whole[:1], 2: whole[:1], 3: whole[:1], 4: whole, 5: whole}
-    index_worker.clean(tmp_path, [4, 1])
-    assert list(names(tmp_path)) == [1, 4, 5]
+    write_json(tmp_path / "refresh" / "worker.json", {"step": 3})  # at work, so overtaken but not deleted
+    index_worker.clean(tmp_path, [1])
+    assert list(names(tmp_path)) == [1, 3, 4, 5]
+    write_json(tmp_path / "checkpoints" / "step_00000007" / "state.json", {"index_step": 4})
+    index_worker.clean(tmp_path, [1])
+    assert list(names(tmp_path)) == [1, 4, 5], "a checkpoint resumes with step 4, which is newer than 3"
     index_worker.abandon(tmp_path, 4)
     assert list(names(tmp_path)) == [1, 4] and index_worker.finished(tmp_path) == 4
     index_worker.export(tmp_path, 4, load_encoder(world / "doc_encoder", "passage"))
@@ -449,6 +453,35 @@ def test_bad_settings_of_a_worker_are_said_at_once(world, tmp_path, monkeypatch)
     assert not (tmp_path / "refresh").exists()
 
 
+def test_a_worker_of_another_corpus_stops_before_it_encodes(world, tmp_path):
+    """The newest checkpoint names the corpus of the run; a run without one says nothing."""
+    corpus = Corpus(world / "corpus.tsv")
+    index_worker.check_corpus(tmp_path, corpus)
+    for step, known in ((1, "0" * 16), (2, corpus.sha256[:16])):
+        settings = {"settings": {"content of corpus": known}}
+        write_json(tmp_path / "checkpoints" / f"step_{step:08d}" / "state.json", settings)
+        if step == 1:
+            with pytest.raises(UserError, match="trained on another corpus than .*corpus.tsv"):
+                index_worker.check_corpus(tmp_path, corpus)
+    index_worker.check_corpus(tmp_path, corpus)
+
+
+def test_an_export_withdrawn_in_the_last_moment(world, tmp_path, monkeypatch, capsys):
+    """Between the last look and the hand-over the folder goes: said, and no traceback."""
+    index_worker.export(tmp_path, 5, load_encoder(world / "doc_encoder", "passage"))
+    folder, replace = index_worker.folder_of(tmp_path, 5), os.replace
+    building = f"mkdir -p {folder}/.embeddings.tmp\ntouch {folder}/.embeddings.tmp/manifest.json\n"
+
+    def late(source, target):
+        if str(source).endswith(".embeddings.tmp") and folder.exists():
+            shutil.rmtree(folder)
+        replace(source, target)
+
+    monkeypatch.setattr(index_worker.os, "replace", late)
+    encode_once(world, tmp_path, building)
+    assert names(tmp_path) == {} and "withdrawn" in capsys.readouterr().out
+
+
 def wait_until(condition, process, seconds=240):
     """Wait for condition(); fails when the process ends or the time is over."""
     end = time.time() + seconds
@@ -471,9 +504,10 @@ def test_a_worker_beside_a_run(world, tmp_path):
     """
     life, encoder = tmp_path / "refresh" / "worker.json", trained(world)
     index_worker.export(tmp_path, 4, encoder)
-    slow = 'sleep 5\nexec python "$@"\n'
+    slow = f'touch {tmp_path}/begun\nsleep 5\nexec python "$@"\n'
     process = start_worker(world, tmp_path, launch=slow)
-    wait_until(lambda: life.is_file() and read_json(life)["step"] == 4, process)
+    wait_until((tmp_path / "begun").is_file, process)  # the sign of life is older than the child
+    assert read_json(life)["step"] == 4
     assert index_worker.worker_state(tmp_path, 60) == "" and index_worker.finished(tmp_path) == 0
     process.kill()
     process.wait()

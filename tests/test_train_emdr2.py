@@ -17,11 +17,10 @@ import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import RagSequenceForGeneration, RagTokenForGeneration
 
 from tests.processes import ENVIRONMENT, begin, kill_tree, on_devices, run
-from tests.saved import Saved
+from tests.saved import Largest, Saved
 from tests.test_live_index import make_embeddings
 from tests.toy import CITIES, COLOURS, THINGS, make_world
 from tests.toy_t5 import t5
@@ -35,13 +34,19 @@ from train_emdr2 import (
     main,
     retrieve,
     retriever_loss,
-    vectors_of,
 )
 from utils.config import ROOT, UserError, load_config
 from utils.corpus import Passage
 from utils.data import Corpus
 from utils.embeddings import open_embeddings
-from utils.encoder import collate, load_encoder, save_encoder, tokenize_passages, tokenize_questions
+from utils.encoder import (
+    collate,
+    load_encoder,
+    save_encoder,
+    tokenize_passages,
+    tokenize_questions,
+    vectors_of,
+)
 from utils.fid import (
     encode_contexts,
     extend,
@@ -52,6 +57,7 @@ from utils.fid import (
     tokenize_contexts,
 )
 from utils.files import read_json
+from utils.index_worker import training_ended
 from utils.live_index import LiveIndex
 
 GOLDEN = Path(__file__).parent / "golden" / "emdr2_loss.json"
@@ -146,6 +152,7 @@ def config(world, **changes):
         "dev": world / "train.jsonl",
         "corpus": world / "corpus.tsv",
         "top_k": 4,
+        "temperature": 0.0,
         "reader_tokens": 48,
         "answer_tokens": 6,
         "batch_size": 6,
@@ -267,8 +274,9 @@ def test_the_gradient_is_prior_minus_posterior():
 
 def test_the_marginals_are_those_of_hugging_faces_rag():
     """RagTokenForGeneration.marginalize and RagSequenceForGeneration.get_nll, called on the same logits."""
-    scores_BK, log_BKTV, labels_BT, mask_BT = random_case(5, B=2, V=7)
+    scores_BK, log_BKTV, labels_BT, _ = random_case(5, B=2, V=7)
     labels_BT, pad = labels_BT % 5 + 1, 0
+    mask_BT = torch.tensor([[True] * 3, [True, True, False]])  # get_nll scores documents at the second target
     flat_NTV = log_BKTV.flatten(0, 1)
     generator = SimpleNamespace(pad_token_id=pad, bos_token_id=None)
     rag = SimpleNamespace(config=SimpleNamespace(n_docs=4, bos_token_id=None, generator=generator))
@@ -282,11 +290,8 @@ def test_the_marginals_are_those_of_hugging_faces_rag():
     targets_BT = torch.cat([torch.full((2, 1), 9), labels_BT.masked_fill(~mask_BT, pad)], 1)
     with_end_NTV = torch.cat([flat_NTV, flat_NTV[:, :1]], 1)  # a fourth token, a pad for every answer
     nll_B = RagSequenceForGeneration.get_nll(rag, with_end_NTV, scores_BK, targets_BT)
-    mask_BT = torch.tensor([[True] * 3, [True, False, False]])
     got = retriever_loss(log_prior_BK, log_BKT, mask_BT, "sequence")
-    assert torch.isclose(got, nll_B.mean(), atol=1e-9) or mask_BT[1].sum() == 1
-    both = retriever_loss(log_prior_BK[:1], log_BKT[:1], mask_BT[:1], "sequence")
-    assert torch.isclose(both, nll_B[0], atol=1e-9)
+    assert torch.isclose(got, nll_B.mean(), atol=1e-9)
 
 
 def test_impossible_passages_and_pads_leave_the_loss_finite():
@@ -295,8 +300,9 @@ def test_impossible_passages_and_pads_leave_the_loss_finite():
     log_BKT = of_labels(log_BKTV, labels_BT)
     log_BKT[0, 1] = -torch.inf
     log_BKT[1, :, 2] = torch.nan
-    for marginal in ("token", "sequence"):
-        loss = retriever_loss(scores_BK.log_softmax(1), log_BKT, mask_BT, marginal)
+    for form in ("token", "sequence", "kl"):
+        given = scores_BK.log_softmax(1), log_BKT, mask_BT
+        loss = kl_loss(*given) if form == "kl" else retriever_loss(*given, form)
         (got_BK,) = torch.autograd.grad(loss, scores_BK)
         assert torch.isfinite(loss) and torch.isfinite(got_BK).all() and got_BK[0, 1] > 0
 
@@ -495,23 +501,35 @@ def test_dropout_is_a_function_of_seed_and_step_and_checkpointing_changes_nothin
         assert close(flat(cheap[name]), flat(first[name]), 1e-6)
 
 
-def test_what_is_logged_is_what_it_says(world):
-    """Entropy, agreement and share of passages with an answer, by hand from the same models."""
-    gradients, shown, (cfg, examples, rows, corpus, models) = one_step(world, dropout=0.0)
-    has, entropy = [], []
-    for example, own in zip(examples, rows, strict=True):
-        has += [example["answers"][0] in corpus[row].text.split() for row in own]
-        query, doc = models["query_encoder"], models["doc_encoder"]
+@pytest.mark.parametrize("form", ["token", "sequence", "kl"])
+def test_what_is_logged_is_what_it_says(world, form):
+    """Entropy, agreement with what the loss draws to, share of passages with an answer, by hand."""
+    changes = {"retriever_loss": "kl"} if form == "kl" else {"marginal": form}
+    _, shown, (cfg, examples, rows, corpus, models) = one_step(world, dropout=0.0, **changes)
+    fid, query, doc = models["reader"], models["query_encoder"], models["doc_encoder"]
+    has, entropy, agree = [], [], []
+    for example, own, said in zip(examples, rows, ANSWERS, strict=True):
+        passages = [corpus[row] for row in own]
+        has += [example["answers"][0] in passage.text.split() for passage in passages]
+        labels_1T = tokenize_answers(fid, [said])
         with torch.no_grad():
             q_1D = query(**collate(query, tokenize_questions(query, [example["question"]])))
-            texts = [(corpus[row].title, corpus[row].text) for row in own]
-            prior_K = (doc(**collate(doc, tokenize_passages(doc, texts))) @ q_1D[0] / math.sqrt(32)).softmax(
-                0
-            )
+            d_KD = doc(**collate(doc, tokenize_passages(doc, [(p.title, p.text) for p in passages])))
+            ids = tokenize_contexts(fid, example["question"], passages)
+            logits = [fid.model(input_ids=torch.tensor([one]), labels=labels_1T).logits for one in ids]
+        p_KT = torch.cat([x.softmax(2).gather(2, labels_1T[:, :, None])[..., 0] for x in logits])
+        prior_K = (d_KD @ q_1D[0] / math.sqrt(32)).softmax(0)
+        joint_KT = prior_K[:, None] * p_KT
+        wanted_K = {
+            "token": (joint_KT / joint_KT.sum(0)).mean(1),
+            "sequence": prior_K * p_KT.prod(1),
+            "kl": p_KT.log().mean(1),
+        }[form]
         entropy.append(-(prior_K * prior_K.log()).sum().item())
+        agree.append(prior_K.argmax().item() == wanted_K.argmax().item())
     assert 0 < np.mean(has) < 1 and abs(shown["has"] - np.mean(has)) < 1e-6
     assert abs(shown["entropy"] - np.mean(entropy)) < 1e-4
-    assert shown["agree"] * 6 in range(7)
+    assert shown["agree"] == pytest.approx(np.mean(agree)) and 0 < shown["agree"] < 1
 
 
 def device_step(folder, world):
@@ -540,19 +558,6 @@ def test_two_devices_give_the_gradient_and_the_metrics_of_one(world, tmp_path):
 
 
 # ---------------------------------------------------------------- memory
-class Largest(TorchDispatchMode):
-    """The largest number of elements of any tensor that is made."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **kwargs or {})
-        for tensor in made if isinstance(made, tuple | list) else [made]:
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return made
-
-
 def test_the_logits_of_all_passages_never_exist_together(world, tmp_path):
     """Forward and backward, 2000 words: with score_chunk 2 no tensor has a quarter of B*K*T*V elements."""
     changes = {"reader": t5(tmp_path, vocab_size=2000), "passage_chunk": 2, "top_k": 12, "question_chunk": 2}
@@ -582,7 +587,7 @@ def test_activations_are_those_of_one_chunk_and_of_one_loss(world):
 
 
 # ---------------------------------------------------------------- the command, as its user meets it
-TIMES = ("seconds", "refresh_seconds", "search_seconds", "forward_seconds", "backward_seconds")
+TIMES = [f"{part}seconds" for part in ("", "refresh_", "search_", "forward_", "backward_", "other_")]
 
 
 def rows_of(run_dir):
@@ -610,7 +615,10 @@ def whole(world, tmp_path_factory):
 
 
 def test_reader_and_retriever_learn_from_each_other(world, tmp_path, monkeypatch):
-    """From questions and answers alone more answers are right, and more first passages hold the answer."""
+    """
+    From questions and answers alone: EM and hit@1 both rise by 0.2 or more, to 0.75 or more; both losses
+    fall, more of the passages read hold an answer; the learning rate ends at its floor.
+    """
     changes = {"dropout": 0.0, "learning_rate": 5e-4, "retriever_lr_scale": 2, "epochs": 40}
     cfg, train, corpus, models, index = parts(world, **changes)
     before = evaluate(train, corpus, index, models, models["query_encoder"], ACCELERATOR, cfg)
@@ -630,7 +638,7 @@ def test_plain_fid_leaves_the_retriever_alone(world, tmp_path, monkeypatch):
     changes = {"retriever_loss": "none", "run_dir": tmp_path / "fid", "stop_after": 4, "refresh_every": 2}
     call(config(world, **changes)[1], monkeypatch)
     steps = [row for row in rows_of(tmp_path / "fid") if "loss" in row]
-    assert [row["index_age"] for row in steps] == list(range(4)) and "ret" not in steps[0]
+    assert len(steps) == 4 and not {"ret", "index_age"} & {*steps[0]}
     folders = sorted(path.name for path in (tmp_path / "fid").iterdir() if path.is_dir())
     assert folders == ["checkpoints", "reader"]
     start, end = (load_fid(path).state_dict() for path in (world / "reader", tmp_path / "fid" / "reader"))
@@ -731,12 +739,13 @@ def test_training_takes_vectors_from_a_live_worker(world, tmp_path, monkeypatch)
 
 
 def test_without_a_worker_training_goes_on_and_says_so(world, tmp_path, monkeypatch, capsys):
-    """Async and nobody there: once per interval a line, the given vectors stay in use, exports are made."""
+    """Async and nobody there: a line per interval, the given vectors stay in use, one export is kept."""
     _, keys = config(world, run_dir=tmp_path / "run", refresh="async", refresh_every=3, stop_after=8, dev="")
     call(keys, monkeypatch)
     assert capsys.readouterr().out.count("no index worker has been seen") == 2
     assert [row["index_age"] for row in rows_of(tmp_path / "run")] == list(range(8))
-    assert len(list((tmp_path / "run" / "refresh").glob("step_*/doc_encoder"))) == 2
+    exports = [path.parent.name for path in (tmp_path / "run" / "refresh").glob("step_*/doc_encoder")]
+    assert exports == ["step_00000006"], "nobody will ask for an older one"
 
 
 def test_it_answers_a_file_of_questions(whole, world, tmp_path, monkeypatch, capsys):
@@ -776,12 +785,73 @@ def test_it_answers_a_file_of_questions(whole, world, tmp_path, monkeypatch, cap
     assert short["q1"] == text.strip()
 
 
+def test_it_answers_dprs_result_file_without_a_corpus(world, tmp_path, monkeypatch):
+    """The passages come with the questions; a reader that wants their neighbours is refused."""
+    corpus, entries = Corpus(world / "corpus.tsv"), []
+    for question in map(json.loads, (world / "train.jsonl").read_text().splitlines()):
+        passage = corpus[corpus.row(question["positives"][0])]
+        ctxs = [{"title": passage.title, "text": passage.text}]
+        entries.append({key: question[key] for key in ("question", "answers")} | {"ctxs": ctxs})
+    (tmp_path / "test.json").write_text(json.dumps(entries))
+    changes = {"train": "", "dev": "", "corpus": "", "test": tmp_path / "test.json", "top_k": 1}
+    call(config(world, out=tmp_path / "out.json", **changes)[1], monkeypatch)
+    metrics = read_json(tmp_path / "out.metrics.json")
+    assert metrics["EM@1"]["n"] == 12 and metrics["EM@1"]["value"] >= 8 / 12
+    save_encoder(load_fid(world / "reader", {"neighbors": True}), tmp_path / "wide")
+    with pytest.raises(UserError, match="wide reads neighbours too: give a question file"):
+        call(config(world, out=tmp_path / "out.json", reader=tmp_path / "wide", **changes)[1], monkeypatch)
+
+
+def test_a_projection_is_refused_before_training(world, tmp_path, monkeypatch):
+    """An encoder with a layer on top, as a .cp can have, would fail at the first checkpoint."""
+
+    def projected(*arguments, **keys):
+        encoder = load_encoder(*arguments, **keys)
+        encoder.projection = torch.nn.Linear(32, 32)
+        return encoder
+
+    monkeypatch.setattr("train_emdr2.load_encoder", projected)
+    with pytest.raises(UserError, match="query_encoder: .* has a projection on top"):
+        call(config(world, run_dir=tmp_path / "run")[1], monkeypatch)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_that_goes_on_is_not_finished(world, tmp_path, monkeypatch):
+    """While it trains on, an index worker does not see its end; a rerun draws a picture that is lost."""
+    folder, ended = tmp_path / "run", []
+    _, keys = config(world, run_dir=folder, dev="", resume="changed")
+
+    def look(*arguments):
+        ended.append(training_ended(SimpleNamespace(run_dir=folder)))
+        return draw(*arguments)
+
+    monkeypatch.setattr("train_emdr2.draw", look)
+    for last in (1, 3, 3):
+        (folder / "curves.png").unlink(missing_ok=True)
+        call(keys | {"stop_after": last}, monkeypatch)
+        assert (folder / "metrics.json").is_file() and (folder / "curves.png").is_file()
+    assert ended == [False] * 3
+
+
+def test_bf16_stays_near_full_precision(world, tmp_path, monkeypatch):
+    """Three steps without dropout, one refresh: finite, other numbers, and losses within a few percent."""
+    _, keys = config(world, dropout=0.0, stop_after=3, dev="", refresh_every=2)
+    done = run("train_emdr2.py", keys | {"run_dir": tmp_path / "half", "mixed_precision": "bf16"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    call(keys | {"run_dir": tmp_path / "full"}, monkeypatch)
+    for half, full in zip(rows_of(tmp_path / "half"), rows_of(tmp_path / "full"), strict=True):
+        for key in ("loss", "ret"):
+            assert math.isfinite(half[key]) and half[key] != full[key]
+            assert half[key] == pytest.approx(full[key], rel=0.05), key
+
+
 def test_mistakes_end_in_one_line(whole, world, tmp_path, monkeypatch):
     """One sentence with the file or key, before any training."""
     make_embeddings(world / "doc_encoder", world / "corpus.tsv", tmp_path / "other")
     save_encoder(load_encoder(world / "query_encoder", "question"), tmp_path / "query")  # pair "toy"
     (tmp_path / "none.jsonl").write_text('{"qid": "q0", "question": "who"}\n')
-    (tmp_path / "bare.jsonl").write_text('{"qid": "q0", "question": "who", "answers": ["red"]}\n' * 1)
+    (tmp_path / "bare.jsonl").write_text('{"qid": "q0", "question": "who", "answers": ["red"]}\n')
+    answering = {"train": "", "dev": "", "test": world / "train.jsonl", "out": tmp_path / "out.json"}
     for changes, words in (
         (
             {"embeddings": tmp_path / "other", "query_encoder": tmp_path / "query"},
@@ -805,6 +875,8 @@ def test_mistakes_end_in_one_line(whole, world, tmp_path, monkeypatch):
         ({"train": ""}, ["give either train, or test"]),
         ({"test": world / "train.jsonl"}, ["give either train, or test"]),
         ({"train": "", "test": world / "train.jsonl", "out": "x.txt"}, ["must be the path of a .json"]),
+        (answering | {"reader": t5(tmp_path)}, ["t5 has not learned to answer", "give run_dir/reader"]),
+        (answering | {"reader": world / "doc_encoder"}, ["doc_encoder has not learned to answer"]),
         ({"run_dir": whole[1]}, ["--resume exact"]),
         ({"run_dir": whole[1], "resume": "exact", "top_k": 5}, ["top_k: 4 then, 5 now"]),
     ):
@@ -848,8 +920,11 @@ def test_dry_runs_write_nothing(whole, world, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_all_configs_of_emdr2_have_its_keys_in_its_order():
+def test_all_configs_of_emdr2_have_its_keys_in_its_order_and_the_papers_numbers():
     """`diff` of two configs teaches only when both have the same keys in the same order."""
+    for name, numbers in (("nq", (10, 64, 500)), ("trivia", (10, 64, 250)), ("webq", (20, 16, 500))):
+        found = yaml.safe_load((ROOT / "config" / f"train_emdr2_{name}.yaml").read_text())
+        assert (found["epochs"], found["batch_size"], found["eval_every"]) == numbers, name
     schema = ROOT / "config" / "train_emdr2_nq.yaml"
     others = list((ROOT / "config").glob("train_emdr2_*.yaml"))
     assert len(others) >= 3

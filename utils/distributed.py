@@ -11,10 +11,12 @@ which makes it 1/W of the true one: DPR and nanoDPR train with that factor, GC-D
 import os
 import resource
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from utils.config import UserError
 
@@ -29,7 +31,10 @@ def start(mixed_precision="no"):
     asked = int(os.environ.get("WORLD_SIZE", 1))
     # why cpu=: without a GPU accelerate would start torchrun's second process as a lonely first one
     lonely = asked > 1 and not torch.cuda.is_available()
-    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=lonely)
+    # why: while one device hashes tens of GB the others wait, and NCCL ends them after ten minutes
+    # from: EMDR2 megatron/mpu/initialize.py:255-264
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=4))
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=lonely, kwargs_handlers=[patience])
     # trap: `accelerate launch --cpu --num_processes 2` has been seen to start a single process without a word
     if accelerator.num_processes != asked:
         raise UserError(

@@ -150,6 +150,17 @@ def embed(encoder, ids, batch_size, kind, autocast=contextlib.nullcontext, progr
     return vectors_ND
 
 
+def vectors_of(encoder, ids, kind, chunk, autocast):
+    """Id lists -> tensor [N, D] with a graph, `chunk` rows in a forward pass; rows of like length meet."""
+    order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), i))
+    parts = []
+    for k in range(0, len(order), chunk):
+        part = [ids[i] for i in order[k : k + chunk]]
+        with autocast():
+            parts.append(encoder(**collate(encoder, part, full_length(encoder, kind))))
+    return torch.cat(parts)[torch.from_numpy(np.argsort(order)).to(parts[0].device)]
+
+
 def embed_on_devices(encoder, ids, batch_size, kind, accelerator):
     """
     Id lists -> tensor float32 [N, D] on every device, each having made its share. The groups are the same for

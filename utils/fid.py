@@ -16,6 +16,7 @@ of EMDR2 (Singh et al. 2021; specs: emdr2.md, 1.1). On disk a Fid is a plain T5 
 B questions · K passages each · N contexts, B*K · L tokens of a context · T answer tokens · D hidden · V words
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import groupby, takewhile
 from pathlib import Path
@@ -23,10 +24,12 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, pad
+from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from utils.config import UserError
+from utils.distributed import gather_items, world
 from utils.dpr_files import check_complete
 from utils.encoder import check_sizes, collate, settle, unreachable
 from utils.files import read_json
@@ -261,6 +264,34 @@ def answer(fid, rows, chunk, autocast=nullcontext):
     answers = generate(fid, hidden_NLD.unflatten(0, (-1, most)), mask_NL.unflatten(0, (-1, most)), autocast)
     fid.train(was_training)
     return answers
+
+
+def answer_all(fid, examples, rows, corpus, chunk, accelerator):
+    """
+    The answer to every example from the passages corpus[row] of its rows, on every device, each having
+    written its share: [{"text": answer}], or [None] without passages (see utils/predictions.py). chunk:
+    contexts in one forward pass.
+    """
+    (rank, devices), answers = world(), {}
+    known = [i for i, own in enumerate(rows) if len(own)]
+    width = max(1, chunk // max(1, *map(len, rows)))
+    mine = [known[k : k + width] for k in range(0, len(known), width)][rank::devices]
+
+    def tokenized(block):
+        passages = {i: [corpus[row] for row in rows[i]] for i in block}
+        return [contexts_of(examples[i]["question"], passages[i], rows[i], corpus, fid) for i in block]
+
+    bar = tqdm(total=sum(map(len, mine)), desc="answers", delay=5, leave=False, disable=None)
+    with bar, ThreadPoolExecutor(1) as ahead:  # the next block is tokenised while this one is read
+        upcoming = ahead.submit(tokenized, mine[0]) if mine else None
+        for n, block in enumerate(mine):
+            contexts = upcoming.result()
+            upcoming = ahead.submit(tokenized, mine[n + 1]) if n + 1 < len(mine) else None
+            texts = answer(fid, contexts, chunk, accelerator.autocast)
+            answers |= {i: {"text": text} for i, text in zip(block, texts, strict=True)}
+            bar.update(len(block))
+    answers = gather_items(answers)
+    return [[answers.get(i)] for i in range(len(examples))]
 
 
 # ------------------------------------------------------------------------------------------------ disk

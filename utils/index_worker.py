@@ -98,9 +98,19 @@ def abandon(run_dir, step):
 
 
 def clean(run_dir, keep):
-    """Delete the exports older than the newest of the steps `keep`, and their embeddings, but for these."""
+    """
+    Delete, but for the steps `keep` and those that a checkpoint resumes with, the exports older than the
+    newest of these, and those that a newer export has overtaken before the worker came to them.
+    """
+    folder = Path(run_dir)
+    states = [read_json(path) for path in folder.glob("checkpoints/step_*/state.json")]
+    keep = {*keep, *(state.get("index_step", 0) for state in states)}
+    life = folder / "refresh" / "worker.json"
+    # trap: without it a worker slower than the exports would lose each one before it is done
+    at_work = read_json(life)["step"] if life.is_file() else 0
     for other in steps_with(run_dir):
-        if other < max(keep, default=0) and other not in keep:
+        overtaken = other < exported_step(run_dir) and not vectors(run_dir, other).is_dir()
+        if other not in keep and (other < max(keep, default=0) or (overtaken and other != at_work)):
             remove(folder_of(run_dir, other))
     for leftover in (Path(run_dir) / "refresh").glob(".step_*.old"):  # of a killed call
         shutil.rmtree(leftover, ignore_errors=True)
@@ -181,7 +191,10 @@ def encode(cfg, step, lock):
     keys |= {key: getattr(cfg, key) for key in ("corpus", "corpus_format", "batch_size", "mixed_precision")}
     argv = [*shlex.split(cfg.launch), str(ROOT / "doc2embedding.py")]
     argv += [part for key, value in keys.items() for part in (f"--{key}", str(value))]
+    show_life(cfg.run_dir, step)  # from here on the trainer leaves this export alone
     began, encoder = time.time(), identity(source)
+    if not encoder:
+        return
     # why a session of its own: the signals below reach the whole family, Ctrl-C reaches only us
     child = subprocess.Popen(
         argv, env=os.environ | {"PATH": search_path()}, start_new_session=True, pass_fds=[lock.fileno()]
@@ -197,17 +210,21 @@ def encode(cfg, step, lock):
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGTERM)
             child.wait()
+    done = not child.returncode and (building / "manifest.json").is_file()
+    if done and identity(source) == encoder:
+        with contextlib.suppress(FileNotFoundError):  # withdrawn in this very moment
+            os.replace(building, vectors(cfg.run_dir, step))
+            sync_folder(folder)
+            minutes = (time.time() - began) / 60
+            print(f"step {step}: embeddings complete in {minutes:.1f} minutes", flush=True)
+            return
     if identity(source) != encoder:  # a run that was killed and resumed has exported this step anew
         print(f"step {step}: withdrawn by the training run, its vectors are dropped", flush=True)
         return remove(building if source.is_dir() else folder)
-    if child.returncode or not (building / "manifest.json").is_file():
-        raise UserError(
-            f"doc2embedding.py failed on {source} (exit code {child.returncode}, its message is above); "
-            "start the worker again when that is settled, it goes on from there"
-        )
-    os.replace(building, vectors(cfg.run_dir, step))
-    sync_folder(folder)
-    print(f"step {step}: embeddings complete in {(time.time() - began) / 60:.1f} minutes", flush=True)
+    raise UserError(
+        f"doc2embedding.py failed on {source} (exit code {child.returncode}, its message is above); "
+        "start the worker again when that is settled, it goes on from there"
+    )
 
 
 def forget_old(run_dir):
@@ -218,6 +235,14 @@ def forget_old(run_dir):
     for step in steps_with(run_dir, ".embeddings.tmp"):
         if step < max(done, default=0):
             shutil.rmtree(folder_of(run_dir, step) / ".embeddings.tmp", ignore_errors=True)
+
+
+def check_corpus(run_dir, corpus):
+    """UserError where the run's checkpoints say that it reads another corpus; without one, nobody knows."""
+    states = sorted(Path(run_dir).glob("checkpoints/step_*/state.json"))
+    known = read_json(states[-1])["settings"].get("content of corpus") if states else None
+    if known and not corpus.sha256.startswith(known):  # the run would stop at these vectors
+        raise UserError(f"{run_dir} is trained on another corpus than {corpus.path}: give its own --corpus")
 
 
 def training_ended(cfg):
@@ -245,6 +270,7 @@ def main():
         show_life(cfg.run_dir, 0)
         newest = exported_step(cfg.run_dir)
         if newest > finished(cfg.run_dir):
+            check_corpus(cfg.run_dir, corpus)
             encode(cfg, newest, lock)
             forget_old(cfg.run_dir)
         else:

@@ -15,12 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from utils.config import UserError
 from utils.distributed import gather_rows, world
 from utils.embeddings import open_embeddings
-from utils.encoder import embed, tokenize_passages
+from utils.encoder import embed, load_encoder, tokenize_passages
+from utils.index_worker import finished, folder_of, vectors
 from utils.search import CHUNK, SPARE, check, exact_topk, fetch, settle
 
 BLOCK = 65536  # rows widened to float32 at a time on a GPU: 0.2 GB, and 4096 x 65536 scores at most
@@ -146,6 +148,32 @@ class LiveIndex:
                 self.shards[0][rows.start - self.rows.start : rows.stop - self.rows.start] = stored_nD
         self.origin, self.step = f"{self.corpus.path} after the refresh at step {step}", step
         self._copy()
+
+    def follow(self, run_dir):
+        """Take over the newest embeddings that a worker has completed; True where they are newer."""
+        newest = torch.zeros((), dtype=torch.long, device=self.device)
+        if world()[0] == 0:
+            newest += finished(run_dir)
+        if world()[1] > 1:
+            dist.all_reduce(newest)  # one device looks, so that all change over at the same step
+        if newest <= self.step:
+            return False
+        self.load(vectors(run_dir, int(newest)), int(newest))
+        return True
+
+    def restore(self, run_dir, step, doc_encoder, batch_size, accelerator):
+        """
+        The rows that a run had made at `step`: a worker's embeddings, or its export encoded again. 0: those
+        of the folder, which `doc_encoder` must have made.
+        """
+        if step and vectors(run_dir, step).is_dir():
+            return self.load(vectors(run_dir, step), step)
+        source = folder_of(run_dir, step) / "doc_encoder" if step else doc_encoder
+        encoder = load_encoder(source, "passage").to(self.device)
+        if step:
+            self.refresh(encoder, step, batch_size, accelerator.autocast)
+        else:
+            self.check(encoder, accelerator)
 
     def _copy(self):
         """Bring the copy on the GPU up to date; only where it leaves as much room again for training."""

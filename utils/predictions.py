@@ -4,6 +4,7 @@ from pathlib import Path
 
 from utils.config import UserError, need_out
 from utils.files import write_json
+from utils.metrics import print_table, with_intervals
 from utils.text import exact_match, f1
 
 
@@ -31,7 +32,10 @@ def need_predictions_out(cfg, *inputs):
 
 
 def write_predictions(out, examples, answers, top_docs):
-    """DPR's layout (train_extractive_reader.py:512-536) in `out`; {qid: answer} in .answers.json."""
+    """
+    DPR's layout (train_extractive_reader.py:512-536) in `out`; {qid: answer} in .answers.json; EM and F1 with
+    their intervals in .metrics.json and on the screen.
+    """
     rows = [
         {
             "question": example["question"],
@@ -45,4 +49,9 @@ def write_predictions(out, examples, answers, top_docs):
     write_json(out, rows)
     texts = [predictions[-1]["text"] if predictions[-1] else "" for predictions in answers]
     qids = [example["qid"] for example in examples]
-    write_json(Path(out).with_suffix(".answers.json"), dict(zip(qids, texts, strict=True)))
+    path = Path(out)
+    write_json(path.with_suffix(".answers.json"), dict(zip(qids, texts, strict=True)))
+    metrics = with_intervals(answer_scores(examples, answers, top_docs))
+    write_json(path.with_suffix(".metrics.json"), metrics)
+    print_table(metrics, path.name)
+    print(f"written: {path}, {path.with_suffix('.answers.json')}, {path.with_suffix('.metrics.json')}")
