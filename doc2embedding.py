@@ -21,7 +21,6 @@ n rows of a shard or of a window · D dimensions
 import functools
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 from utils.config import UserError, at_least, choose, friendly_errors, load_config
 from utils.data import Corpus
-from utils.distributed import start
+from utils.distributed import ahead, start
 from utils.embeddings import check_finite, refuse_another, unfinished
 from utils.encoder import embed, encoder_hash, load_encoder, tokenize_passages
 from utils.estimate import dry_run
@@ -47,20 +46,13 @@ def windows_of(rows, size):
 
 
 def read_windows(corpus, encoder, windows):
-    """Yield the id lists of each window (rows); the next is tokenised while the device computes."""
+    """The id lists of each window (rows), one by one; the next is tokenised while the device computes."""
 
     def read(rows):
         passages = [corpus[row] for row in rows]
         return tokenize_passages(encoder, [(passage.title, passage.text) for passage in passages])
 
-    with ThreadPoolExecutor(1) as pool:
-        ahead = []
-        for rows in windows:
-            ahead.append(pool.submit(read, rows))
-            if len(ahead) == 2:
-                yield ahead.pop(0).result()
-        if ahead:
-            yield ahead.pop().result()
+    return ahead(read, windows)
 
 
 def encode_shard(file, rows, stream, encoder, corpus, cfg, autocast, bar):

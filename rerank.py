@@ -19,7 +19,6 @@ the bytes are the same for any W.
 import shutil
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
 
@@ -40,7 +39,7 @@ from utils.config import (
 )
 from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pairs
 from utils.data import Corpus, iter_run, read_questions, write_run
-from utils.distributed import start
+from utils.distributed import ahead, start
 from utils.embeddings import refuse_another
 from utils.estimate import dry_run
 from utils.files import folder_hash, need_space, read_json, sha256, write_json
@@ -79,22 +78,16 @@ def rankings_of(path, questions, depth):
 
 
 def read_blocks(todo, questions, corpus, cross, cfg):
-    """Yield (i, rankings, id lists) of the blocks `todo`; the next is tokenised while the device computes."""
+    """(i, rankings, id lists) of the blocks `todo`; the next is tokenised while the device computes."""
 
-    def read(i, block):
+    def read(numbered):
+        i, block = numbered
         pairs = [(questions[qid]["question"], pid) for qid, hits in block for pid, _ in hits]
         return i, block, tokenize_pairs(cross, [(text, corpus[corpus.row(pid)]) for text, pid in pairs])
 
-    rankings, ahead = rankings_of(cfg.ranking, questions, cfg.depth), []
-    with ThreadPoolExecutor(1) as pool:
-        for i in range(max(todo, default=-1) + 1):
-            block = list(islice(rankings, cfg.block))
-            if i in todo:
-                ahead.append(pool.submit(read, i, block))
-            if len(ahead) == 2:
-                yield ahead.pop(0).result()
-        if ahead:
-            yield ahead.pop().result()
+    rankings = rankings_of(cfg.ranking, questions, cfg.depth)
+    blocks = ((i, list(islice(rankings, cfg.block))) for i in range(max(todo, default=-1) + 1))
+    return ahead(read, ((i, block) for i, block in blocks if i in todo))
 
 
 # ------------------------------------------------------------------------------------------ model

@@ -24,7 +24,6 @@ B pairs in the global batch, b in a chunk of it · 2 labels · N pairs of the de
 """
 
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import numpy as np
@@ -36,12 +35,12 @@ from utils.checkpoint import load_optimizer, make_optimizer
 from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
 from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pairs
 from utils.data import Corpus, passage_of, read_training
-from utils.distributed import start, sum_gradients, world
+from utils.distributed import ahead, start, sum_gradients, world
 from utils.encoder import collate
 from utils.estimate import dry_run
 from utils.files import folder_hash, weights_hash
 from utils.grad_cache import chunk_seed
-from utils.run import Run
+from utils.run import Run, plan
 
 
 # ---------------------------------------------------------------- data: a batch is a function of (seed, step)
@@ -196,13 +195,7 @@ def main():
     dev, dev_pairs, dev_note = [], [], "no dev set: the last checkpoint is the best"
     if cfg.dev:
         dev, dev_pairs, dev_note = read_pairs(cfg.dev, corpus)
-    per_epoch = len(pairs) // cfg.batch_size
-    if not per_epoch:
-        raise UserError(f"{cfg.train}: {len(pairs)} pairs do not fill one batch of {cfg.batch_size}")
-    total = per_epoch * cfg.epochs
-    last = min(total, cfg.stop_after or total)
-    warmup = cfg.warmup if cfg.warmup >= 1 else cfg.warmup * total
-    late = f"warning: {warmup:.0f} steps of warm-up in {last} steps: the peak learning rate is never reached"
+    per_epoch, _, last, warmup, late = plan(len(pairs), cfg, "pairs")
 
     torch.manual_seed(cfg.seed)  # the new labels, the same on every device
     source = run.checkpoint / "cross_encoder" if run.checkpoint else cfg.init
@@ -235,39 +228,41 @@ def main():
         f"a step, {per_epoch} steps an epoch, {len(pairs) % cfg.batch_size} pairs left over; {last} in all | "
         f"adversarial step {cfg.adversarial_epsilon}"
     )
-    if not run.start(last, size, [train_note, dev_note, banner, *[late] * (warmup >= last)]):
+    if not run.start(last, size, [train_note, dev_note, banner, *late]):
         return
-    with ThreadPoolExecutor(1) as ahead:  # the next batch is tokenised while this one trains
-        upcoming = ahead.submit(make_batch, run.first, pairs, corpus, cross, cfg)
-        for step in range(run.first, last):
-            chunks, began = upcoming.result(), time.time()
-            upcoming = ahead.submit(make_batch, step + 1, pairs, corpus, cross, cfg)
-            if step == run.first:
-                ids, labels = chunks[0]
-                run.say(f"example of label {labels[0]}: {cross.tokenizer.decode(ids[0])}")
-            # from: RocketQA model/src/optimization.py:70: after the warm-up the rate is constant, no decay
-            lr = cfg.learning_rate * (step / warmup if step < warmup else 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            try:
-                loss, correct = add_gradient(chunks, cross, accelerator, cfg, step).tolist()
-            except torch.OutOfMemoryError:
-                raise UserError("out of GPU memory: a smaller --chunk gives the same gradient") from None
-            accelerator.unscale_gradients()
-            norm = torch.nn.utils.clip_grad_norm_(weights, cfg.max_grad_norm).item()
-            run.refuse_non_finite(loss, norm, lr)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            seconds = time.time() - began
-            run.step(
-                f"{cfg.batch_size / seconds:.1f} pairs/s",
-                {"loss": loss, "acc": correct / cfg.batch_size, "lr": lr},
-                {"grad_norm": norm, "seconds": seconds},
-            )
-            if dev and ((step + 1) % (cfg.eval_every or per_epoch) == 0 or step + 1 == last):
-                run.dev(evaluate(dev, dev_ids, cross, accelerator, cfg), by="mrr", sign=1)
-            cross.inputs["pair"] = f"{run.fingerprint}-{step + 1}"  # tells these weights from an older copy
-            run.save({"cross_encoder": cross}, optimizer, evaluates=bool(dev))
+
+    def batch_of(step):
+        return make_batch(step, pairs, corpus, cross, cfg)
+
+    steps = range(run.first, last)
+    for step, chunks in zip(steps, ahead(batch_of, steps), strict=True):  # the next is tokenised meanwhile
+        began = time.time()
+        if step == run.first:
+            ids, labels = chunks[0]
+            run.say(f"example of label {labels[0]}: {cross.tokenizer.decode(ids[0])}")
+        # from: RocketQA model/src/optimization.py:70: after the warm-up the rate is constant, no decay
+        lr = cfg.learning_rate * (step / warmup if step < warmup else 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        try:
+            loss, correct = add_gradient(chunks, cross, accelerator, cfg, step).tolist()
+        except torch.OutOfMemoryError:
+            raise UserError("out of GPU memory: a smaller --chunk gives the same gradient") from None
+        accelerator.unscale_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(weights, cfg.max_grad_norm).item()
+        run.refuse_non_finite(loss, norm, lr)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds = time.time() - began
+        run.step(
+            f"{cfg.batch_size / seconds:.1f} pairs/s",
+            {"loss": loss, "acc": correct / cfg.batch_size, "lr": lr},
+            {"grad_norm": norm, "seconds": seconds},
+        )
+        if dev and ((step + 1) % (cfg.eval_every or per_epoch) == 0 or step + 1 == last):
+            run.dev(evaluate(dev, dev_ids, cross, accelerator, cfg), by="mrr", sign=1)
+        cross.inputs["pair"] = f"{run.fingerprint}-{step + 1}"  # tells these weights from an older copy
+        run.save({"cross_encoder": cross}, optimizer, evaluates=bool(dev))
 
 
 if __name__ == "__main__":

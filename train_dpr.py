@@ -30,7 +30,6 @@ B questions, P = B * (1 + negatives) passages on this device · Q, N the same on
 import math
 import random
 import time
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
 import numpy as np
@@ -40,7 +39,7 @@ import torch.nn.functional as F
 from utils.checkpoint import load_optimizer, make_optimizer
 from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
 from utils.data import Corpus, passage_of, read_training
-from utils.distributed import gather_rows, start, sum_gradients, world
+from utils.distributed import ahead, gather_rows, start, sum_gradients, world
 from utils.encoder import (
     collate,
     embed_on_devices,
@@ -53,7 +52,7 @@ from utils.estimate import dry_run
 from utils.files import folder_hash, weights_hash
 from utils.grad_cache import grad_cache_step
 from utils.metrics import positive_ranks
-from utils.run import Run
+from utils.run import Run, plan
 
 TOWERS = {"query_encoder": "question", "doc_encoder": "passage"}
 INPUTS = ("question_tokens", "passage_tokens", "pooling", "token_types")
@@ -256,13 +255,7 @@ def main():
     dev, dev_note = [], "no dev set: the last checkpoint is the best"
     if cfg.dev:
         dev, dev_note = read_training(cfg.dev, corpus)
-    per_epoch = len(train) // cfg.batch_size
-    if not per_epoch:
-        raise UserError(f"{cfg.train}: {len(train)} questions do not fill one batch of {cfg.batch_size}")
-    total = per_epoch * cfg.epochs
-    last = min(total, cfg.stop_after or total)
-    warmup = cfg.warmup if cfg.warmup >= 1 else cfg.warmup * total
-    late = f"warning: {warmup:.0f} steps of warm-up in {last} steps: the peak learning rate is never reached"
+    per_epoch, total, last, warmup, late = plan(len(train), cfg)
 
     starts = {name: run.checkpoint / name if run.checkpoint else cfg.init for name in TOWERS}
     encoders = load_towers(starts, cfg, accelerator.device)
@@ -291,40 +284,42 @@ def main():
         f"{cfg.batch_size * (1 + cfg.negatives) - 1} negatives each | {per_epoch} steps an epoch, "
         f"{len(train) % cfg.batch_size} questions left over; {last} in all | gradient x {cfg.gradient_scale}"
     )
-    if not run.start(last, size, [train_note, dev_note, banner, *[late] * (warmup >= last)]):
+    if not run.start(last, size, [train_note, dev_note, banner, *late]):
         return
-    with ThreadPoolExecutor(1) as ahead:  # the next batch is tokenised while this one trains
-        upcoming = ahead.submit(make_batch, run.first, train, corpus, encoders, cfg)
-        for step in range(run.first, last):
-            batch, began = upcoming.result(), time.time()
-            upcoming = ahead.submit(make_batch, step + 1, train, corpus, encoders, cfg)
-            if step == run.first:
-                decode = encoders["query_encoder"].tokenizer.decode
-                run.say(f"example question: {decode(batch['question_chunks'][0][0])}")
-                run.say(f"example passage: {decode(batch['passage_chunks'][0][0])}")
-            lr = cfg.learning_rate * learning_rate_factor(step, warmup, total, cfg.min_lr_ratio)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            try:
-                loss, correct = add_gradient(batch, encoders, accelerator, cfg, step)
-            except torch.OutOfMemoryError:
-                raise UserError("out of memory: --grad_cache true or smaller chunks give the same") from None
-            accelerator.unscale_gradients()
-            norm = torch.nn.utils.clip_grad_norm_(weights, cfg.max_grad_norm).item()
-            run.refuse_non_finite(loss.item(), norm, lr)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            seconds = time.time() - began
-            run.step(
-                f"{cfg.batch_size / seconds:.1f} q/s",
-                {"loss": loss.item(), "acc": correct.item() / cfg.batch_size, "lr": lr},
-                {"grad_norm": norm, "duplicates_masked": batch["duplicates"], "seconds": seconds},
-            )
-            if pool and ((step + 1) % (cfg.eval_every or per_epoch) == 0 or step + 1 == last):
-                run.dev(evaluate(pool, encoders, accelerator, cfg), by="average_rank", sign=-1)
-            for encoder in encoders.values():
-                encoder.inputs["pair"] = f"{run.fingerprint}-{step + 1}"  # these two towers belong together
-            run.save(encoders, optimizer, evaluates=bool(pool))
+
+    def batch_of(step):
+        return make_batch(step, train, corpus, encoders, cfg)
+
+    steps = range(run.first, last)
+    for step, batch in zip(steps, ahead(batch_of, steps), strict=True):  # the next is tokenised meanwhile
+        began = time.time()
+        if step == run.first:
+            decode = encoders["query_encoder"].tokenizer.decode
+            run.say(f"example question: {decode(batch['question_chunks'][0][0])}")
+            run.say(f"example passage: {decode(batch['passage_chunks'][0][0])}")
+        lr = cfg.learning_rate * learning_rate_factor(step, warmup, total, cfg.min_lr_ratio)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        try:
+            loss, correct = add_gradient(batch, encoders, accelerator, cfg, step)
+        except torch.OutOfMemoryError:
+            raise UserError("out of memory: --grad_cache true or smaller chunks give the same") from None
+        accelerator.unscale_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(weights, cfg.max_grad_norm).item()
+        run.refuse_non_finite(loss.item(), norm, lr)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds = time.time() - began
+        run.step(
+            f"{cfg.batch_size / seconds:.1f} q/s",
+            {"loss": loss.item(), "acc": correct.item() / cfg.batch_size, "lr": lr},
+            {"grad_norm": norm, "duplicates_masked": batch["duplicates"], "seconds": seconds},
+        )
+        if pool and ((step + 1) % (cfg.eval_every or per_epoch) == 0 or step + 1 == last):
+            run.dev(evaluate(pool, encoders, accelerator, cfg), by="average_rank", sign=-1)
+        for encoder in encoders.values():
+            encoder.inputs["pair"] = f"{run.fingerprint}-{step + 1}"  # these two towers belong together
+        run.save(encoders, optimizer, evaluates=bool(pool))
 
 
 if __name__ == "__main__":

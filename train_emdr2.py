@@ -41,7 +41,6 @@ context · D hidden
 
 import math
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +50,7 @@ import torch.distributed as dist
 from utils.checkpoint import load_optimizer, make_optimizer
 from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file, need_value
 from utils.data import Corpus, read_questions
-from utils.distributed import start, sum_gradients, world
+from utils.distributed import ahead, start, sum_gradients, world
 from utils.embeddings import open_embeddings
 from utils.encoder import embed_on_devices, load_encoder, tokenize_passages, tokenize_questions, vectors_of
 from utils.estimate import dry_run
@@ -74,7 +73,7 @@ from utils.metrics import topk_accuracy
 from utils.plot import curves
 from utils.predictions import answer_scores, need_predictions_out, write_predictions
 from utils.reader_data import read_ranking
-from utils.run import Run
+from utils.run import Run, plan
 from utils.text import has_answer
 
 TOWERS = {"query_encoder": "question", "doc_encoder": "passage"}
@@ -263,16 +262,11 @@ def add_gradient(examples, answers, rows, corpus, models, accelerator, cfg, step
         accelerator.backward(loss)
         spent["backward_seconds"] += clock(device) - began
 
-    with ThreadPoolExecutor(1) as ahead:  # the next chunk is tokenised while this one trains
-        upcoming = ahead.submit(batch_of, chunks[0])
-        for i in range(len(chunks)):
-            batch = upcoming.result()
-            if i + 1 < len(chunks):
-                upcoming = ahead.submit(batch_of, chunks[i + 1])
-            torch.manual_seed(chunk_seed((cfg.seed, step, rank), i))  # the dropout masks
-            began = clock(device)
-            totals += learn(batch, models, backward, tokens, accelerator.autocast, cfg)
-            spent["forward_seconds"] += clock(device) - began
+    for i, batch in enumerate(ahead(batch_of, chunks)):
+        torch.manual_seed(chunk_seed((cfg.seed, step, rank), i))  # the dropout masks
+        began = clock(device)
+        totals += learn(batch, models, backward, tokens, accelerator.autocast, cfg)
+        spent["forward_seconds"] += clock(device) - began
     spent["forward_seconds"] -= spent["backward_seconds"]  # learn() ran both
     for model in models.values():
         sum_gradients(model.parameters())
@@ -400,13 +394,7 @@ def main():
         raise UserError(f"{cfg.train}: drop_source, but no question has positives to drop")
     if cfg.top_k + spare > len(corpus):
         raise UserError(f"top_k {cfg.top_k}: {cfg.corpus} has {len(corpus)} passages, {spare} may be dropped")
-    per_epoch = len(train) // cfg.batch_size
-    if not per_epoch:
-        raise UserError(f"{cfg.train}: {len(train)} questions do not fill one batch of {cfg.batch_size}")
-    total = per_epoch * cfg.epochs
-    last = min(total, cfg.stop_after or total)
-    warmup = cfg.warmup if cfg.warmup >= 1 else cfg.warmup * total
-    late = f"warning: {warmup:.0f} steps of warm-up in {last} steps: the peak learning rate is never reached"
+    per_epoch, total, last, warmup, late = plan(len(train), cfg)
 
     learns = cfg.retriever_loss != "none"
     if not learns:
@@ -462,7 +450,7 @@ def main():
         f"passages each | {per_epoch} steps an epoch, {len(train) % cfg.batch_size} questions left over; "
         f"{last} in all"
     )
-    run.start(last, size, [train_note, dev_note, banner, *[late] * (warmup >= last)])
+    run.start(last, size, [train_note, dev_note, banner, *late])
     if accelerator.is_main_process:
         abandon(run.dir, run.first)
     for step in range(run.first, last):

@@ -28,7 +28,6 @@ N questions · M passages a question · A answer spans · L tokens · b rows of 
 """
 
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +38,7 @@ from tqdm import tqdm
 from utils.checkpoint import load_optimizer, make_optimizer
 from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
 from utils.data import Corpus
-from utils.distributed import gather_items, start, sum_gradients, world
+from utils.distributed import ahead, gather_items, start, sum_gradients, world
 from utils.encoder import collate
 from utils.estimate import dry_run
 from utils.files import folder_hash, weights_hash
@@ -54,7 +53,7 @@ from utils.reader_data import (
     tokenize_rows,
     word_pieces,
 )
-from utils.run import Run
+from utils.run import Run, plan
 
 INPUTS = ("reader_tokens", "token_types")
 MAX_SPANS = 10  # mentions of the answers in a positive [DPR dpr/models/reader.py:114-274, max_n_answers]
@@ -169,11 +168,8 @@ def answer_all(examples, corpus, reader, accelerator, cfg, top_docs):
         return passages, [tokenize_rows(reader.tokenizer, *pair, length) for pair in pairs]
 
     bar = tqdm(total=sum(map(len, mine)), desc="answers", delay=5, leave=False, disable=None)
-    with bar, ThreadPoolExecutor(1) as ahead:  # the next block is tokenised while this one is read
-        upcoming = ahead.submit(tokenized, mine[0]) if mine else None
-        for k, block in enumerate(mine):
-            passages, rows = upcoming.result()
-            upcoming = ahead.submit(tokenized, mine[k + 1]) if k + 1 < len(mine) else None
+    with bar:
+        for block, (passages, rows) in zip(mine, ahead(tokenized, mine), strict=True):
             sizes = cfg.max_answer_length, cfg.eval_batch_size
             found = predict(reader, passages, rows, top_docs, *sizes, accelerator.autocast)
             answers |= zip(block, found, strict=True)
@@ -256,13 +252,7 @@ def main():
     dev, dev_corpus, dev_note = [], None, "no dev set: the last checkpoint is the best"
     if cfg.dev:
         dev, dev_corpus, dev_note = read_ranking(cfg.dev, cfg.dev_run, corpus, cfg.test_depth, ("answers",))
-    per_epoch = len(train) // cfg.batch_size
-    if not per_epoch:
-        raise UserError(f"{cfg.train}: {len(train)} questions do not fill one batch of {cfg.batch_size}")
-    total = per_epoch * cfg.epochs
-    last = min(total, cfg.stop_after or total)
-    warmup = cfg.warmup if cfg.warmup >= 1 else cfg.warmup * total
-    late = f"warning: {warmup:.0f} steps of warm-up in {last} steps: the peak learning rate is never reached"
+    per_epoch, _, last, warmup, late = plan(len(train), cfg)
     optimizer = make_optimizer(reader.named_parameters(), cfg)
     if run.checkpoint:
         load_optimizer(run.checkpoint, optimizer)
@@ -287,44 +277,46 @@ def main():
         f"passages each | {per_epoch} steps an epoch, {len(train) % cfg.batch_size} questions left over; "
         f"{last} in all"
     )
-    if not run.start(last, size, [depth_note, train_note, dev_note, banner, *[late] * (warmup >= last)]):
+    if not run.start(last, size, [depth_note, train_note, dev_note, banner, *late]):
         return
-    with ThreadPoolExecutor(1) as ahead:  # the next batch is tokenised while this one trains
-        upcoming = ahead.submit(make_batch, run.first, train, train_corpus, reader, cfg)
-        for step in range(run.first, last):
-            chunks, began = upcoming.result(), time.time()
-            upcoming = ahead.submit(make_batch, step + 1, train, train_corpus, reader, cfg)
-            if step == run.first:
-                ids, spans = chunks[0][0]["ids"][0], chunks[0][0]["spans"]
-                decode = reader.tokenizer.decode
-                run.say(f"example passage: {decode(ids)}")
-                run.say(f"example answers: {' | '.join(decode(ids[a : b + 1]) for a, b in spans)}")
-            # from: DPR trains with a rate that hardly falls (100,000 epochs are planned, about 17 needed)
-            lr = cfg.learning_rate * (step / warmup if step < warmup else 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            try:
-                loss, correct = add_gradient(chunks, reader, accelerator, cfg, step).tolist()
-            except torch.OutOfMemoryError:
-                raise UserError(
-                    "out of GPU memory: lower --question_chunk if above 1 (same gradient, other dropout "
-                    "masks), then --passages_per_question, or use --mixed_precision bf16"
-                ) from None
-            accelerator.unscale_gradients()
-            norm = torch.nn.utils.clip_grad_norm_(weights, cfg.max_grad_norm).item()
-            run.refuse_non_finite(loss, norm, lr)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            seconds = time.time() - began
-            run.step(
-                f"{cfg.batch_size / seconds:.1f} q/s",
-                {"loss": loss, "acc": correct / cfg.batch_size, "lr": lr},
-                {"grad_norm": norm, "seconds": seconds},
-            )
-            if dev and ((step + 1) % (cfg.eval_every or per_epoch) == 0 or step + 1 == last):
-                run.dev(evaluate(dev, dev_corpus, reader, accelerator, cfg), by="em", sign=1)
-            reader.inputs["pair"] = f"{run.fingerprint}-{step + 1}"  # tells these weights from an older copy
-            run.save({"reader": reader}, optimizer, evaluates=bool(dev))
+
+    def batch_of(step):
+        return make_batch(step, train, train_corpus, reader, cfg)
+
+    steps = range(run.first, last)
+    for step, chunks in zip(steps, ahead(batch_of, steps), strict=True):  # the next is tokenised meanwhile
+        began = time.time()
+        if step == run.first:
+            ids, spans = chunks[0][0]["ids"][0], chunks[0][0]["spans"]
+            decode = reader.tokenizer.decode
+            run.say(f"example passage: {decode(ids)}")
+            run.say(f"example answers: {' | '.join(decode(ids[a : b + 1]) for a, b in spans)}")
+        # from: DPR trains with a rate that hardly falls (100,000 epochs are planned, about 17 needed)
+        lr = cfg.learning_rate * (step / warmup if step < warmup else 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        try:
+            loss, correct = add_gradient(chunks, reader, accelerator, cfg, step).tolist()
+        except torch.OutOfMemoryError:
+            raise UserError(
+                "out of GPU memory: lower --question_chunk if above 1 (same gradient, other dropout "
+                "masks), then --passages_per_question, or use --mixed_precision bf16"
+            ) from None
+        accelerator.unscale_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(weights, cfg.max_grad_norm).item()
+        run.refuse_non_finite(loss, norm, lr)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds = time.time() - began
+        run.step(
+            f"{cfg.batch_size / seconds:.1f} q/s",
+            {"loss": loss, "acc": correct / cfg.batch_size, "lr": lr},
+            {"grad_norm": norm, "seconds": seconds},
+        )
+        if dev and ((step + 1) % (cfg.eval_every or per_epoch) == 0 or step + 1 == last):
+            run.dev(evaluate(dev, dev_corpus, reader, accelerator, cfg), by="em", sign=1)
+        reader.inputs["pair"] = f"{run.fingerprint}-{step + 1}"  # tells these weights from an older copy
+        run.save({"reader": reader}, optimizer, evaluates=bool(dev))
 
 
 if __name__ == "__main__":

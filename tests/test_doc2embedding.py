@@ -15,6 +15,7 @@ from tests.processes import ENVIRONMENT, run
 from tests.toy import make_world
 from utils.config import ROOT, UserError
 from utils.data import Corpus
+from utils.distributed import ahead
 from utils.embeddings import open_embeddings
 from utils.encoder import collate, load_encoder, save_encoder, tokenize_passages
 from utils.files import sha256
@@ -241,3 +242,19 @@ def test_dry_run_writes_nothing(encode, tmp_path, capsys):
     """It says what the job would cost, and leaves no folder behind."""
     encode(dry_run="true")
     assert "dry run: encoding" in capsys.readouterr().out and not (tmp_path / "e").exists()
+
+
+def test_the_next_item_is_made_meanwhile():
+    """All items in order, at most one ahead of the one in use; a failure comes where its item is due."""
+    made = []
+
+    def make(item):
+        made.append(item)
+        return 6 // item
+
+    stream = ahead(make, iter([3, 2, 1, 0, 4]))
+    for i, wanted in enumerate([2, 3, 6], 1):
+        assert next(stream) == wanted and len(made) <= i + 1
+    with pytest.raises(ZeroDivisionError):
+        next(stream)
+    assert list(ahead(make, [])) == [] and list(ahead(make, [1])) == [6]

@@ -11,6 +11,7 @@ which makes it 1/W of the true one: DPR and nanoDPR train with that factor, GC-D
 import os
 import resource
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import torch
@@ -80,6 +81,18 @@ def gather_items(mine):
     everyones = [None] * devices
     dist.all_gather_object(everyones, mine)
     return {key: value for one in everyones for key, value in one.items()}
+
+
+def ahead(function, items):
+    """Yield function(item) of each item in order; the next one is made in a thread while this one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = None
+        for item in items:
+            ready, pending = pending, pool.submit(function, item)
+            if ready:
+                yield ready.result()
+        if pending:
+            yield pending.result()
 
 
 def any_device(flag, device):

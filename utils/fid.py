@@ -16,7 +16,6 @@ of EMDR2 (Singh et al. 2021; specs: emdr2.md, 1.1). On disk a Fid is a plain T5 
 B questions · K passages each · N contexts, B*K · L tokens of a context · T answer tokens · D hidden · V words
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import groupby, takewhile
 from pathlib import Path
@@ -29,7 +28,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, T5ForCondi
 from transformers.modeling_outputs import BaseModelOutput
 
 from utils.config import UserError
-from utils.distributed import gather_items, world
+from utils.distributed import ahead, gather_items, world
 from utils.dpr_files import check_complete
 from utils.encoder import check_sizes, collate, settle, unreachable
 from utils.files import read_json
@@ -282,11 +281,8 @@ def answer_all(fid, examples, rows, corpus, chunk, accelerator):
         return [contexts_of(examples[i]["question"], passages[i], rows[i], corpus, fid) for i in block]
 
     bar = tqdm(total=sum(map(len, mine)), desc="answers", delay=5, leave=False, disable=None)
-    with bar, ThreadPoolExecutor(1) as ahead:  # the next block is tokenised while this one is read
-        upcoming = ahead.submit(tokenized, mine[0]) if mine else None
-        for n, block in enumerate(mine):
-            contexts = upcoming.result()
-            upcoming = ahead.submit(tokenized, mine[n + 1]) if n + 1 < len(mine) else None
+    with bar:
+        for block, contexts in zip(mine, ahead(tokenized, mine), strict=True):
             texts = answer(fid, contexts, chunk, accelerator.autocast)
             answers |= {i: {"text": text} for i, text in zip(block, texts, strict=True)}
             bar.update(len(block))

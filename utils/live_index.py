@@ -11,7 +11,7 @@ set is what the loss is taken over.
 Q questions · D dimensions · k results · K candidates · n rows of this device · W devices · N passages
 """
 
-from concurrent.futures import ThreadPoolExecutor
+import functools
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from utils.config import UserError
-from utils.distributed import gather_rows, world
+from utils.distributed import ahead, gather_rows, world
 from utils.embeddings import open_embeddings
 from utils.encoder import embed, load_encoder, tokenize_passages
 from utils.index_worker import finished, folder_of, vectors
@@ -125,12 +125,9 @@ class LiveIndex:
             self.shards = [np.empty((len(self.rows), encoder.dim), self.dtype)]
         windows = [self.rows[k : k + WINDOW] for k in range(0, len(self.rows), WINDOW)]
         bar = tqdm(total=len(self.rows), desc="refresh", delay=5, leave=False, disable=None)
-        with bar, ThreadPoolExecutor(1) as ahead:  # the next window is tokenised while this one is encoded
-            upcoming = ahead.submit(self._tokenize, encoder, windows[0]) if windows else None
-            for k, rows in enumerate(windows):
-                ids = upcoming.result()
-                if k + 1 < len(windows):
-                    upcoming = ahead.submit(self._tokenize, encoder, windows[k + 1])
+        with bar:
+            tokenized = ahead(functools.partial(self._tokenize, encoder), windows)
+            for rows, ids in zip(windows, tokenized, strict=True):
                 try:
                     fresh_nD = embed(encoder, ids, batch_size, "passage", autocast, bar)
                 except torch.OutOfMemoryError:

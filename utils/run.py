@@ -31,6 +31,21 @@ FREE = "config run_dir resume tracker dry_run log_every save_every corpus train 
 FREE += "train_run dev_run gold test test_run out workers query_encoder doc_encoder embeddings reader".split()
 
 
+def plan(examples, cfg, what="questions"):
+    """
+    (steps of an epoch, of the whole schedule, until the run ends, of warm-up, [a warning] or []) for so many
+    examples. UserError where they do not fill one batch.
+    """
+    per_epoch = examples // cfg.batch_size
+    if not per_epoch:
+        raise UserError(f"{cfg.train}: {examples} {what} do not fill one batch of {cfg.batch_size}")
+    total = per_epoch * cfg.epochs
+    last = min(total, cfg.stop_after or total)
+    warmup = cfg.warmup if cfg.warmup >= 1 else cfg.warmup * total
+    late = f"warning: {warmup:.0f} steps of warm-up in {last} steps: the peak learning rate is never reached"
+    return per_epoch, total, last, warmup, [late] * (warmup >= last)
+
+
 class Run:
     """
     cfg: needs run_dir, resume (never | exact | changed), tracker, save_every, log_every, dry_run. content:
