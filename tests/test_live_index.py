@@ -143,17 +143,17 @@ def test_the_search_is_brute_force_on_any_number_of_devices(world, tmp_path, dev
 
 def test_the_copy_on_a_gpu_is_searched_as_the_rows_are(world, tmp_path, monkeypatch):
     """Its code, on a CPU: any block, ties, few spare candidates; load and refresh bring it up to date."""
-    monkeypatch.setattr(utils.live_index, "SPARE", 2)
+    monkeypatch.setattr(utils.search, "SPARE", 2)
     rng, corpus = np.random.default_rng(4), Corpus(world / "corpus.tsv")
     q_QD = rng.integers(-2, 3, (9, 32)).astype(np.float32)
     x_ND = rng.integers(-1, 2, (60, 32)).astype(np.float16)
     x_ND[20:40] = x_ND[3]
     index = LiveIndex(corpus, write_vectors(tmp_path / "e", corpus, x_ND, 16), ACCELERATOR)
     index.copy_nD = torch.full((60, 32), torch.nan, dtype=torch.float16)
-    monkeypatch.setattr(utils.live_index, "exact_topk", None)
+    monkeypatch.setattr(utils.search.faiss, "knn", None)  # the way without a copy
     for block, chunk in ((7, 2), (60, 100)):
         monkeypatch.setattr(utils.live_index, "BLOCK", block)
-        monkeypatch.setattr(utils.live_index, "CHUNK", chunk)
+        monkeypatch.setattr(utils.search, "CHUNK", chunk)
         index.load(tmp_path / "e", 1)
         for k in (1, 5, 60, 99):
             for found, wanted in zip(index.search(q_QD, k), brute_force(q_QD, x_ND, k), strict=True):

@@ -23,9 +23,9 @@ from utils.distributed import ahead, gather_rows, world
 from utils.embeddings import open_embeddings
 from utils.encoder import embed, load_encoder, tokenize_passages
 from utils.index_worker import finished, folder_of, vectors
-from utils.search import CHUNK, SPARE, check, exact_topk, fetch, settle
+from utils.search import exact_topk, fetch
 
-BLOCK = 65536  # rows widened to float32 at a time on a GPU: 0.2 GB, and 4096 x 65536 scores at most
+BLOCK = 16384  # rows that are widened to float32 at a time
 WINDOW = 8192  # passages tokenised and sorted by length together, as doc2embedding.py's sort_window
 ALIKE = 0.98  # cosine under which two vectors of a passage are of two encoders; rounding to fp16 leaves 0.999
 
@@ -73,10 +73,9 @@ class LiveIndex:
         scores_Qk = np.full((len(q_QD), k), -np.inf, np.float32)
         rows_Qk = np.full((len(q_QD), k), -1)
         if self.shards:  # fewer passages than devices leave some without
-            if self.copy_nD is None:
-                found_Qk, local_Qk = exact_topk(q_QD, self.shards, k, device=str(self.device))
-            else:
-                found_Qk, local_Qk = self._search_copy(q_QD, k)
+            found_Qk, local_Qk = exact_topk(
+                q_QD, self.shards, k, BLOCK, str(self.device), resident_ND=self.copy_nD
+            )
             scores_Qk[:, : found_Qk.shape[1]] = found_Qk
             rows_Qk[:, : found_Qk.shape[1]] = local_Qk + self.rows.start
 
@@ -186,21 +185,6 @@ class LiveIndex:
                 for part_nD in np.split(shard, range(BLOCK, len(shard), BLOCK)):
                     self.copy_nD[at : at + len(part_nD)] = torch.from_numpy(part_nD.copy())
                     at += len(part_nD)
-
-    def _search_copy(self, q_QD, k):
-        """exact_topk of this device's rows, its candidates from the copy on the GPU."""
-        q_QD, n = check(q_QD, self.shards, k), len(self.rows)
-        K, found = min(k + SPARE, n), []
-        for q_cD in torch.from_numpy(q_QD).to(self.copy_nD.device).split(CHUNK):
-            rough_cK, rows_cK = q_cD.new_zeros(len(q_cD), 0), q_cD.new_zeros(len(q_cD), 0, dtype=torch.long)
-            for at in range(0, n, BLOCK):
-                score_cn, at_cn = (q_cD @ self.copy_nD[at : at + BLOCK].float().T).topk(min(K, n - at, BLOCK))
-                rough_cK, rows_cK = torch.cat([rough_cK, score_cn], 1), torch.cat([rows_cK, at_cn + at], 1)
-                rough_cK, best_cK = rough_cK.topk(min(K, rough_cK.shape[1]))
-                rows_cK = rows_cK.gather(1, best_cK)
-            found.append((rough_cK.cpu().numpy(), rows_cK.cpu().numpy()))
-        rough_QK, rows_QK = map(np.concatenate, zip(*found, strict=True))
-        return settle(q_QD, self.shards, min(k, n), rough_QK, rows_QK, BLOCK)
 
     def _tokenize(self, encoder, rows):
         passages = [self.corpus[row] for row in rows]

@@ -45,12 +45,13 @@ if "OMP_NUM_THREADS" not in os.environ:
     faiss.omp_set_num_threads(min(psutil.cpu_count(logical=False) or ALLOWED, ALLOWED))
 
 
-def exact_topk(queries_QD, shards, k, block=16384, device="cpu"):
+def exact_topk(queries_QD, shards, k, block=16384, device="cpu", resident_ND=None):
     """
     The k passages of the largest inner product for every question, best first, ties in corpus order.
 
     queries_QD: numpy floats. shards: list of [n, D] numpy arrays (memory-mapped fp16 or fp32), corpus order.
     device: "cpu" (faiss.knn), a torch device such as "cuda" (matmul, topk), "cpu-torch" (the same on a CPU).
+    resident_ND: a torch tensor of the same rows, searched by torch where it lies instead of sending blocks.
     Returns (scores_Qk float32, rows_Qk int64), k = min(k, N): the same bits for any block, sharding, device.
     Memory: one block (torch: and 4096 x block scores). UserError for NaN, or a dimension that does not fit.
     """
@@ -59,10 +60,11 @@ def exact_topk(queries_QD, shards, k, block=16384, device="cpu"):
     if not len(queries_QD):
         return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
     on = torch.device("cpu" if device == "cpu-torch" else device)
+    on = on if resident_ND is None else resident_ND.device
     q_QD = torch.from_numpy(queries_QD).to(on)
     rough_QK, rows_QK = q_QD.new_zeros(len(q_QD), 0), q_QD.new_zeros(len(q_QD), 0, dtype=torch.long)
-    for start, x_nD in blocks(shards, block, on):
-        if device == "cpu":
+    for start, x_nD in blocks(shards, block, on, resident_ND):
+        if device == "cpu" and resident_ND is None:
             found = faiss.knn(queries_QD, x_nD.numpy(), min(K, len(x_nD)), metric=faiss.METRIC_INNER_PRODUCT)
             score_Qn, at_Qn = map(torch.from_numpy, found)
         else:
@@ -99,8 +101,11 @@ def check(queries_QD, shards, k):
     return queries_QD
 
 
-def blocks(shards, block, device):
+def blocks(shards, block, device, resident_ND=None):
     """Yield (first row, float32 tensor [n, D] on `device`), n <= block; the next one uses the same memory."""
+    if resident_ND is not None:
+        yield from ((at, resident_ND[at : at + block].float()) for at in range(0, len(resident_ND), block))
+        return
     raw_bD = np.empty((min(block, max(map(len, shards))), shards[0].shape[1]), shards[0].dtype)
     wide_bD = torch.empty(raw_bD.shape, device=device)
     done = 0
