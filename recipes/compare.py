@@ -1,7 +1,9 @@
 """
-Rankings of the same questions side by side, and what each gains over the first one, question by question.
+Rankings of the same questions side by side, and what each gains over the first one, question by question; or
+the answers of two readers, EM and F1.
 
 Run: python recipes/compare.py data/nq/corpus.tsv data/nq/test.jsonl runs/x/d0/test.run runs/x/d1/test.run
+     python recipes/compare.py data/nq/corpus.tsv data/nq/test.jsonl runs/fid.answers.json runs/x.answers.json
 
 Both intervals are 95 % bootstrap over the questions. That of a gain is narrower than two separate ones
 suggest, because most questions are right or wrong under both systems, and only those that change count
@@ -18,14 +20,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from test_dpr import gold_ids  # noqa: E402
 from utils.config import UserError, friendly_errors  # noqa: E402
 from utils.data import Corpus, read_questions, read_run  # noqa: E402
+from utils.files import read_json  # noqa: E402
 from utils.metrics import bootstrap_interval, mrr  # noqa: E402
-from utils.text import has_answer  # noqa: E402
+from utils.text import exact_match, f1, has_answer  # noqa: E402
 
 KS = (1, 5, 20, 100)
 
 
 def per_question(path, questions, corpus):
-    """{metric: array [Q]} of one .run; a k beyond the depth of the run is left out."""
+    """{metric: array [Q]} of one .run, or of {qid: answer}; a k beyond the depth of the run is left out."""
+    if str(path).endswith(".answers.json"):
+        found = read_json(path)
+        if not any(q["qid"] in found for q in questions):
+            raise UserError(
+                f"{path}: these are answers to other questions; no qid of it is in the question file"
+            )
+        pairs = [(found.get(q["qid"], ""), q["answers"]) for q in questions if q["answers"]]
+        values = {"EM": [exact_match(*pair) for pair in pairs], "F1": [f1(*pair) for pair in pairs]}
+        return {metric: np.array(one, dtype=float) for metric, one in values.items()}
     found, values = read_run(path), {}
     depth = max(map(len, found.values()))
     for question in questions:
@@ -65,5 +77,7 @@ def main(corpus, questions, *runs):
 if __name__ == "__main__":
     with friendly_errors():
         if len(sys.argv) < 4:
-            raise UserError("usage: python recipes/compare.py CORPUS QUESTIONS RUN [RUN ...]")
+            raise UserError(
+                "usage: python recipes/compare.py CORPUS QUESTIONS X [X ...], X a .run or .answers.json"
+            )
         main(*sys.argv[1:])

@@ -89,3 +89,7 @@ search $RUN $DATA/test.jsonl $DEPTH test
 answer $RUN $RUN/test.run
 stage $RUN/compare.txt compare $RUN/compare.txt $RETRIEVER/test.run $RUN/test.run
 cat $RUN/compare.txt
+if [ $BASELINE = true ]; then
+    stage $RUN/compare_answers.txt compare $RUN/compare_answers.txt $RUN/fid/answers.answers.json $RUN/answers.answers.json
+    cat $RUN/compare_answers.txt
+fi
