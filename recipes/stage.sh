@@ -1,5 +1,6 @@
 # Sourced by the recipes of RocketQA and ANCE-Tele: how a stage is run once, and the three stages that repeat.
-# Needs: DATA, RUN, LAUNCH, FORMAT, ENCODE_FLAGS.
+# Needs: DATA, RUN, LAUNCH, FORMAT, ENCODE_FLAGS. MEASURE: a command that runs what follows it and notes its cost under the
+# stage's output (recipes/measured.py PEAKS); empty: none.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export HF_HUB_DISABLE_TELEMETRY=1
@@ -19,7 +20,7 @@ stage() {
         return
     fi
     printf '\n== %s\n' "$*"
-    "$@"
+    if [ "$(type -t "$1")" = function ]; then "$@"; else ${MEASURE:+$MEASURE $output} "$@"; fi
     [ -e $output ] || { echo "error: $output is not there after: $*" >&2 && exit 1; }
     printf '%s\t%s\n' $output $((SECONDS - began)) >>$RUN/seconds.tsv
 }

@@ -109,3 +109,74 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         with pytest.raises(UserError, match=message):
             say(*arguments)
     assert not (empty / "curves.png").exists()
+
+
+def test_minutes_are_added_up(tmp_path, figures):
+    """Rows without minutes: the seconds of all steps until then; an evaluation has its step's."""
+    rows = [
+        {"step": 1, "loss": 3.0, "seconds": 60},
+        {"step": 2, "loss": 2.0, "seconds": 30},
+        {"step": 2, "mrr": 0.5},
+        {"step": 3, "loss": 1.0, "seconds": 15},
+    ]
+    path = write_rows(tmp_path / "a" / "metrics.jsonl", rows)
+    plot.curves(path, tmp_path / "a.png", ["loss", "mrr"], over="minutes")
+    assert [drawn(axes) for axes in figures[0].axes] == [[([1, 1.5, 1.75], [3, 2, 1])], [([1.5], [0.5])]]
+    plot.curves(path, tmp_path / "b.png", over="step")
+    assert [axes.get_title() for axes in figures[1].axes] == ["loss", "seconds", "mrr"], "none over steps"
+
+
+def ladder_row(key, system, minutes, values, ranking=""):
+    metrics = {f"top-{k}": {"value": v, "low": v - 0.1, "high": v + 0.05} for k, v in values.items()}
+    return {"key": key, "name": f"row {key}", "system": system, "ranking": ranking or f"{key}.run"} | {
+        "minutes_in_all": minutes,
+        "metrics": metrics,
+    }
+
+
+def test_the_ladder(tmp_path, figures, monkeypatch, capsys):
+    """Left a line a system with its intervals, right a line a row of the same colour, named at its end."""
+    values = {1: 0.2, 5: 0.3, 20: 0.5, 100: 0.9}
+    rows = [
+        ladder_row("untrained", "none", 1, {20: 0.1}),
+        ladder_row("d0", "DPR", 10, values),
+        ladder_row("d1", "RocketQA", 30, values | {20: 0.6}),
+        ladder_row("d2", "RocketQA", 40, values | {20: 0.7}),
+        ladder_row("fid", "FiD", 90, values, "d0.run"),  # reads d0's ranking
+        ladder_row("gc", "GC-DPR", None, {5: 0.1, 20: 0.2}),  # not measured
+        ladder_row("m1", "ANCE-Tele", 5, {}),  # not run
+    ]
+    (tmp_path / "table.json").write_text(json.dumps({"rows": rows}))
+    table, out = str(tmp_path / "table.json"), tmp_path / "new" / "ladder.png"
+    monkeypatch.setattr(sys, "argv", ["plot", "--table", table, "--out", str(out)])
+    plot.main()
+    assert out.read_bytes().startswith(b"\x89PNG") and capsys.readouterr().out == f"written: {out}\n"
+    left, right = figures[0].axes
+    systems = [one for one in left.containers]
+    assert [one[0].get_xydata().tolist() for one in systems] == [[[10, 50]], [[30, 60], [40, 70]]]
+    low, high = systems[1][2][0].get_segments()[1][:, 1]
+    assert (low, high) == pytest.approx((60, 75))
+    curves = [[([1, 5, 20, 100], [20, 30, middle, 90])] for middle in (50, 60, 70)]
+    found = [(x, [round(number, 6) for number in y]) for x, y in drawn(right)]
+    assert found == [([20], [10]), *(one for (one,) in curves), ([5, 20], [10, 20])]
+    colours = [line.get_color() for line in right.lines]
+    assert colours[2] == colours[3] == systems[1][0].get_color() and len(set(colours)) == 4
+    assert right.lines[2].get_linestyle() != right.lines[3].get_linestyle()
+    names = [[text.get_text() for text in axes.texts] for axes in (left, right)]
+    assert sorted(names[0]) == ["DPR", "RocketQA"] and len(names[1]) == 5
+    heights = [text.xyann[1] for text in right.texts]
+    assert min(np.diff(heights)) >= 0.045 - 1e-9 and max(heights) <= 1, "names do not overlap"
+
+
+def test_the_ladder_has_something_to_draw(tmp_path, monkeypatch):
+    """Nothing run, no name for the picture, runs beside a table: one line each."""
+    (tmp_path / "table.json").write_text(json.dumps({"rows": [ladder_row("m1", "ANCE-Tele", None, {})]}))
+    for arguments, message in (
+        (("--table", tmp_path / "table.json", "--out", tmp_path / "a.png"), "no row with a top-20"),
+        (("--table", tmp_path / "table.json"), "a --table and the --out"),
+        ((tmp_path, "--table", tmp_path / "table.json", "--out", "a.png"), "a --table and the --out"),
+        ((), "name run folders"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["plot", *map(str, arguments)])
+        with pytest.raises(UserError, match=message):
+            plot.main()

@@ -1,0 +1,146 @@
+#!/usr/bin/env bash
+# The ladder: BM25, DPR, GC-DPR, ANCE-Tele, RocketQA, a reader, FiD and EMDR2 on one corpus, from the same weights, into
+# one table and one picture (recipes/ladder.py, utils/plot.py). A killed run goes on where it was. Time: not measured.
+#
+# Every third training question loses its label. All encoders learn from the others, RocketQA gives the third
+# pseudo-labels, readers need answers alone and take all. The dev questions choose checkpoints and the best retriever;
+# the test questions fill the table. Real NQ: SIZE=full TITLES=true DATA=data/nq, a folder with corpus.tsv and
+# {train,dev,test}.jsonl, with answers and positives as passage ids.
+#
+# Other seeds: SEED=2, in its own RUN; with RUNGS="dpr ance rocket" EPISODES=1 only these. The table counts them.
+# T5= (none, no hub): the rows of FiD and EMDR2 say "not run". All variables can be set from outside.
+set -euo pipefail
+SIZE=${SIZE:-small} SEED=${SEED:-1} BATCH=${BATCH:-32} SCORED=${SCORED:-16} TEST_DEPTH=${TEST_DEPTH:-100}
+DPR_CONFIG=${DPR_CONFIG:-config/train_dpr_demo.yaml} READER_CONFIG=${READER_CONFIG:-config/train_reader_demo.yaml}
+START=${START:-data/models/tinybert-4l}            # of all encoders, the cross-encoder, the extractive reader
+RUNGS=${RUNGS:-dpr gc ance rocket reader emdr2}
+FLAGS="--passage_tokens 96 --question_tokens 32 --seed $SEED ${FLAGS:-}"    # to all trainings of dual encoders
+CROSS_FLAGS="--adversarial_epsilon 0 --layer_norm_epsilon 0 --pair_tokens 128 --learning_rate 1e-4 --warmup 0.1
+    --batch_size 32 --seed $SEED ${CROSS_FLAGS:-}" # those of results/nq16k
+EMDR2="--temperature 1.0 --learning_rate 2.0e-4 --retriever_lr_scale 0.05 --gradient_checkpointing false --epochs 1"
+case $SIZE in
+small) # the demo's 10,033 passages and 970 questions, on two CPU cores
+    DATA=${DATA:-data/demo} TITLES=${TITLES:-true} EPOCHS=${EPOCHS:-3} GC_BATCH=${GC_BATCH:-128}
+    CLOZE=${CLOZE:-true}                           # a thousand questions are few: first the corpus itself teaches
+    ENCODE_FLAGS=${ENCODE_FLAGS-}
+    EMDR2_FLAGS="$EMDR2 --top_k 8 --reader_tokens 112 --answer_tokens 12 --batch_size 16 --question_chunk 2
+        --passage_chunk 16 --score_chunk 16 --stop_after 30 --warmup 4 --refresh_every 15 --mixed_precision no
+        --encoding_batch_size 64 --eval_batch_size 32 ${EMDR2_FLAGS:-}" ;;
+full) # 61,703 passages and 16,402 questions of NQ, on a GPU
+    DATA=${DATA:-data/nq_small} EPOCHS=${EPOCHS:-4} GC_BATCH=${GC_BATCH:-512} CLOZE=${CLOZE:-false}
+    TITLES=${TITLES:-false}                        # blank: in nq_small a title tells the positives (docs/log.md)
+    ENCODE_FLAGS=${ENCODE_FLAGS---mixed_precision fp16}
+    FLAGS="--mixed_precision bf16 --question_chunk 256 --passage_chunk 256 $FLAGS"
+    CROSS_FLAGS="--mixed_precision bf16 $CROSS_FLAGS"
+    READER_FLAGS="--mixed_precision bf16 --reader_tokens 192 --passages_per_question 6 --batch_size 8 --question_chunk 8
+        --passage_chunk 48 --test_depth 20 ${READER_FLAGS:-}"
+    EMDR2_FLAGS="$EMDR2 --top_k 20 --reader_tokens 160 --answer_tokens 16 --batch_size 32 --question_chunk 8
+        --passage_chunk 160 --score_chunk 64 --warmup 0.05 --refresh_every 100 --eval_every 250 --mixed_precision bf16
+        --encoding_batch_size 512 --eval_batch_size 200 ${EMDR2_FLAGS:-}" ;;
+*) echo "SIZE must be small or full, got $SIZE" >&2 && exit 2 ;;
+esac
+FROM=$DATA RUN=${RUN:-runs/ladder_$SIZE$([ $SEED = 1 ] || echo _seed$SEED)}
+export RUN DATA=$RUN/data DEV=$RUN/data/dev.jsonl ENCODE_FLAGS LAUNCH=${LAUNCH:-python} FORMAT=${FORMAT:-auto}
+export MEASURE="python recipes/measured.py $RUN/peaks.tsv"
+. "$(dirname "$0")/stage.sh"
+mkdir -p $DATA
+local_t5=data/models/flan-t5-small
+[ -n "${T5+set}" ] || T5=$([ -d $local_t5 ] && echo $local_t5 || echo google/flan-t5-small)
+DUAL="$FLAGS --batch_size $BATCH --epochs $EPOCHS"
+wants() { [[ " $RUNGS " = *" $1 "* ]]; }
+evaluate() { # NAME
+    encode $RUN/$1
+    search $RUN/$1 $DATA/test.jsonl $TEST_DEPTH test
+}
+train() { # NAME FLAGS...: a dual encoder on the labelled questions, its vectors, its test
+    stage $RUN/$1/metrics.json $LAUNCH train_dpr.py --config $DPR_CONFIG --run_dir $RUN/$1 --init $BASE \
+        --train $DATA/train.jsonl --dev $DEV $CORPUS --resume exact $DUAL "${@:2}"
+    evaluate $1
+}
+
+# Data. An untitled corpus is a copy.
+[ $FROM != data/demo ] || stage $FROM/test.jsonl python recipes/demo/prepare.py
+[ $START != data/models/tinybert-4l ] || stage $START python recipes/demo/prepare.py
+write() { "${@:2}" >$1.tmp && mv $1.tmp $1; }      # OUTPUT COMMAND...
+blank_titles() { awk -F '\t' -v OFS='\t' 'NR > 1 { $3 = "" } 1' $FROM/corpus.tsv; }
+unlabelled() { python -c 'import json, sys
+for line in list(sys.stdin)[2::3]:
+    print(json.dumps({key: json.loads(line)[key] for key in ("qid", "question")}))' <$FROM/train.jsonl; }
+[ $TITLES = true ] || stage $DATA/corpus.tsv write $DATA/corpus.tsv blank_titles
+for name in corpus.tsv train.jsonl test.jsonl; do  # questions.jsonl: all of the training questions
+    link=$DATA/${name/train/questions}
+    stage $link ln -s "$(realpath $FROM/$name)" $link
+done
+stage $DATA/labelled.jsonl write $DATA/labelled.jsonl awk 'NR % 3' $FROM/train.jsonl
+stage $DATA/unlabelled.jsonl write $DATA/unlabelled.jsonl unlabelled
+
+# BM25: the first row, and everybody's first negatives.
+bm25() { # NAME QUESTIONS
+    stage $DATA/bm25_$1.run python -m utils.bm25 --questions $2 $CORPUS --out $DATA/bm25_$1.run --index $RUN/bm25
+}
+mine() { # NAME QUESTIONS NEGATIVES
+    bm25 $1 $2
+    stage $DATA/$1.jsonl python mine_negatives.py --mode topk --questions $2 $CORPUS --run $DATA/bm25_$1.run \
+        --negatives $3 --out $DATA/$1.jsonl
+}
+bm25 test $DATA/test.jsonl
+mine train $DATA/labelled.jsonl 30
+mine dev $FROM/dev.jsonl 5
+
+# Where all dual encoders start, ANCE-Tele's M_0: the weights as they are, or after sentences of the corpus.
+stage $RUN/untrained/doc_encoder python recipes/untrained.py --config $DPR_CONFIG --init $START \
+    --run_dir $RUN/untrained $FLAGS
+evaluate untrained
+BASE=$START first=untrained
+if [ $CLOZE = true ]; then
+    stage $DATA/cloze.jsonl python recipes/demo/inverse_cloze.py $DATA/corpus.tsv $DATA/cloze.jsonl
+    stage $RUN/cloze/metrics.json $LAUNCH train_dpr.py --config config/train_dpr_demo_cloze.yaml --run_dir $RUN/cloze \
+        --init $START --train $DATA/cloze.jsonl --dev $DEV $CORPUS --resume exact $FLAGS ${CLOZE_FLAGS:-}
+    evaluate cloze
+    BASE=$RUN/cloze/query_encoder first=cloze
+fi
+stage $RUN/m0 ln -s $first $RUN/m0
+
+# DPR, then GC-DPR with as many updates and as many looks at the dev questions.
+lines=$(wc -l <$DATA/train.jsonl)
+[ $lines -ge $GC_BATCH ] || { echo "error: GC_BATCH is $GC_BATCH, $lines questions have a label" >&2 && exit 2; }
+updates() { # BATCH UPDATES: the flags for so many
+    local epoch=$((lines / $1))
+    echo --batch_size $1 --stop_after $2 --epochs $((($2 + epoch - 1) / epoch)) --eval_every $((lines / BATCH))
+}
+if wants dpr; then train inbatch --negatives 0; train d0; fi
+if wants gc; then train gc --grad_cache true $(updates $GC_BATCH $((lines / BATCH * EPOCHS))); fi
+
+# ANCE-Tele and RocketQA are their own recipes. The control of M_D2: its updates, without its pseudo-labels.
+if wants ance; then
+    START=$BASE CONFIG=$DPR_CONFIG TRAIN=$DATA/train.jsonl POSITIVES=given NEGATIVES="1 1 1" STOP_AFTER="0 0 0" \
+        TRAIN_FLAGS="$DUAL --rotate_negatives true" bash recipes/ance_tele_nq.sh
+fi
+if wants rocket; then
+    CROSS_START=$START START=$BASE CONFIG=$DPR_CONFIG POSITIVES=given UNLABELLED_DEPTH=$SCORED SCORED=$SCORED \
+        TRAIN_FLAGS="$DUAL" CROSS_FLAGS="$CROSS_FLAGS --dev $DEV" bash recipes/rocketqa_nq.sh
+    train d0_long $(updates $BATCH $(($(wc -l <$RUN/d2.jsonl) / BATCH * EPOCHS)))
+fi
+
+# The best retriever by the dev questions' MRR; with the cross-encoder, with BM25, with a reader.
+stage $RUN/best.txt write $RUN/best.txt python recipes/ladder.py best $RUN
+read -r best _ <$RUN/best.txt
+if wants rocket; then rescore $RUN/$best $DATA/test.jsonl $SCORED test; fi
+search $RUN/$best $DATA/test.jsonl $TEST_DEPTH hybrid --bm25_run $DATA/bm25_test.run
+if wants reader; then
+    search $RUN/$best $DATA/questions.jsonl 50 questions
+    search $RUN/$best $DEV 50 dev
+    READER="train_reader.py --config $READER_CONFIG $CORPUS ${READER_FLAGS:-}"
+    stage $RUN/reading/metrics.json $LAUNCH $READER --run_dir $RUN/reading --init $START --seed $SEED --resume exact \
+        --train $DATA/questions.jsonl --train_run $RUN/$best/questions.run --dev $DEV --dev_run $RUN/$best/dev.run
+    stage $RUN/reading/answers.metrics.json $LAUNCH $READER --init $RUN/reading/reader --train "" \
+        --test $DATA/test.jsonl --test_run $RUN/$best/test.run --out $RUN/reading/answers.json
+fi
+
+# FiD over M_D0's retriever as it is, then EMDR2 from there.
+if wants emdr2 && [ -n "$T5" ]; then
+    RETRIEVER=$RUN/d0 READER=$T5 CONFIG=config/train_emdr2_nq.yaml TRAIN=$DATA/questions.jsonl BASELINE=true \
+        REFRESH=sync TRAIN_FLAGS="$EMDR2_FLAGS --seed $SEED" RUN=$RUN/emdr2 bash recipes/emdr2_nq.sh
+fi
+python recipes/ladder.py $RUN $(ls -d ${RUN}_seed* 2>/dev/null || true) $DATA
+[ $RUN/ladder.png -nt $RUN/table.json ] || python -m utils.plot --table $RUN/table.json --out $RUN/ladder.png
