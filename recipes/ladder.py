@@ -36,7 +36,7 @@ NOTES = """
 Data: every third training question has no label ({labelled} have one, {unlabelled} have none). All dual
 encoders learn from the labelled ones; M_D2 also from the cross-encoder's labels of the others. The readers
 need answers alone and take all questions. FiD and EMDR2 start from d0, which never saw the unlabelled
-third.
+third.{titles}
 
 Start: cross-encoder and extractive reader from the same weights, all dual encoders from {start}; one tower,
 one config.
@@ -199,7 +199,7 @@ def markdown(header, rows):
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def notes_of(run_dir, data, table):
+def notes_of(run_dir, data, table, corpus):
     """What differs between the rows: sentences, with the numbers of this run."""
     counts = {}
     for name in ("labelled", "unlabelled"):
@@ -207,6 +207,7 @@ def notes_of(run_dir, data, table):
         counts[name] = f"{sum(1 for _ in iter_jsonl(path)):,}" if path.is_file() else "?"
     cloze = any(row["key"] == "cloze" for row in table)
     counts["start"] = "what the inverse cloze taught them" if cloze else "those weights too"
+    counts["titles"] = "" if any(passage.title for passage in corpus) else " All titles are blank."
     best = run_dir / "best.txt"
     counts["best"] = best.read_text().split()[0] if best.is_file() else NOT_RUN
     return [" ".join(note.split()) for note in NOTES.format(**counts).strip().split("\n\n")]
@@ -265,7 +266,7 @@ def main(*arguments):
     made = [table_of(folder, questions, corpus) for folder in folders]
     values, table = made[0]
     result = {"questions": len(questions), "passages": len(corpus), "rows": table}
-    result |= {"notes": notes_of(folders[0], data, table), "gains": gains_of(table, values)}
+    result |= {"notes": notes_of(folders[0], data, table, corpus), "gains": gains_of(table, values)}
     result["seeds"] = over_seeds([table for _, table in made])
     size = f"{len(questions):,} questions, {len(corpus):,} passages"
     text = f"{size}; percent (95 % bootstrap interval).\n\n{page(result)}"

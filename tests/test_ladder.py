@@ -177,6 +177,7 @@ def test_the_full_size_from_the_weights_themselves(recipe):
     assert (config["init"], config["seed"]) == (str(world / "bert"), 2)
     assert os.readlink(run / "m0") == "untrained" and not (run / "cloze").exists()
     rows = rows_of(run)
+    assert read_json(run / "table.json")["notes"][0].endswith("All titles are blank.")
     ran = ["bm25", "untrained", "inbatch", "d0", "hybrid"]
     assert [key for key, row in rows.items() if row["metrics"]] == ran and "cloze" not in rows
     assert rows["inbatch"]["over"] == ["untrained"] and rows["d0"]["minutes"] > 0
