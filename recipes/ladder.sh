@@ -8,11 +8,12 @@
 # {train,dev,test}.jsonl, with answers and positives as passage ids.
 #
 # Other seeds: SEED=2, in its own RUN; with RUNGS="dpr ance rocket" EPISODES=1 only these. The table counts them.
-# T5= (none, no hub): the rows of FiD and EMDR2 say "not run". All variables can be set from outside.
+# T5= (none): the rows of FiD and EMDR2 say "not run". All variables can be set from outside.
 set -euo pipefail
 SIZE=${SIZE:-small} SEED=${SEED:-1} BATCH=${BATCH:-32} SCORED=${SCORED:-16} TEST_DEPTH=${TEST_DEPTH:-100}
 DPR_CONFIG=${DPR_CONFIG:-config/train_dpr_demo.yaml} READER_CONFIG=${READER_CONFIG:-config/train_reader_demo.yaml}
 START=${START:-data/models/tinybert-4l}            # of all encoders, the cross-encoder, the extractive reader
+T5=${T5-data/models/flan-t5-small}                 # of FiD and EMDR2; with a hub: google/flan-t5-small
 RUNGS=${RUNGS:-dpr gc ance rocket reader emdr2}
 FLAGS="--passage_tokens 96 --question_tokens 32 --seed $SEED ${FLAGS:-}"    # to all trainings of dual encoders
 CROSS_FLAGS="--adversarial_epsilon 0 --layer_norm_epsilon 0 --pair_tokens 128 --learning_rate 1e-4 --warmup 0.1
@@ -44,8 +45,6 @@ export RUN DATA=$RUN/data DEV=$RUN/data/dev.jsonl ENCODE_FLAGS LAUNCH=${LAUNCH:-
 export MEASURE="python recipes/measured.py $RUN/peaks.tsv"
 . "$(dirname "$0")/stage.sh"
 mkdir -p $DATA
-local_t5=data/models/flan-t5-small
-[ -n "${T5+set}" ] || T5=$([ -d $local_t5 ] && echo $local_t5 || echo google/flan-t5-small)
 DUAL="$FLAGS --batch_size $BATCH --epochs $EPOCHS"
 wants() { [[ " $RUNGS " = *" $1 "* ]]; }
 evaluate() { # NAME
@@ -61,6 +60,7 @@ train() { # NAME FLAGS...: a dual encoder on the labelled questions, its vectors
 # Data. An untitled corpus is a copy.
 [ $FROM != data/demo ] || stage $FROM/test.jsonl python recipes/demo/prepare.py
 [ $START != data/models/tinybert-4l ] || stage $START python recipes/demo/prepare.py
+[ "$T5" != data/models/flan-t5-small ] || stage $T5 python recipes/demo/flan_t5.py
 write() { "${@:2}" >$1.tmp && mv $1.tmp $1; }      # OUTPUT COMMAND...
 blank_titles() { awk -F '\t' -v OFS='\t' 'NR > 1 { $3 = "" } 1' $FROM/corpus.tsv; }
 unlabelled() { python -c 'import json, sys

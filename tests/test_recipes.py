@@ -15,6 +15,7 @@ import pytest
 from tests.processes import ENVIRONMENT
 from tests.toy import make_world
 from tests.toy_t5 import t5
+from tests.warm_python import warm_python
 from utils.config import ROOT, read_yaml
 from utils.data import Corpus, iter_jsonl, iter_run, read_run
 from utils.files import read_json
@@ -131,8 +132,11 @@ def gate(recipe, run):
     return scores[int(0.75 * len(scores))]
 
 
-def rehearse(recipe, folder):
-    """(DATA, RUN, output) of a rehearsal; asserts that it succeeds, and that a second one changes nothing."""
+def rehearse(recipe, folder, python):
+    """
+    (DATA, RUN, output) of a rehearsal; asserts that it succeeds, and that a second one changes nothing.
+    python: the folder of a warm one; `make demo`, the first that a newcomer sees, has the real one.
+    """
     world, run = make_data(recipe, folder / "data"), folder / "run"
     variables = COMMON | {
         "DATA": world,
@@ -145,6 +149,8 @@ def rehearse(recipe, folder):
         "RETRIEVER": world / "dpr",
         "READER": world / "t5",
     }
+    if recipe != "demo":
+        variables["PATH"] = f"{python}:{COMMON['PATH']}"
 
     def bash(**changes):
         environment = {key: str(value) for key, value in (variables | RECIPES[recipe] | changes).items()}
@@ -172,8 +178,11 @@ def rehearse(recipe, folder):
 def rehearsal(tmp_path_factory, request):
     """A function: recipe -> what rehearse returns, or its failure; only selected tests start theirs."""
     wanted = [name for name in RECIPES if any(item.name == f"test_{name}" for item in request.session.items)]
-    with ThreadPoolExecutor(2) as pool:
-        futures = {name: pool.submit(rehearse, name, tmp_path_factory.mktemp(name)) for name in wanted}
+    folder = tmp_path_factory.mktemp("warm") / "bin"
+    with warm_python(folder, ENVIRONMENT) as python, ThreadPoolExecutor(2) as pool:
+        futures = {
+            name: pool.submit(rehearse, name, tmp_path_factory.mktemp(name), python) for name in wanted
+        }
         yield lambda name: futures[name].result()
         pool.shutdown(cancel_futures=True)
 

