@@ -1,0 +1,48 @@
+"""The exercises name code by its content: each statement, test and import of docs/exercises.md exists."""
+
+import ast
+import re
+
+from utils.config import ROOT
+
+TEXT = (ROOT / "docs" / "exercises.md").read_text(encoding="utf-8")
+CODE = {path: path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]}
+
+
+def flat(text):
+    """In one line, as the exercises are wrapped elsewhere than the code."""
+    return " ".join(text.split())
+
+
+def test_what_is_deleted_or_replaced_stands_in_its_file_once():
+    """Delete `X`, Replace `X` by `Y`: X is in the last file that was named before, and there only once."""
+    changes = re.findall(r"`([\w/]+\.py)`|\b(?:[Dd]elete|[Rr]eplace) `([^`]+)`", TEXT)
+    path, found = "", 0
+    for name, statement in changes:
+        path = name or path
+        if statement:
+            found += 1
+            assert flat(CODE[ROOT / path]).count(flat(statement)) == 1, f"{path}: {statement}"
+    assert found >= 11
+
+
+def test_every_test_that_is_named_exists():
+    """The file that pytest is given, the words of -k, and the tests of the answers."""
+    runs = re.findall(r'pytest (?:-s )?(tests/\w+\.py)(?:\s-k\s(\w+|"[^"]+"))?', TEXT)
+    assert len(runs) == TEXT.count("-m pytest") >= 12
+    for path, words in runs:
+        for word in {*re.findall(r"[\w.]+", words)} - {"and", "or"}:
+            assert word in CODE[ROOT / path], f"{path}: nothing for -k {word}"
+    for name in re.findall(r"`(test_\w+)`", TEXT):
+        assert any(f"def {name}(" in code for path, code in CODE.items() if path.parent.name == "tests"), name
+
+
+def test_the_scripts_compile_and_import_what_is_there():
+    """Each script between <<'E' and E; what it takes from our modules is in them."""
+    scripts = re.findall(r"<<'E'\n(.*?)^E$", TEXT, re.M | re.S)
+    assert len(scripts) == TEXT.count("<<'E'") >= 5
+    for script in scripts:
+        for node in ast.walk(ast.parse(script)):
+            code = CODE.get(ROOT / (str(getattr(node, "module", "")).replace(".", "/") + ".py"))
+            for alias in node.names if code and isinstance(node, ast.ImportFrom) else []:
+                assert re.search(rf"\b{alias.name}\b", code), alias.name
