@@ -10,12 +10,30 @@ nanoDPR's way is written anew: batches of 32 in corpus order, padded to passage_
 sentence-transformers (if --peer_python names a python that has it) waits between its turns in a process of
 its own (written for version 6.2); its texts are pairs (title, text), lengths, pooling and token types those
 of --model, so its vectors must be ours.
+Tevatron twice; both read "title text" as one text, and their vectors must be ours of that text:
+  the package on PyPI (0.1.0, of 2022; if --tevatron_python names a python that has it) in a process of its
+  own, its driver's main() from a jsonl file to a pickle: passages tokenised one by one, padded to
+  passage_tokens. It needs transformers 4 (it calls encode_plus, gone in 5), so its model code is not ours.
+  its way of today (repository, 2.x; not on PyPI), restated from its behaviour: corpus order, a batch
+  tokenised at a time and padded to its longest, then to a multiple of 16, fp32, pickled at the end.
+--mixed_precision bf16 adds ours under autocast, as doc2embedding.py does it, and Tevatron's --bf16 (weights
+in bf16; its autocast is for CUDA and does nothing on a CPU). Their differences are those of bf16.
+
+The second table: useful FLOP, those of the matrix products that the passages need without any padding, for n
+tokens, D dimensions, I in the feed-forward layer:
+  layers * (2 n (4 D D + 2 D I) + 4 n n D)         projections, feed-forward, attention
+per second, over the rate of torch.mm in the same turn, type and threads: of the model's own shapes (D x D
+four times, D x I, I x D, for the tokens of a batch of median length) and of squares of 2048. Softmax, GELU,
+norms, embeddings and tokenising are no matrix products, so 1 cannot be reached.
 memory: peak resident memory of doc2embedding.py for corpora of short passages and a tiny random encoder.
 """
 
 import argparse
+import copy
+import functools
 import json
 import os
+import pickle
 import resource
 import subprocess
 import sys
@@ -50,6 +68,40 @@ for line in sys.stdin:
     print(seconds, flush=True)
 """
 
+TEVATRON = """
+import json, os, sys, time
+import datasets, numpy as np, torch
+from tevatron.driver import encode
+model, length, batch, threads, folder = sys.argv[1:]
+os.chdir(folder)
+os.mkdir("texts")
+with open("texts/train.jsonl", "w") as file:
+    for i, (title, text) in enumerate(json.load(open("texts.json"))):
+        file.write(json.dumps({"docid": str(i), "title": title, "text": text}) + chr(10))
+torch.set_num_threads(int(threads))
+datasets.disable_caching()  # or the second turn would find its tokens ready
+datasets.disable_progress_bars()
+encode.tqdm = lambda loader: loader
+def once(load):
+    kept = []
+    return lambda *inputs, **settings: kept[0] if kept else kept.append(load(*inputs, **settings)) or kept[0]
+encode.AutoTokenizer.from_pretrained = once(encode.AutoTokenizer.from_pretrained)
+encode.DenseModelForInference.build = once(encode.DenseModelForInference.build)
+say = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)
+flags = ["--output_dir", "out", "--model_name_or_path", model, "--dataset_name", "texts"]
+flags += ["--p_max_len", length, "--per_device_eval_batch_size", batch, "--dataset_proc_num", threads]
+flags += ["--encoded_save_path", "out.pkl"]
+print("ready", file=say)
+for turn, line in enumerate(sys.stdin):
+    sys.argv = ["encode", *flags, "--data_cache_dir", "cache%d" % turn]
+    began = time.perf_counter()
+    encode.main()
+    seconds = time.perf_counter() - began
+    np.save("peer.npy", np.load("out.pkl", allow_pickle=True)[0])
+    print(seconds, file=say)
+"""
+
 
 # ----------------------------------------------------------------------------------------------- speed
 def nano_dpr(encoder, texts):
@@ -66,18 +118,75 @@ def nano_dpr(encoder, texts):
     return np.concatenate(vectors)
 
 
-def ours(encoder, texts, batch):
+def tevatron(encoder, texts, batch):
+    """Tevatron 2's way: corpus order, a batch padded to its longest, then to a multiple of 16: [N, D]."""
+    import torch
+
+    from utils.encoder import collate
+
+    vectors = []
+    with torch.no_grad():
+        for k in range(0, len(texts), batch):
+            ids = joined(encoder, texts[k : k + batch])
+            length = -(-max(map(len, ids)) // 16) * 16
+            vectors.append(encoder(**collate(encoder, ids, length)).numpy())
+    vectors = np.concatenate(vectors)
+    pickle.dumps((vectors, [str(i) for i in range(len(texts))]))
+    return vectors
+
+
+def joined(encoder, texts):
+    """Id lists of "title text", one text, as both of Tevatron's read it."""
+    texts, length = [f"{title} {text}" for title, text in texts], encoder.inputs["passage_tokens"]
+    return encoder.tokenizer(texts, truncation=True, max_length=length).input_ids
+
+
+def ours(encoder, texts, batch, **autocast):
     """As in doc2embedding.py: sorted by length, padded to the longest of a batch."""
     from utils.encoder import embed, tokenize_passages
 
-    return embed(encoder, tokenize_passages(encoder, texts), batch, "passage")
+    return embed(encoder, tokenize_passages(encoder, texts), batch, "passage", **autocast)
+
+
+def useful_flop(encoder, tokens):
+    """The formula of the docstring, for one passage."""
+    config = encoder.model.config
+    D, inner, n = config.hidden_size, config.intermediate_size, tokens
+    return config.num_hidden_layers * (2 * n * (4 * D * D + 2 * D * inner) + 4 * n * n * D)
+
+
+def gemm_rate(shapes, dtype):
+    """FLOP per second of torch.mm, [n, k] @ [k, m] for each (n, k, m) in turn, for half a second at least."""
+    import torch
+
+    made = [[torch.randn(size).to(dtype) for size in ((n, k), (m, k), (n, m))] for n, k, m in shapes]
+
+    def once():
+        for x_nk, weight_mk, out_nm in made:
+            torch.mm(x_nk, weight_mk.T, out=out_nm)
+
+    once()  # warms up
+    rounds, began = 0, time.perf_counter()
+    while (spent := time.perf_counter() - began) < 0.5:
+        once()
+        rounds += 1
+    return rounds * sum(2 * n * k * m for n, k, m in shapes) / spent
+
+
+def start_peer(python, code, arguments, folder):
+    """A process that encodes folder/texts.json into folder/peer.npy for every line that it gets."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    peer = subprocess.Popen([python, "-c", code, *map(str, arguments), str(folder)], **pipes)
+    if peer.stdout.readline().strip() != "ready":
+        sys.exit(f"error: {python} cannot run this peer; its message is above")
+    return peer
 
 
 def speed(args):
     import torch
 
     from utils.data import Corpus
-    from utils.encoder import load_encoder
+    from utils.encoder import embed, load_encoder, tokenize_passages
 
     torch.set_num_threads(args.threads)
     encoder, corpus = load_encoder(args.model, "passage").eval(), Corpus(args.corpus)
@@ -86,47 +195,78 @@ def speed(args):
     ways = {
         "nanoDPR's way": lambda: nano_dpr(encoder, texts),
         "ours": lambda: ours(encoder, texts, args.batch_size),
+        "Tevatron's way": lambda: tevatron(encoder, texts, args.batch_size),
     }
-    seconds, vectors = {way: [] for way in ways}, {}
-    with tempfile.TemporaryDirectory() as folder:
-        peer = None
-        if args.peer_python:
-            (Path(folder) / "texts.json").write_text(json.dumps(texts))
-            inputs = [encoder.inputs[key] for key in ("pooling", "token_types", "passage_tokens")]
-            inputs += [args.batch_size, args.threads]
-            command = [args.peer_python, "-c", PEER, args.model, *map(str, inputs), folder]
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            peer = subprocess.Popen(command, **pipes)
-            if peer.stdout.readline().strip() != "ready":
-                sys.exit(f"error: {args.peer_python} cannot run sentence-transformers; its message is above")
-            seconds["sentence-transformers"] = []
-        for turn in range(args.repeat + 1):
+    dtypes = {"": torch.float32}
+    if args.mixed_precision == "bf16":
+        dtypes[", bf16"], half = torch.bfloat16, copy.deepcopy(encoder).bfloat16()
+        autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+        ways["ours, bf16"] = lambda: ours(encoder, texts, args.batch_size, autocast=autocast)
+        ways["Tevatron's way, bf16"] = lambda: tevatron(half, texts, args.batch_size)
+    lengths = [len(ids) for ids in tokenize_passages(encoder, texts)]
+    T, D = args.batch_size * sorted(lengths)[len(texts) // 2], encoder.model.config.hidden_size
+    inner = encoder.model.config.intermediate_size
+    shapes = {
+        "the model's shapes": [(T, D, D)] * 4 + [(T, D, inner), (T, inner, D)],
+        "squares": [(2048, 2048, 2048)],
+    }
+    reference = {"nanoDPR's way": nano_dpr(encoder, texts)}
+    reference["Tevatron's way"] = embed(encoder, joined(encoder, texts), args.batch_size, "passage")
+    with tempfile.TemporaryDirectory() as top:
+        peers, inputs = {}, [args.batch_size, args.threads]
+        for name, python, code, keys in (
+            ("sentence-transformers", args.peer_python, PEER, ("pooling", "token_types", "passage_tokens")),
+            ("Tevatron 0.1.0", args.tevatron_python, TEVATRON, ("passage_tokens",)),
+        ):
+            if python:
+                (folder := Path(top) / name).mkdir()
+                (folder / "texts.json").write_text(json.dumps(texts))
+                arguments = [str(Path(args.model).resolve()), *(encoder.inputs[key] for key in keys), *inputs]
+                peers[name] = start_peer(python, code, arguments, folder)
+        seconds, vectors = {way: [] for way in [*ways, *peers]}, {}
+        rates = {(name, kind): [] for name in shapes for kind in dtypes}
+        for turn in range(args.repeat + 1):  # the first turn warms up
             for way in seconds:
                 if way in ways:
                     began = time.perf_counter()
                     vectors[way] = ways[way]()
                     spent = time.perf_counter() - began
                 else:
-                    print("go", file=peer.stdin, flush=True)
-                    spent = float(peer.stdout.readline())
-                    vectors[way] = np.load(Path(folder) / "peer.npy")
-                seconds[way] += [spent] if turn else []  # the first turn warms up
-        if peer:
+                    print("go", file=peers[way].stdin, flush=True)
+                    spent = float(peers[way].stdout.readline())
+                    vectors[way] = np.load(Path(top) / way / "peer.npy")
+                seconds[way] += [spent] if turn else []
+            for name, kind in rates:
+                rate = gemm_rate(shapes[name], dtypes[kind])
+                rates[name, kind] += [rate] if turn else []
+        for peer in peers.values():
             peer.stdin.close()
             peer.wait()
-    lengths = sorted(map(len, [encoder.tokenizer(*text).input_ids for text in texts]))
+
+    def show(values):
+        return f"{np.median(values):8.2f} ({min(values):.2f}-{max(values):.2f})"
+
     print(
-        f"{len(texts)} passages of {lengths[len(texts) // 2]} tokens (median), {encoder.dim} dimensions, "
-        f"{args.threads} threads, n = {args.repeat}"
+        f"{len(texts)} passages of {sorted(lengths)[len(texts) // 2]} tokens (median), {encoder.dim} "
+        f"dimensions, {args.threads} threads, n = {args.repeat}"
     )
     print(f"{'way':24} {'passages/s':>24} {'times nanoDPR':>22} {'largest difference':>20}")
-    reference = seconds["nanoDPR's way"]
     for way, spent in seconds.items():
-        rates = [len(texts) / s for s in spent]
-        ratios = [base / s for base, s in zip(reference, spent, strict=True)]
-        columns = [f"{np.median(c):8.2f} ({min(c):.2f}-{max(c):.2f})" for c in (rates, ratios)]
-        difference = np.abs(vectors[way] - vectors["nanoDPR's way"]).max()
-        print(f"{way:24} {columns[0]:>24} {columns[1]:>22} {difference:20.1e}")
+        ratios = [base / s for base, s in zip(seconds["nanoDPR's way"], spent, strict=True)]
+        same = reference["Tevatron's way" if way.startswith("Tevatron") else "nanoDPR's way"]
+        columns = show([len(texts) / s for s in spent]), show(ratios)
+        print(f"{way:24} {columns[0]:>24} {columns[1]:>22} {np.abs(vectors[way] - same).max():20.1e}")
+    for kind in dtypes:
+        peak = {name: [rate / 1e9 for rate in rates[name, kind]] for name in shapes}
+        heads = "".join(f"{'of ' + name:>25}" for name in shapes)
+        print(f"\n{'useful FLOP' + kind:24} {'GFLOP/s':>24}{heads}")
+        for name, measured in peak.items():
+            print(f"{'GEMM, ' + name:24} {show(measured):>24}")
+        for way, spent in seconds.items():
+            if way.endswith(", bf16") == bool(kind):
+                done = [sum(useful_flop(encoder, n) for n in lengths) / s / 1e9 for s in spent]
+                shares = [[a / b for a, b in zip(done, m, strict=True)] for m in peak.values()]
+                print(f"{way:24} {show(done):>24}" + "".join(f"{show(share):>25}" for share in shares))
 
 
 # ---------------------------------------------------------------------------------------------- memory
@@ -182,6 +322,10 @@ def main():
     one.add_argument("--threads", type=int, default=1)
     one.add_argument("--repeat", type=int, default=5)
     one.add_argument("--peer_python", default="", help="python with sentence-transformers")
+    one.add_argument(
+        "--tevatron_python", default="", help="python with tevatron 0.1.0, transformers 4, datasets"
+    )
+    one.add_argument("--mixed_precision", default="no", choices=("no", "bf16"), help="bf16: two more ways")
     two = modes.add_parser("memory")
     two.add_argument("--sizes", type=int, nargs="+", default=[50_000, 500_000])
     two.add_argument("--shard_size", type=int, default=16384)

@@ -2,18 +2,26 @@
 A training step side by side: nanoDPR's loop, sentence-transformers' losses, the GradCache package, ours.
 
 Same weights (one shared encoder everywhere, so the optimizer costs the same), same questions, passages,
-lengths and threads; tokenising, forward, backward, clipping and AdamW are in the time of all. Interleaved, n
-rounds; prints questions per second as ratios to nanoDPR's loop (median and range) and the peak of activations
-that autograd saves.
+lengths and threads; tokenising, forward, backward, clipping and AdamW are in the time of all. Each way is a
+process of its own at each batch size, and waits while the others take their turn; n rounds. Printed:
+questions per second and the ratio to the first way of the table within a round (median, range); the
+resident memory of the process at its peak, beyond that before the first step (AdamW's two states included);
+the peak of activations that autograd saves, counted in a first step, which is not timed.
+--cache_only leaves out the ways without a gradient cache, whose memory grows with the batch (TinyBERT, 4
+layers, 160 tokens: about 65 MB a question), for batches that do not fit; the ratio is then to GradCache's.
 The peers live in an environment of their own: pip install GradCache==0.0.1 sentence-transformers==6.2.0
 beside requirements.txt, and run this with that python.
 
 Run: python tests/bench/bench_train.py --model data/models/tinybert-4l --train runs/demo/data/train.jsonl
---corpus data/demo/corpus.tsv
+--corpus data/demo/corpus.tsv --batches 8,32,128
+     python tests/bench/bench_train.py --model data/models/tinybert-4l --train runs/demo/data/train.jsonl
+--corpus data/demo/corpus.tsv --batches 64,256,512 --cache_only
 """
 
 import argparse
+import json
 import statistics
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -31,7 +39,11 @@ from tests.saved import Saved  # noqa: E402
 from train_dpr import TOWERS, add_gradient, load_towers, make_batch  # noqa: E402
 from utils.config import load_config  # noqa: E402
 from utils.data import Corpus, passage_of, read_questions  # noqa: E402
+from utils.distributed import peak_memory  # noqa: E402
 
+ANSWER = "answer:"
+WAYS = ("nanoDPR's loop", "sentence-transformers", "ours")
+WAYS += ("GradCache package", "sentence-transformers cached", "ours, grad_cache")
 LENGTHS = {"question_tokens": 32, "passage_tokens": 160}
 
 
@@ -150,6 +162,48 @@ def our_way(args, train, corpus, cached):
     return torch.nn.ModuleList(set(towers.values())), gradient
 
 
+def make_way(name, args, train, corpus):
+    """(model, gradient) of one of WAYS."""
+    if name.startswith("sentence-transformers"):
+        return sentence_transformers_way(args, name.endswith("cached"))
+    if name.startswith("ours"):
+        return our_way(args, train, corpus, name.endswith("grad_cache"))
+    return {"nanoDPR's loop": nano_way, "GradCache package": package_way}[name](args)
+
+
+def work(name, args):
+    """The process of one way and batch size: a step for every line it reads; then its memory."""
+    torch.set_num_threads(args.threads)
+    corpus, train = Corpus(args.corpus), [row for row in read_questions(args.train) if row["negatives"]]
+    model, gradient = make_way(name, args, train, corpus)
+    optimizer, size = torch.optim.AdamW(model.parameters(), lr=1e-5), int(args.batches)
+    saved, before = Saved(), peak_memory(torch.device("cpu"))
+
+    def step(start, watch):
+        batch = examples_of(train, corpus, start, size)
+        began = time.perf_counter()
+        with watch:
+            gradient(*batch)
+        clip_grad_norm_(model.parameters(), 2.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return time.perf_counter() - began
+
+    step(0, saved)  # warms up and counts bytes
+    print(ANSWER, 0, flush=True)
+    for number, _ in enumerate(sys.stdin, 1):
+        print(ANSWER, step(number * size, nullcontext()), flush=True)
+    print(ANSWER, json.dumps([peak_memory(torch.device("cpu")) - before, saved.peak]), flush=True)
+
+
+def answer(process):
+    """What comes after ANSWER in the next such line of a process; the packages print lines of their own."""
+    for line in process.stdout:
+        if line.startswith(ANSWER):
+            return json.loads(line.removeprefix(ANSWER))
+    sys.exit("error: a way ended early; its message is above")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -158,53 +212,38 @@ def main():
     parser.add_argument("--train", required=True)
     parser.add_argument("--corpus", required=True)
     parser.add_argument("--batches", default="8,32,128")
+    parser.add_argument("--cache_only", action="store_true", help="only the ways with a gradient cache")
     parser.add_argument("--chunk", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--way", choices=WAYS)  # used by this script itself, in its own processes
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    corpus, train = Corpus(args.corpus), [row for row in read_questions(args.train) if row["negatives"]]
-    ways = {
-        "nanoDPR's loop": nano_way(args),
-        "sentence-transformers": sentence_transformers_way(args, False),
-        "ours": our_way(args, train, corpus, False),
-        "GradCache package": package_way(args),
-        "sentence-transformers cached": sentence_transformers_way(args, True),
-        "ours, grad_cache": our_way(args, train, corpus, True),
-    }
+    if args.way:
+        return work(args.way, args)
+    ways = WAYS[3:] if args.cache_only else WAYS
     print(f"{args.model}, chunk {args.chunk}, {args.threads} threads, n = {args.rounds}")
     for size in map(int, args.batches.split(",")):
-        seconds, peak = {name: [] for name in ways}, {}
-        optimizers = {
-            name: torch.optim.AdamW(model.parameters(), lr=1e-5) for name, (model, _) in ways.items()
-        }
-        for round_number in range(-1, args.rounds):  # -1 warms up and counts bytes
-            batch = examples_of(train, corpus, (round_number + 1) * size, size)
-            for name, (model, gradient) in ways.items():
-                saved = Saved()
-                start = time.perf_counter()
-                if round_number < 0:
-                    with saved:
-                        gradient(*batch)
-
-                else:
-                    gradient(*batch)
-                clip_grad_norm_(model.parameters(), 2.0)
-                optimizers[name].step()
-                optimizers[name].zero_grad(set_to_none=True)
-                if round_number < 0:
-                    peak[name] = saved.peak
-                else:
-                    seconds[name].append(time.perf_counter() - start)
+        command = [sys.executable, __file__, *sys.argv[1:], "--batches", str(size), "--way"]
+        processes, seconds = {}, {name: [] for name in ways}
+        for name in ways:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            processes[name] = subprocess.Popen([*command, name], **pipes)
+            answer(processes[name])  # why one after the other: the first steps are those of the peak
+        for _ in range(args.rounds):
+            for name, process in processes.items():
+                print("step", file=process.stdin, flush=True)
+                seconds[name].append(answer(process))
         print(
-            f"\nbatch {size}: questions per second over nanoDPR's loop | median (range) | saved activations"
+            f"\nbatch {size:<30} {'questions/s':>24} {'times ' + ways[0]:>26} {'peak MB':>8} {'saved MB':>9}"
         )
-        for name, took in seconds.items():
-            ratios = [a / b for a, b in zip(seconds["nanoDPR's loop"], took, strict=True)]
-            print(
-                f"  {name:30} {statistics.median(ratios):5.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-                f" {peak[name] / 1e6:8.0f} MB"
-            )
+        for name, process in processes.items():
+            process.stdin.close()
+            peak, saved = answer(process)
+            process.wait()
+            rates = [size / spent for spent in seconds[name]]
+            ratios = [a / b for a, b in zip(seconds[ways[0]], seconds[name], strict=True)]
+            columns = [f"{statistics.median(c):.2f} ({min(c):.2f}-{max(c):.2f})" for c in (rates, ratios)]
+            print(f"  {name:34} {columns[0]:>24} {columns[1]:>26} {peak / 1e6:8.0f} {saved / 1e6:9.0f}")
 
 
 if __name__ == "__main__":
