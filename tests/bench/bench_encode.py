@@ -13,7 +13,8 @@ of --model, so its vectors must be ours.
 Tevatron twice; both read "title text" as one text, and their vectors must be ours of that text:
   the package on PyPI (0.1.0, of 2022; if --tevatron_python names a python that has it) in a process of its
   own, its driver's main() from a jsonl file to a pickle: passages tokenised one by one, padded to
-  passage_tokens. It needs transformers 4 (it calls encode_plus, gone in 5), so its model code is not ours.
+  passage_tokens. It needs transformers 4 (it calls encode_plus, gone in 5), which runs the same BERT, and
+  reads a copy of --model with vocab.txt (it asks for the slow tokenizer).
   its way of today (repository, 2.x; not on PyPI), restated from its behaviour: corpus order, a batch
   tokenised at a time and padded to its longest, then to a multiple of 16, fp32, pickled at the end.
 --mixed_precision bf16 adds ours under autocast, as doc2embedding.py does it, and Tevatron's --bf16 (weights
@@ -173,6 +174,16 @@ def gemm_rate(shapes, dtype):
     return rounds * sum(2 * n * k * m for n, k, m in shapes) / spent
 
 
+def old_folder(encoder, folder):
+    """The encoder in a form that transformers 4 can read: it does not know the tokenizer files of 5."""
+    encoder.model.save_pretrained(folder)
+    vocabulary = encoder.tokenizer.get_vocab()
+    (folder / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.get)) + "\n", "utf-8")
+    lower = getattr(encoder.tokenizer, "do_lower_case", True)
+    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": lower}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
 def start_peer(python, code, arguments, folder):
     """A process that encodes folder/texts.json into folder/peer.npy for every line that it gets."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -221,7 +232,10 @@ def speed(args):
             if python:
                 (folder := Path(top) / name).mkdir()
                 (folder / "texts.json").write_text(json.dumps(texts))
-                arguments = [str(Path(args.model).resolve()), *(encoder.inputs[key] for key in keys), *inputs]
+                model = args.model
+                if code is TEVATRON:
+                    old_folder(encoder, model := folder / "model")
+                arguments = [model, *(encoder.inputs[key] for key in keys), *inputs]
                 peers[name] = start_peer(python, code, arguments, folder)
         seconds, vectors = {way: [] for way in [*ways, *peers]}, {}
         rates = {(name, kind): [] for name in shapes for kind in dtypes}
@@ -233,7 +247,7 @@ def speed(args):
                     spent = time.perf_counter() - began
                 else:
                     print("go", file=peers[way].stdin, flush=True)
-                    spent = float(peers[way].stdout.readline())
+                    spent = float(peers[way].stdout.readline() or sys.exit(f"error: {way} ended early"))
                     vectors[way] = np.load(Path(top) / way / "peer.npy")
                 seconds[way] += [spent] if turn else []
             for name, kind in rates:

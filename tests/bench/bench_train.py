@@ -28,6 +28,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
@@ -177,7 +178,7 @@ def work(name, args):
     corpus, train = Corpus(args.corpus), [row for row in read_questions(args.train) if row["negatives"]]
     model, gradient = make_way(name, args, train, corpus)
     optimizer, size = torch.optim.AdamW(model.parameters(), lr=1e-5), int(args.batches)
-    saved, before = Saved(), peak_memory(torch.device("cpu"))
+    saved, before = Saved(), psutil.Process().memory_info().rss
 
     def step(start, watch):
         batch = examples_of(train, corpus, start, size)
