@@ -20,11 +20,11 @@ So each of the four has work in proportion to the passages: linear is a slope of
 Printed: seconds, CPU seconds and the peak of resident memory of each (median, range), and the slope of log
 seconds over log passages, fitted in each round, of what a stage takes beyond its start (imports, weights):
 the same stage on --start passages in the same round, the first row. Making the corpus and its index is not
-timed (bench_corpus.py).
+timed (bench_corpus.py). Small sizes are lost in the noise of the start: the last two say more.
 
 trap: memory of a process counts the pages of files that it has mapped, the shards of a search for one.
-The system takes those back when others need memory; "not files" leaves them out, sampled 20 times a second,
-on Linux.
+The system takes those back when others need memory; "not files" leaves them out. Both are sampled 20 times
+a second, on Linux.
 """
 
 import argparse
@@ -100,35 +100,35 @@ def stop_early(folder, start, shards, sampled, size, args):
 
 
 # ------------------------------------------------------------------------------------- one measurement
-def anonymous(pid):
-    """Resident memory that is no file's, in MB, of a process and its children; 0 where it has ended."""
+def memory(pid):
+    """Of a process, in MB: the peak of its resident memory so far, and what is no file's now; 0 once ended."""
+    # why not getrusage: what it says of a child begins with the memory of the process that started it
     try:
-        own = dict(line.split(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except (OSError, ValueError):
-        return 0.0
-    return int(own.get("RssAnon", "0").split()[0]) / 1024 + sum(map(anonymous, children))
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0.0, 0.0
+    sizes = dict(line.split(":") for line in lines if line.startswith(("VmHWM", "RssAnon")))
+    return tuple(int(sizes.get(key, "0 kB").split()[0]) / 1024 for key in ("VmHWM", "RssAnon"))
 
 
 def measure(command, threads):
     """Run a command to its end: {"seconds", "cpu", "peak" (MB), "private" (MB, not files)}."""
     settings = {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
-    began, private = time.perf_counter(), 0.0
+    began, most = time.perf_counter(), (0.0, 0.0)
     with tempfile.TemporaryFile() as said:
         command = [sys.executable, *map(str, command)]
         process = subprocess.Popen(command, cwd=ROOT, env=os.environ | settings, stdout=said, stderr=said)
         done = 0
         while not done:
-            private = max(private, anonymous(process.pid))
+            most = tuple(map(max, most, memory(process.pid)))
             time.sleep(0.05)
             done, status, used = os.wait4(process.pid, os.WNOHANG)
         seconds = time.perf_counter() - began
         process.returncode = os.waitstatus_to_exitcode(status)
         said.seek(0)
         assert process.returncode == 0, said.read().decode()[-2000:]
-    unit = 2**20 if sys.platform == "darwin" else 2**10
     cpu = used.ru_utime + used.ru_stime
-    return {"seconds": seconds, "cpu": cpu, "peak": used.ru_maxrss / unit, "private": private}
+    return {"seconds": seconds, "cpu": cpu, "peak": most[0], "private": most[1]}
 
 
 def encode(folder, sampled, size, args):
@@ -171,15 +171,15 @@ def middle(values, form):
     return f"{np.median(values):{form}} ({min(values):{form}}-{max(values):{form}})"
 
 
-def slopes(found, sizes, key):
-    """The slope of every round, of what is beyond the start; None where a stage was no longer than that."""
+def slopes(runs, start, sizes, key):
+    """The slope in words, fitted in every round to what these sizes take beyond the start."""
     fitted = []
-    for turn in zip(*(found[size] for size in sizes), strict=True):
-        start, *rest = (run[key] for run in turn)
-        if min(rest) <= start:
-            return None
-        fitted.append(np.polyfit(np.log(sizes[1:]), np.log([spent - start for spent in rest]), 1)[0])
-    return fitted
+    for at_start, *turn in zip(runs[start], *(runs[size] for size in sizes), strict=True):
+        beyond = [run[key] - at_start[key] for run in turn]
+        if min(beyond) <= 0:
+            return "lost in the start"
+        fitted.append(np.polyfit(np.log(sizes), np.log(beyond), 1)[0])
+    return middle(fitted, ".2f")
 
 
 def main():
@@ -194,8 +194,8 @@ def main():
     options.add_argument("--length", type=int, default=100, help="words of a passage")
     options.add_argument("--encode_passages", type=int, default=10_000, help="more are encoded as a sample")
     options.add_argument("--shard_size", type=int, default=5_000)
-    options.add_argument("--questions", type=int, default=1_000, help="of the search")
-    options.add_argument("--passages_per_question", type=int, default=100, help="in mine and evaluate")
+    options.add_argument("--questions", type=int, default=3_610, help="of the search")
+    options.add_argument("--passages_per_question", type=int, default=25, help="in mine and evaluate")
     options.add_argument("--k", type=int, default=100)
     options.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     options.add_argument("--threads", type=int, default=1)
@@ -249,8 +249,8 @@ def main():
                 note = f" sample: {len(sampled[size])} of {-(-size // args.shard_size)} shards"
             print(f"{stage:9} {size:10,}", *(f"{column:>21}" for column in columns), note)
         for key, name in (("seconds", "seconds"), ("cpu", "CPU seconds")) if len(sizes) > 2 else ():
-            fitted = slopes(runs, sizes, key)
-            print(f"{stage:9} slope of {name}: {middle(fitted, '.2f') if fitted else 'lost in the start'}")
+            both = [slopes(runs, args.start, part, key) for part in (sizes[1:], sizes[-2:])]
+            print(f"{stage:9} slope of {name}: {both[0]}; of the last two sizes {both[1]}")
 
 
 if __name__ == "__main__":
