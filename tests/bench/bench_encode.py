@@ -1,5 +1,6 @@
 """
-Encoding passages side by side: nanoDPR's way, sentence-transformers, ours; and memory by corpus size.
+Encoding passages side by side: nanoDPR's way, sentence-transformers, Tevatron, ours, and the rate of bare
+matrix products; and memory by corpus size.
 
 Run: python tests/bench/bench_encode.py speed --model runs/dpr_nq/doc_encoder --corpus data/nq/corpus.tsv
      python tests/bench/bench_encode.py memory
@@ -23,9 +24,10 @@ in bf16; its autocast is for CUDA and does nothing on a CPU). Their differences 
 The second table: useful FLOP, those of the matrix products that the passages need without any padding, for n
 tokens, D dimensions, I in the feed-forward layer:
   layers * (2 n (4 D D + 2 D I) + 4 n n D)         projections, feed-forward, attention
-per second, over the rate of torch.mm in the same turn, type and threads: of the model's own shapes (D x D
-four times, D x I, I x D, for the tokens of a batch of median length) and of squares of 2048. Softmax, GELU,
-norms, embeddings and tokenising are no matrix products, so 1 cannot be reached.
+(what torch.utils.flop_counter counts for that passage alone), per second, over the rate of torch.mm in the
+same turn, type and threads: of the model's own shapes (D x D four times, D x I, I x D, for the tokens of a
+batch of median length) and of squares of 2048. Softmax, GELU, norms, embeddings and tokenising are no matrix
+products, so 1 cannot be reached.
 memory: peak resident memory of doc2embedding.py for corpora of short passages and a tiny random encoder.
 """
 

@@ -101,7 +101,7 @@ def stop_early(folder, start, shards, sampled, size, args):
 
 # ------------------------------------------------------------------------------------- one measurement
 def memory(pid):
-    """Of a process, in MB: the peak of its resident memory so far, and what is no file's now; 0 once ended."""
+    """Of a process, in MB: the peak of its resident memory so far, and what is no file now; 0 once ended."""
     # why not getrusage: what it says of a child begins with the memory of the process that started it
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()

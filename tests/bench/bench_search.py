@@ -144,13 +144,13 @@ def compare(rows, dim, questions, k, repeat):
     threads = os.environ.get("OMP_NUM_THREADS", f"all of {os.cpu_count()}")
     print(f"\n{rows} x {dim}, {questions} questions, k = {k}, n = {repeat}, {threads} threads")
     print(
-        f"{'way':20} {'seconds':>20} {'CPU seconds':>20} {'times ours':>20} {'more MB':>8} {'not files':>9}"
+        f"{'way':20} {'seconds':>24} {'CPU seconds':>24} {'times ours':>24} {'more MB':>8} {'not files':>9}"
     )
     ours = turns["ours, stream"]
     for way, runs in turns.items():
         columns = [[run[key] for run in runs] for key in ("seconds", "cpu")]
         columns.append([run["seconds"] / mine["seconds"] for run, mine in zip(runs, ours, strict=True)])
-        text = [f"{np.median(c):.3g} ({min(c):.3g}-{max(c):.3g})".rjust(20) for c in columns]
+        text = [f"{np.median(c):.3g} ({min(c):.3g}-{max(c):.3g})".rjust(24) for c in columns]
         memory = [np.median([run[key] for run in runs]) for key in ("memory", "private")]
         print(f"{way:20}", *text, f"{memory[0]:8.0f} {memory[1]:9.0f}", flush=True)
     if len({run["rows"] for way in WAYS[:3] for run in turns[way]}) > 1:
