@@ -233,6 +233,7 @@ def main():
                     else:
                         spent = other_stage(stage, folder, args)
                     found[stage][size].append(spent)
+                    print(f"{stage} {size:,}: {spent['seconds']:.1f} s", file=sys.stderr, flush=True)
     print(
         f"{args.doc_encoder}, {args.length} words a passage, {args.questions} questions searched,\n"
         f"{args.passages_per_question} passages a judged question, k = {args.k}, {args.threads} threads, "
