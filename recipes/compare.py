@@ -22,7 +22,8 @@ from utils.config import UserError, friendly_errors  # noqa: E402
 from utils.data import Corpus, read_questions, read_run  # noqa: E402
 from utils.files import read_json  # noqa: E402
 from utils.metrics import bootstrap_interval, mrr  # noqa: E402
-from utils.text import exact_match, f1, has_answer  # noqa: E402
+from utils.predictions import answer_scores  # noqa: E402
+from utils.text import has_answer  # noqa: E402
 
 KS = (1, 5, 20, 100)
 
@@ -35,9 +36,9 @@ def per_question(path, questions, corpus):
             raise UserError(
                 f"{path}: these are answers to other questions; no qid of it is in the question file"
             )
-        pairs = [(found.get(q["qid"], ""), q["answers"]) for q in questions if q["answers"]]
-        values = {"EM": [exact_match(*pair) for pair in pairs], "F1": [f1(*pair) for pair in pairs]}
-        return {metric: np.array(one, dtype=float) for metric, one in values.items()}
+        texts = [[{"text": text} if (text := found.get(q["qid"])) else None] for q in questions]
+        values = answer_scores(questions, texts, [1])
+        return {metric.partition("@")[0]: np.array(one) for metric, one in values.items()}
     found, values = read_run(path), {}
     depth = max(map(len, found.values()))
     for question in questions:

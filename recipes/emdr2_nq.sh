@@ -60,10 +60,7 @@ answer() { # RUN_DIR RANKING: the test questions, from the passages that a retri
         --test $DATA/test.jsonl --test_run $2 $CORPUS --out $1/answers.json $TRAIN_FLAGS
 }
 
-compare() { # OUT RANKING RANKING: accuracy, and the gain of the second with its interval
-    python recipes/compare.py $DATA/corpus.tsv $DATA/test.jsonl $2 $3 >$1.tmp
-    mv $1.tmp $1
-}
+COMPARE="python recipes/compare.py $DATA/corpus.tsv $DATA/test.jsonl" # both, and the gain of the second
 
 encode $RETRIEVER
 
@@ -87,9 +84,10 @@ train $RUN $CONFIG $TRAIN "$DEV" --refresh $REFRESH
 encode $RUN
 search $RUN $DATA/test.jsonl $DEPTH test
 answer $RUN $RUN/test.run
-stage $RUN/compare.txt compare $RUN/compare.txt $RETRIEVER/test.run $RUN/test.run
+stage $RUN/compare.txt write $RUN/compare.txt $COMPARE $RETRIEVER/test.run $RUN/test.run
 cat $RUN/compare.txt
 if [ $BASELINE = true ]; then
-    stage $RUN/compare_answers.txt compare $RUN/compare_answers.txt $RUN/fid/answers.answers.json $RUN/answers.answers.json
+    stage $RUN/compare_answers.txt write $RUN/compare_answers.txt $COMPARE $RUN/fid/answers.answers.json \
+        $RUN/answers.answers.json
     cat $RUN/compare_answers.txt
 fi

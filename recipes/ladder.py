@@ -26,7 +26,6 @@ from utils.config import UserError, friendly_errors  # noqa: E402
 from utils.data import Corpus, iter_jsonl, read_questions  # noqa: E402
 from utils.files import atomic_file, read_json  # noqa: E402
 from utils.metrics import with_intervals  # noqa: E402
-from utils.predictions import answer_scores  # noqa: E402
 
 DUAL = "inbatch d0 gc m1 m2 m3 d1 d2 d0_long".split()  # one dev pool for all; lower rungs first
 METRICS = [f"top-{k}" for k in KS] + ["MRR@10", "EM", "F1"]
@@ -132,13 +131,9 @@ def values_of(row, run_dir, questions, corpus):
     values = {}
     if not all((run_dir / path).is_file() for path in row.runs + [row.answers] * bool(row.answers)):
         return values
-    for path in row.runs:  # the first passages in another order: top-k stays what it was for every larger k
+    for path in row.runs + [row.answers] * bool(row.answers):
+        # a later ranking has the first passages in another order: top-k stays what it was for every larger k
         values |= per_question(run_dir / path, questions, corpus)
-    if row.answers:
-        answers = read_json(run_dir / row.answers)
-        texts = [[{"text": text} if (text := answers.get(q["qid"])) else None] for q in questions]
-        found = answer_scores(questions, texts, [1])
-        values |= {name.partition("@")[0]: np.array(one) for name, one in found.items()}
     return values
 
 

@@ -61,7 +61,6 @@ train() { # NAME FLAGS...: a dual encoder on the labelled questions, its vectors
 [ $FROM != data/demo ] || stage $FROM/test.jsonl python recipes/demo/prepare.py
 [ $START != data/models/tinybert-4l ] || stage $START python recipes/demo/prepare.py
 [ "$T5" != data/models/flan-t5-small ] || stage $T5 python recipes/demo/flan_t5.py
-write() { "${@:2}" >$1.tmp && mv $1.tmp $1; }      # OUTPUT COMMAND...
 blank_titles() { awk -F '\t' -v OFS='\t' 'NR > 1 { $3 = "" } 1' $FROM/corpus.tsv; }
 unlabelled() { python -c 'import json, sys
 for line in list(sys.stdin)[2::3]:

@@ -87,7 +87,7 @@ rescore $RUN/d1 $DATA/unlabelled.jsonl $UNLABELLED_DEPTH unlabelled
 stage $RUN/pseudo.jsonl python mine_negatives.py --mode pseudo_label --questions $DATA/unlabelled.jsonl \
     --run $RUN/d1/unlabelled.run $CORPUS --scores $RUN/d1/unlabelled_ce.run --negative_below $BELOW \
     --positive_above $ABOVE --negatives 1 --depth $UNLABELLED_DEPTH --out $RUN/pseudo.jsonl
-stage $RUN/d2.jsonl join $RUN/d2.jsonl $RUN/d1.jsonl $RUN/pseudo.jsonl
+stage $RUN/d2.jsonl write $RUN/d2.jsonl cat $RUN/d1.jsonl $RUN/pseudo.jsonl
 train d2 $RUN/d2.jsonl
 
 evaluate d0

@@ -45,8 +45,8 @@ rescore() {
         --cross_encoder $RUN/c/cross_encoder --out $1/$4_ce.run
 }
 
-# join OUT FILE...: one file after the other
-join() {
-    cat "${@:2}" >$1.tmp
+# write OUTPUT COMMAND...: what it prints, whole or not at all
+write() {
+    "${@:2}" >$1.tmp
     mv $1.tmp $1
 }

