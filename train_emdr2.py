@@ -187,17 +187,17 @@ def posterior(log_prior_BK, log_likelihood_BKT, mask_BT, form):
     return (by_token_BKT * mask_BT[:, None]).sum(2) / mask_BT.sum(1, keepdim=True)
 
 
-def learn(batch, models, backward, tokens, autocast, cfg):
+def learn(batch, models, tokens, accelerator, cfg):
     """
-    The method, for one chunk of B questions: add its share of the gradient to .grad. backward: takes a loss;
-    tokens: answer tokens of the global batch. Returns sums over the chunk as a tensor [5]: reader loss and
-    retriever loss as shares of the batch's means, entropy of the prior in nats, how often prior and posterior
-    agree on the first passage, share of passages with an answer.
+    The method, for one chunk of B questions: add its share of the gradient to .grad. tokens: answer tokens of
+    the global batch. Returns sums over the chunk as a tensor [5]: reader loss and retriever loss as shares of
+    the batch's means, entropy of the prior in nats, how often prior and posterior agree on the first passage,
+    share of passages with an answer.
 
     The two losses have two graphs with nothing in common, so each runs backward by itself, and the
     activations of T5 are gone before those of the encoders come.
     """
-    fid, device = models["reader"], next(models["reader"].parameters()).device
+    fid, device, autocast = models["reader"], accelerator.device, accelerator.autocast
     labels_BT = batch["labels_BT"].to(device)
     mask_BT, B, K = labels_BT != PAD, len(labels_BT), cfg.top_k
 
@@ -206,11 +206,10 @@ def learn(batch, models, backward, tokens, autocast, cfg):
     hidden_NLD, mask_NL = encode_contexts(fid, batch["contexts"], cfg.passage_chunk, autocast)
     hidden_BKLD, mask_BKL = hidden_NLD.unflatten(0, (B, K)), mask_NL.unflatten(0, (B, K))
     reader = -fused_log_likelihood(fid, hidden_BKLD, mask_BKL, labels_BT, autocast).sum() / tokens
-    backward(reader)
+    accelerator.backward(reader)
     reader, hidden_BKLD, hidden_NLD = reader.detach(), hidden_BKLD.detach(), None  # frees the graph
-    zero = torch.zeros((), device=device)
     if cfg.retriever_loss == "none":
-        return torch.stack([reader, zero, zero, zero, zero + batch["has"]])
+        return torch.tensor([reader, 0.0, 0.0, 0.0, batch["has"]], device=device)
 
     # What each passage alone would have made of the answer, the reader a constant.       [EM:187-210]
     if cfg.neighbors:  # FiD has read more than the passage, for which alone the retriever answers
@@ -234,40 +233,34 @@ def learn(batch, models, backward, tokens, autocast, cfg):
     else:
         loss = retriever_loss(log_prior_BK, likelihood_BKT, mask_BT, form)
     loss = loss * (mask_BT.sum() / tokens if form == "token" else B / cfg.batch_size)
-    backward(loss)
-    log_prior_BK, loss = log_prior_BK.detach(), loss.detach()
+    accelerator.backward(loss)
+    log_prior_BK = log_prior_BK.detach()
     entropy_B = -(log_prior_BK.exp() * log_prior_BK).sum(1)
     posterior_BK = posterior(log_prior_BK, likelihood_BKT, mask_BT, form)
     agree_B = log_prior_BK.argmax(1) == posterior_BK.argmax(1)
-    return torch.stack([reader, loss, entropy_B.sum(), agree_B.sum(), zero + batch["has"]])
+    shown = [reader, loss.detach(), entropy_B.sum(), agree_B.sum(), batch["has"]]
+    return torch.tensor(shown, device=device)
 
 
 def add_gradient(examples, answers, rows, corpus, models, accelerator, cfg, step):
     """
     Add the gradient of the global batch's losses to .grad; rows: the passages of every question of it.
-    Returns ({"loss", "ret", "entropy", "agree", "has"} of the global batch, seconds of its passes).
+    Returns {"loss", "ret", "entropy", "agree", "has"} of the global batch.
     """
-    (rank, devices), device = world(), accelerator.device
+    rank, devices = world()
     labels_QT = tokenize_answers(models["reader"], answers)
     tokens, share = int((labels_QT != PAD).sum()), cfg.batch_size // devices
-    ends = range(rank * share, (rank + 1) * share, cfg.question_chunk)
-    chunks = [slice(k, min(k + cfg.question_chunk, (rank + 1) * share)) for k in ends]
-    totals, spent = torch.zeros(5, device=device), {"forward_seconds": 0.0, "backward_seconds": 0.0}
+    mine = slice(rank * share, (rank + 1) * share)
+    examples, rows, labels_BT = examples[mine], rows[mine], labels_QT[mine]
+    totals = torch.zeros(5, device=accelerator.device)
 
-    def batch_of(part):
-        return prepare(examples[part], rows[part], labels_QT[part], corpus, models, cfg)
+    def batch_of(k):
+        part = slice(k, k + cfg.question_chunk)
+        return prepare(examples[part], rows[part], labels_BT[part], corpus, models, cfg)
 
-    def backward(loss):
-        began = clock(device)
-        accelerator.backward(loss)
-        spent["backward_seconds"] += clock(device) - began
-
-    for i, batch in enumerate(ahead(batch_of, chunks)):
+    for i, batch in enumerate(ahead(batch_of, range(0, share, cfg.question_chunk))):
         torch.manual_seed(chunk_seed((cfg.seed, step, rank), i))  # the dropout masks
-        began = clock(device)
-        totals += learn(batch, models, backward, tokens, accelerator.autocast, cfg)
-        spent["forward_seconds"] += clock(device) - began
-    spent["forward_seconds"] -= spent["backward_seconds"]  # learn() ran both
+        totals += learn(batch, models, tokens, accelerator, cfg)
     for model in models.values():
         sum_gradients(model.parameters())
     if devices > 1:
@@ -276,14 +269,7 @@ def add_gradient(examples, answers, rows, corpus, models, accelerator, cfg, step
     shown = {"loss": loss}
     if cfg.retriever_loss != "none":
         shown |= {"ret": ret, "entropy": entropy / cfg.batch_size, "agree": agree / cfg.batch_size}
-    return shown | {"has": has / cfg.batch_size}, spent
-
-
-def clock(device):
-    """Seconds, after all that the device was asked to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return shown | {"has": has / cfg.batch_size}
 
 
 # ---------------------------------------------------------------- the index
@@ -454,12 +440,12 @@ def main():
     if accelerator.is_main_process:
         abandon(run.dir, run.first)
     for step in range(run.first, last):
-        began = clock(accelerator.device)
+        began = time.perf_counter()
         refresh(step, index, encoders["doc_encoder"], run, accelerator, cfg)
-        refreshed = clock(accelerator.device)
+        refreshed = time.perf_counter()
         examples, answers = draw(step, train, cfg)
         rows = retrieve(examples, index, encoders["query_encoder"], cfg.top_k, accelerator, cfg)
-        searched = clock(accelerator.device)
+        searched = time.perf_counter()
         if step == run.first:
             ids = contexts_of(examples[0]["question"], [corpus[rows[0][0]]], rows[0][:1], corpus, fid)[0]
             run.say(f"example context: {fid.tokenizer.decode(ids)}\nexample answer: {answers[0]}")
@@ -468,7 +454,7 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         try:
-            shown, spent = add_gradient(examples, answers, rows, corpus, models, accelerator, cfg, step)
+            shown = add_gradient(examples, answers, rows, corpus, models, accelerator, cfg, step)
         except torch.OutOfMemoryError:
             raise UserError(
                 "out of GPU memory: lower --question_chunk if above 1 and --score_chunk (other dropout "
@@ -479,7 +465,7 @@ def main():
         run.refuse_non_finite(shown["loss"] + shown.get("ret", 0.0), norm, lr)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        done = clock(accelerator.device)
+        seconds = time.perf_counter() - began
         if step == run.first and learns:
             even = shown["entropy"] / math.log(cfg.top_k) if cfg.top_k > 1 else 0.0
             run.say(f"entropy of the prior: {shown['entropy']:.3f} nats, {even:.2f} of the log of top_k")
@@ -488,15 +474,10 @@ def main():
                     "warning: the prior hardly tells the passages apart, so the retriever learns little: "
                     "lower --temperature (1 for encoders of train_dpr.py)"
                 )
-        run.step(
-            f"{cfg.batch_size / (done - began):.1f} q/s",
-            shown | {"lr": lr},
-            {"grad_norm": norm}
-            | ({"index_age": step - index.step} if learns else {})
-            | {"refresh_seconds": refreshed - began, "search_seconds": searched - refreshed, **spent}
-            # other: to wait for tokenised chunks, to add up gradients, the optimizer
-            | {"other_seconds": done - searched - sum(spent.values()), "seconds": done - began},
-        )
+        hidden = {"grad_norm": norm, "seconds": seconds, "refresh_seconds": refreshed - began}
+        hidden |= {"search_seconds": searched - refreshed}
+        hidden |= {"index_age": step - index.step} if learns else {}
+        run.step(f"{cfg.batch_size / seconds:.1f} q/s", shown | {"lr": lr}, hidden)
         if dev and ((step + 1) % (cfg.eval_every or per_epoch) == 0 or step + 1 == last):
             found = evaluate(dev, corpus, index, models, encoders["query_encoder"], accelerator, cfg)
             run.dev(found, by="em", sign=1)

@@ -398,7 +398,7 @@ def one_step(world, accelerator=ACCELERATOR, answers=ANSWERS, **changes):
     rows = retrieve(examples, index, models["query_encoder"], cfg.top_k, accelerator, cfg)
     learned = models if cfg.retriever_loss != "none" else {"reader": models["reader"]}
     answers = (answers * 9)[: cfg.batch_size]
-    shown, _ = add_gradient(examples, answers, rows, corpus, learned, accelerator, cfg, 3)
+    shown = add_gradient(examples, answers, rows, corpus, learned, accelerator, cfg, 3)
     gradients = {name: [p.grad for p in model.parameters()] for name, model in models.items()}
     return gradients, shown, (cfg, examples, rows, corpus, models)
 
@@ -587,7 +587,7 @@ def test_activations_are_those_of_one_chunk_and_of_one_loss(world):
 
 
 # ---------------------------------------------------------------- the command, as its user meets it
-TIMES = [f"{part}seconds" for part in ("", "refresh_", "search_", "forward_", "backward_", "other_")]
+TIMES = [f"{part}seconds" for part in ("", "refresh_", "search_")]
 
 
 def rows_of(run_dir):
