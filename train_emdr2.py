@@ -82,18 +82,18 @@ PATIENCE = 60  # seconds without a sign of life after which an index worker is c
 
 
 # ---------------------------------------------------------------- data: a batch is a function of (seed, step)
-def load_questions(path, corpus, cfg):
+def load_questions(path, corpus):
     """(the questions of a file that have answers, with "own": the rows that they never retrieve; a note)."""
     questions = read_questions(path, need=("answers",))
     kept = [question for question in questions if question["answers"]]
     for question in kept:
-        # trap: a dev file of real questions names their right passages; only a masked sentence must not find
-        # the passage that it was cut from, where it would read its answer
-        drop = cfg.drop_source and (path == cfg.train or "[MASK]" in question["question"])
-        named = question["positives"] if drop else []
-        if not all(isinstance(passage, str) for passage in named):
-            raise UserError(f"{path}: {question['qid']}: drop_source needs ids of the corpus as positives")
-        question["own"] = {corpus.row(pid) for pid in named}
+        # why: a masked sentence would read its answer in the passage that it was cut from [EM:264-265]. trap:
+        # a question that somebody asked may name its right passages too, and is to find them
+        masked = "[MASK]" in question["question"]
+        ids = [passage for passage in question["positives"] if isinstance(passage, str)]
+        if masked and not ids:
+            raise UserError(f"{path}: {question['qid']}: a masked sentence needs the id of its own passage")
+        question["own"] = {corpus.row(pid) for pid in ids} if masked else set()
     note = f"{path}: {len(kept)} questions, {len(questions) - len(kept)} without an answer left out"
     return kept, note
 
@@ -114,7 +114,7 @@ def retrieve(examples, index, query_encoder, k, accelerator, cfg):
     """Of every question the rows of its k best passages, its own left out: lists, the same on all devices."""
     ids = tokenize_questions(query_encoder, [example["question"] for example in examples])
     q_QD = embed_on_devices(query_encoder, ids, cfg.encoding_batch_size, "question", accelerator)
-    # from: EM:264-265, 389-391: one more is fetched where one may have to go
+    # from: EM:389-391: one more is fetched where one may have to go
     spare = max(len(example["own"]) for example in examples)
     _, rows_Qk = index.search(q_QD.cpu().numpy(), k + spare)
     pairs = zip(examples, rows_Qk.tolist(), strict=True)
@@ -348,8 +348,6 @@ def main():
         raise UserError(f"eval_hits must name depths of at least 1, got {cfg.eval_hits}")
     at_least(cfg, 2, "answer_tokens")
     at_least(cfg, 8, "reader_tokens")
-    if cfg.neighbors and cfg.drop_source:
-        raise UserError("drop_source with neighbors: the dropped passage would come back as a neighbour")
     if bool(cfg.train) == bool(cfg.test):
         raise UserError('give either train, or test with --train "" and the reader of a run')
     inputs = ("test", "test_run") if cfg.test else ("train", "dev")
@@ -371,13 +369,13 @@ def main():
     content |= {key: weights_hash(getattr(cfg, key)) for key in (*TOWERS, "reader")}
     content["embeddings"] = folder_hash(Path(cfg.embeddings) / "manifest.json")  # has the hash of every shard
     run = Run(cfg, accelerator, content)
-    train, train_note = load_questions(cfg.train, corpus, cfg)
+    train, train_note = load_questions(cfg.train, corpus)
     dev, dev_note = [], "no dev set: the last checkpoint is the best"
     if cfg.dev:
-        dev, dev_note = load_questions(cfg.dev, corpus, cfg)
+        dev, dev_note = load_questions(cfg.dev, corpus)
     spare = max(len(question["own"]) for question in train)
-    if cfg.drop_source and not spare:
-        raise UserError(f"{cfg.train}: drop_source, but no question has positives to drop")
+    if cfg.neighbors and spare:
+        raise UserError("neighbors: a masked sentence's own passage would come back as a neighbour")
     if cfg.top_k + spare > len(corpus):
         raise UserError(f"top_k {cfg.top_k}: {cfg.corpus} has {len(corpus)} passages, {spare} may be dropped")
     per_epoch, total, last, warmup, late = plan(len(train), cfg)

@@ -358,10 +358,10 @@ def test_emdr2_nq(rehearsal):
     masked = lines(run / "mss.jsonl")
     assert len(masked) == 30 and all(row["answers"] == ["1889"] for row in masked)
     mss, fid, emdr2 = (read_yaml(run / name / "config.yaml") for name in ("mss", "fid", "."))
-    assert mss["drop_source"] and mss["query_encoder"] == f"{world}/dpr/query_encoder" and not mss["dev"]
+    assert mss["query_encoder"] == f"{world}/dpr/query_encoder" and not mss["dev"]
     for config in (fid, emdr2):
         assert config["doc_encoder"] == f"{run}/mss/doc_encoder" and config["reader"] == f"{run}/mss/reader"
-        assert config["embeddings"] == f"{run}/mss/embeddings" and not config["drop_source"]
+        assert config["embeddings"] == f"{run}/mss/embeddings"
     assert (fid["retriever_loss"], emdr2["retriever_loss"], emdr2["refresh"]) == ("none", "emdr2", "sync")
     for name in ("fid", "."):
         assert read_json(run / name / "metrics.json")["step"] == 3 and (run / name / "curves.png").is_file()

@@ -183,7 +183,7 @@ def parts(world, **changes):
     models = {"reader": load_fid(cfg.reader, how, cfg.dropout).train()}
     for name, role in TOWERS.items():
         models[name] = load_encoder(getattr(cfg, name), role, dropout=cfg.dropout).train()
-    train, _ = load_questions(cfg.train, corpus, cfg)
+    train, _ = load_questions(cfg.train, corpus)
     return cfg, train, corpus, models, LiveIndex(corpus, cfg.embeddings, ACCELERATOR)
 
 
@@ -310,7 +310,7 @@ def test_impossible_passages_and_pads_leave_the_loss_finite():
 def test_a_perfect_reader_pulls_the_explaining_passage_to_the_first_rank(world):
     """Random encoders, likelihoods that favour one passage a question: by the loss alone it comes first."""
     corpus = Corpus(world / "corpus.tsv")
-    questions, _ = load_questions(world / "train.jsonl", corpus, config(world)[0])
+    questions, _ = load_questions(world / "train.jsonl", corpus)
     encoders = [load_encoder(world / name, role) for name, role in TOWERS.items()]
     weights = [p for encoder in encoders for p in encoder.parameters()]
     optimizer = torch.optim.AdamW(weights, 2e-3)
@@ -364,12 +364,19 @@ def test_the_search_is_exact_and_without_dropout(world):
     assert rows == np.argsort(-scores_QN, 1)[:, :5].tolist()
 
 
+def masked_file(world, folder):
+    """The training questions as sentences with a mask, each naming its passage; returns the path."""
+    path = folder / "masked.jsonl"
+    path.write_text((world / "train.jsonl").read_text().replace("which colour", "[MASK]"))
+    return path
+
+
 def test_a_masked_sentence_never_sees_its_own_passage(world, tmp_path):
-    """Its source is dropped, the order of the rest stays, K are left; a dev question keeps its passages."""
-    cfg, train, corpus, models, index = parts(world)
-    plain = retrieve(train, index, models["query_encoder"], 36, ACCELERATOR, cfg)
-    cfg.drop_source = True
-    masked, _ = load_questions(cfg.train, corpus, cfg)
+    """Its source is dropped, the order of the rest stays, K are left; a question keeps its passages."""
+    cfg, _, corpus, models, index = parts(world)
+    masked, _ = load_questions(masked_file(world, tmp_path), corpus)
+    plain = [sentence | {"own": set()} for sentence in masked]
+    plain = retrieve(plain, index, models["query_encoder"], 36, ACCELERATOR, cfg)
     for k in (4, 35):
         found = retrieve(masked, index, models["query_encoder"], k, ACCELERATOR, cfg)
         for question, rows, all_rows in zip(masked, found, plain, strict=True):
@@ -380,7 +387,7 @@ def test_a_masked_sentence_never_sees_its_own_passage(world, tmp_path):
     ]
     lines[1]["qid"] = "b"
     (tmp_path / "dev.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    dev, _ = load_questions(str(tmp_path / "dev.jsonl"), corpus, cfg)
+    dev, _ = load_questions(tmp_path / "dev.jsonl", corpus)
     assert [question["own"] for question in dev] == [set(), {0}]
 
 
@@ -850,7 +857,7 @@ def test_mistakes_end_in_one_line(whole, world, tmp_path, monkeypatch):
     make_embeddings(world / "doc_encoder", world / "corpus.tsv", tmp_path / "other")
     save_encoder(load_encoder(world / "query_encoder", "question"), tmp_path / "query")  # pair "toy"
     (tmp_path / "none.jsonl").write_text('{"qid": "q0", "question": "who"}\n')
-    (tmp_path / "bare.jsonl").write_text('{"qid": "q0", "question": "who", "answers": ["red"]}\n')
+    (tmp_path / "bare.jsonl").write_text('{"qid": "q0", "question": "[MASK] is", "answers": ["red"]}\n')
     answering = {"train": "", "dev": "", "test": world / "train.jsonl", "out": tmp_path / "out.json"}
     for changes, words in (
         (
@@ -864,14 +871,14 @@ def test_mistakes_end_in_one_line(whole, world, tmp_path, monkeypatch):
         ({"reader": world / "bert"}, ["FiD reads with a T5"]),
         ({"query_encoder": world / "warm_doc_encoder"}, ["this is a passage encoder"]),
         ({"top_k": 37}, ["top_k 37", "36 passages"]),
-        ({"top_k": 36, "drop_source": True}, ["top_k 36", "1 may be dropped"]),
+        ({"top_k": 36, "train": masked_file(world, tmp_path)}, ["top_k 36", "1 may be dropped"]),
         ({"train": tmp_path / "none.jsonl"}, ["none.jsonl:1", "'answers' is missing"]),
-        ({"train": tmp_path / "bare.jsonl", "drop_source": True}, ["no question has positives"]),
+        ({"train": tmp_path / "bare.jsonl"}, ["bare.jsonl: q0", "needs the id of its own passage"]),
         ({"batch_size": 13}, ["12 questions do not fill one batch of 13"]),
         ({"marginal": "tokens"}, ["marginal must be one of token, sequence"]),
         ({"refresh": "always"}, ["refresh must be one of"]),
         ({"eval_hits": "[]"}, ["eval_hits"]),
-        ({"neighbors": True, "drop_source": True}, ["come back as a neighbour"]),
+        ({"neighbors": True, "train": tmp_path / "masked.jsonl"}, ["come back as a neighbour"]),
         ({"train": ""}, ["give either train, or test"]),
         ({"test": world / "train.jsonl"}, ["give either train, or test"]),
         ({"train": "", "test": world / "train.jsonl", "out": "x.txt"}, ["must be the path of a .json"]),

@@ -155,7 +155,7 @@ def load(args):
     models = {"reader": load_fid(cfg.reader, how, cfg.dropout).train()}
     for name, role in TOWERS.items():
         models[name] = load_encoder(getattr(cfg, name), role, dropout=cfg.dropout).train()
-    train, _ = load_questions(cfg.train, corpus, cfg)
+    train, _ = load_questions(cfg.train, corpus)
     return cfg, corpus, train, models, LiveIndex(corpus, cfg.embeddings, DEVICE)
 
 
