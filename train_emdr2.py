@@ -6,7 +6,6 @@ In:   questions with answers, a corpus, the two encoders of train_dpr.py and the
 Out:  training: run_dir/{query_encoder,doc_encoder,reader}/ (best dev EM), checkpoints/, log.txt,
       metrics.jsonl, curves.png; prediction: `out` (DPR's json), beside it .answers.json and .metrics.json
 Run:  accelerate launch train_emdr2.py --config config/train_emdr2_nq.yaml
-      torchrun --nproc_per_node 8 train_emdr2.py --config config/train_emdr2_nq.yaml
       python train_emdr2.py --train "" --reader runs/emdr2_nq/reader --test data/nq/test.jsonl
       --test_run runs/emdr2_nq/test/test.run --out runs/emdr2_nq/test.json
 Next: doc2embedding.py and test_dpr.py show what the retriever learned; ask.py --reader
@@ -25,15 +24,12 @@ paper's equation is `marginal: sequence`. (2) Any Hugging Face T5 and our own DP
 MSS-trained T5 and BERT. (3) The one-document likelihood reads the encoder states that FiD has computed, which
 is the paper's Figure 1; the code encodes again, as it fills FiD's inputs up with neighbouring passages: that
 is `neighbors: true`. (4) The search is without dropout (as in Atlas). (5) `refresh: sync` stops training and
-encodes on its devices, so that vectors are 0 to refresh_every - 1 steps old (as the author's later ART);
-theirs are 500 to 1000. `refresh: async` is theirs, but never waits: vectors are as many steps old as the
-encoding takes when they come into use, and up to refresh_every more until the next do. (6) Losses divide by
-the answer tokens of the global batch (sequence, kl: by its questions), theirs by those of a GPU. (7) bf16,
-not fp16. (8) Order, drawn answers and dropout are functions of (seed, step), so a killed run with refresh
-sync or none resumes to the same bits (on a CPU). (9) `temperature` 1, theirs sqrt(D): of the plain inner
-products that train_dpr.py's encoders have learned, sqrt(D) would leave an almost even prior.
-
-trap: `accelerate launch --cpu --num_processes 2` may start one process; where it does, torchrun starts two.
+encodes on its devices, so vectors are 0 to refresh_every - 1 steps old (as in the author's later ART); theirs
+are 500 to 1000. `refresh: async` is theirs, but never waits for late vectors. (6) Losses divide by the answer
+tokens of the global batch (sequence, kl: by its questions), theirs by those of a GPU. (7) bf16, not fp16. (8)
+Order, drawn answers and dropout are functions of (seed, step), so a killed run with refresh sync or none
+resumes to the same bits (on a CPU). (9) `temperature` 1, theirs sqrt(D), which would leave an almost even
+prior: the encoders of train_dpr.py have learned plain inner products.
 
 Q questions of the global batch · B questions of a chunk · K passages each · T answer tokens · L tokens of a
 context · D hidden
@@ -78,7 +74,6 @@ from utils.text import has_answer
 
 TOWERS = {"query_encoder": "question", "doc_encoder": "passage"}
 CURVES = "loss ret entropy agree has em hit@1 hit@5 hit@20 index_age search_seconds refresh_seconds".split()
-PATIENCE = 60  # seconds without a sign of life after which an index worker is called dead
 
 
 # ---------------------------------------------------------------- data: a batch is a function of (seed, step)
@@ -103,10 +98,8 @@ def draw(step, train, cfg):
     epoch, offset = divmod(step, len(train) // cfg.batch_size)
     order = np.random.default_rng([cfg.seed, epoch]).permutation(len(train))
     picked = order[offset * cfg.batch_size : (offset + 1) * cfg.batch_size].tolist()
-    answers = [
-        train[i]["answers"][np.random.default_rng([cfg.seed, epoch, i, 1]).integers(len(train[i]["answers"]))]
-        for i in picked
-    ]
+    draws = [np.random.default_rng([cfg.seed, epoch, i, 1]) for i in picked]
+    answers = [str(rng.choice(train[i]["answers"])) for rng, i in zip(draws, picked, strict=True)]
     return [train[i] for i in picked], answers
 
 
@@ -280,7 +273,7 @@ def refresh(step, index, doc_encoder, run, accelerator, cfg):
         return
     if due and main_process:
         export(run.dir, step, doc_encoder)  # for the worker, and for a resume
-        if cfg.refresh == "async" and (fault := worker_state(run.dir, PATIENCE)):
+        if cfg.refresh == "async" and (fault := worker_state(run.dir)):
             run.say(f"warning: {fault}; training goes on with vectors of step {index.step}")
     if cfg.refresh == "sync":
         index.refresh(doc_encoder, step, cfg.encoding_batch_size, accelerator.autocast)
@@ -355,15 +348,12 @@ def main():
     if cfg.test:
         need_value(cfg, "reader")
         need_predictions_out(cfg, *inputs, "corpus")
-    else:
-        need_value(cfg, "reader", "corpus", *TOWERS, "embeddings")
+        return answer_file(cfg, start(cfg.mixed_precision))
+    need_value(cfg, "reader", "corpus", *TOWERS, "embeddings")
     accelerator = start(cfg.mixed_precision)
-    if cfg.test:
-        return answer_file(cfg, accelerator)
     if cfg.batch_size % accelerator.num_processes:
         raise UserError(f"batch_size {cfg.batch_size} is not shared by {accelerator.num_processes} devices")
-    with accelerator.main_process_first():  # the first to open a corpus writes its index
-        corpus = Corpus(cfg.corpus, cfg.corpus_format)
+    corpus = Corpus(cfg.corpus, cfg.corpus_format)
     open_embeddings(cfg.embeddings, corpus.sha256, verify=False, query_encoder=cfg.query_encoder)
     content = {key: folder_hash(getattr(cfg, key)) for key in inputs} | {"corpus": corpus.sha256}
     content |= {key: weights_hash(getattr(cfg, key)) for key in (*TOWERS, "reader")}
@@ -383,14 +373,14 @@ def main():
     learns = cfg.retriever_loss != "none"
     if not learns:
         cfg.refresh = "none"  # a frozen encoder makes the vectors that are there
-    kept = run.checkpoint if learns else None
-    starts = {name: kept / name if kept else getattr(cfg, name) for name in TOWERS}
-    encoders = {name: load_encoder(starts[name], role, dropout=cfg.dropout) for name, role in TOWERS.items()}
+    encoders = {}
     for name, role in TOWERS.items():
-        if learns and encoders[name].projection:
-            raise UserError(f"{name}: {starts[name]} has a projection on top, and would not be saved with it")
-        encoders[name].inputs["role"] = role  # a shared encoder becomes two, which part from here on
-        encoders[name].to(accelerator.device).train()
+        source = run.checkpoint / name if run.checkpoint and learns else getattr(cfg, name)
+        encoder = load_encoder(source, role, dropout=cfg.dropout)
+        if learns and encoder.projection:
+            raise UserError(f"{name}: {source} has a projection on top, and would not be saved with it")
+        encoder.inputs["role"] = role  # a shared encoder becomes two, which part from here on
+        encoders[name] = encoder.to(accelerator.device).train()
     how = {key: getattr(cfg, key) for key in ("reader_tokens", "answer_tokens", "neighbors")}
     fid = load_fid(run.checkpoint / "reader" if run.checkpoint else cfg.reader, how, cfg.dropout)
     fid.to(accelerator.device).train()
@@ -401,8 +391,8 @@ def main():
     groups = []
     for name, model in models.items():
         scale = cfg.retriever_lr_scale if name in TOWERS else 1.0
-        own = make_optimizer(model.named_parameters(), cfg).param_groups
-        groups += [group | {"scale": scale} for group in own]
+        for group in make_optimizer(model.named_parameters(), cfg).param_groups:
+            groups.append(group | {"scale": scale})
     optimizer = torch.optim.AdamW(groups)
     if run.checkpoint:
         load_optimizer(run.checkpoint, optimizer)
@@ -454,10 +444,8 @@ def main():
         try:
             shown = add_gradient(examples, answers, rows, corpus, models, accelerator, cfg, step)
         except torch.OutOfMemoryError:
-            raise UserError(
-                "out of GPU memory: lower --question_chunk if above 1 and --score_chunk (other dropout "
-                "masks), use --gradient_checkpointing true, then lower --top_k"
-            ) from None
+            cure = "--gradient_checkpointing true, then lower --question_chunk, --score_chunk or --top_k"
+            raise UserError(f"out of GPU memory: {cure}") from None
         accelerator.unscale_gradients()
         norm = torch.nn.utils.clip_grad_norm_(weights, cfg.max_grad_norm).item()
         run.refuse_non_finite(shown["loss"] + shown.get("ret", 0.0), norm, lr)
@@ -465,16 +453,14 @@ def main():
         optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - began
         if step == run.first and learns:
-            even = shown["entropy"] / math.log(cfg.top_k) if cfg.top_k > 1 else 0.0
+            even = shown["entropy"] / math.log(max(2, cfg.top_k))  # 1: all passages have the same weight
             run.say(f"entropy of the prior: {shown['entropy']:.3f} nats, {even:.2f} of the log of top_k")
             if even > 0.95:
-                run.say(
-                    "warning: the prior hardly tells the passages apart, so the retriever learns little: "
-                    "lower --temperature (1 for encoders of train_dpr.py)"
-                )
-        hidden = {"grad_norm": norm, "seconds": seconds, "refresh_seconds": refreshed - began}
-        hidden |= {"search_seconds": searched - refreshed}
-        hidden |= {"index_age": step - index.step} if learns else {}
+                run.say("warning: the prior hardly tells the passages apart: lower --temperature")
+        hidden = {"grad_norm": norm, "refresh_seconds": refreshed - began}
+        hidden |= {"search_seconds": searched - refreshed, "seconds": seconds}
+        if learns:
+            hidden["index_age"] = step - index.step
         run.step(f"{cfg.batch_size / seconds:.1f} q/s", shown | {"lr": lr}, hidden)
         if dev and ((step + 1) % (cfg.eval_every or per_epoch) == 0 or step + 1 == last):
             found = evaluate(dev, corpus, index, models, encoders["query_encoder"], accelerator, cfg)

@@ -116,7 +116,7 @@ def clean(run_dir, keep):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def worker_state(run_dir, patience_s):
+def worker_state(run_dir, patience_s=60):
     """
     "" while a worker is at work, else one line that says what is wrong: none was ever seen, its process is
     gone (as far as this machine can tell), or it gave no sign of life for more than `patience_s` seconds.
@@ -156,7 +156,7 @@ def take_place(cfg):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return lock
         except BlockingIOError:
-            if not worker_state(cfg.run_dir, 60):
+            if not worker_state(cfg.run_dir):
                 life = read_json(folder / "worker.json")
                 raise UserError(
                     f"{cfg.run_dir} has a worker: process {life['pid']} on {life['host']}; one is enough"
