@@ -17,7 +17,7 @@ B questions · K passages each · N contexts, B*K · L tokens of a context · T 
 """
 
 from contextlib import nullcontext
-from itertools import groupby, takewhile
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -66,6 +66,7 @@ def word_pieces(fid, texts):
 
 def closed(fid, ids, length):
     """Ids cut to `length`, </s> included, which is never cut away."""
+    # why not the tokenizer's own truncation: its length is a state of the tokenizer, which threads share
     return ids[: length - 1] + [fid.tokenizer.eos_token_id]
 
 
@@ -99,10 +100,9 @@ def text_budget(fid, question, title):
 
 def words_of(fid, text):
     """[(begin, end, tokens)] of every word: its place in the text, and how many pieces it has."""
-    found = fid.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    words = [list(pieces) for _, pieces in groupby(range(len(found.input_ids)), found.word_ids().__getitem__)]
-    places = found.offset_mapping
-    return [(places[pieces[0]][0], places[pieces[-1]][1], len(pieces)) for pieces in words]
+    found = fid.tokenizer(text, add_special_tokens=False, verbose=False)
+    words = [(found.word_to_chars(word), found.word_to_tokens(word)) for word in sorted({*found.word_ids()})]
+    return [(chars.start, chars.end, tokens.end - tokens.start) for chars, tokens in words]
 
 
 def extend(corpus, row, fid, budget):

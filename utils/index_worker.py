@@ -210,21 +210,21 @@ def encode(cfg, step, lock):
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGTERM)
             child.wait()
-    done = not child.returncode and (building / "manifest.json").is_file()
-    if done and identity(source) == encoder:
+    if identity(source) == encoder:
+        if child.returncode or not (building / "manifest.json").is_file():
+            raise UserError(
+                f"doc2embedding.py failed on {source} (exit code {child.returncode}, its message is above); "
+                "start the worker again when that is settled, it goes on from there"
+            )
         with contextlib.suppress(FileNotFoundError):  # withdrawn in this very moment
             os.replace(building, vectors(cfg.run_dir, step))
             sync_folder(folder)
             minutes = (time.time() - began) / 60
             print(f"step {step}: embeddings complete in {minutes:.1f} minutes", flush=True)
             return
-    if identity(source) != encoder:  # a run that was killed and resumed has exported this step anew
-        print(f"step {step}: withdrawn by the training run, its vectors are dropped", flush=True)
-        return remove(building if source.is_dir() else folder)
-    raise UserError(
-        f"doc2embedding.py failed on {source} (exit code {child.returncode}, its message is above); "
-        "start the worker again when that is settled, it goes on from there"
-    )
+    # a run that was killed and resumed has exported this step anew, or will
+    print(f"step {step}: withdrawn by the training run, its vectors are dropped", flush=True)
+    remove(building if source.is_dir() else folder)
 
 
 def forget_old(run_dir):

@@ -28,6 +28,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
+from itertools import repeat
 from pathlib import Path
 from threading import Thread
 
@@ -140,23 +141,18 @@ def begin_worker():
 
 
 def do_blocks(todo, corpus, cfg):
-    """Write the blocks `todo`, {part: rows}, in cfg.workers processes."""
-    bar = tqdm(desc="masking", total=sum(map(len, todo.values())), unit=" passages", delay=5, disable=None)
-    if not cfg.workers:
-        for part, rows in todo.items():
-            do_block(part, rows, corpus, cfg)
-            bar.update(len(rows))
-        return
+    """Write the blocks `todo`, {part: rows}, in cfg.workers processes; 0: in this one."""
     spawn = multiprocessing.get_context("spawn")  # why: a fork of a process with threads can hang
-    with ProcessPoolExecutor(cfg.workers, spawn, begin_worker) as pool:
-        jobs = [pool.submit(do_block, part, rows, corpus, cfg) for part, rows in todo.items()]
-        try:
-            for job, rows in zip(jobs, todo.values(), strict=True):
-                job.result()
-                bar.update(len(rows))
-        except BrokenProcessPool:
-            raise UserError("a worker was killed, by lack of memory perhaps: try fewer --workers") from None
-        finally:
+    pool = ProcessPoolExecutor(cfg.workers, spawn, begin_worker) if cfg.workers else None
+    work = todo, todo.values(), repeat(corpus), repeat(cfg)
+    try:
+        done = (pool.map if pool else map)(do_block, *work)
+        for _ in tqdm(done, "masking", len(todo), unit=" blocks", delay=5, disable=None):
+            pass
+    except BrokenProcessPool:
+        raise UserError("a worker was killed, by lack of memory perhaps: try fewer --workers") from None
+    finally:
+        if pool:
             pool.shutdown(cancel_futures=True)  # the blocks in hand are finished, and found again next time
 
 
