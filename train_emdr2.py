@@ -73,6 +73,7 @@ from utils.run import Run, plan
 from utils.text import has_answer
 
 TOWERS = {"query_encoder": "question", "doc_encoder": "passage"}
+SHOWN = ("loss", "has", "ret", "entropy", "agree")  # of a step; the last three where the retriever learns
 CURVES = "loss ret entropy agree has em hit@1 hit@5 hit@20 index_age search_seconds refresh_seconds".split()
 
 
@@ -160,39 +161,27 @@ def kl_loss(log_prior_BK, log_likelihood_BKT, mask_BT):
     """
     KL(preference || prior), mean over questions: the preference is a softmax over passages of the mean log p
     of the answer's tokens, whatever the prior says (EMDR2 TR:184-214; the ancestor of ART and Atlas' PDist).
-    """
-    wish_BK = posterior(log_prior_BK, log_likelihood_BKT, mask_BT, "kl")
-    return (torch.xlogy(wish_BK, wish_BK) - wish_BK * log_prior_BK).sum(1).mean()  # 0 log 0 is 0
-
-
-def posterior(log_prior_BK, log_likelihood_BKT, mask_BT, form):
-    """
-    What each form of the loss draws the prior to, p_BK: the posterior of the whole answer (sequence), the
-    mean of those of its tokens (token), or the reader's preference alone (kl).
+    Here d loss / d s = prior - preference.
     """
     mask_BT = mask_BT.bool()
-    log_likelihood_BKT = log_likelihood_BKT.masked_fill(~mask_BT[:, None], 0.0)
-    if form == "sequence":
-        return (log_prior_BK + log_likelihood_BKT.sum(2)).softmax(1)
-    if form == "kl":
-        return (log_likelihood_BKT.sum(2) / mask_BT.sum(1, keepdim=True)).softmax(1)
-    by_token_BKT = (log_prior_BK[:, :, None] + log_likelihood_BKT).softmax(1)
-    return (by_token_BKT * mask_BT[:, None]).sum(2) / mask_BT.sum(1, keepdim=True)
+    sums_BK = log_likelihood_BKT.masked_fill(~mask_BT[:, None], 0.0).sum(2)
+    wish_BK = (sums_BK / mask_BT.sum(1, keepdim=True)).softmax(1)
+    return (torch.xlogy(wish_BK, wish_BK) - wish_BK * log_prior_BK).sum(1).mean()  # 0 log 0 is 0
 
 
 def learn(batch, models, tokens, accelerator, cfg):
     """
     The method, for one chunk of B questions: add its share of the gradient to .grad. tokens: answer tokens of
-    the global batch. Returns sums over the chunk as a tensor [5]: reader loss and retriever loss as shares of
-    the batch's means, entropy of the prior in nats, how often prior and posterior agree on the first passage,
-    share of passages with an answer.
+    the global batch. Returns the chunk's part of the means that SHOWN names: the reader's loss, the share of
+    passages with an answer; where the retriever learns also its loss, the entropy of the prior in nats, how
+    often prior and posterior have the same first passage.
 
     The two losses have two graphs with nothing in common, so each runs backward by itself, and the
     activations of T5 are gone before those of the encoders come.
     """
     fid, device, autocast = models["reader"], accelerator.device, accelerator.autocast
     labels_BT = batch["labels_BT"].to(device)
-    mask_BT, B, K = labels_BT != PAD, len(labels_BT), cfg.top_k
+    mask_BT, B, K, Q = labels_BT != PAD, len(labels_BT), cfg.top_k, cfg.batch_size
 
     # The reader: - log p(answer | question, all K passages). Its gradient ends in T5: the passages were
     # chosen by a search, and no score enters the decoder.                                 [EM:152-183]
@@ -202,7 +191,7 @@ def learn(batch, models, tokens, accelerator, cfg):
     accelerator.backward(reader)
     reader, hidden_BKLD, hidden_NLD = reader.detach(), hidden_BKLD.detach(), None  # frees the graph
     if cfg.retriever_loss == "none":
-        return torch.tensor([reader, 0.0, 0.0, 0.0, batch["has"]], device=device)
+        return torch.tensor([reader, batch["has"] / Q], device=device)
 
     # What each passage alone would have made of the answer, the reader a constant.       [EM:187-210]
     if cfg.neighbors:  # FiD has read more than the passage, for which alone the retriever answers
@@ -220,32 +209,34 @@ def learn(batch, models, tokens, accelerator, cfg):
     log_prior_BK = scores_BK.log_softmax(1)
 
     # Where belief and evidence differ the encoders learn; nothing here leads to T5.       [TR:100-178]
-    form = "kl" if cfg.retriever_loss == "kl" else cfg.marginal
-    if form == "kl":
+    if cfg.retriever_loss == "kl":
         loss = kl_loss(log_prior_BK, likelihood_BKT, mask_BT)
     else:
-        loss = retriever_loss(log_prior_BK, likelihood_BKT, mask_BT, form)
-    loss = loss * (mask_BT.sum() / tokens if form == "token" else B / cfg.batch_size)
+        loss = retriever_loss(log_prior_BK, likelihood_BKT, mask_BT, cfg.marginal)
+    share, weight_B1 = B / Q, 1 / Q  # of the chunk, and of a question, in the batch's mean
+    if cfg.retriever_loss == "emdr2" and cfg.marginal == "token":
+        share, weight_B1 = mask_BT.sum() / tokens, mask_BT.sum(1, keepdim=True) / tokens
+    loss = loss * share
+    (slope_BK,) = torch.autograd.grad(loss, scores_BK, retain_graph=True)  # weight * (prior - posterior)
     accelerator.backward(loss)
-    log_prior_BK = log_prior_BK.detach()
-    entropy_B = -(log_prior_BK.exp() * log_prior_BK).sum(1)
-    posterior_BK = posterior(log_prior_BK, likelihood_BKT, mask_BT, form)
-    agree_B = log_prior_BK.argmax(1) == posterior_BK.argmax(1)
-    shown = [reader, loss.detach(), entropy_B.sum(), agree_B.sum(), batch["has"]]
+    prior_BK = log_prior_BK.detach().exp()
+    agree_B = prior_BK.argmax(1) == (prior_BK - slope_BK / weight_B1).argmax(1)
+    entropy = torch.special.entr(prior_BK).sum()
+    shown = [reader, batch["has"] / Q, loss.detach(), entropy / Q, agree_B.sum() / Q]
     return torch.tensor(shown, device=device)
 
 
 def add_gradient(examples, answers, rows, corpus, models, accelerator, cfg, step):
     """
     Add the gradient of the global batch's losses to .grad; rows: the passages of every question of it.
-    Returns {"loss", "ret", "entropy", "agree", "has"} of the global batch.
+    Returns the batch's numbers by their names in SHOWN.
     """
     rank, devices = world()
     labels_QT = tokenize_answers(models["reader"], answers)
     tokens, share = int((labels_QT != PAD).sum()), cfg.batch_size // devices
     mine = slice(rank * share, (rank + 1) * share)
     examples, rows, labels_BT = examples[mine], rows[mine], labels_QT[mine]
-    totals = torch.zeros(5, device=accelerator.device)
+    totals = 0.0
 
     def batch_of(k):
         part = slice(k, k + cfg.question_chunk)
@@ -253,16 +244,12 @@ def add_gradient(examples, answers, rows, corpus, models, accelerator, cfg, step
 
     for i, batch in enumerate(ahead(batch_of, range(0, share, cfg.question_chunk))):
         torch.manual_seed(chunk_seed((cfg.seed, step, rank), i))  # the dropout masks
-        totals += learn(batch, models, tokens, accelerator, cfg)
+        totals = totals + learn(batch, models, tokens, accelerator, cfg)
     for model in models.values():
         sum_gradients(model.parameters())
     if devices > 1:
         dist.all_reduce(totals)
-    loss, ret, entropy, agree, has = totals.tolist()
-    shown = {"loss": loss}
-    if cfg.retriever_loss != "none":
-        shown |= {"ret": ret, "entropy": entropy / cfg.batch_size, "agree": agree / cfg.batch_size}
-    return shown | {"has": has / cfg.batch_size}
+    return dict(zip(SHOWN, totals.tolist(), strict=False))
 
 
 # ---------------------------------------------------------------- the index
