@@ -842,7 +842,8 @@ def test_a_finished_run_that_goes_on_is_not_finished(world, tmp_path, monkeypatc
 
 def test_bf16_stays_near_full_precision(world, tmp_path, monkeypatch):
     """Three steps without dropout, one refresh: finite, other numbers, and losses within a few percent."""
-    _, keys = config(world, dropout=0.0, stop_after=3, dev="", refresh_every=2)
+    # why all 36 passages: of the best four, a near tie decides the last, and rounding may decide the tie
+    _, keys = config(world, dropout=0.0, stop_after=3, dev="", refresh_every=2, top_k=36)
     done = run("train_emdr2.py", keys | {"run_dir": tmp_path / "half", "mixed_precision": "bf16"})
     assert done.returncode == 0, done.stderr[-2000:]
     call(keys | {"run_dir": tmp_path / "full"}, monkeypatch)
