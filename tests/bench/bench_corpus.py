@@ -1,9 +1,12 @@
 """
 What the byte-offset index saves: a corpus as python lists (nanoDPR's and DPR's way) against utils/corpus.py.
 
-Run: python tests/bench/bench_corpus.py [rows, default 1000000] [repetitions, default 3]
+Run: python tests/bench/bench_corpus.py [rows, default 5000000] [turns, default 3]
+
 Each measurement is a process of its own, the ways take turns, the file is in the page cache: seconds and peak
-memory (RSS) to start and read the same 1000 random passages. Building the index, once a corpus, stands apart.
+memory (RSS) to start and read the same 1000 random passages, which must be the same text. Printed: median and
+range, and the ratio within a turn. Building the index, once a corpus, stands apart. 5M rows are 3.4 GB of
+temporary disk, and 4.5 GB of memory in lists.
 """
 
 import csv
@@ -25,11 +28,12 @@ def write_corpus(path, rows):
     """About 650 bytes a row; a third of the texts hold quotes, as in psgs_w100.tsv."""
     chance = random.Random(0)
     words = ["".join(chance.choices("etaoinshrdlu", k=chance.randint(2, 9))) for _ in range(5000)]
+    texts = [" ".join(chance.choices(words, k=100)) for _ in range(9999)]  # why so few: to draw takes minutes
     with open(path, "w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, delimiter="\t", lineterminator="\n")
         table.writerow(["id", "text", "title"])
         for i in range(rows):
-            text = " ".join(chance.choices(words, k=100))
+            text = texts[i % 9999]
             table.writerow([i + 1, f'{text} "x"' if i % 3 == 0 else text, words[i % 5000]])
 
 
@@ -66,25 +70,29 @@ def hash_of(passage):
     return sum(len(part) * i + ord(part[0]) for i, part in enumerate(passage, 1))
 
 
-def main(rows, repetitions):
+def middle(values, form):
+    return f"{statistics.median(values):{form}} ({min(values):{form}}-{max(values):{form}})"
+
+
+def main(rows, turns):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "corpus.tsv"
         write_corpus(path, rows)
-        ways = ["build"] + ["lists", "index"] * repetitions
-        results = {way: [] for way in ways}
-        for way in ways:
+        results = {"build": [], "lists": [], "index": []}
+        for way in ["build"] + ["lists", "index"] * turns:
             command = [sys.executable, __file__, "--measure", way, str(path)]
             results[way].append([float(x) for x in subprocess.check_output(command, text=True).split()])
         assert len({run[2] for runs in results.values() for run in runs}) == 1, "the ways read different text"
-        print(f"{rows:,} rows, {path.stat().st_size / 1e6:.0f} MB, {READS} random reads, n = {repetitions}")
-        mean = {}
+        print(f"{rows:,} rows, {path.stat().st_size / 1e6:,.0f} MB, {READS} random reads, n = {turns}")
+        print(f"{'way':6} {'seconds':>22} {'peak MB':>22} {'lists take, times':>24} {'their memory':>20}")
         for way, runs in results.items():
-            seconds, peaks, _ = zip(*runs, strict=True)
-            mean[way] = statistics.mean(seconds), max(peaks)
-            spread = f" ± {statistics.stdev(seconds):.2f}" if len(runs) > 1 else " (once)"
-            print(f"{way:6s} {mean[way][0]:8.2f} s{spread}   peak {mean[way][1]:7.0f} MB")
-        slow, fast = mean["lists"], mean["index"]
-        print(f"lists / index: {slow[0] / fast[0]:.1f}x the seconds, {slow[1] / fast[1]:.1f}x the memory")
+            line = f"{way:6} {middle([run[0] for run in runs], '.2f'):>22}"
+            line += f" {middle([run[1] for run in runs], '.0f'):>22}"
+            if way == "index":
+                pairs = list(zip(results["lists"], runs, strict=True))
+                line += f" {middle([a[0] / b[0] for a, b in pairs], '.1f'):>24}"
+                line += f" {middle([a[1] / b[1] for a, b in pairs], '.1f'):>20}"
+            print(line)
 
 
 if __name__ == "__main__":
@@ -92,4 +100,4 @@ if __name__ == "__main__":
         measure(*sys.argv[2:4])
     else:
         arguments = [int(argument) for argument in sys.argv[1:]]
-        main(*arguments, *[1_000_000, 3][len(arguments) :])
+        main(*arguments, *[5_000_000, 3][len(arguments) :])

@@ -2,20 +2,24 @@
 A training step side by side: nanoDPR's loop, sentence-transformers' losses, the GradCache package, ours.
 
 Same weights (one shared encoder everywhere, so the optimizer costs the same), same questions, passages,
-lengths and threads; tokenising, forward, backward, clipping and AdamW are in the time of all. Each way is a
-process of its own at each batch size, and waits while the others take their turn; n rounds. Printed:
-questions per second and the ratio to the first way of the table within a round (median, range); the
-resident memory of the process at its peak, beyond that before the first step (AdamW's two states included);
-the peak of activations that autograd saves, counted in a first step, which is not timed.
+inputs, lengths and threads; the loss is that of dot products everywhere. Tokenising, forward, backward,
+clipping and AdamW are in the time of all. Each way is a process of its own at each batch size, and waits
+while the others take their turn; n rounds. nanoDPR's loop, restated from its behaviour: one forward pass of
+all questions, one of all passages, each padded to its longest.
+
+Printed: questions per second; how many times as fast ours is within a round, plain and with the gradient
+cache (median, range); the resident memory of the process at its peak, beyond that before the first step
+(AdamW's two states included); the peak of activations that autograd saves, counted in a first step, which
+is not timed; "apart", how far the gradient of 8 questions, without dropout, is from ours, over its norm.
+
 --cache_only leaves out the ways without a gradient cache, whose memory grows with the batch (TinyBERT, 4
-layers, 160 tokens: about 65 MB a question), for batches that do not fit; the ratio is then to GradCache's.
-The peers live in an environment of their own: pip install GradCache==0.0.1 sentence-transformers==6.2.0
-beside requirements.txt, and run this with that python.
+layers, 160 tokens: about 65 MB a question), for batches that do not fit. --peer_python names a python that
+has requirements.txt, GradCache==0.0.1 and sentence-transformers==6.2.0; without it their rows are missing.
 
 Run: python tests/bench/bench_train.py --model data/models/tinybert-4l --train runs/demo/data/train.jsonl
---corpus data/demo/corpus.tsv --batches 8,32,128
+--corpus data/demo/corpus.tsv --batches 8,32,128 --peer_python NAME
      python tests/bench/bench_train.py --model data/models/tinybert-4l --train runs/demo/data/train.jsonl
---corpus data/demo/corpus.tsv --batches 64,256,512 --cache_only
+--corpus data/demo/corpus.tsv --batches 256,512 --cache_only --peer_python NAME
 """
 
 import argparse
@@ -23,6 +27,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -45,6 +50,7 @@ from utils.distributed import peak_memory  # noqa: E402
 ANSWER = "answer:"
 WAYS = ("nanoDPR's loop", "sentence-transformers", "ours")
 WAYS += ("GradCache package", "sentence-transformers cached", "ours, grad_cache")
+PEERS = ("sentence-transformers", "GradCache package", "sentence-transformers cached")
 LENGTHS = {"question_tokens": 32, "passage_tokens": 160}
 
 
@@ -80,7 +86,7 @@ def nano_way(args):
 
 
 def package_way(args):
-    """The GradCache package (luyug), both chunk sizes alike."""
+    """The GradCache package (luyug), chunks as large as ours."""
     import gradcache
     import gradcache.context_managers
 
@@ -97,7 +103,9 @@ def package_way(args):
     def loss(q_BD, p_PD):
         return F.cross_entropy(q_BD @ p_PD.T, torch.arange(len(q_BD)))
 
-    cache = GradCache([model, model], args.chunk, loss, get_rep_fn=lambda out: out.last_hidden_state[:, 0])
+    cache = GradCache(
+        [model, model], [2 * args.chunk, args.chunk], loss, get_rep_fn=lambda out: out.last_hidden_state[:, 0]
+    )
 
     def gradient(questions, positives, negatives):
         cache(
@@ -110,24 +118,23 @@ def package_way(args):
 
 def sentence_transformers_way(args, cached):
     """MultipleNegativesRankingLoss, or its cached form with mini-batches of the chunk size."""
-    from sentence_transformers import SentenceTransformer, losses, models
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import losses
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from sentence_transformers.util import dot_score
 
-    transformer = models.Transformer(args.model, max_seq_length=LENGTHS["passage_tokens"])
-    model = SentenceTransformer(
-        modules=[transformer, models.Pooling(transformer.get_embedding_dimension(), "cls")]
-    )
+    bert = Transformer(args.model, max_seq_length=LENGTHS["passage_tokens"])
+    pooling = Pooling(bert.get_embedding_dimension(), "cls")
+    model, how = SentenceTransformer(modules=[bert, pooling], device="cpu"), {"scale": 1.0}
+    how["similarity_fct"] = dot_score
     if cached:
-        loss = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=args.chunk)
+        loss = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=args.chunk, **how)
     else:
-        loss = losses.MultipleNegativesRankingLoss(model)
-    loss.train()
+        loss = losses.MultipleNegativesRankingLoss(model, **how)
+    model.train()
 
-    def gradient(questions, positives, negatives):
-        columns = [
-            questions,
-            *([f"{title} {text}" for title, text in part] for part in (positives, negatives)),
-        ]
-        loss([model.tokenize(column) for column in columns], None).backward()
+    def gradient(*columns):
+        loss([model.preprocess(column) for column in columns], None).backward()
 
     return model, gradient
 
@@ -135,14 +142,11 @@ def sentence_transformers_way(args, cached):
 def our_way(args, train, corpus, cached):
     """add_gradient of train_dpr.py on a batch of make_batch."""
     argv = ["--init", args.model, "--shared_encoder", "--mask_duplicates", "false", "--gradient_scale", "1"]
-    argv += [
-        "--question_chunk",
-        str(2 * args.chunk),
-        "--passage_chunk",
-        str(args.chunk),
-        "--grad_cache",
-        str(cached),
-    ]
+    # why: the others feed what the tokenizer gives, and not every BERT's gives segments
+    names = AutoTokenizer.from_pretrained(args.model).model_input_names
+    types = "segments" if "token_type_ids" in names else "zeros"
+    argv += ["--token_types", types, "--grad_cache", str(cached)]
+    argv += ["--question_chunk", str(2 * args.chunk), "--passage_chunk", str(args.chunk)]
     cfg = load_config("", "config/train_dpr_nq.yaml", argv)
     vars(cfg).update(LENGTHS)
     towers = load_towers(dict.fromkeys(TOWERS, cfg.init), cfg, "cpu")
@@ -180,6 +184,13 @@ def work(name, args):
     optimizer, size = torch.optim.AdamW(model.parameters(), lr=1e-5), int(args.batches)
     saved, before = Saved(), psutil.Process().memory_info().rss
 
+    model.eval()
+    gradient(*examples_of(train, corpus, 0, 8))
+    grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    torch.save(torch.cat(grads), Path(args.folder) / f"{name}.pt")
+    optimizer.zero_grad(set_to_none=True)
+    model.train()
+
     def step(start, watch):
         batch = examples_of(train, corpus, start, size)
         began = time.perf_counter()
@@ -205,46 +216,59 @@ def answer(process):
     sys.exit("error: a way ended early; its message is above")
 
 
+def compare(size, ways, args, folder):
+    """All ways at one batch size; prints its table."""
+    processes, seconds = {}, {name: [] for name in ways}
+    for name in ways:
+        python = args.peer_python if name in PEERS else sys.executable
+        command = [python, "-W", "ignore", __file__, *sys.argv[1:], f"--batches={size}"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        processes[name] = subprocess.Popen([*command, "--way", name, "--folder", folder], **pipes)
+        answer(processes[name])  # why one after the other: the first steps are those of the peak
+    ours = [name for name in ways if name.startswith("ours")]
+    grads = {name: torch.load(Path(folder) / f"{name}.pt") for name in ways}
+    apart = {name: ((g - grads[ours[-1]]).norm() / g.norm()).item() for name, g in grads.items()}
+    assert max(apart.values()) < 1e-3, f"the ways are not the same computation: {apart}"
+    for _ in range(args.rounds):
+        for name, process in processes.items():
+            print("step", file=process.stdin, flush=True)
+            seconds[name].append(answer(process))
+    heads = "".join(f"{f'{name}: times':>25}" for name in ours)
+    print(f"\nbatch {size:<24} {'questions/s':>22}{heads} {'peak MB':>8} {'saved MB':>9} {'apart':>8}")
+    for name, process in processes.items():
+        process.stdin.close()
+        peak, saved = answer(process)
+        process.wait()
+        columns = [[size / spent for spent in seconds[name]]]
+        columns += [[a / b for a, b in zip(seconds[name], seconds[mine], strict=True)] for mine in ours]
+        texts = [f"{statistics.median(c):.2f} ({min(c):.2f}-{max(c):.2f})" for c in columns]
+        line = f"  {name:28} {texts[0]:>22}" + "".join(f"{text:>25}" for text in texts[1:])
+        print(f"{line} {peak / 1e6:8.0f} {saved / 1e6:9.0f} {apart[name]:8.0e}", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True)
-    parser.add_argument("--train", required=True)
+    parser.add_argument("--train", required=True, help="questions with negatives")
     parser.add_argument("--corpus", required=True)
     parser.add_argument("--batches", default="8,32,128")
     parser.add_argument("--cache_only", action="store_true", help="only the ways with a gradient cache")
-    parser.add_argument("--chunk", type=int, default=8)
+    parser.add_argument("--chunk", type=int, default=8, help="passages in a forward pass; questions: twice")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--peer_python", default="", help="python with the peers")
     parser.add_argument("--way", choices=WAYS)  # used by this script itself, in its own processes
+    parser.add_argument("--folder")
     args = parser.parse_args()
     if args.way:
         return work(args.way, args)
-    ways = WAYS[3:] if args.cache_only else WAYS
+    ways = [name for name in WAYS[3 if args.cache_only else 0 :] if args.peer_python or name not in PEERS]
     print(f"{args.model}, chunk {args.chunk}, {args.threads} threads, n = {args.rounds}")
-    for size in map(int, args.batches.split(",")):
-        command = [sys.executable, __file__, *sys.argv[1:], "--batches", str(size), "--way"]
-        processes, seconds = {}, {name: [] for name in ways}
-        for name in ways:
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            processes[name] = subprocess.Popen([*command, name], **pipes)
-            answer(processes[name])  # why one after the other: the first steps are those of the peak
-        for _ in range(args.rounds):
-            for name, process in processes.items():
-                print("step", file=process.stdin, flush=True)
-                seconds[name].append(answer(process))
-        print(
-            f"\nbatch {size:<30} {'questions/s':>24} {'times ' + ways[0]:>26} {'peak MB':>8} {'saved MB':>9}"
-        )
-        for name, process in processes.items():
-            process.stdin.close()
-            peak, saved = answer(process)
-            process.wait()
-            rates = [size / spent for spent in seconds[name]]
-            ratios = [a / b for a, b in zip(seconds[ways[0]], seconds[name], strict=True)]
-            columns = [f"{statistics.median(c):.2f} ({min(c):.2f}-{max(c):.2f})" for c in (rates, ratios)]
-            print(f"  {name:34} {columns[0]:>24} {columns[1]:>26} {peak / 1e6:8.0f} {saved / 1e6:9.0f}")
+    with tempfile.TemporaryDirectory() as folder:
+        for size in map(int, args.batches.split(",")):
+            compare(size, ways, args, folder)
 
 
 if __name__ == "__main__":
