@@ -1,8 +1,8 @@
 """
 How time and memory grow with the corpus: encode, search, mine and evaluate at several numbers of passages.
 
-Run: python tests/bench/bench_growth.py --doc_encoder data/models/tinybert-4l --words data/demo/corpus.tsv
-     python tests/bench/bench_growth.py --doc_encoder data/models/tinybert-4l --words data/demo/corpus.tsv
+Run: python tests/bench/bench_growth.py --doc_encoder runs/demo/doc_encoder --words data/demo/corpus.tsv
+     python tests/bench/bench_growth.py --doc_encoder runs/demo/doc_encoder --words data/demo/corpus.tsv
      --sizes 1000 2000 --repeat 1    (to see it work)
 
 The passages are words of --words drawn with a fixed seed, so a smaller corpus is the beginning of a larger
