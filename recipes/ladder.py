@@ -47,7 +47,8 @@ each other, on top of d0's.
 Best retriever: {best}, by the MRR of the gold passages among the passages of the dev questions, where
 checkpoints are chosen too. Nothing was chosen on the test questions.
 
-ANCE-Tele: one hard negative a question in every episode, the window rotating, no early stop.
+ANCE-Tele: one hard negative a question in every episode, the window rotating, no early stop. RocketQA: a
+negative is below {below} for the cross-encoder, a pseudo-label's positive above {above} (the paper: 0.1, 0.9).
 
 Rankings: the cross-encoder rescores the first passages only, so that top-20 and top-100 are its
 retriever's. The extractive reader and FiD show the ranking that they read.
@@ -203,8 +204,10 @@ def notes_of(run_dir, data, table, corpus):
     cloze = any(row["key"] == "cloze" for row in table)
     counts["start"] = "what the inverse cloze taught them" if cloze else "those weights too"
     counts["titles"] = "" if any(passage.title for passage in corpus) else " All titles are blank."
-    best = run_dir / "best.txt"
-    counts["best"] = best.read_text().split()[0] if best.is_file() else NOT_RUN
+    for name, keys in (("best", ["best"]), ("gate", ["below", "above"])):
+        path = run_dir / f"{name}.txt"
+        words = path.read_text().split() if path.is_file() else [NOT_RUN] * len(keys)
+        counts |= dict(zip(keys, words, strict=False))
     return [" ".join(note.split()) for note in NOTES.format(**counts).strip().split("\n\n")]
 
 

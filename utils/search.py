@@ -12,6 +12,7 @@ Q questions · D dimensions · k results · K candidates, a few more than k · n
 import os
 import platform
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -144,12 +145,17 @@ def settle(queries_QD, shards, k, rough_QK, rows_QK, block, exact=True):
     Q, K, D, N = *rows_QK.shape, queries_QD.shape[1], sum(map(len, shards))
     scores_QK, longest_Q = np.zeros((Q, K), np.float32), np.zeros(Q)
     step = max(1, 2**20 // (K * D))  # questions at a time: 8 MB in float64 stay in the processor's cache
-    for part in (slice(at, at + step) for at in range(0, Q, step)):
+
+    def rescore(at):
+        part = slice(at, at + step)
         rows, where = np.unique(rows_QK[part], return_inverse=True)  # each row is read once, in file order
         x_nD = torch.from_numpy(fetch(shards, rows.clip(0))).double().numpy()
         where_qK = where.reshape(rows_QK[part].shape)
         scores_QK[part] = _exact(x_nD[where_qK], queries_QD[part])
         longest_Q[part] = np.sqrt(np.einsum("nd,nd->n", x_nD, x_nD))[where_qK].max(1)
+
+    with ThreadPoolExecutor(faiss.omp_get_max_threads()) as pool:  # numpy lets the others run meanwhile
+        list(pool.map(rescore, range(0, Q, step)))
     for row in rows_QK[~np.isfinite(scores_QK) | (exact & (rows_QK < 0))]:
         raise UserError(
             f"the vector of passage row {row} holds NaN or infinity; repeat doc2embedding.py --dtype float32"
