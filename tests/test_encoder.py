@@ -5,6 +5,7 @@ silently.
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoTokenizer, BertTokenizer, DPRConfig, DPRContextEncoder, DPRQuestionEncoder
 
 from tests.toy import INPUTS, bert, make_world, tokenizer
+from tests.toy_t5 import t5
 from utils.config import UserError
 from utils.dpr_files import export_hf_dpr
 from utils.encoder import (
@@ -25,6 +27,7 @@ from utils.encoder import (
     tokenize_passages,
     tokenize_questions,
 )
+from utils.fid import load_fid
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenize_pair.json").read_text())
 PASSAGES = [
@@ -213,6 +216,18 @@ def test_wrong_folders_are_refused(world, tmp_path):
     tokenizer(tmp_path).save_pretrained(tmp_path / "short")
     with pytest.raises(UserError, match="missing"):
         load_encoder(tmp_path / "short", "question", INPUTS)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(world, tmp_path):
+    """trap: transformers 5 makes an empty one, and every passage has the vector of [UNK] [UNK] [UNK]."""
+    shutil.copytree(world / "doc_encoder", tmp_path / "bert")
+    t5(tmp_path)
+    for folder, load in (("bert", lambda path: load_encoder(path, "passage")), ("t5", load_fid)):
+        load(tmp_path / folder)
+        for file in (tmp_path / folder).glob("tokenizer*"):
+            file.unlink()
+        with pytest.raises(UserError, match=f"{folder}: no tokenizer in it"):
+            load(tmp_path / folder)
 
 
 def test_the_hash_knows_weights_and_inputs(world):

@@ -249,7 +249,13 @@ def settle(model, dropout, layer_norm_epsilon=0.0):
 
 
 def check_sizes(path, model, tokenizer, tokens, what):
-    """UserError where the model has no embedding for a word or for a place; what: such as "tokens a text"."""
+    """
+    UserError where there is no tokenizer, or the model has no embedding for a word or for a place; what: such
+    as "tokens a text".
+    """
+    if len(tokenizer) - len(tokenizer.all_special_tokens) < 2:
+        # trap: transformers 5 makes an empty tokenizer of nothing, which reads every word as [UNK]
+        raise UserError(f"{path}: no tokenizer in it; copy tokenizer.json and tokenizer_config.json there")
     for kind, needed, there in (
         ("words in its tokenizer", len(tokenizer), model.config.vocab_size),
         # T5 has none to run out of: it learns distances, not places
