@@ -55,7 +55,7 @@ def check_inputs(cfg, question):
             raise UserError(f"{cfg.run} has no {part}; {script} writes it")
     if not cfg.corpus:
         raise UserError("corpus: name the file that the embeddings were made from")
-    need_file(cfg, "corpus", "questions")
+    need_file(cfg, "corpus", optional=["questions"])
     if "/" in cfg.reader and not Path(cfg.reader).exists() and Path(cfg.reader).parent.exists():
         raise UserError(f"reader: {cfg.reader}: no such folder; train_reader.py and train_emdr2.py write one")
 

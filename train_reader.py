@@ -36,7 +36,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from utils.checkpoint import load_optimizer, make_optimizer
-from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
+from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file, need_model
 from utils.data import Corpus
 from utils.distributed import ahead, gather_items, start, sum_gradients, world
 from utils.encoder import collate
@@ -225,9 +225,10 @@ def main():
     if bool(cfg.train) == bool(cfg.test):
         raise UserError('give either train, or test with --train "" and the reader as init')
     inputs = ("test", "test_run") if cfg.test else ("train", "train_run", "dev", "dev_run", "gold")
-    need_file(cfg, *inputs, "corpus")
+    need_file(cfg, optional=(*inputs, "corpus"))
     if cfg.test:
         need_predictions_out(cfg, *inputs, "corpus")
+    need_model(cfg, "init")
     accelerator = start(cfg.mixed_precision)
     if cfg.test:
         return answer_file(cfg, accelerator)

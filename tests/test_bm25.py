@@ -103,3 +103,8 @@ def test_bm25_command(corpus, tmp_path, monkeypatch, capsys):
     bm25.main()
     assert [pid for pid, _ in read_run(tmp_path / "x.run")["a"]] == ["1"]
     assert "1 of them without a passage" in capsys.readouterr().out
+    for out, message in (("q.jsonl", "an input too .questions."), (".", "is a folder; name a file")):
+        argv[5] = tmp_path / out
+        monkeypatch.setattr(sys, "argv", ["bm25", *map(str, argv)])
+        with pytest.raises(UserError, match=message):
+            bm25.main()

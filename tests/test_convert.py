@@ -188,6 +188,8 @@ def test_command_line(tmp_path, monkeypatch):
         (["nq_open", "a", "b", "c"], "takes 1 input"),
         (["nq_open", "a"], "takes 1 input"),
         (["nq_open", "a", "a"], "is the input too"),
+        (["nq_open", "a", "./a"], "is the input too"),
+        (["nq_open", "a", "."], "OUT: . is a folder; name a file"),
         (["nq_open", "a", "b", "--ids"], "dpr_json"),
         (["dpr_json", "missing.json", "b"], "missing.json: no such file"),
     ]:

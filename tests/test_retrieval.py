@@ -282,6 +282,7 @@ def test_mistakes_are_found_before_a_model_is_loaded(world, test, tmp_path, monk
     (tmp_path / "damaged" / "00001.npy").write_bytes(content)
     (tmp_path / "corpus.tsv").write_text((world / "corpus.tsv").read_text().replace("red", "pink"))
     (tmp_path / "other_encoder").mkdir()
+    (tmp_path / "folder.run").mkdir()
     write_json(tmp_path / "other_encoder" / "encoder_inputs.json", {"role": "question", "pair": "another"})
     (tmp_path / "bad.jsonl").write_text('{"qid": "1", "question": "q", "positives": ["999"]}\n')
     (tmp_path / "bad.run").write_text("q50\t999\t1\t3.0\n")
@@ -295,6 +296,12 @@ def test_mistakes_are_found_before_a_model_is_loaded(world, test, tmp_path, monk
         ({"k": 0}, "k must be at least 1"),
         ({"match": "fuzzy"}, "string, regex"),
         ({"out": tmp_path / "x.txt"}, ".run"),
+        ({"out": tmp_path / "folder.run"}, "out: .*folder.run is a folder; name a file"),
+        ({"bm25_run": tmp_path / "bad.run", "out": tmp_path / "bad.run"}, "is an input too .bm25_run."),
+        ({"questions": tmp_path / "bad.run", "out": tmp_path / "bad.run"}, "is an input too .questions."),
+        ({"questions": ""}, "questions: give a path, it is empty"),
+        ({"embeddings": ""}, "embeddings: give a path, it is empty"),
+        ({"question_tokens": 2}, "question_tokens must be at least 4, got 2"),
     ):
         with pytest.raises(UserError, match=why):
             test(**keys)

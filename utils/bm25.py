@@ -14,7 +14,7 @@ import bm25s
 import numpy as np
 from tqdm import tqdm
 
-from utils.config import UserError, friendly_errors
+from utils.config import UserError, friendly_errors, need_out
 from utils.data import Corpus, read_questions, write_run
 from utils.files import atomic_folder, read_json, write_json
 
@@ -85,6 +85,7 @@ def main():
     args = parser.parse_args()
     if args.k < 1:
         raise UserError(f"--k must be 1 or more, got {args.k}")
+    need_out(args, "out", "questions", "corpus")
     questions, corpus = read_questions(args.questions), Corpus(args.corpus, args.corpus_format)
     index = build_bm25(corpus, args.index or f"{args.corpus}.bm25")
     results = search_bm25(index, [q["question"] for q in questions], args.k)

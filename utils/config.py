@@ -8,6 +8,8 @@ error that names the nearest key. No default hides in code. `--help` prints the 
 
 import contextlib
 import difflib
+import errno
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -52,11 +54,11 @@ def nearest(name, known):
 
 def read_yaml(path):
     """The mapping in a flat yaml file. UserError when it is missing, not yaml, or not flat."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such config file")
+    if fault := file_fault(path):
+        raise UserError(f"config {path}: {fault}")
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid yaml: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict) or any(isinstance(v, dict) for v in values.values()):
         raise UserError(f"{path}: expected flat `key: value` lines")
@@ -142,11 +144,31 @@ def at_least(cfg, least, *keys):
             raise UserError(f"{key} must be at least {least}, got {getattr(cfg, key)}")
 
 
-def need_file(cfg, *keys):
-    """UserError where a key names a file that does not exist; "" is not given, which is fine."""
-    for key in keys:
-        if getattr(cfg, key) and not Path(getattr(cfg, key)).is_file():
-            raise UserError(f"{key}: {getattr(cfg, key)}: no such file")
+def file_fault(path):
+    """What keeps a file from being read, or ""."""
+    path = Path(path)
+    return "" if path.is_file() else "is a folder; name a file" if path.is_dir() else "no such file"
+
+
+def model_fault(path, what="model"):
+    """What is seen at once to be wrong with the path of a model (a folder, hub name or `.cp` file), or ""."""
+    path, here = str(path), Path(path)
+    inside = sorted(config.parent.name for config in here.glob("*/config.json"))
+    if inside and not (here / "config.json").is_file():
+        return f"is no model, but the folder of {', '.join(inside)}; name one of these"
+    if here.is_file() and not path.endswith(".cp"):
+        return "is a file; name the folder that it is in"
+    if not here.exists() and "/" in path and (here.parent.exists() or path.count("/") > 1):
+        return f"no such {what} folder (its parent exists or it has many slashes, so this is no hub name)"
+    return ""
+
+
+def need_file(cfg, *keys, optional=()):
+    """UserError where a key names no file; one of `optional` may be "", which is not given."""
+    need_value(cfg, *keys)
+    for key in (*keys, *optional):
+        if getattr(cfg, key) and (fault := file_fault(getattr(cfg, key))):
+            raise UserError(f"{key}: {getattr(cfg, key)}: {fault}")
 
 
 def need_value(cfg, *keys):
@@ -156,16 +178,34 @@ def need_value(cfg, *keys):
             raise UserError(f"{key}: give a path, it is empty")
 
 
+def need_model(cfg, *keys):
+    """UserError, before any work, where a key names no model."""
+    need_value(cfg, *keys)
+    for key in keys:
+        if fault := model_fault(getattr(cfg, key)):
+            raise UserError(f"{key}: {getattr(cfg, key)}: {fault}")
+
+
+def need_folder(cfg, key, folder=""):
+    """UserError, before any work, where a key's folder (or `folder`) cannot be written into or made."""
+    need_value(cfg, key)
+    path = Path(folder or getattr(cfg, key))
+    there = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise UserError(f"{key}: {getattr(cfg, key)}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{key}: {getattr(cfg, key)}: {there} cannot be written")
+
+
 def need_out(cfg, key, *inputs):
     """
     UserError, before any work, where the file that a key names cannot be written or is one of the inputs.
     """
+    need_value(cfg, key)
     path = Path(getattr(cfg, key))
     if path.is_dir():
         raise UserError(f"{key}: {path} is a folder; name a file")
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if not above.is_dir():
-        raise UserError(f"{key}: {path}: {above} is a file, not a folder")
+    need_folder(cfg, key, path.parent)
     for other in inputs:
         if getattr(cfg, other) and Path(getattr(cfg, other)).resolve() == path.resolve():
             raise UserError(f"{key}: {path} is an input too ({other}); name another file")

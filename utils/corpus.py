@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.config import UserError
+from utils.config import UserError, file_fault
 from utils.files import atomic_folder, read_json, write_json
 from utils.lines import DECODER, read_lines
 
@@ -162,8 +162,8 @@ class Corpus:
         self.path, self.fmt = Path(path), fmt
         if fmt not in ("auto", "dpr", "marco", "beir"):
             raise UserError(f"the corpus format must be auto, dpr, marco or beir, got {fmt!r}")
-        if not self.path.is_file():
-            raise UserError(f"{path}: no such file")
+        if fault := file_fault(path):
+            raise UserError(f"{path}: {fault}")
         kind = fmt if fmt != "auto" else "beir" if self.path.suffix == ".jsonl" else "dpr"
         stat, folder = self.path.stat(), Path(f"{path}.index")
         want = {"version": 1, "fmt": kind, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}

@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.config import UserError
+from utils.config import UserError, file_fault
+
+HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a character beyond 16 bits, which json may write as two
 
 
 def not_json(constant):
@@ -22,8 +25,8 @@ def read_lines(path, digest=None):
 
     Lines end at \\n only (U+2028 is text); a byte-order mark is skipped. `digest` is fed every byte.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
+    if fault := file_fault(path):
+        raise UserError(f"{path}: {fault}")
     number, offset, size = 0, 0, os.path.getsize(path)
     bar = tqdm(
         desc=f"reading {Path(path).name}", total=size, unit="B", unit_scale=True, delay=5, disable=None
