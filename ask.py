@@ -66,14 +66,13 @@ def load_reading(path, corpus, device):
     The reader in a folder, of either kind, as a function: (question, passages, their rows in the corpus)
     -> what stands after `answer: `.
     """
+    from utils.encoder import read_inputs
     from utils.fid import answer, contexts_of, load_fid, text_budget
-    from utils.files import read_json
     from utils.reader import load_reader, predict
     from utils.reader_data import tokenize_rows
 
     no_room = "none, no text of a passage fits beside the question"
-    stored = Path(path) / "encoder_inputs.json"
-    if stored.is_file() and read_json(stored).get("role") == "fid":
+    if read_inputs(path, "reader").get("role") == "fid":
         fid = load_fid(path).to(device)
 
         def write(question, passages, rows):
