@@ -161,3 +161,35 @@ def test_a_wrong_model_is_found_before_the_corpus_is_read(tmp_path, monkeypatch,
     monkeypatch.setattr("sys.argv", [script, *(f"--{name}={value}" for name, value in keys.items())])
     with pytest.raises(UserError, match=f"{key}: .*nowhere: no such model folder"):
         module.main()
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (PermissionError(13, "Permission denied", "runs/x"), "error: runs/x: Permission denied"),
+        (OSError(39, "Directory not empty", ".x.tmp", None, "x"), "error: x: Directory not empty"),
+        (OSError(28, "No space left on device"), "error: the disk is full; free some"),
+        (shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")]), "error: the disk is full"),
+        (OSError("64000 requested and 20416 written"), "error: the disk is full"),  # numpy's
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to"),
+            "error: the memory is full: lower the batch",
+        ),
+        (MemoryError(), "error: the memory is full"),
+        (KeyboardInterrupt(), "stopped by Ctrl-C"),
+    ],
+)
+def test_faults_of_the_machine_are_one_line(capsys, error, line):
+    """A folder that cannot be written, a full disk, a full GPU: the place and the fix, no traceback."""
+    with pytest.raises(SystemExit) as stopped, friendly_errors():
+        raise error
+    said = capsys.readouterr().err
+    assert said.startswith(line) and said.count("\n") == 1
+    assert stopped.value.code == (130 if isinstance(error, KeyboardInterrupt) else 2)
+
+
+def test_faults_of_ours_keep_their_traceback():
+    """Only what the user or the machine did is made a sentence of."""
+    for error in (ValueError("x"), OSError("a socket"), BrokenPipeError(32, "Broken pipe")):
+        with pytest.raises(type(error)), friendly_errors():
+            raise error

@@ -29,16 +29,41 @@ class UserError(Exception):
 @contextlib.contextmanager
 def friendly_errors():
     """
-    UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130. `--debug` keeps the traceback.
+    A fault of the user or of the machine becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
+    `--debug` keeps the traceback.
     """
     try:
         yield
-    except UserError as error:
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        sys.exit(_fail(f"error: {error}", 2))
     except KeyboardInterrupt:
         sys.exit(_fail("stopped by Ctrl-C", 130))
+    except Exception as error:
+        message = in_a_sentence(error)
+        if not message:
+            raise
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        sys.exit(_fail(f"error: {message}", 2))
+
+
+def in_a_sentence(error):
+    """What a fault of the user or of the machine is; "" for one of ours, which deserves its traceback."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, by its name
+        return "the memory is full: lower the batch sizes or the chunks, on a GPU use --mixed_precision bf16"
+    if not isinstance(error, OSError):
+        return ""
+    place = error.filename2 or error.filename  # of a rename the final name, not the temporary one
+    if disk_is_full(error):
+        return f"{f'{place}: ' if place else ''}the disk is full; free some space and repeat the command"
+    return f"{place}: {error.strerror or error}" if place else ""
+
+
+def disk_is_full(error):
+    """Whether an error of the system, of safetensors, shutil or numpy around it, means ENOSPC."""
+    # trap: numpy gives no errno where not all of an array was written
+    signs = ("os error 28", "No space left", "requested and")
+    return getattr(error, "errno", None) == errno.ENOSPC or any(sign in str(error) for sign in signs)
 
 
 def _fail(message, code):
