@@ -96,6 +96,9 @@ def test_tolerated_files(tmp_path):
     assert list(plain) == list(bom) == list(bare) == [Passage("1", "A", "x"), Passage("2", "", "y")]
     named_id = Corpus(save(tmp_path / "d.tsv", "1\tx\tA\nid\ty\tB\n"))
     assert [p.id for p in named_id] == ["1", "id"]  # a header stands on line 1 or nowhere
+    for i, header in enumerate(("pid\ttext\ttitle", "ID\tText\tTitle", "id\tpassage\theading")):
+        other = Corpus(save(tmp_path / f"e{i}.tsv", f"{header}\n1\tx\tA\n"))
+        assert list(other) == [Passage("1", "A", "x")], header
 
 
 @pytest.mark.parametrize("quoted", [False, True])
@@ -139,6 +142,8 @@ def test_marco_and_beir(tmp_path):
         ("x\ta\tT\ny\tb\tT\nx\tc\tT\n", ["'x'", "passages 1 and 3"]),
         ("\ta\tT\n", [":1:", "id"]),
         ("id\ttitle\ttext\n1\tT\ta\n", [":1:", "id, title, text"]),
+        ("text\ttitle\tid\na\tT\t1\n", [":1:", "the columns are text, title, id; write them as id, text"]),
+        ("PID\tTitle\tText\n1\tT\ta\n", [":1:", "pid, title, text"]),
         ("id\ttext\ttitle\n", ["0 passages"]),
         ("", ["0 passages"]),
         (b"\x1f\x8b\x08\x00rest", ["gunzip"]),
