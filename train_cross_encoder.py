@@ -181,7 +181,6 @@ def main():
     choose(cfg, mixed_precision=("no", "fp16", "bf16"), tracker=("none", "wandb"))
     choose(cfg, resume=("never", "exact", "changed"))
     at_least(cfg, 1, "batch_size", "chunk", "eval_batch_size", "epochs", "save_every", "log_every")
-    at_least(cfg, 0, "adversarial_epsilon", "warmup", "eval_every", "stop_after", "layer_norm_epsilon")
     at_least(cfg, 4, "pair_tokens")
     need_file(cfg, "train", optional=("dev", "corpus"))
     need_model(cfg, "init")

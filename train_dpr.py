@@ -240,7 +240,7 @@ def main():
     choose(cfg, resume=("never", "exact", "changed"))
     at_least(cfg, 1, "batch_size", "question_chunk", "passage_chunk", "eval_batch_size")
     at_least(cfg, 1, "epochs", "save_every", "log_every")
-    at_least(cfg, 0, "negatives", "dev_negatives", "eval_every", "stop_after", "layer_norm_epsilon")
+    at_least(cfg, 4, "question_tokens", "passage_tokens")
     if cfg.batch_size == 1 and not cfg.negatives:
         raise UserError("batch_size 1 with negatives 0 has nothing to tell apart: the loss would be 0")
     need_file(cfg, "train", optional=("dev", "corpus"))

@@ -323,7 +323,6 @@ def main():
     choose(cfg, mixed_precision=("no", "fp16", "bf16"), tracker=("none", "wandb"))
     at_least(cfg, 1, "top_k", "batch_size", "question_chunk", "passage_chunk", "score_chunk", "epochs")
     at_least(cfg, 1, "refresh_every", "encoding_batch_size", "eval_batch_size", "save_every", "log_every")
-    at_least(cfg, 0, "temperature", "stop_after", "warmup", "eval_every", "retriever_lr_scale")
     if not cfg.eval_hits or min(cfg.eval_hits) < 1:
         raise UserError(f"eval_hits must name depths of at least 1, got {cfg.eval_hits}")
     at_least(cfg, 2, "answer_tokens")

@@ -219,7 +219,6 @@ def main():
     choose(cfg, resume=("never", "exact", "changed"), token_types=("zeros", "segments"))
     at_least(cfg, 1, "train_depth", "test_depth", "max_answer_length", "eval_batch_size", "batch_size")
     at_least(cfg, 1, "question_chunk", "passage_chunk", "epochs", "save_every", "log_every")
-    at_least(cfg, 0, "warmup", "eval_every", "stop_after", "workers")
     at_least(cfg, 2, "passages_per_question")
     at_least(cfg, 8, "reader_tokens")
     if bool(cfg.train) == bool(cfg.test):

@@ -40,7 +40,12 @@ def test_scientific_notation_in_yaml_is_a_number(tmp_path):
         (["--learning_rate", "fast"], ["learning_rate", "float"]),
         (["--seed"], ["--seed", "value"]),
         (["batch_size", "8"], ["'batch_size'", "--key value"]),
-        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml: no such file"]),
+        (["--config", "config"], ["config: is a folder; name a file"]),
+        (["--config", sys.executable], [sys.executable, "not valid yaml"]),
+        (["--seed", "-1"], ["seed must be at least 0, got -1"]),
+        (["--learning_rate", "-2e-5"], ["learning_rate must be at least 0"]),
+        (["--learning_rate", "nan"], ["learning_rate must be at least 0, got nan"]),
     ],
 )
 def test_mistakes_on_the_command_line(argv, words):

@@ -442,6 +442,11 @@ def test_dry_run_writes_nothing(world, tmp_path):
         ({"batch_size": 64}, ["40 questions", "64"]),
         ({"batch_size": 1, "negatives": 0}, ["nothing to tell apart"]),
         ({"corpus": ""}, ["corpus"]),
+        ({"train": ""}, ["train: give a path, it is empty"]),
+        ({"run_dir": "train_dpr.py"}, ["run_dir", "train_dpr.py is a file, not a folder"]),
+        ({"question_tokens": 0}, ["question_tokens must be at least 4, got 0"]),
+        ({"passage_tokens": 3}, ["passage_tokens must be at least 4"]),
+        ({"dropout": 1.5}, ["dropout must be below 1, got 1.5"]),
         ({"pooling": "max"}, ["pooling", "cls, mean", "'max'"]),
     ],
 )
@@ -450,7 +455,7 @@ def test_mistakes_end_in_one_line(world, tmp_path, monkeypatch, changes, words):
     from train_dpr import main
     from utils.config import UserError
 
-    _, keys = config(world, run_dir=tmp_path / "run", **changes)
+    _, keys = config(world, **{"run_dir": tmp_path / "run"} | changes)
     argv = [part for key, value in keys.items() for part in (f"--{key}", str(value))]
     monkeypatch.setattr("sys.argv", ["train_dpr.py", *argv])
     with pytest.raises(UserError) as error:

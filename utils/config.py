@@ -3,7 +3,8 @@ One flat yaml per run, `--key value` to override it, and errors that a student c
 
 The yaml that a script names as its schema lists every key that the script knows, with a comment and a value
 of the right type. Any other yaml or override is checked against it: an unknown key or a wrong type is an
-error that names the nearest key. No default hides in code. `--help` prints the schema.
+error that names the nearest key, and no number may be negative. No default hides in code. `--help` prints the
+schema.
 """
 
 import contextlib
@@ -152,6 +153,7 @@ def load_config(doc, schema, argv=None):
         if key not in values:
             raise UserError(f"{path}: key {key!r} is missing; copy its line from {schema}")
     resolved = {key: convert(key, values[key], known[key], path) for key in known} | overrides
+    at_least(SimpleNamespace(**resolved), 0, *(key for key in known if type(known[key]) in (int, float)))
     return SimpleNamespace(**resolved, config=path)
 
 
@@ -165,7 +167,7 @@ def choose(cfg, **allowed):
 def at_least(cfg, least, *keys):
     """UserError where the value of one of `keys` is under `least`."""
     for key in keys:
-        if getattr(cfg, key) < least:
+        if not getattr(cfg, key) >= least:  # NaN too
             raise UserError(f"{key} must be at least {least}, got {getattr(cfg, key)}")
 
 

@@ -267,6 +267,8 @@ def loading(path):
 
 def settle(model, dropout, layer_norm_epsilon=0.0):
     """What every loaded model needs: memory of its own, this dropout; epsilon above 0 where given."""
+    if dropout >= 1:
+        raise UserError(f"dropout must be below 1, got {dropout}")
     for parameter in model.parameters():
         # why: weights lie in the mapped file as they come, and a product may add in another order where
         # they are not aligned: the last bit would depend on the file that a run was resumed from
