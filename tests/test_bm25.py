@@ -85,6 +85,18 @@ def test_index_is_kept_for_this_corpus_only(corpus, tmp_path, monkeypatch):
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
+@pytest.mark.parametrize("name", ["bm25.json", "data.csc.index.npy", "vocab.index.json"])
+def test_a_damaged_index_is_built_again(corpus, tmp_path, capsys, name):
+    """A file that was cut off, as by a full disk: one line says so, and the ranking is the same."""
+    first = bm25.search_bm25(bm25.build_bm25(corpus, tmp_path / "index"), ["oslo river"], 5)
+    content = (tmp_path / "index" / name).read_bytes()
+    (tmp_path / "index" / name).write_bytes(content[: len(content) // 2])
+    again = bm25.build_bm25(corpus, tmp_path / "index")
+    assert "index: damaged (" in capsys.readouterr().err
+    assert bm25.search_bm25(again, ["oslo river"], 5) == first
+    assert (tmp_path / "index" / name).read_bytes() == content
+
+
 def test_bm25_command(corpus, tmp_path, monkeypatch, capsys):
     """The command writes a .run of passage ids, one question after the other."""
     questions = [{"qid": "a", "question": "capital of Norway"}, {"qid": "b", "question": "xyzzy"}]

@@ -89,6 +89,7 @@ def test_dpr_json_ids(tmp_path):
         (json.dumps(DPR).replace('"Ann"', "NaN"), "example 0.*NaN is not json"),
         (json.dumps(DPR[0]) + "\n" + json.dumps(DPR[1]), "jsonl already"),
         (json.dumps([5]), "example 0.*object"),
+        (json.dumps(DPR).replace("Ann", "\\ud800"), "example 0.*surrogates not allowed"),
         (json.dumps([{"question": "x"}]), "example 0.*positive_ctxs"),
         (json.dumps([{**DPR[0], "answers": "Ann"}]), "example 0.*list of strings.*Ann"),
         (json.dumps([{**DPR[0], "positive_ctxs": [{"title": "T"}]}]), "example 0.*text"),

@@ -247,6 +247,7 @@ def test_blank_answers_are_counted(tmp_path, capsys):
         ('{"qid": "1", "question": "x", "score": NaN}', [":1:", "NaN"]),
         ('[{"qid": "1", "question": "x"}]', ["convert dpr_json"]),
         ("5", [":1:", "object"]),
+        ('{"qid": "1", "question": "x\\ud83d\\ude00 \\uD800"}', [":1:", "surrogates not allowed"]),
         ('{"qid": "1", "question": "x", "positives": [7]}', [":1:", "positives"]),
         ('{"qid": "1", "question": "x", "negatives": [{"title": "T"}]}', [":1:", "negatives"]),
         ("", ["no questions"]),
@@ -256,6 +257,16 @@ def test_broken_questions(tmp_path, content, words):
     """Every broken question file is one sentence with file and line."""
     path = save(tmp_path / "q.jsonl", content + "\n")
     fails(lambda: read_questions(path), "q.jsonl", *words)
+
+
+def test_what_is_no_file(tmp_path):
+    """A folder and a missing file are told apart; a surrogate pair is a letter, half of one is not."""
+    fails(lambda: read_questions(tmp_path), "is a folder; name a file")
+    fails(lambda: Corpus(tmp_path), "is a folder; name a file")
+    fails(lambda: Corpus(tmp_path / "no.tsv"), "no.tsv: no such file")
+    whole, half = ('{"_id": "1", "text": "\\ud83d\\ude00"}\n', '{"_id": "1", "text": "\\ud83d x"}\n')
+    assert Corpus(save(tmp_path / "a.jsonl", whole))[0].text == "\U0001f600"
+    fails(lambda: Corpus(save(tmp_path / "b.jsonl", half)), "b.jsonl:1:", "surrogates not allowed")
 
 
 def test_needed_lists(tmp_path):

@@ -49,6 +49,8 @@ def iter_json_list(path):
                 return
             try:
                 entry, at = DECODER.raw_decode(buffer, at)
+            except UnicodeEncodeError as error:
+                raise UserError(f"{path}: example {index}: holds half a character: {error}") from None
             except ValueError as error:
                 problem = error
             else:

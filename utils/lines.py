@@ -16,7 +16,17 @@ def not_json(constant):
     raise ValueError(f"{constant} is not json")
 
 
-DECODER = json.JSONDecoder(parse_constant=not_json)  # trap: python's json accepts NaN and Infinity
+class Decoder(json.JSONDecoder):
+    """trap: python's json accepts NaN, Infinity, and half a character, at which every tokenizer fails."""
+
+    def raw_decode(self, text, idx=0):
+        value, end = super().raw_decode(text, idx)
+        if HALF.search(text, idx, end):
+            json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
+        return value, end
+
+
+DECODER = Decoder(parse_constant=not_json)
 
 
 def read_lines(path, digest=None):
