@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
-from utils.lines import iter_jsonl
+from utils.data import read_questions
 from utils.text import answer_position, has_answer
 
 BM25_DEPTH = 1000
@@ -192,9 +192,9 @@ def main():
     except UserError as error:
         raise UserError(f"{error} (the question comes last)") from None
     check_inputs(cfg, question)
+    rows = read_questions(cfg.questions, repeats=True) if cfg.questions else []
+    known = {row["question"].lower().strip(" ?"): row["answers"] for row in rows}
     answer, passages = load(cfg)
-    rows = (row for _, row in iter_jsonl(cfg.questions)) if cfg.questions else []
-    known = {row["question"].lower().strip(" ?"): row.get("answers", []) for row in rows}
     if question is not None:
         return show(question.encode("utf-8", "replace").decode(), answer, known)
     print(f"{passages:,} passages. Type a question; Ctrl-D ends.")

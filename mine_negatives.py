@@ -235,6 +235,8 @@ def mine(questions, corpus, cfg, counts):
             counts["questions with fewer new ones than asked"] += 0 < new < lists * cfg.negatives
             counts["negatives"] += len(negatives)
             yield from examples(question | {"positives": positives, "negatives": negatives}, cfg)
+    if counts["questions without a ranking"] == len(questions):
+        raise UserError(f"{cfg.run}: has none of the questions of {cfg.questions}")
     for _, check in files:
         check()
 

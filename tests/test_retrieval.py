@@ -13,6 +13,7 @@ import test_dpr
 from tests.toy import make_world
 from utils.config import UserError
 from utils.data import Corpus, read_questions, read_run, write_run
+from utils.embeddings import open_embeddings
 from utils.encoder import embed, load_encoder, tokenize_passages, tokenize_questions
 from utils.files import read_json, sha256, write_json
 from utils.text import has_answer
@@ -306,6 +307,15 @@ def test_mistakes_are_found_before_a_model_is_loaded(world, test, tmp_path, monk
         with pytest.raises(UserError, match=why):
             test(**keys)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_encoder_that_names_no_partner_is_pointed_out(world, tmp_path, capsys):
+    """Only one side says with which it was trained: nobody can tell, so a warning, and the search goes on."""
+    for given, warned in (({"role": "question"}, 1), ({"role": "question", "pair": "toy"}, 0)):
+        (tmp_path / "e").mkdir(exist_ok=True)
+        write_json(tmp_path / "e" / "encoder_inputs.json", given)
+        assert len(open_embeddings(world / "embeddings", query_encoder=tmp_path / "e")[0]) == 3
+        assert capsys.readouterr().err.count("names its partner") == warned
 
 
 def test_the_command_line_ends_in_one_sentence(tmp_path):
