@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
-from utils.lines import iter_jsonl
+from utils.data import read_questions
 from utils.text import answer_position, has_answer
 
 BM25_DEPTH = 1000
@@ -55,7 +55,7 @@ def check_inputs(cfg, question):
             raise UserError(f"{cfg.run} has no {part}; {script} writes it")
     if not cfg.corpus:
         raise UserError("corpus: name the file that the embeddings were made from")
-    need_file(cfg, "corpus", "questions")
+    need_file(cfg, "corpus", optional=["questions"])
     if "/" in cfg.reader and not Path(cfg.reader).exists() and Path(cfg.reader).parent.exists():
         raise UserError(f"reader: {cfg.reader}: no such folder; train_reader.py and train_emdr2.py write one")
 
@@ -66,14 +66,13 @@ def load_reading(path, corpus, device):
     The reader in a folder, of either kind, as a function: (question, passages, their rows in the corpus)
     -> what stands after `answer: `.
     """
+    from utils.encoder import read_inputs
     from utils.fid import answer, contexts_of, load_fid, text_budget
-    from utils.files import read_json
     from utils.reader import load_reader, predict
     from utils.reader_data import tokenize_rows
 
     no_room = "none, no text of a passage fits beside the question"
-    stored = Path(path) / "encoder_inputs.json"
-    if stored.is_file() and read_json(stored).get("role") == "fid":
+    if read_inputs(path, "reader").get("role") == "fid":
         fid = load_fid(path).to(device)
 
         def write(question, passages, rows):
@@ -193,9 +192,9 @@ def main():
     except UserError as error:
         raise UserError(f"{error} (the question comes last)") from None
     check_inputs(cfg, question)
+    rows = read_questions(cfg.questions, repeats=True) if cfg.questions else []
+    known = {row["question"].lower().strip(" ?"): row["answers"] for row in rows}
     answer, passages = load(cfg)
-    rows = (row for _, row in iter_jsonl(cfg.questions)) if cfg.questions else []
-    known = {row["question"].lower().strip(" ?"): row.get("answers", []) for row in rows}
     if question is not None:
         return show(question.encode("utf-8", "replace").decode(), answer, known)
     print(f"{passages:,} passages. Type a question; Ctrl-D ends.")

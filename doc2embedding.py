@@ -28,7 +28,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.config import UserError, at_least, choose, friendly_errors, load_config
+from utils.config import (
+    UserError,
+    at_least,
+    choose,
+    friendly_errors,
+    load_config,
+    need_file,
+    need_folder,
+    need_model,
+)
 from utils.data import Corpus
 from utils.distributed import ahead, start
 from utils.embeddings import check_finite, refuse_another, unfinished
@@ -81,9 +90,10 @@ def main():
     cfg = load_config(__doc__, "config/doc2embedding.yaml")
     choose(cfg, dtype=("float16", "float32"), mixed_precision=("no", *PRECISION))
     at_least(cfg, 1, "batch_size", "shard_size", "sort_window")
+    need_file(cfg, "corpus")
+    need_model(cfg, "doc_encoder")
+    need_folder(cfg, "out")
     folder = Path(cfg.out)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"out: {folder} is a file; name a folder")
     accelerator = start()
     if cfg.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError('mixed_precision fp16 needs a GPU; a CPU takes "no" (fastest there) or bf16')

@@ -40,7 +40,6 @@ from utils.config import (
     load_config,
     need_file,
     need_out,
-    need_value,
 )
 from utils.data import Corpus, beside, check_passage, iter_jsonl, iter_run, passage_of, read_questions
 from utils.files import atomic_file
@@ -236,6 +235,8 @@ def mine(questions, corpus, cfg, counts):
             counts["questions with fewer new ones than asked"] += 0 < new < lists * cfg.negatives
             counts["negatives"] += len(negatives)
             yield from examples(question | {"positives": positives, "negatives": negatives}, cfg)
+    if counts["questions without a ranking"] == len(questions):
+        raise UserError(f"{cfg.run}: has none of the questions of {cfg.questions}")
     for _, check in files:
         check()
 
@@ -258,10 +259,9 @@ def examples(example, cfg):
 def main():
     cfg = load_config(__doc__, "config/mine_negatives.yaml")
     choose(cfg, mode=tuple(MODES), match=("string", "regex"), positives=("given", "find", "ranking"))
-    inputs = ("questions", "run", "corpus", "scores", "lookahead_run", "momentum", "exclude")
-    need_value(cfg, "questions", "run", "corpus", "out")
-    need_file(cfg, *inputs)
-    need_out(cfg, "out", *inputs)
+    inputs, others = ("questions", "run", "corpus"), ("scores", "lookahead_run", "momentum", "exclude")
+    need_file(cfg, *inputs, optional=others)
+    need_out(cfg, "out", *inputs, *others)
     at_least(cfg, 1, "negatives")
     if cfg.depth < cfg.negatives:
         raise UserError(f"negatives ({cfg.negatives}) must be at most depth ({cfg.depth})")

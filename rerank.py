@@ -34,8 +34,8 @@ from utils.config import (
     friendly_errors,
     load_config,
     need_file,
+    need_model,
     need_out,
-    need_value,
 )
 from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pairs
 from utils.data import Corpus, iter_run, read_questions, write_run
@@ -129,14 +129,12 @@ def main():
     cfg = load_config(__doc__, "config/rerank.yaml")
     choose(cfg, match=("string", "regex"), mixed_precision=("no", "fp16", "bf16"))
     at_least(cfg, 1, "depth", "batch_size", "block")
-    need_value(cfg, "questions", "ranking", "corpus", "cross_encoder", "out")
     need_file(cfg, "questions", "ranking", "corpus")
+    need_model(cfg, "cross_encoder")
     need_out(cfg, "out", "questions", "ranking", "corpus")
     out, folder = Path(cfg.out), Path(f"{cfg.out}.parts")
     if out.suffix != ".run":
         raise UserError(f"out must be the path of a .run file, got {cfg.out!r}")
-    if Path(cfg.cross_encoder).parent.exists() and not Path(cfg.cross_encoder).is_dir():
-        raise UserError(f"cross_encoder: {cfg.cross_encoder}: no such folder")  # before the run is read
     accelerator = start(cfg.mixed_precision)
     rank, devices, say = accelerator.process_index, accelerator.num_processes, accelerator.print
     with accelerator.main_process_first():  # the first to open a corpus writes its index

@@ -31,7 +31,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
+from utils.config import (
+    UserError,
+    at_least,
+    choose,
+    friendly_errors,
+    load_config,
+    need_file,
+    need_model,
+    need_out,
+)
 from utils.data import (
     Corpus,
     beside,
@@ -62,10 +71,14 @@ def check_inputs(cfg):
     """All mistakes are found here, before a model is loaded: (questions, corpus, shards, manifest, bm25)."""
     choose(cfg, match=("string", "regex"))
     at_least(cfg, 1, "k", "batch_size", "nprobe", "ef_search")
-    at_least(cfg, 0, "question_tokens")
-    need_file(cfg, "bm25_run", "check_leak")
+    if cfg.question_tokens:
+        at_least(cfg, 4, "question_tokens")
+    need_file(cfg, "questions", "corpus", optional=("bm25_run", "check_leak"))
     if not cfg.out.endswith(".run"):
         raise UserError(f"out must be the path of a .run file, got {cfg.out!r}")
+    need_out(cfg, "out", "questions", "corpus", "bm25_run", "check_leak")
+    if not cfg.lookahead:
+        need_model(cfg, "query_encoder")
     if cfg.lookahead and (cfg.bm25_run or cfg.dry_run):
         raise UserError("lookahead only looks vectors up: leave out bm25_run and dry_run")
     questions = read_questions(cfg.questions)

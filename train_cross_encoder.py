@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from utils.checkpoint import load_optimizer, make_optimizer
-from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
+from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file, need_model
 from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pairs
 from utils.data import Corpus, passage_of, read_training
 from utils.distributed import ahead, start, sum_gradients, world
@@ -181,9 +181,9 @@ def main():
     choose(cfg, mixed_precision=("no", "fp16", "bf16"), tracker=("none", "wandb"))
     choose(cfg, resume=("never", "exact", "changed"))
     at_least(cfg, 1, "batch_size", "chunk", "eval_batch_size", "epochs", "save_every", "log_every")
-    at_least(cfg, 0, "adversarial_epsilon", "warmup", "eval_every", "stop_after", "layer_norm_epsilon")
     at_least(cfg, 4, "pair_tokens")
-    need_file(cfg, "train", "dev", "corpus")
+    need_file(cfg, "train", optional=("dev", "corpus"))
+    need_model(cfg, "init")
     accelerator = start(cfg.mixed_precision)
     if cfg.batch_size % accelerator.num_processes:
         raise UserError(f"batch_size {cfg.batch_size} is not shared by {accelerator.num_processes} devices")

@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 
 from utils.checkpoint import load_optimizer, make_optimizer
-from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
+from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file, need_model
 from utils.data import Corpus, passage_of, read_training
 from utils.distributed import ahead, gather_rows, start, sum_gradients, world
 from utils.encoder import (
@@ -240,10 +240,11 @@ def main():
     choose(cfg, resume=("never", "exact", "changed"))
     at_least(cfg, 1, "batch_size", "question_chunk", "passage_chunk", "eval_batch_size")
     at_least(cfg, 1, "epochs", "save_every", "log_every")
-    at_least(cfg, 0, "negatives", "dev_negatives", "eval_every", "stop_after", "layer_norm_epsilon")
+    at_least(cfg, 4, "question_tokens", "passage_tokens")
     if cfg.batch_size == 1 and not cfg.negatives:
         raise UserError("batch_size 1 with negatives 0 has nothing to tell apart: the loss would be 0")
-    need_file(cfg, "train", "dev", "corpus")
+    need_file(cfg, "train", optional=("dev", "corpus"))
+    need_model(cfg, "init")
     accelerator = start(cfg.mixed_precision)
     if cfg.batch_size % accelerator.num_processes:
         raise UserError(f"batch_size {cfg.batch_size} is not shared by {accelerator.num_processes} devices")

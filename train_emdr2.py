@@ -44,7 +44,7 @@ import torch
 import torch.distributed as dist
 
 from utils.checkpoint import load_optimizer, make_optimizer
-from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file, need_value
+from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file, need_model
 from utils.data import Corpus, read_questions
 from utils.distributed import ahead, start, sum_gradients, world
 from utils.embeddings import open_embeddings
@@ -323,7 +323,6 @@ def main():
     choose(cfg, mixed_precision=("no", "fp16", "bf16"), tracker=("none", "wandb"))
     at_least(cfg, 1, "top_k", "batch_size", "question_chunk", "passage_chunk", "score_chunk", "epochs")
     at_least(cfg, 1, "refresh_every", "encoding_batch_size", "eval_batch_size", "save_every", "log_every")
-    at_least(cfg, 0, "temperature", "stop_after", "warmup", "eval_every", "retriever_lr_scale")
     if not cfg.eval_hits or min(cfg.eval_hits) < 1:
         raise UserError(f"eval_hits must name depths of at least 1, got {cfg.eval_hits}")
     at_least(cfg, 2, "answer_tokens")
@@ -331,12 +330,13 @@ def main():
     if bool(cfg.train) == bool(cfg.test):
         raise UserError('give either train, or test with --train "" and the reader of a run')
     inputs = ("test", "test_run") if cfg.test else ("train", "dev")
-    need_file(cfg, *inputs, "corpus")
+    need_file(cfg, optional=(*inputs, "corpus"))
     if cfg.test:
-        need_value(cfg, "reader")
+        need_model(cfg, "reader")
         need_predictions_out(cfg, *inputs, "corpus")
         return answer_file(cfg, start(cfg.mixed_precision))
-    need_value(cfg, "reader", "corpus", *TOWERS, "embeddings")
+    need_file(cfg, "corpus")
+    need_model(cfg, "reader", *TOWERS)
     accelerator = start(cfg.mixed_precision)
     if cfg.batch_size % accelerator.num_processes:
         raise UserError(f"batch_size {cfg.batch_size} is not shared by {accelerator.num_processes} devices")

@@ -36,7 +36,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from utils.checkpoint import load_optimizer, make_optimizer
-from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
+from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file, need_model
 from utils.data import Corpus
 from utils.distributed import ahead, gather_items, start, sum_gradients, world
 from utils.encoder import collate
@@ -219,15 +219,15 @@ def main():
     choose(cfg, resume=("never", "exact", "changed"), token_types=("zeros", "segments"))
     at_least(cfg, 1, "train_depth", "test_depth", "max_answer_length", "eval_batch_size", "batch_size")
     at_least(cfg, 1, "question_chunk", "passage_chunk", "epochs", "save_every", "log_every")
-    at_least(cfg, 0, "warmup", "eval_every", "stop_after", "workers")
     at_least(cfg, 2, "passages_per_question")
     at_least(cfg, 8, "reader_tokens")
     if bool(cfg.train) == bool(cfg.test):
         raise UserError('give either train, or test with --train "" and the reader as init')
     inputs = ("test", "test_run") if cfg.test else ("train", "train_run", "dev", "dev_run", "gold")
-    need_file(cfg, *inputs, "corpus")
+    need_file(cfg, optional=(*inputs, "corpus"))
     if cfg.test:
         need_predictions_out(cfg, *inputs, "corpus")
+    need_model(cfg, "init")
     accelerator = start(cfg.mixed_precision)
     if cfg.test:
         return answer_file(cfg, accelerator)

@@ -174,11 +174,13 @@ def test_mistakes_are_one_line(world, tmp_path, monkeypatch):
     """What is wrong and what to do, each before anything is loaded, or when two runs are mixed."""
     monkeypatch.setattr(ask, "load", None)
     (tmp_path / "query_encoder").mkdir()
+    (tmp_path / "bad.jsonl").write_text('{"qid": "1", "question": 5}\n')
     for keys, question, message in (
         ({"run": tmp_path / "no"}, "who", "no such folder"),
         ({"run": tmp_path}, "who", "has no embeddings/manifest.json; doc2embedding.py writes it"),
         ({"corpus": "no.tsv"}, "who", "no.tsv: no such file"),
         ({"k": 0}, "who", "k must be at least 1"),
+        ({"questions": tmp_path / "bad.jsonl"}, "who", "bad.jsonl:1: 'question' must be a string"),
         ({"reader": tmp_path / "reader"}, "who", "reader: .*no such folder; train_reader.py and"),
         ({}, " ", "the question is empty"),
         ({"kk": 3}, "who", "unknown key --kk; did you mean 'k'"),

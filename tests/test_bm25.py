@@ -85,6 +85,18 @@ def test_index_is_kept_for_this_corpus_only(corpus, tmp_path, monkeypatch):
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
+@pytest.mark.parametrize("name", ["bm25.json", "data.csc.index.npy", "vocab.index.json"])
+def test_a_damaged_index_is_built_again(corpus, tmp_path, capsys, name):
+    """A file that was cut off, as by a full disk: one line says so, and the ranking is the same."""
+    first = bm25.search_bm25(bm25.build_bm25(corpus, tmp_path / "index"), ["oslo river"], 5)
+    content = (tmp_path / "index" / name).read_bytes()
+    (tmp_path / "index" / name).write_bytes(content[: len(content) // 2])
+    again = bm25.build_bm25(corpus, tmp_path / "index")
+    assert "index: damaged (" in capsys.readouterr().err
+    assert bm25.search_bm25(again, ["oslo river"], 5) == first
+    assert (tmp_path / "index" / name).read_bytes() == content
+
+
 def test_bm25_command(corpus, tmp_path, monkeypatch, capsys):
     """The command writes a .run of passage ids, one question after the other."""
     questions = [{"qid": "a", "question": "capital of Norway"}, {"qid": "b", "question": "xyzzy"}]
@@ -103,3 +115,8 @@ def test_bm25_command(corpus, tmp_path, monkeypatch, capsys):
     bm25.main()
     assert [pid for pid, _ in read_run(tmp_path / "x.run")["a"]] == ["1"]
     assert "1 of them without a passage" in capsys.readouterr().out
+    for out, message in (("q.jsonl", "an input too .questions."), (".", "is a folder; name a file")):
+        argv[5] = tmp_path / out
+        monkeypatch.setattr(sys, "argv", ["bm25", *map(str, argv)])
+        with pytest.raises(UserError, match=message):
+            bm25.main()

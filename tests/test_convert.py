@@ -89,6 +89,7 @@ def test_dpr_json_ids(tmp_path):
         (json.dumps(DPR).replace('"Ann"', "NaN"), "example 0.*NaN is not json"),
         (json.dumps(DPR[0]) + "\n" + json.dumps(DPR[1]), "jsonl already"),
         (json.dumps([5]), "example 0.*object"),
+        (json.dumps(DPR).replace("Ann", "\\ud800"), "example 0.*surrogates not allowed"),
         (json.dumps([{"question": "x"}]), "example 0.*positive_ctxs"),
         (json.dumps([{**DPR[0], "answers": "Ann"}]), "example 0.*list of strings.*Ann"),
         (json.dumps([{**DPR[0], "positive_ctxs": [{"title": "T"}]}]), "example 0.*text"),
@@ -188,6 +189,8 @@ def test_command_line(tmp_path, monkeypatch):
         (["nq_open", "a", "b", "c"], "takes 1 input"),
         (["nq_open", "a"], "takes 1 input"),
         (["nq_open", "a", "a"], "is the input too"),
+        (["nq_open", "a", "./a"], "is the input too"),
+        (["nq_open", "a", "."], "OUT: . is a folder; name a file"),
         (["nq_open", "a", "b", "--ids"], "dpr_json"),
         (["dpr_json", "missing.json", "b"], "missing.json: no such file"),
     ]:

@@ -96,6 +96,9 @@ def test_tolerated_files(tmp_path):
     assert list(plain) == list(bom) == list(bare) == [Passage("1", "A", "x"), Passage("2", "", "y")]
     named_id = Corpus(save(tmp_path / "d.tsv", "1\tx\tA\nid\ty\tB\n"))
     assert [p.id for p in named_id] == ["1", "id"]  # a header stands on line 1 or nowhere
+    for i, header in enumerate(("pid\ttext\ttitle", "ID\tText\tTitle", "id\tpassage\theading")):
+        other = Corpus(save(tmp_path / f"e{i}.tsv", f"{header}\n1\tx\tA\n"))
+        assert list(other) == [Passage("1", "A", "x")], header
 
 
 @pytest.mark.parametrize("quoted", [False, True])
@@ -139,6 +142,8 @@ def test_marco_and_beir(tmp_path):
         ("x\ta\tT\ny\tb\tT\nx\tc\tT\n", ["'x'", "passages 1 and 3"]),
         ("\ta\tT\n", [":1:", "id"]),
         ("id\ttitle\ttext\n1\tT\ta\n", [":1:", "id, title, text"]),
+        ("text\ttitle\tid\na\tT\t1\n", [":1:", "the columns are text, title, id; write them as id, text"]),
+        ("PID\tTitle\tText\n1\tT\ta\n", [":1:", "pid, title, text"]),
         ("id\ttext\ttitle\n", ["0 passages"]),
         ("", ["0 passages"]),
         (b"\x1f\x8b\x08\x00rest", ["gunzip"]),
@@ -242,6 +247,7 @@ def test_blank_answers_are_counted(tmp_path, capsys):
         ('{"qid": "1", "question": "x", "score": NaN}', [":1:", "NaN"]),
         ('[{"qid": "1", "question": "x"}]', ["convert dpr_json"]),
         ("5", [":1:", "object"]),
+        ('{"qid": "1", "question": "x\\ud83d\\ude00 \\uD800"}', [":1:", "surrogates not allowed"]),
         ('{"qid": "1", "question": "x", "positives": [7]}', [":1:", "positives"]),
         ('{"qid": "1", "question": "x", "negatives": [{"title": "T"}]}', [":1:", "negatives"]),
         ("", ["no questions"]),
@@ -251,6 +257,16 @@ def test_broken_questions(tmp_path, content, words):
     """Every broken question file is one sentence with file and line."""
     path = save(tmp_path / "q.jsonl", content + "\n")
     fails(lambda: read_questions(path), "q.jsonl", *words)
+
+
+def test_what_is_no_file(tmp_path):
+    """A folder and a missing file are told apart; a surrogate pair is a letter, half of one is not."""
+    fails(lambda: read_questions(tmp_path), "is a folder; name a file")
+    fails(lambda: Corpus(tmp_path), "is a folder; name a file")
+    fails(lambda: Corpus(tmp_path / "no.tsv"), "no.tsv: no such file")
+    whole, half = ('{"_id": "1", "text": "\\ud83d\\ude00"}\n', '{"_id": "1", "text": "\\ud83d x"}\n')
+    assert Corpus(save(tmp_path / "a.jsonl", whole))[0].text == "\U0001f600"
+    fails(lambda: Corpus(save(tmp_path / "b.jsonl", half)), "b.jsonl:1:", "surrogates not allowed")
 
 
 def test_needed_lists(tmp_path):

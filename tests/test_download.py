@@ -265,6 +265,16 @@ def test_disk_too_small(server, tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
+def test_room_to_unpack_is_asked_for_too(server, tmp_path, monkeypatch):
+    """The unpacked size of a packed file, three times as much, is part of the need."""
+    server.serve("a.tsv", "/a.tsv.gz", gzip.compress(CONTENT))
+    room = 2 * len(gzip.compress(CONTENT))
+    monkeypatch.setattr("utils.files.shutil.disk_usage", lambda _: types.SimpleNamespace(free=room))
+    with pytest.raises(UserError, match="a.tsv.gz needs 0.0 GB .* are free"):
+        download.download("a.tsv", tmp_path)
+    assert names(tmp_path) == []
+
+
 def test_two_processes_at_once(server, tmp_path):
     """Two downloads of one file: the second waits, finds it complete, and both succeed with one request."""
     server.serve("a.tsv", "/a.tsv.gz", gzip.compress(CONTENT))

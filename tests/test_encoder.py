@@ -5,6 +5,7 @@ silently.
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ import torch
 from transformers import AutoTokenizer, BertTokenizer, DPRConfig, DPRContextEncoder, DPRQuestionEncoder
 
 from tests.toy import INPUTS, bert, make_world, tokenizer
+from tests.toy_t5 import t5
 from utils.config import UserError
+from utils.cross_encoder import load_cross_encoder
 from utils.dpr_files import export_hf_dpr
 from utils.encoder import (
     Encoder,
@@ -25,6 +28,8 @@ from utils.encoder import (
     tokenize_passages,
     tokenize_questions,
 )
+from utils.fid import load_fid
+from utils.reader import load_reader
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenize_pair.json").read_text())
 PASSAGES = [
@@ -213,6 +218,87 @@ def test_wrong_folders_are_refused(world, tmp_path):
     tokenizer(tmp_path).save_pretrained(tmp_path / "short")
     with pytest.raises(UserError, match="missing"):
         load_encoder(tmp_path / "short", "question", INPUTS)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(world, tmp_path):
+    """trap: transformers 5 makes an empty one, and every passage has the vector of [UNK] [UNK] [UNK]."""
+    shutil.copytree(world / "doc_encoder", tmp_path / "bert")
+    t5(tmp_path)
+    for folder, load in (("bert", lambda path: load_encoder(path, "passage")), ("t5", load_fid)):
+        load(tmp_path / folder)
+        for file in (tmp_path / folder).glob("tokenizer*"):
+            file.unlink()
+        with pytest.raises(UserError, match=f"{folder}: no tokenizer in it"):
+            load(tmp_path / folder)
+
+
+def cut(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+def pointer(folder):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
+def wider(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+
+
+def malicious(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": Attack(folder / "owned")}, folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("damage", [cut, pointer, wider, malicious])
+def test_damaged_weights_are_named(world, tmp_path, damage):
+    """A truncated file, a git-lfs pointer, another shape, a pickle with a program in it: one sentence."""
+    shutil.copytree(world / "doc_encoder", tmp_path / "e")
+    damage(tmp_path / "e")
+    with pytest.raises(
+        UserError, match="e: its weights are damaged, or of another shape than in config.json"
+    ):
+        load_encoder(tmp_path / "e", "passage")
+    assert not (tmp_path / "e" / "owned").exists()
+
+
+def test_the_other_loaders_name_damaged_weights_too(world, tmp_path):
+    """Cross-encoder, reader and FiD go through the same door."""
+    shutil.copytree(world / "bert", tmp_path / "bert")
+    t5(tmp_path)
+    for folder, load in (
+        ("bert", lambda path: load_cross_encoder(path, 32, new_head=True)),
+        ("bert", lambda path: load_reader(path, {"reader_tokens": 32}, new_head=True)),
+        ("t5", load_fid),
+    ):
+        cut(tmp_path / folder)
+        with pytest.raises(UserError, match=f"{folder}: its weights are damaged"):
+            load(tmp_path / folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"pooling": "CLS"}, "'pooling': 'CLS': must be one of cls, mean"),
+        ({"token_types": "segment"}, "'token_types': 'segment': must be one of zeros, segments"),
+        ({"question_tokens": "32"}, "'question_tokens': '32': must be a number of at least 2"),
+        ({"passage_tokens": -1}, "'passage_tokens': -1: must be a number"),
+        ({"pair": None}, "'pair': None: must be a text"),
+        ({"poling": "cls"}, "'poling': 'cls': did you mean 'pooling'"),
+        (None, "does not say passage_tokens, pooling, token_types; write it there"),
+        ([], "encoder_inputs.json: expected a json object"),
+    ],
+)
+def test_inputs_written_by_hand_are_checked(world, tmp_path, change, words):
+    """A value that no encoder knows must not become mean pooling, or segments of zeros, in silence."""
+    shutil.copytree(world / "doc_encoder", tmp_path / "e")
+    inputs = {"role": "passage", "question_tokens": 16} if change is None else change
+    if change:
+        inputs = json.loads((tmp_path / "e" / "encoder_inputs.json").read_text()) | change
+    (tmp_path / "e" / "encoder_inputs.json").write_text(json.dumps(inputs))
+    with pytest.raises(UserError, match=words):
+        load_encoder(tmp_path / "e", "passage")
 
 
 def test_the_hash_knows_weights_and_inputs(world):

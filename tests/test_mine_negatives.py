@@ -422,6 +422,7 @@ def test_mining_command(corpus, tmp_path, monkeypatch, capsys):
         (["--out", "{q}/x.jsonl"], "is a file, not a folder"),
         (["--out", "{q}"], "is an input too (questions)"),
         (["--negatives", "9", "--depth", "5"], "negatives (9) must be at most depth (5)"),
+        (["--run", "{other}"], "other.run: has none of the questions of"),
         (["--mode", "pseudo_label"], "give --scores, a .run of rerank.py"),
         (["--scores", "{run}"], "scores is for mode denoise or pseudo_label, not topk"),
         (
@@ -439,6 +440,7 @@ def test_what_would_be_ignored_or_lost_is_refused(corpus, tmp_path, monkeypatch,
     """
     q = write_json_lines(tmp_path / "q.jsonl", [{"qid": "q", "question": "x", "positives": ["1"]}])
     write_run(tmp_path / "x.run", [("q", ALL)])
+    write_run(tmp_path / "other.run", [("p", ALL)])
     argv = [
         "mine_negatives.py",
         "--questions",
@@ -449,7 +451,7 @@ def test_what_would_be_ignored_or_lost_is_refused(corpus, tmp_path, monkeypatch,
         str(corpus.path),
     ]
     argv += ["--out", str(tmp_path / "train.jsonl")]
-    argv += [key.format(q=q, run=tmp_path / "x.run") for key in keys]
+    argv += [key.format(q=q, run=tmp_path / "x.run", other=tmp_path / "other.run") for key in keys]
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit) as stopped, friendly_errors():
         mine_negatives.main()

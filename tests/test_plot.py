@@ -105,6 +105,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         ((a, "--keys", "text"), "no row has text beside step"),
         ((empty,), "empty/metrics.jsonl: no row in it"),
         ((tmp_path,), "metrics.jsonl: no such file"),
+        ((a, "--out", a / "metrics.jsonl"), "out must be the path of a .png file"),
+        ((a, "--out", a / "metrics.jsonl" / "x.png"), "metrics.jsonl is a file, not a folder"),
     ):
         with pytest.raises(UserError, match=message):
             say(*arguments)

@@ -13,6 +13,7 @@ import test_dpr
 from tests.toy import make_world
 from utils.config import UserError
 from utils.data import Corpus, read_questions, read_run, write_run
+from utils.embeddings import open_embeddings
 from utils.encoder import embed, load_encoder, tokenize_passages, tokenize_questions
 from utils.files import read_json, sha256, write_json
 from utils.text import has_answer
@@ -282,6 +283,7 @@ def test_mistakes_are_found_before_a_model_is_loaded(world, test, tmp_path, monk
     (tmp_path / "damaged" / "00001.npy").write_bytes(content)
     (tmp_path / "corpus.tsv").write_text((world / "corpus.tsv").read_text().replace("red", "pink"))
     (tmp_path / "other_encoder").mkdir()
+    (tmp_path / "folder.run").mkdir()
     write_json(tmp_path / "other_encoder" / "encoder_inputs.json", {"role": "question", "pair": "another"})
     (tmp_path / "bad.jsonl").write_text('{"qid": "1", "question": "q", "positives": ["999"]}\n')
     (tmp_path / "bad.run").write_text("q50\t999\t1\t3.0\n")
@@ -295,10 +297,25 @@ def test_mistakes_are_found_before_a_model_is_loaded(world, test, tmp_path, monk
         ({"k": 0}, "k must be at least 1"),
         ({"match": "fuzzy"}, "string, regex"),
         ({"out": tmp_path / "x.txt"}, ".run"),
+        ({"out": tmp_path / "folder.run"}, "out: .*folder.run is a folder; name a file"),
+        ({"bm25_run": tmp_path / "bad.run", "out": tmp_path / "bad.run"}, "is an input too .bm25_run."),
+        ({"questions": tmp_path / "bad.run", "out": tmp_path / "bad.run"}, "is an input too .questions."),
+        ({"questions": ""}, "questions: give a path, it is empty"),
+        ({"embeddings": ""}, "embeddings: give a path, it is empty"),
+        ({"question_tokens": 2}, "question_tokens must be at least 4, got 2"),
     ):
         with pytest.raises(UserError, match=why):
             test(**keys)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_encoder_that_names_no_partner_is_pointed_out(world, tmp_path, capsys):
+    """Only one side says with which it was trained: nobody can tell, so a warning, and the search goes on."""
+    for given, warned in (({"role": "question"}, 1), ({"role": "question", "pair": "toy"}, 0)):
+        (tmp_path / "e").mkdir(exist_ok=True)
+        write_json(tmp_path / "e" / "encoder_inputs.json", given)
+        assert len(open_embeddings(world / "embeddings", query_encoder=tmp_path / "e")[0]) == 3
+        assert capsys.readouterr().err.count("names its partner") == warned
 
 
 def test_the_command_line_ends_in_one_sentence(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -441,6 +442,11 @@ def test_dry_run_writes_nothing(world, tmp_path):
         ({"batch_size": 64}, ["40 questions", "64"]),
         ({"batch_size": 1, "negatives": 0}, ["nothing to tell apart"]),
         ({"corpus": ""}, ["corpus"]),
+        ({"train": ""}, ["train: give a path, it is empty"]),
+        ({"run_dir": "train_dpr.py"}, ["run_dir", "train_dpr.py is a file, not a folder"]),
+        ({"question_tokens": 0}, ["question_tokens must be at least 4, got 0"]),
+        ({"passage_tokens": 3}, ["passage_tokens must be at least 4"]),
+        ({"dropout": 1.5}, ["dropout must be below 1, got 1.5"]),
         ({"pooling": "max"}, ["pooling", "cls, mean", "'max'"]),
     ],
 )
@@ -449,12 +455,26 @@ def test_mistakes_end_in_one_line(world, tmp_path, monkeypatch, changes, words):
     from train_dpr import main
     from utils.config import UserError
 
-    _, keys = config(world, run_dir=tmp_path / "run", **changes)
+    _, keys = config(world, **{"run_dir": tmp_path / "run"} | changes)
     argv = [part for key, value in keys.items() for part in (f"--{key}", str(value))]
     monkeypatch.setattr("sys.argv", ["train_dpr.py", *argv])
     with pytest.raises(UserError) as error:
         main()
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_model_without_a_run_is_not_replaced(world, tmp_path, monkeypatch):
+    """run_dir holds the very model that training starts from, and no checkpoint: nothing is touched."""
+    from train_dpr import main
+    from utils.config import UserError
+
+    shutil.copytree(world / "query_encoder", tmp_path / "run" / "query_encoder")
+    before = {file: file.read_bytes() for file in (tmp_path / "run" / "query_encoder").iterdir()}
+    _, keys = config(world, run_dir=tmp_path / "run", init=tmp_path / "run" / "query_encoder", stop_after=1)
+    monkeypatch.setattr("sys.argv", ["train_dpr.py", *(f"--{key}={value}" for key, value in keys.items())])
+    with pytest.raises(UserError, match="holds query_encoder, but no checkpoint.*another --run_dir"):
+        main()
+    assert before == {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
 
 
 def test_a_half_precision_start_is_trained_in_full(world, tmp_path):
@@ -512,6 +532,7 @@ def test_wandb_needs_no_login(world, tmp_path):
         import wandb  # noqa: F401
     except ImportError:
         assert done.returncode == 2 and "pip install wandb" in done.stderr and "Traceback" not in done.stderr
+        assert not (tmp_path / "run").exists(), "it is known before a model is loaded"
     else:
         assert done.returncode == 0 and len(rows(tmp_path / "run")) >= 2
 

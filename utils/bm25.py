@@ -8,13 +8,14 @@ Differs from Lucene (Pyserini, the paper's BM25): no stemmer, words of one lette
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
 
 import bm25s
 import numpy as np
 from tqdm import tqdm
 
-from utils.config import UserError, friendly_errors
+from utils.config import UserError, friendly_errors, need_out
 from utils.data import Corpus, read_questions, write_run
 from utils.files import atomic_folder, read_json, write_json
 
@@ -36,8 +37,11 @@ def build_bm25(corpus, folder):
     if folder.exists():
         if not (folder / "bm25.json").is_file():
             raise UserError(f"{folder}: is there, but is not a BM25 index; name another folder")
-        if read_json(folder / "bm25.json") == want:
-            return bm25s.BM25.load(folder, show_progress=False)
+        try:
+            if read_json(folder / "bm25.json") == want:
+                return bm25s.BM25.load(folder, show_progress=False)
+        except (UserError, OSError, ValueError, EOFError, LookupError) as error:
+            print(f"{folder}: damaged ({error}), it is built again", file=sys.stderr)
         shutil.rmtree(folder)  # of another corpus or other settings
     index = bm25s.BM25(k1=SETTINGS["k1"], b=SETTINGS["b"])
     passages = tqdm(corpus, "BM25 index", total=len(corpus), delay=5, disable=None)
@@ -85,6 +89,7 @@ def main():
     args = parser.parse_args()
     if args.k < 1:
         raise UserError(f"--k must be 1 or more, got {args.k}")
+    need_out(args, "out", "questions", "corpus")
     questions, corpus = read_questions(args.questions), Corpus(args.corpus, args.corpus_format)
     index = build_bm25(corpus, args.index or f"{args.corpus}.bm25")
     results = search_bm25(index, [q["question"] for q in questions], args.k)

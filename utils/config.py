@@ -3,11 +3,14 @@ One flat yaml per run, `--key value` to override it, and errors that a student c
 
 The yaml that a script names as its schema lists every key that the script knows, with a comment and a value
 of the right type. Any other yaml or override is checked against it: an unknown key or a wrong type is an
-error that names the nearest key. No default hides in code. `--help` prints the schema.
+error that names the nearest key, and no number may be negative. No default hides in code. `--help` prints the
+schema.
 """
 
 import contextlib
 import difflib
+import errno
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -27,16 +30,41 @@ class UserError(Exception):
 @contextlib.contextmanager
 def friendly_errors():
     """
-    UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130. `--debug` keeps the traceback.
+    A fault of the user or of the machine becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
+    `--debug` keeps the traceback.
     """
     try:
         yield
-    except UserError as error:
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        sys.exit(_fail(f"error: {error}", 2))
     except KeyboardInterrupt:
         sys.exit(_fail("stopped by Ctrl-C", 130))
+    except Exception as error:
+        message = in_a_sentence(error)
+        if not message:
+            raise
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        sys.exit(_fail(f"error: {message}", 2))
+
+
+def in_a_sentence(error):
+    """What a fault of the user or of the machine is; "" for one of ours, which deserves its traceback."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, by its name
+        return "the memory is full: lower the batch sizes or the chunks, on a GPU use --mixed_precision bf16"
+    if not isinstance(error, OSError):
+        return ""
+    place = error.filename2 or error.filename  # of a rename the final name, not the temporary one
+    if disk_is_full(error):
+        return f"{f'{place}: ' if place else ''}the disk is full; free some space and repeat the command"
+    return f"{place}: {error.strerror or error}" if place else ""
+
+
+def disk_is_full(error):
+    """Whether an error of the system, of safetensors, shutil or numpy around it, means ENOSPC."""
+    # trap: numpy gives no errno where not all of an array was written
+    signs = ("os error 28", "No space left", "requested and")
+    return getattr(error, "errno", None) == errno.ENOSPC or any(sign in str(error) for sign in signs)
 
 
 def _fail(message, code):
@@ -52,11 +80,11 @@ def nearest(name, known):
 
 def read_yaml(path):
     """The mapping in a flat yaml file. UserError when it is missing, not yaml, or not flat."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such config file")
+    if fault := file_fault(path):
+        raise UserError(f"config {path}: {fault}")
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid yaml: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict) or any(isinstance(v, dict) for v in values.values()):
         raise UserError(f"{path}: expected flat `key: value` lines")
@@ -125,6 +153,7 @@ def load_config(doc, schema, argv=None):
         if key not in values:
             raise UserError(f"{path}: key {key!r} is missing; copy its line from {schema}")
     resolved = {key: convert(key, values[key], known[key], path) for key in known} | overrides
+    at_least(SimpleNamespace(**resolved), 0, *(key for key in known if type(known[key]) in (int, float)))
     return SimpleNamespace(**resolved, config=path)
 
 
@@ -138,15 +167,35 @@ def choose(cfg, **allowed):
 def at_least(cfg, least, *keys):
     """UserError where the value of one of `keys` is under `least`."""
     for key in keys:
-        if getattr(cfg, key) < least:
+        if not getattr(cfg, key) >= least:  # NaN too
             raise UserError(f"{key} must be at least {least}, got {getattr(cfg, key)}")
 
 
-def need_file(cfg, *keys):
-    """UserError where a key names a file that does not exist; "" is not given, which is fine."""
-    for key in keys:
-        if getattr(cfg, key) and not Path(getattr(cfg, key)).is_file():
-            raise UserError(f"{key}: {getattr(cfg, key)}: no such file")
+def file_fault(path):
+    """What keeps a file from being read, or ""."""
+    path = Path(path)
+    return "" if path.is_file() else "is a folder; name a file" if path.is_dir() else "no such file"
+
+
+def model_fault(path, what="model"):
+    """What is seen at once to be wrong with the path of a model (a folder, hub name or `.cp` file), or ""."""
+    path, here = str(path), Path(path)
+    inside = sorted(config.parent.name for config in here.glob("*/config.json"))
+    if inside and not (here / "config.json").is_file():
+        return f"is no model, but the folder of {', '.join(inside)}; name one of these"
+    if here.is_file() and not path.endswith(".cp"):
+        return "is a file; name the folder that it is in"
+    if not here.exists() and "/" in path and (here.parent.exists() or path.count("/") > 1):
+        return f"no such {what} folder (its parent exists or it has many slashes, so this is no hub name)"
+    return ""
+
+
+def need_file(cfg, *keys, optional=()):
+    """UserError where a key names no file; one of `optional` may be "", which is not given."""
+    need_value(cfg, *keys)
+    for key in (*keys, *optional):
+        if getattr(cfg, key) and (fault := file_fault(getattr(cfg, key))):
+            raise UserError(f"{key}: {getattr(cfg, key)}: {fault}")
 
 
 def need_value(cfg, *keys):
@@ -156,16 +205,34 @@ def need_value(cfg, *keys):
             raise UserError(f"{key}: give a path, it is empty")
 
 
+def need_model(cfg, *keys):
+    """UserError, before any work, where a key names no model."""
+    need_value(cfg, *keys)
+    for key in keys:
+        if fault := model_fault(getattr(cfg, key)):
+            raise UserError(f"{key}: {getattr(cfg, key)}: {fault}")
+
+
+def need_folder(cfg, key, folder=""):
+    """UserError, before any work, where a key's folder (or `folder`) cannot be written into or made."""
+    need_value(cfg, key)
+    path = Path(folder or getattr(cfg, key))
+    there = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise UserError(f"{key}: {getattr(cfg, key)}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{key}: {getattr(cfg, key)}: {there} cannot be written")
+
+
 def need_out(cfg, key, *inputs):
     """
     UserError, before any work, where the file that a key names cannot be written or is one of the inputs.
     """
+    need_value(cfg, key)
     path = Path(getattr(cfg, key))
     if path.is_dir():
         raise UserError(f"{key}: {path} is a folder; name a file")
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if not above.is_dir():
-        raise UserError(f"{key}: {path}: {above} is a file, not a folder")
+    need_folder(cfg, key, path.parent)
     for other in inputs:
         if getattr(cfg, other) and Path(getattr(cfg, other)).resolve() == path.resolve():
             raise UserError(f"{key}: {path} is an input too ({other}); name another file")

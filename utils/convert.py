@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.config import UserError
+from utils.config import UserError, file_fault, need_out
 from utils.files import atomic_file
 from utils.lines import DECODER, iter_jsonl, read_lines
 
@@ -30,8 +30,8 @@ SEPARATOR = re.compile(r"[\s,]*")
 
 def iter_json_list(path):
     """(index, object) of a file that is one json list of objects, in the memory of one block."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
+    if fault := file_fault(path):
+        raise UserError(f"{path}: {fault}")
     buffer, at, line, index, opened = "", 0, 1, 0, False
     size = Path(path).stat().st_size
     bar = tqdm(desc=f"reading {path}", total=size, unit="B", unit_scale=True, delay=5, disable=None)
@@ -49,6 +49,8 @@ def iter_json_list(path):
                 return
             try:
                 entry, at = DECODER.raw_decode(buffer, at)
+            except UnicodeEncodeError as error:
+                raise UserError(f"{path}: example {index}: holds half a character: {error}") from None
             except ValueError as error:
                 problem = error
             else:
@@ -191,7 +193,8 @@ def main(argv):
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     *inputs, out = args.inputs
-    if out in inputs:
+    need_out(argparse.Namespace(OUT=out), "OUT")
+    if Path(out).resolve() in [Path(path).resolve() for path in inputs]:
         raise UserError(f"{out}: OUT is the input too; name another file")
     judged_format = args.format in ("msmarco", "beir")
     if not 1 <= len(inputs) <= 1 + judged_format:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.config import UserError
+from utils.config import UserError, file_fault
 from utils.files import atomic_folder, read_json, write_json
 from utils.lines import DECODER, read_lines
 
@@ -75,6 +75,16 @@ def parse(text, fmt, more=()):
     return Passage(pid, title, body)
 
 
+def is_header(path, passage):
+    """Whether the first line names the columns, whatever it calls the id; UserError for another order."""
+    names = [name.strip().lower() for name in (passage.id, passage.text, passage.title)]
+    if names[0] != "id" and not {"text", "title"} <= {*names}:
+        return False
+    if "title" in names[:2] or "text" in names[::2]:
+        raise UserError(f"{path}:1: the columns are {', '.join(names)}; write them as id, text, title")
+    return True
+
+
 def read_row(fd, offsets, row, fmt):
     begin, end = offsets[row : row + 2].tolist()
     return parse(os.pread(fd, end - begin, begin).decode(), fmt)  # why pread: forks share no file position
@@ -100,9 +110,7 @@ def build_index(path, fmt, folder):
             passage = parse(text, fmt, continuation(path, number, lines))
         except ValueError as error:
             raise UserError(f"{path}:{number}: {error}") from None
-        if number == 1 and passage.id == "id" and fmt == "dpr":
-            if passage.text == "title":
-                raise UserError(f"{path}:1: the columns are id, title, text; write them as id, text, title")
+        if number == 1 and fmt == "dpr" and is_header(path, passage):
             continue
         row = len(offsets)
         if row == 0 and passage.id in ("0", "1"):
@@ -162,11 +170,11 @@ class Corpus:
         self.path, self.fmt = Path(path), fmt
         if fmt not in ("auto", "dpr", "marco", "beir"):
             raise UserError(f"the corpus format must be auto, dpr, marco or beir, got {fmt!r}")
-        if not self.path.is_file():
-            raise UserError(f"{path}: no such file")
+        if fault := file_fault(path):
+            raise UserError(f"{path}: {fault}")
         kind = fmt if fmt != "auto" else "beir" if self.path.suffix == ".jsonl" else "dpr"
         stat, folder = self.path.stat(), Path(f"{path}.index")
-        want = {"version": 1, "fmt": kind, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        want = {"version": 2, "fmt": kind, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         loaded = load_index(folder, want) or self.make_index(folder, want)
         self.meta, self.offsets, self.hashes, self.rows = loaded
         self.sha256, self.empty_texts = self.meta["sha256"], self.meta["empty_texts"]

@@ -11,7 +11,6 @@ B pairs · L tokens, padded to the longest of the batch · 2 labels: not relevan
 import contextlib
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,8 +19,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from utils.config import UserError
 from utils.distributed import world
-from utils.encoder import check_sizes, collate, settle, unreachable
-from utils.files import read_json
+from utils.encoder import check_sizes, collate, loading, read_inputs, settle
 
 HEAD = ("classifier.", "pooler.")  # what a plain BERT does not bring: labels, and perhaps the layer before
 
@@ -93,15 +91,11 @@ def load_cross_encoder(path, pair_tokens=0, dropout=0.0, new_head=False, layer_n
     is the pooler, with a warning. layer_norm_epsilon above 0 overrides what is stored. UserError for any
     other missing weight, a wrong kind of folder, or a path that is not reachable.
     """
-    path = str(path)
-    if not Path(path).exists() and "/" in path and Path(path).parent.exists():
-        raise UserError(f"{path}: no such cross-encoder folder (its parent exists, so this is no hub name)")
-    stored = Path(path) / "encoder_inputs.json"
-    known = read_json(stored) if stored.is_file() else {}
+    path, known = str(path), read_inputs(path, "cross-encoder")
     role = known.get("role", "cross")
     if role != "cross" and not new_head:
         raise UserError(f"{path}: this is a {role} encoder; a cross-encoder is needed here")
-    try:
+    with loading(path):
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
         if config.num_labels not in (1, 2):
@@ -109,8 +103,6 @@ def load_cross_encoder(path, pair_tokens=0, dropout=0.0, new_head=False, layer_n
         model, found = AutoModelForSequenceClassification.from_pretrained(
             path, config=config, output_loading_info=True, dtype=torch.float32
         )
-    except (OSError, ValueError) as error:
-        raise unreachable(path, error) from None
     pair_tokens = pair_tokens or known.get("pair_tokens", 0)
     if not pair_tokens:
         raise UserError(

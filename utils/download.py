@@ -94,7 +94,8 @@ def receive(url, file, size):
             total = rest and done + rest
             if size and total and total != size:
                 raise UserError(f"{url}: has {total} bytes now, expected {size}; the file was replaced")
-            need_space(Path(file.name).parent, rest, url)
+            unpacked = 3 * total if url.endswith(".gz") else 0  # beside it, as `unpack` asks for
+            need_space(Path(file.name).parent, rest + unpacked, url)
             with tqdm(total=total or None, initial=done, unit="B", unit_scale=True, disable=None) as bar:
                 while block := reply.read(1 << 20):
                     file.write(block)

@@ -7,12 +7,14 @@ the manifest collects these at the end. Vectors of another model, corpus or sett
 searched.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from utils.config import UserError
+from utils.distributed import world
 from utils.encoder import pair_id
 from utils.files import read_json, sha256
 
@@ -30,6 +32,8 @@ def open_embeddings(folder, corpus_sha256="", verify=True, query_encoder=""):
             f"{folder}: {what}; repeat doc2embedding.py, or name the folder that it wrote"
         ) from None
 
+    if not str(folder):
+        raise UserError("embeddings: give a path, it is empty")
     folder = Path(folder)
     if not (folder / "manifest.json").is_file():
         refuse("no manifest.json, so no finished embeddings")
@@ -49,6 +53,9 @@ def open_embeddings(folder, corpus_sha256="", verify=True, query_encoder=""):
             f"{query_encoder} (pair {pair}) was not trained with the passage encoder of {folder} "
             f"(pair {manifest['pair']}); use the two encoders of one run"
         )
+    if query_encoder and bool(pair) != bool(manifest.get("pair")) and world()[0] == 0:
+        what = f"only one of {query_encoder} and {folder} names its partner"
+        print(f"warning: {what}: nobody can tell whether they were trained together", file=sys.stderr)
     names, shards = list(manifest["shards"]), []
     for file in sorted(folder.glob("*.npy")):
         if file.name not in names:

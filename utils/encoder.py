@@ -14,16 +14,18 @@ import contextlib
 import copy
 import hashlib
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from utils.config import UserError
+from utils.config import UserError, model_fault, nearest
 from utils.distributed import world
 from utils.dpr_files import check_complete, from_cp, from_hf_dpr
 from utils.files import atomic_folder, read_json, write_json
@@ -32,6 +34,13 @@ from utils.files import atomic_folder, read_json, write_json
 # from: GC-DPR dpr/models/hf_models.py:127-159 (the June 2020 snapshot of DPR): zero segment ids, CLS, 256
 # tokens
 DPR_INPUTS = {"question_tokens": 256, "passage_tokens": 256, "pooling": "cls", "token_types": "zeros"}
+CHOICES = {  # of encoder_inputs.json, beside the lengths and `pair`
+    "role": ("question", "passage", "shared", "cross", "reader", "fid"),
+    "pooling": ("cls", "mean"),
+    "token_types": ("zeros", "segments", "zeros_sep"),
+    "neighbors": (False, True),
+}
+LENGTHS = ("question_tokens", "passage_tokens", "pair_tokens", "reader_tokens", "answer_tokens")
 HAVE_POOLER = ("bert", "ernie", "roberta", "xlm-roberta")
 transformers_logging.disable_progress_bar()  # two bars for every small file drown the log
 
@@ -185,20 +194,16 @@ def load_encoder(path, role, inputs=None, dropout=0.0, layer_norm_epsilon=0.0):
     exception are the classic silent failure. `inputs` overrides what is stored, and so does
     layer_norm_epsilon above 0. UserError when the path is the other tower, incomplete, or not reachable.
     """
-    path, stored = str(path), Path(path) / "encoder_inputs.json"
-    if not Path(path).exists() and "/" in path and Path(path).parent.exists():
-        raise UserError(f"{path}: no such encoder folder (its parent exists, so this is not a hub name)")
-    known = read_json(stored) if stored.is_file() else {}
+    path, known = str(path), read_inputs(path, "encoder")
     if known.get("role", "shared") not in (role, "shared") and not inputs:
         raise UserError(f"{path}: this is a {known['role']} encoder; a {role} encoder is needed here")
     projection = None
-    if path.endswith(".cp"):
-        model, tokenizer, projection = from_cp(path, role)
-        known = DPR_INPUTS
-    else:
-        try:
-            config = AutoConfig.from_pretrained(path)
-            tokenizer = AutoTokenizer.from_pretrained(path)
+    with loading(path):
+        if path.endswith(".cp"):
+            model, tokenizer, projection = from_cp(path, role)
+            known = DPR_INPUTS
+        else:
+            config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
             if config.model_type == "dpr":
                 model, projection = from_hf_dpr(path, role, config)
                 known = DPR_INPUTS | known
@@ -209,30 +214,61 @@ def load_encoder(path, role, inputs=None, dropout=0.0, layer_norm_epsilon=0.0):
                     path, output_loading_info=True, dtype=torch.float32, **headless
                 )
                 check_complete(path, found["missing_keys"])
-        except (OSError, ValueError) as error:
-            raise unreachable(path, error) from None
-    if not known and not inputs:
+    known = known | (inputs or {})
+    absent = sorted({*DPR_INPUTS} - {*known})
+    if absent:
         raise UserError(
-            f"{path}: no encoder_inputs.json, so lengths and pooling are unknown; write one there, "
+            f"{path}: encoder_inputs.json does not say {', '.join(absent)}; write it there, "
             f"such as {json.dumps({'role': 'shared', **DPR_INPUTS, 'pair': ''})}"
         )
     settle(model, dropout, layer_norm_epsilon)
-    encoder = Encoder(model, tokenizer, {"role": role, "pair": ""} | known | (inputs or {}), projection)
+    encoder = Encoder(model, tokenizer, {"role": role, "pair": ""} | known, projection)
     longest = max(encoder.inputs["question_tokens"], encoder.inputs["passage_tokens"])
     check_sizes(path, model, tokenizer, longest, "tokens a text")
     return encoder
 
 
-def unreachable(path, error):
-    """The UserError for a path that Hugging Face cannot load; its first line is enough."""
-    return UserError(
-        f"{path}: neither a complete local folder nor reachable on the hub (with a network, "
-        f"`hf download {path}` fetches it): {str(error).strip().splitlines()[0]}"
-    )
+def read_inputs(path, what="model"):
+    """
+    What encoder_inputs.json in the folder of a model says, {} where there is none. UserError where it, which
+    may be written by hand, says what no encoder knows, and where `path` cannot be a model.
+    """
+    if fault := model_fault(path, what):
+        raise UserError(f"{path}: {fault}")
+    file = Path(path) / "encoder_inputs.json"
+    known = read_json(file) if file.is_file() else {}
+    if not isinstance(known, dict):
+        raise UserError(f"{file}: expected a json object")
+    for key, value in known.items():
+        if key in CHOICES:
+            fits, fault = value in CHOICES[key], f"must be one of {', '.join(map(str, CHOICES[key]))}"
+        elif key in LENGTHS:
+            fits, fault = type(value) is int and value > 1, "must be a number of at least 2"
+        else:
+            fits = key == "pair" and isinstance(value, str)
+            fault = "must be a text" if key == "pair" else nearest(key, [*CHOICES, *LENGTHS, "pair"])
+        if not fits:
+            raise UserError(f"{file}: {key!r}: {value!r}: {fault}")
+    return known
+
+
+@contextlib.contextmanager
+def loading(path):
+    """UserError where Hugging Face cannot load the model of `path`; the first line of why is enough."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        fault = "neither a complete local folder nor reachable on the hub"
+        fix = f"with a network, `hf download {path}` fetches it"
+        if not isinstance(error, OSError | ValueError):
+            fault, fix = "its weights are damaged, or of another shape than in config.json", "get it again"
+        raise UserError(f"{path}: {fault} ({fix}): {str(error).strip().split(chr(10))[0]}") from None
 
 
 def settle(model, dropout, layer_norm_epsilon=0.0):
     """What every loaded model needs: memory of its own, this dropout; epsilon above 0 where given."""
+    if dropout >= 1:
+        raise UserError(f"dropout must be below 1, got {dropout}")
     for parameter in model.parameters():
         # why: weights lie in the mapped file as they come, and a product may add in another order where
         # they are not aligned: the last bit would depend on the file that a run was resumed from
@@ -249,7 +285,13 @@ def settle(model, dropout, layer_norm_epsilon=0.0):
 
 
 def check_sizes(path, model, tokenizer, tokens, what):
-    """UserError where the model has no embedding for a word or for a place; what: such as "tokens a text"."""
+    """
+    UserError where there is no tokenizer, or the model has no embedding for a word or for a place; what: such
+    as "tokens a text".
+    """
+    if len(tokenizer) - len(tokenizer.all_special_tokens) < 2:
+        # trap: transformers 5 makes an empty tokenizer of nothing, which reads every word as [UNK]
+        raise UserError(f"{path}: no tokenizer in it; copy tokenizer.json and tokenizer_config.json there")
     for kind, needed, there in (
         ("words in its tokenizer", len(tokenizer), model.config.vocab_size),
         # T5 has none to run out of: it learns distances, not places
@@ -295,5 +337,4 @@ def encoder_hash(encoder):
 
 def pair_id(path):
     """The `pair` stored in an encoder folder, "" where none is known; reads no weights."""
-    stored = Path(path) / "encoder_inputs.json"
-    return read_json(stored).get("pair", "") if stored.is_file() else ""
+    return read_inputs(path).get("pair", "")

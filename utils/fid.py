@@ -18,7 +18,6 @@ B questions · K passages each · N contexts, B*K · L tokens of a context · T 
 
 from contextlib import nullcontext
 from itertools import takewhile
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -30,8 +29,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from utils.config import UserError
 from utils.distributed import ahead, gather_items, world
 from utils.dpr_files import check_complete
-from utils.encoder import check_sizes, collate, settle, unreachable
-from utils.files import read_json
+from utils.encoder import check_sizes, collate, loading, read_inputs, settle
 
 # from: the paper reads 250 word pieces a passage (Sec. 4), EMDR2 writes 32 (tasks/openqa/e2eqa/
 # train_data_utils.py:53-79). A T5 has no segments: "zeros" is what utils.encoder.collate wants to hear.
@@ -297,14 +295,10 @@ def load_fid(path, inputs=None, dropout=0.0):
     name (t5-base, google/t5-v1_1-base, google/flan-t5-small). inputs: overrides what is stored. UserError
     where the path is not reachable, is something else, or a weight is missing.
     """
-    path = str(path)
-    if not Path(path).exists() and "/" in path and Path(path).parent.exists():
-        raise UserError(f"{path}: no such reader folder (its parent exists, so this is no hub name)")
-    stored = Path(path) / "encoder_inputs.json"
-    known = read_json(stored) if stored.is_file() else {}
+    path, known = str(path), read_inputs(path, "reader")
     if known.get("role", "fid") != "fid":
         raise UserError(f"{path}: this is a {known['role']} encoder; a FiD reader (a T5) is needed here")
-    try:
+    with loading(path):
         config = AutoConfig.from_pretrained(path)
         if config.model_type != "t5":
             raise UserError(f"{path}: FiD reads with a T5, this is a {config.model_type}")
@@ -313,8 +307,6 @@ def load_fid(path, inputs=None, dropout=0.0):
         model, found = T5ForConditionalGeneration.from_pretrained(
             path, output_loading_info=True, dtype=torch.float32
         )
-    except (OSError, ValueError) as error:
-        raise unreachable(path, error) from None
     check_complete(path, found["missing_keys"])
     settle(model, dropout)
     names = ("decoder_start_token_id", "eos_token_id", "pad_token_id")

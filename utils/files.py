@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from utils.config import UserError
+from utils.config import UserError, disk_is_full
 
 
 @contextlib.contextmanager
@@ -61,11 +61,6 @@ def atomic_folder(path):
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def disk_is_full(error):
-    """Whether an error of the operating system, or of safetensors around it, means ENOSPC."""
-    return getattr(error, "errno", None) == 28 or "os error 28" in str(error)
 
 
 def sync_folder(folder):

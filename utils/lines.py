@@ -2,18 +2,31 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.config import UserError
+from utils.config import UserError, file_fault
+
+HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a character beyond 16 bits, which json may write as two
 
 
 def not_json(constant):
     raise ValueError(f"{constant} is not json")
 
 
-DECODER = json.JSONDecoder(parse_constant=not_json)  # trap: python's json accepts NaN and Infinity
+class Decoder(json.JSONDecoder):
+    """trap: python's json accepts NaN, Infinity, and half a character, at which every tokenizer fails."""
+
+    def raw_decode(self, text, idx=0):
+        value, end = super().raw_decode(text, idx)
+        if HALF.search(text, idx, end):
+            json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
+        return value, end
+
+
+DECODER = Decoder(parse_constant=not_json)
 
 
 def read_lines(path, digest=None):
@@ -22,8 +35,8 @@ def read_lines(path, digest=None):
 
     Lines end at \\n only (U+2028 is text); a byte-order mark is skipped. `digest` is fed every byte.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
+    if fault := file_fault(path):
+        raise UserError(f"{path}: {fault}")
     number, offset, size = 0, 0, os.path.getsize(path)
     bar = tqdm(
         desc=f"reading {Path(path).name}", total=size, unit="B", unit_scale=True, delay=5, disable=None

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure  # why not pyplot: it keeps figures alive and looks for a screen
 
-from utils.config import UserError, friendly_errors, nearest
+from utils.config import UserError, friendly_errors, nearest, need_out
 from utils.files import atomic_file, read_json
 from utils.lines import iter_jsonl
 
@@ -163,11 +163,15 @@ def main():
     args = parser.parse_args()
     if bool(args.table) == bool(args.run_dir) or (args.table and not args.out):
         raise UserError("name run folders, or a --table and the --out of its picture")
+    if not args.out and len(args.run_dir) > 1:
+        raise UserError("several runs in one picture: name the file with --out")
+    args.out = args.out or str(Path(args.run_dir[0]) / "curves.png")
+    if not args.out.endswith(".png"):
+        raise UserError(f"out must be the path of a .png file, got {args.out!r}")
+    need_out(args, "out")
     if args.table:
         ladder(args.table, args.out)
         return print(f"written: {args.out}")
-    if not args.out and len(args.run_dir) > 1:
-        raise UserError("several runs in one picture: name the file with --out")
     runs = {name: Path(name) / "metrics.jsonl" for name in args.run_dir}
     known = list(
         dict.fromkeys(key for path in runs.values() for row in read_rows(path, args.over) for key in row)
@@ -176,9 +180,8 @@ def main():
     for key in [*keys, args.over]:
         if key not in known:
             raise UserError(f"no run has the metric {key!r}; {nearest(key, known)}")
-    out = args.out or Path(args.run_dir[0]) / "curves.png"
-    curves(runs, out, keys, args.over)
-    print(f"written: {out}")
+    curves(runs, args.out, keys, args.over)
+    print(f"written: {args.out}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ B sequences · L tokens, padded to the longest of the batch · S tokens of one p
 """
 
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,8 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, DPRConfig, DPRRea
 
 from utils.config import UserError
 from utils.dpr_files import check_complete, reader_from_cp
-from utils.encoder import check_sizes, collate, settle, unreachable
-from utils.files import read_json
+from utils.encoder import check_sizes, collate, loading, read_inputs, settle
 
 # from: DPR README (encoder.sequence_length=350) and the June 2020 code of the released readers: segments of 0
 DPR_READER = {"reader_tokens": 350, "token_types": "zeros"}
@@ -143,17 +141,13 @@ def load_reader(path, inputs=None, dropout=0.0, new_head=False):
     `.cp` of the original DPR. new_head: training starts here, so a plain BERT will do, and the three outputs
     are drawn from torch's generator; otherwise no weight may be missing. inputs: overrides what is stored.
     """
-    path = str(path)
-    if not Path(path).exists() and "/" in path and Path(path).parent.exists():
-        raise UserError(f"{path}: no such reader folder (its parent exists, so this is no hub name)")
-    stored = Path(path) / "encoder_inputs.json"
-    known = read_json(stored) if stored.is_file() else {}
+    path, known = str(path), read_inputs(path, "reader")
     if known.get("role", "reader") != "reader" and not new_head:
         raise UserError(f"{path}: this is a {known['role']} encoder; a reader is needed here")
-    if path.endswith(".cp"):
-        model, tokenizer = reader_from_cp(path)
-    else:
-        try:
+    with loading(path):
+        if path.endswith(".cp"):
+            model, tokenizer = reader_from_cp(path)
+        else:
             config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
             if config.model_type == "dpr":
                 if config.architectures and "DPRReader" not in config.architectures:
@@ -162,12 +156,10 @@ def load_reader(path, inputs=None, dropout=0.0, new_head=False):
                 check_complete(path, found["missing_keys"])
             else:
                 model = from_bert(path, config, new_head)
-        except (OSError, ValueError) as error:
-            raise unreachable(path, error) from None
     settle(model, dropout)
     kept = {key: known[key] for key in DPR_READER if key in known}
     if known.get("role") == "reader":
-        kept["pair"] = known["pair"]
+        kept["pair"] = known.get("pair", "")
     reader = Reader(model, tokenizer, {"role": "reader", "pair": ""} | DPR_READER | kept | (inputs or {}))
     check_sizes(path, model, tokenizer, reader.inputs["reader_tokens"], "tokens a passage")
     return reader

@@ -124,10 +124,6 @@ def read_result_json(path, depth, need=()):
             for text in (text for pair in texts for text in pair):
                 if not isinstance(text, str):
                     raise UserError(f"{where}: title and text of a passage must be strings, got {text!r}")
-            try:  # trap: json can hold half a character, at which every tokenizer fails
-                "".join([question, *given, *(text for pair in texts for text in pair)]).encode()
-            except UnicodeEncodeError as error:
-                raise UserError(f"{where}: holds half a character: {error}") from None
             answers = [answer for answer in given if not blank(answer)]
             blanks += len(given) - len(answers)
             rows = np.arange(count, count + len(texts))

@@ -16,13 +16,14 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import yaml
 
 from utils.checkpoint import newest_checkpoint, publish, save_checkpoint
-from utils.config import ROOT, UserError
+from utils.config import ROOT, UserError, need_folder
 from utils.distributed import any_device, peak_memory
 from utils.files import atomic_file, need_space, read_json, write_json
 
@@ -62,14 +63,18 @@ class Run:
         self.fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         self.state = {"step": 0, "best": None, "best_step": 0, "settings": settings, "minutes": 0.0}
         self.notes, self.evaluated, self.wandb, self.caught = [], False, None, []
+        need_folder(cfg, "run_dir")
+        if cfg.tracker == "wandb" and not find_spec("wandb"):
+            raise UserError("tracker wandb: `pip install wandb` first, or use --tracker none")
         self.checkpoint = newest_checkpoint(self.dir, self.notes.append)
         if cfg.dry_run:
             return
         if not self.checkpoint:
-            if (self.dir / "metrics.json").exists():
-                raise UserError(
-                    f"{self.dir} holds a finished run without its checkpoints: choose another --run_dir"
-                )
+            for name in ("metrics.json", "query_encoder", "doc_encoder", "cross_encoder", "reader"):
+                if (self.dir / name).exists():  # it would be overwritten
+                    raise UserError(
+                        f"{self.dir} holds {name}, but no checkpoint to go on from: choose another --run_dir"
+                    )
             return
         if cfg.resume == "never":
             raise UserError(
@@ -131,10 +136,8 @@ class Run:
             file.writelines(kept)
         self.jsonl, self.text = open(path, "a"), open(self.dir / "log.txt", "a")
         if self.cfg.tracker == "wandb":
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("tracker wandb: `pip install wandb` first, or use --tracker none") from None
+            import wandb
+
             # why offline without a key: training never stops at a login prompt; `wandb sync` uploads it later
             mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
             self.wandb = wandb.init(

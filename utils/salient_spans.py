@@ -196,7 +196,6 @@ def main():
     need_out(cfg, "out", "corpus")
     at_least(cfg, 1, "min_words", "block")
     at_least(cfg, cfg.min_words, "max_words")
-    at_least(cfg, 0, "passages", "workers", "seed")
     if Path(cfg.out).exists():
         raise UserError(f"out: {cfg.out} is there already; delete it first, or name another file")
     nlp = pipeline(cfg.model)
