@@ -292,9 +292,10 @@ def main():
             file.write(json.dumps(example, ensure_ascii=False) + "\n")
             counts["lines written"] += 1
         if not counts["lines written"]:
-            raise UserError(
-                f"{cfg.out}: no question is left ({dict(counts)}); without positives, add --positives find"
-            )
+            cure = "without positives, add --positives find"
+            if cfg.scores:  # a cross-encoder that has not learned much is never sure
+                cure = "look at the scores: do negative_below and positive_above lie among them?"
+            raise UserError(f"{cfg.out}: no question is left ({dict(counts)}); {cure}")
     report_regex_failures()
     print(f"{cfg.out}: " + ", ".join(f"{n:,} {what}" for what, n in sorted(counts.items()) if n))
 

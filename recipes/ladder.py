@@ -40,15 +40,17 @@ third.{titles}
 Start: cross-encoder and extractive reader from the same weights, all dual encoders from {start}; one tower,
 one config.
 
-Updates: equal for DPR, GC-DPR (more questions in each) and ANCE-Tele; M_D1 may have fewer, where denoising
-leaves a question without a negative; M_D2 has more, and its control as many. FiD and EMDR2 have as many as
-each other, on top of d0's.
+Updates: equal for DPR, GC-DPR (more questions in each) and ANCE-Tele; M_D1 has fewer where denoising leaves a
+question without a negative, M_D2 those of its longer file, and its control as many. FiD and EMDR2 have as
+many as each other, on top of d0's.
 
 Best retriever: {best}, by the MRR of the gold passages among the passages of the dev questions, where
 checkpoints are chosen too. Nothing was chosen on the test questions.
 
-ANCE-Tele: one hard negative a question in every episode, the window rotating, no early stop. RocketQA: a
-negative is below {below} for the cross-encoder, a pseudo-label's positive above {above} (the paper: 0.1, 0.9).
+ANCE-Tele: one hard negative a question in every episode, the window rotating, no early stop.
+
+RocketQA: for the cross-encoder a negative is below {below}, a new question's positive above {above} (the
+paper: 0.1 and 0.9).
 
 Rankings: the cross-encoder rescores the first passages only, so that top-20 and top-100 are its
 retriever's. The extractive reader and FiD show the ranking that they read.
