@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The ladder: BM25, DPR, GC-DPR, ANCE-Tele, RocketQA, a reader, FiD and EMDR2 on one corpus, from the same weights, into
-# one table and one picture (recipes/ladder.py, utils/plot.py). A killed run goes on where it was. Time: not measured.
+# one table and one picture (recipes/ladder.py, utils/plot.py). A killed run goes on where it was. @@TIME@@
 #
 # Every third training question loses its label. All encoders learn from the others, RocketQA gives the third
 # pseudo-labels, readers need answers alone and take all. The dev questions choose checkpoints and the best retriever;
@@ -121,7 +121,7 @@ fi
 if wants rocket; then
     stage $RUN/gate.txt write $RUN/gate.txt echo $BELOW $ABOVE
     CROSS_START=$START START=$BASE CONFIG=$DPR_CONFIG POSITIVES=given UNLABELLED_DEPTH=$SCORED SCORED=$SCORED \
-        TRAIN_FLAGS="$DUAL" CROSS_FLAGS="$CROSS_FLAGS --dev $DEV" bash recipes/rocketqa_nq.sh
+        RESCORED=d0 TRAIN_FLAGS="$DUAL" CROSS_FLAGS="$CROSS_FLAGS --dev $DEV" bash recipes/rocketqa_nq.sh
     train d0_long $(updates $BATCH $(($(wc -l <$RUN/d2.jsonl) / BATCH * EPOCHS)))
 fi
 

@@ -21,6 +21,7 @@ DEV=${DEV:-}                                       # a question file that choose
 DEPTH=${DEPTH:-100}                                # passages retrieved for a training question, and for a test question
 SCORED=${SCORED:-100}                              # so many of them are rescored by the cross-encoder
 UNLABELLED_DEPTH=${UNLABELLED_DEPTH:-50}           # both, for an unlabelled question
+RESCORED=${RESCORED:-d0 d1 d2 d1_raw}              # models whose test rankings the cross-encoder rescores
 POSITIVES=${POSITIVES:-ranking}                    # ranking: the first with the answer [its code]; given: train.jsonl's
 BELOW=${BELOW:-0.1} ABOVE=${ABOVE:-0.9}            # the cross-encoder is sure: a negative, a positive
 TRAIN_FLAGS=${TRAIN_FLAGS:-} CROSS_FLAGS=${CROSS_FLAGS:-}
@@ -56,7 +57,7 @@ train() { # NAME FILE: the dual encoder on FILE, from START
 evaluate() { # NAME: alone, and rescored by the cross-encoder
     encode $RUN/$1
     search $RUN/$1 $DATA/test.jsonl $DEPTH test
-    rescore $RUN/$1 $DATA/test.jsonl $SCORED test
+    [[ " $RESCORED " != *" $1 "* ]] || rescore $RUN/$1 $DATA/test.jsonl $SCORED test
 }
 
 # Step 1. M_D0: positives against BM25's negatives and all passages of a batch of 1,024 questions.

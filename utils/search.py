@@ -154,7 +154,8 @@ def settle(queries_QD, shards, k, rough_QK, rows_QK, block, exact=True):
         scores_QK[part] = _exact(x_nD[where_qK], queries_QD[part])
         longest_Q[part] = np.sqrt(np.einsum("nd,nd->n", x_nD, x_nD))[where_qK].max(1)
 
-    with ThreadPoolExecutor(faiss.omp_get_max_threads()) as pool:  # numpy lets the others run meanwhile
+    # numpy lets the others run meanwhile; beware: each of these threads brings torch's own for the widening
+    with ThreadPoolExecutor(min(4, faiss.omp_get_max_threads())) as pool:
         list(pool.map(rescore, range(0, Q, step)))
     for row in rows_QK[~np.isfinite(scores_QK) | (exact & (rows_QK < 0))]:
         raise UserError(

@@ -193,6 +193,7 @@ def work(name, args):
     gradient(*examples_of(train, corpus, 0, 8))
     grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     torch.save(torch.cat(grads), Path(args.folder) / f"{name}.pt")
+    del grads  # or one gradient would count in the peak of every way
     optimizer.zero_grad(set_to_none=True)
     model.train()
 
