@@ -114,7 +114,9 @@ def load(cfg):
 
     run, corpus = Path(cfg.run), Corpus(cfg.corpus, cfg.corpus_format)
     query_encoder = run / "query_encoder"
-    shards, _ = open_embeddings(run / "embeddings", corpus.sha256, verify=False, query_encoder=query_encoder)
+    shards, _ = open_embeddings(
+        run / "embeddings", corpus.sha256, verify=False, query_encoder=query_encoder, rows=len(corpus)
+    )
     index = build_bm25(corpus, run / "bm25")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = load_encoder(query_encoder, "question").to(device)

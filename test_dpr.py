@@ -104,7 +104,7 @@ def check_inputs(cfg):
         if missing:
             print(f"warning: {cfg.bm25_run} lacks {len(missing)} questions, such as {missing[0]}")
     pair_of = "" if cfg.lookahead else cfg.query_encoder  # look-ahead needs no question encoder
-    shards, manifest = open_embeddings(cfg.embeddings, corpus.sha256, cfg.verify, pair_of)
+    shards, manifest = open_embeddings(cfg.embeddings, corpus.sha256, cfg.verify, pair_of, len(corpus))
     return questions, corpus, shards, manifest, bm25
 
 

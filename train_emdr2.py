@@ -341,7 +341,7 @@ def main():
     if cfg.batch_size % accelerator.num_processes:
         raise UserError(f"batch_size {cfg.batch_size} is not shared by {accelerator.num_processes} devices")
     corpus = Corpus(cfg.corpus, cfg.corpus_format)
-    open_embeddings(cfg.embeddings, corpus.sha256, verify=False, query_encoder=cfg.query_encoder)
+    open_embeddings(cfg.embeddings, corpus.sha256, False, cfg.query_encoder, len(corpus))
     content = {key: folder_hash(getattr(cfg, key)) for key in inputs} | {"corpus": corpus.sha256}
     content |= {key: weights_hash(getattr(cfg, key)) for key in (*TOWERS, "reader")}
     content["embeddings"] = folder_hash(Path(cfg.embeddings) / "manifest.json")  # has the hash of every shard

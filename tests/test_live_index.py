@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+import ask
 import doc2embedding
+import test_dpr
+import train_emdr2
 import utils.live_index
 from tests.processes import ENVIRONMENT, kill_tree, on_devices
 from tests.toy import make_world
@@ -435,6 +438,28 @@ def test_one_worker_is_enough(world, tmp_path, monkeypatch, capsys):
         fcntl.flock(open(tmp_path / "refresh" / "worker.lock"), fcntl.LOCK_SH | fcntl.LOCK_NB)
     assert len(waited) == 4 and capsys.readouterr().out.count("that a killed worker left behind") == 1
     assert lock.closed
+
+
+def test_vectors_from_before_a_header_was_known(world, tmp_path, monkeypatch):
+    """The same file, but its first line was a passage then: each hit would be the neighbouring passage."""
+    path = tmp_path / "corpus.tsv"
+    path.write_text("pid\ttext\ttitle\n" + (world / "corpus.tsv").read_text().partition("\n")[2])
+    corpus, run = Corpus(path), tmp_path / "run"
+    write_vectors(run / "embeddings", corpus, np.ones((len(corpus) + 1, 32), np.float16), 100)
+    shutil.copytree(world / "query_encoder", run / "query_encoder")
+    flags = {"query_encoder": run / "query_encoder", "embeddings": run / "embeddings", "corpus": path}
+    asking = {"questions": world / "test.jsonl", "out": tmp_path / "x.run"}
+    training = {"train": world / "train.jsonl", "dev": "", "run_dir": tmp_path / "new", "reader": "t5-small"}
+    training |= {"doc_encoder": world / "doc_encoder", "mixed_precision": "no"}
+    for open_them, keys in (
+        (lambda: LiveIndex(corpus, run / "embeddings", ACCELERATOR), {}),
+        (lambda: ask.load(SimpleNamespace(run=run, corpus=path, corpus_format="auto")), {}),
+        (test_dpr.main, flags | asking),
+        (train_emdr2.main, flags | training),
+    ):
+        monkeypatch.setattr(sys, "argv", ["x", *(f"--{key}={value}" for key, value in keys.items())])
+        with pytest.raises(UserError, match=f"made from {len(corpus) + 1} passages, .* has {len(corpus)};"):
+            open_them()
 
 
 def test_bad_settings_of_a_worker_are_said_at_once(world, tmp_path, monkeypatch):

@@ -19,12 +19,13 @@ from utils.encoder import pair_id
 from utils.files import read_json, sha256
 
 
-def open_embeddings(folder, corpus_sha256="", verify=True, query_encoder=""):
+def open_embeddings(folder, corpus_sha256="", verify=True, query_encoder="", rows=0):
     """
     (shards, manifest) of an embeddings folder: memory-mapped [n, D] fp16 or fp32 arrays in corpus order, as
-    its manifest lists them. UserError when it is incomplete, made from another corpus ("" skips this), or a
-    shard is missing, extra, out of order, of another shape or type, or (verify) of another sha256; or when
-    the encoder folder `query_encoder` was trained with another passage encoder (where both say with which).
+    its manifest lists them. UserError when it is incomplete, made from another corpus ("" skips this) or from
+    other than `rows` passages (0 skips this), or a shard is missing, extra, out of order, of another shape or
+    type, or (verify) of another sha256; or when the encoder folder `query_encoder` was trained with another
+    passage encoder (where both say with which).
     """
 
     def refuse(what):
@@ -47,6 +48,8 @@ def open_embeddings(folder, corpus_sha256="", verify=True, query_encoder=""):
         refuse(f"made by a {manifest['role']} encoder, passages need a passage encoder")
     if corpus_sha256 and manifest["corpus"] != corpus_sha256:
         refuse(f"made from another corpus (sha256 {manifest['corpus'][:12]}, this one {corpus_sha256[:12]})")
+    if rows and manifest["rows"] != rows:  # trap: a header taken for a passage moves all others by one
+        refuse(f"made from {manifest['rows']} passages, the corpus as it is read now has {rows}")
     pair = pair_id(query_encoder) if query_encoder else ""
     if pair and manifest.get("pair") and pair != manifest["pair"]:
         raise UserError(
@@ -67,8 +70,8 @@ def open_embeddings(folder, corpus_sha256="", verify=True, query_encoder=""):
             shards.append(np.load(folder / name, mmap_mode="r", allow_pickle=False))
         except (ValueError, EOFError, OSError) as error:
             refuse(f"{name} is missing or not a whole .npy file ({error})")
-        rows = min(manifest["shard_size"], manifest["rows"] - i * manifest["shard_size"])
-        found, due = (str(shards[i].dtype), shards[i].shape), (manifest["dtype"], (rows, manifest["dim"]))
+        size = min(manifest["shard_size"], manifest["rows"] - i * manifest["shard_size"])
+        found, due = (str(shards[i].dtype), shards[i].shape), (manifest["dtype"], (size, manifest["dim"]))
         if found != due or found[0] not in ("float16", "float32"):
             refuse(f"{name} holds {found}, manifest.json says {due}")
     if sum(map(len, shards)) != manifest["rows"]:

@@ -53,7 +53,7 @@ class LiveIndex:
         Take over the embeddings in `folder`, made by the encoder of `step`; no row is copied. verify: compare
         the shards with their hashes. UserError unless they are complete and of this corpus.
         """
-        shards, manifest = open_embeddings(folder, self.corpus.sha256, verify)
+        shards, manifest = open_embeddings(folder, self.corpus.sha256, verify, rows=len(self.corpus))
         begin, end, self.shards = self.rows.start, self.rows.stop, []
         for shard in shards:
             part_nD = shard[max(0, begin) : max(0, end)]
