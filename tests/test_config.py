@@ -168,6 +168,9 @@ def test_a_wrong_model_is_found_before_the_corpus_is_read(tmp_path, monkeypatch,
         module.main()
 
 
+FULL = "the memory is full: lower the batch sizes or the chunks, on a GPU use --mixed_precision bf16"
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [
@@ -180,7 +183,12 @@ def test_a_wrong_model_is_found_before_the_corpus_is_read(tmp_path, monkeypatch,
             torch.OutOfMemoryError("CUDA out of memory. Tried to"),
             "error: the memory is full: lower the batch",
         ),
-        (MemoryError(), "error: the memory is full"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            "error: the memory is full: lower the batch",
+        ),
+        (MemoryError("Unable to allocate 9 GiB\nfor"), f"error: {FULL} (Unable to allocate 9 GiB)\n"),
+        (MemoryError(), f"error: {FULL}\n"),
         (KeyboardInterrupt(), "stopped by Ctrl-C"),
     ],
 )

@@ -50,14 +50,23 @@ def in_a_sentence(error):
     """What a fault of the user or of the machine is; "" for one of ours, which deserves its traceback."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, by its name
-        return "the memory is full: lower the batch sizes or the chunks, on a GPU use --mixed_precision bf16"
+    if memory_is_full(error):
+        line = "the memory is full: lower the batch sizes or the chunks, on a GPU use --mixed_precision bf16"
+        said = str(error).strip().partition("\n")[0]
+        return f"{line} ({said})" if said else line
     if not isinstance(error, OSError):
         return ""
     place = error.filename2 or error.filename  # of a rename the final name, not the temporary one
     if disk_is_full(error):
         return f"{f'{place}: ' if place else ''}the disk is full; free some space and repeat the command"
     return f"{place}: {error.strerror or error}" if place else ""
+
+
+def memory_is_full(error):
+    """Whether an error of Python, numpy, torch or the system means that the memory is full, of a GPU too."""
+    # trap: torch says it of a CPU by a plain RuntimeError, "can't allocate memory"; of a GPU by its own class
+    ours = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return ours or (isinstance(error, RuntimeError | OSError) and "allocate memory" in str(error))
 
 
 def disk_is_full(error):
