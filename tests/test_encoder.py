@@ -24,6 +24,7 @@ from utils.encoder import (
     embed,
     encoder_hash,
     load_encoder,
+    loading,
     save_encoder,
     tokenize_passages,
     tokenize_questions,
@@ -261,6 +262,22 @@ def test_damaged_weights_are_named(world, tmp_path, damage):
     ):
         load_encoder(tmp_path / "e", "passage")
     assert not (tmp_path / "e" / "owned").exists()
+
+
+def test_a_model_that_cannot_be_loaded_keeps_its_cause(tmp_path, monkeypatch):
+    """--debug shows what Hugging Face met; a full memory is no damaged file, and has a line of its own."""
+    for error in (OSError("no config.json"), RuntimeError("size mismatch")):
+        with pytest.raises(UserError) as stopped, loading("a"):
+            raise error
+        assert stopped.value.__cause__ is error
+
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    (tmp_path / "x.cp").touch()
+    monkeypatch.setattr("torch.load", full)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        load_encoder(tmp_path / "x.cp", "passage")
 
 
 def test_the_other_loaders_name_damaged_weights_too(world, tmp_path):

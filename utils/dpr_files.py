@@ -22,7 +22,7 @@ from transformers import (
     DPRReader,
 )
 
-from utils.config import UserError, friendly_errors
+from utils.config import UserError, friendly_errors, memory_is_full
 from utils.files import atomic_folder
 
 
@@ -107,6 +107,8 @@ def read_cp(path):
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:
+        if memory_is_full(error):
+            raise
         raise UserError(f"{path}: not a DPR checkpoint, or truncated: {error}") from None
 
 

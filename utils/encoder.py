@@ -25,7 +25,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from utils.config import UserError, model_fault, nearest
+from utils.config import UserError, memory_is_full, model_fault, nearest
 from utils.distributed import world
 from utils.dpr_files import check_complete, from_cp, from_hf_dpr
 from utils.files import atomic_folder, read_json, write_json
@@ -258,11 +258,13 @@ def loading(path):
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        if memory_is_full(error):
+            raise
         fault = "neither a complete local folder nor reachable on the hub"
         fix = f"with a network, `hf download {path}` fetches it"
         if not isinstance(error, OSError | ValueError):
             fault, fix = "its weights are damaged, or of another shape than in config.json", "get it again"
-        raise UserError(f"{path}: {fault} ({fix}): {str(error).strip().split(chr(10))[0]}") from None
+        raise UserError(f"{path}: {fault} ({fix}): {str(error).strip().split(chr(10))[0]}") from error
 
 
 def settle(model, dropout, layer_norm_epsilon=0.0):
