@@ -167,6 +167,11 @@ def test_original_checkpoint(world, tmp_path):
     weights = {f"{p}.{k}": v for p, m in towers.items() for k, v in m.state_dict().items()}
     weights["ctx_model.embeddings.position_ids"] = torch.arange(256)[None]
     torch.save({"model_dict": weights, "encoder_params": {}}, tmp_path / "dpr.cp")
+    (tmp_path / "alone").mkdir()
+    named = {"pretrained_model_cfg": "of/no/network"}
+    torch.save({"model_dict": weights, "encoder_params": named}, tmp_path / "alone" / "dpr.cp")
+    with pytest.raises(UserError, match=r"dpr.cp: its tokenizer cannot be loaded \(tokenizer.json is looked"):
+        load_encoder(tmp_path / "alone" / "dpr.cp", "passage")
     for role, prefix in (("question", "question_model"), ("passage", "ctx_model")):
         loaded = load_encoder(tmp_path / "dpr.cp", role)
         assert all(
@@ -176,6 +181,10 @@ def test_original_checkpoint(world, tmp_path):
     del weights["ctx_model.encoder.layer.1.output.dense.weight"]
     torch.save({"model_dict": weights, "encoder_params": {}}, tmp_path / "broken.cp")
     with pytest.raises(UserError, match="missing"):
+        load_encoder(tmp_path / "broken.cp", "passage")
+    weights["ctx_model.encoder.layer.1.output.dense.weight"] = torch.zeros(1)
+    torch.save({"model_dict": weights, "encoder_params": {}}, tmp_path / "broken.cp")
+    with pytest.raises(UserError, match="broken.cp: its weights are damaged .get it again"):
         load_encoder(tmp_path / "broken.cp", "passage")
 
 

@@ -262,8 +262,12 @@ def loading(path):
             raise
         fault = "neither a complete local folder nor reachable on the hub"
         fix = f"with a network, `hf download {path}` fetches it"
+        if path.endswith(".cp"):  # of its own reading read_cp has told
+            fault = "its tokenizer cannot be loaded"
+            fix = "tokenizer.json is looked for beside it, then on the hub under the name that it gives"
         if not isinstance(error, OSError | ValueError):
-            fault, fix = "its weights are damaged, or of another shape than in config.json", "get it again"
+            fault, fix = "its weights are damaged", "get it again"
+            fault += "" if path.endswith(".cp") else ", or of another shape than in config.json"
         raise UserError(f"{path}: {fault} ({fix}): {str(error).strip().split(chr(10))[0]}") from error
 
 
