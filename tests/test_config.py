@@ -175,7 +175,7 @@ FULL = "the memory is full: lower the batch sizes or the chunks, on a GPU use --
     ("error", "line"),
     [
         (PermissionError(13, "Permission denied", "runs/x"), "error: runs/x: Permission denied"),
-        (OSError(39, "Directory not empty", ".x.tmp", None, "x"), "error: x: Directory not empty"),
+        (OSError(21, "Is a directory", ".x.tmp", None, "x"), "error: x: Is a directory"),
         (OSError(28, "No space left on device"), "error: the disk is full; free some"),
         (shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")]), "error: the disk is full"),
         (OSError("64000 requested and 20416 written"), "error: the disk is full"),  # numpy's
@@ -203,6 +203,12 @@ def test_faults_of_the_machine_are_one_line(capsys, error, line):
 
 def test_faults_of_ours_keep_their_traceback():
     """Only what the user or the machine did is made a sentence of."""
-    for error in (ValueError("x"), OSError("a socket"), BrokenPipeError(32, "Broken pipe")):
+    for error in (
+        ValueError("x"),
+        OSError("a socket"),
+        BrokenPipeError(32, "Broken pipe"),
+        FileNotFoundError(2, "No such file or directory", "x"),
+        OSError(39, "Directory not empty", ".x.tmp", None, "x"),
+    ):
         with pytest.raises(type(error)), friendly_errors():
             raise error

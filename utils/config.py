@@ -19,6 +19,10 @@ from types import SimpleNamespace
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+# Errors of the system that the user or the machine is behind. Not ENOENT, EEXIST and ENOTEMPTY: the paths of
+# the user are checked at the start, so these are renames of ours that went wrong.
+NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO}
+NOT_OURS |= {errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EMFILE}
 
 
 class UserError(Exception):
@@ -59,7 +63,7 @@ def in_a_sentence(error):
     place = error.filename2 or error.filename  # of a rename the final name, not the temporary one
     if disk_is_full(error):
         return f"{f'{place}: ' if place else ''}the disk is full; free some space and repeat the command"
-    return f"{place}: {error.strerror or error}" if place else ""
+    return f"{place}: {error.strerror}" if place and error.errno in NOT_OURS else ""
 
 
 def memory_is_full(error):
