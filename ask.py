@@ -21,7 +21,7 @@ import textwrap
 import time
 from pathlib import Path
 
-from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
+from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file, need_model
 from utils.data import read_questions
 from utils.text import answer_position, has_answer
 
@@ -56,8 +56,8 @@ def check_inputs(cfg, question):
     if not cfg.corpus:
         raise UserError("corpus: name the file that the embeddings were made from")
     need_file(cfg, "corpus", optional=["questions"])
-    if "/" in cfg.reader and not Path(cfg.reader).exists() and Path(cfg.reader).parent.exists():
-        raise UserError(f"reader: {cfg.reader}: no such folder; train_reader.py and train_emdr2.py write one")
+    if cfg.reader:
+        need_model(cfg, "reader")
 
 
 # ----------------------------------------------------------------------------------------- the answer

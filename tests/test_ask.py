@@ -21,6 +21,7 @@ from utils.data import Corpus
 from utils.embeddings import open_embeddings
 from utils.encoder import embed, load_encoder, save_encoder, tokenize_questions
 from utils.fid import answer, load_fid, tokenize_contexts
+from utils.files import write_json
 from utils.reader import load_reader, predict
 from utils.reader_data import tokenize_rows
 
@@ -174,6 +175,7 @@ def test_mistakes_are_one_line(world, tmp_path, monkeypatch):
     """What is wrong and what to do, each before anything is loaded, or when two runs are mixed."""
     monkeypatch.setattr(ask, "load", None)
     (tmp_path / "query_encoder").mkdir()
+    write_json(tmp_path / "reading" / "config.json", {})
     (tmp_path / "bad.jsonl").write_text('{"qid": "1", "question": 5}\n')
     for keys, question, message in (
         ({"run": tmp_path / "no"}, "who", "no such folder"),
@@ -181,7 +183,8 @@ def test_mistakes_are_one_line(world, tmp_path, monkeypatch):
         ({"corpus": "no.tsv"}, "who", "no.tsv: no such file"),
         ({"k": 0}, "who", "k must be at least 1"),
         ({"questions": tmp_path / "bad.jsonl"}, "who", "bad.jsonl:1: 'question' must be a string"),
-        ({"reader": tmp_path / "reader"}, "who", "reader: .*no such folder; train_reader.py and"),
+        ({"reader": tmp_path / "reader"}, "who", "reader: .*no such model folder"),
+        ({"reader": tmp_path}, "who", "reader: .*is no model, but the folder of reading"),
         ({}, " ", "the question is empty"),
         ({"kk": 3}, "who", "unknown key --kk; did you mean 'k'"),
     ):
