@@ -48,7 +48,14 @@ from utils.config import UserError, at_least, choose, friendly_errors, load_conf
 from utils.data import Corpus, read_questions
 from utils.distributed import ahead, start, sum_gradients, world
 from utils.embeddings import open_embeddings
-from utils.encoder import embed_on_devices, load_encoder, tokenize_passages, tokenize_questions, vectors_of
+from utils.encoder import (
+    embed_on_devices,
+    load_encoder,
+    read_inputs,
+    tokenize_passages,
+    tokenize_questions,
+    vectors_of,
+)
 from utils.estimate import dry_run
 from utils.fid import (
     PAD,
@@ -61,7 +68,7 @@ from utils.fid import (
     tokenize_answers,
     tokenize_contexts,
 )
-from utils.files import folder_hash, read_json, weights_hash
+from utils.files import folder_hash, weights_hash
 from utils.grad_cache import chunk_seed
 from utils.index_worker import abandon, clean, export, worker_state
 from utils.live_index import LiveIndex
@@ -290,8 +297,7 @@ def evaluate(dev, corpus, index, models, query_encoder, accelerator, cfg):
 # ---------------------------------------------------------------- predict
 def answer_file(cfg, accelerator):
     """Answer the test questions from the first top_k passages of a ranking: three files and a table."""
-    stored = Path(cfg.reader) / "encoder_inputs.json"
-    known = read_json(stored) if stored.is_file() else {}
+    known = read_inputs(cfg.reader, "reader")
     if known.get("role") != "fid":
         raise UserError(f"reader: {cfg.reader} has not learned to answer; with test, give run_dir/reader")
     whole = Corpus(cfg.corpus, cfg.corpus_format) if cfg.corpus else None

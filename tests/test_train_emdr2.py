@@ -56,7 +56,7 @@ from utils.fid import (
     tokenize_answers,
     tokenize_contexts,
 )
-from utils.files import read_json
+from utils.files import read_json, write_json
 from utils.index_worker import training_ended
 from utils.live_index import LiveIndex
 
@@ -860,6 +860,7 @@ def test_mistakes_end_in_one_line(whole, world, tmp_path, monkeypatch):
     (tmp_path / "none.jsonl").write_text('{"qid": "q0", "question": "who"}\n')
     (tmp_path / "bare.jsonl").write_text('{"qid": "q0", "question": "[MASK] is", "answers": ["red"]}\n')
     answering = {"train": "", "dev": "", "test": world / "train.jsonl", "out": tmp_path / "out.json"}
+    write_json(tmp_path / "list" / "encoder_inputs.json", ["fid"])
     for changes, words in (
         (
             {"embeddings": tmp_path / "other", "query_encoder": tmp_path / "query"},
@@ -884,6 +885,7 @@ def test_mistakes_end_in_one_line(whole, world, tmp_path, monkeypatch):
         ({"test": world / "train.jsonl"}, ["give either train, or test"]),
         ({"train": "", "test": world / "train.jsonl", "out": "x.txt"}, ["must be the path of a .json"]),
         (answering | {"reader": t5(tmp_path)}, ["t5 has not learned to answer", "give run_dir/reader"]),
+        (answering | {"reader": tmp_path / "list"}, ["encoder_inputs.json: expected a json object"]),
         (answering | {"reader": world / "doc_encoder"}, ["doc_encoder has not learned to answer"]),
         ({"run_dir": whole[1]}, ["--resume exact"]),
         ({"run_dir": whole[1], "resume": "exact", "top_k": 5}, ["top_k: 4 then, 5 now"]),
