@@ -97,6 +97,19 @@ def test_a_damaged_index_is_built_again(corpus, tmp_path, capsys, name):
     assert (tmp_path / "index" / name).read_bytes() == content
 
 
+def test_an_index_that_cannot_be_read_now_is_kept(corpus, tmp_path, monkeypatch):
+    """Too many open files say nothing about the index, which takes an hour to build."""
+    bm25.build_bm25(corpus, tmp_path / "index")
+
+    def load(*_, **__):
+        raise OSError(24, "Too many open files", "data.csc.index.npy")
+
+    monkeypatch.setattr(bm25.bm25s.BM25, "load", load)
+    monkeypatch.setattr(bm25.shutil, "rmtree", lambda _: pytest.fail("the index was deleted"))
+    with pytest.raises(OSError, match="Too many open files"):
+        bm25.build_bm25(corpus, tmp_path / "index")
+
+
 def test_bm25_command(corpus, tmp_path, monkeypatch, capsys):
     """The command writes a .run of passage ids, one question after the other."""
     questions = [{"qid": "a", "question": "capital of Norway"}, {"qid": "b", "question": "xyzzy"}]

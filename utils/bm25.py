@@ -7,6 +7,7 @@ Differs from Lucene (Pyserini, the paper's BM25): no stemmer, words of one lette
 """
 
 import argparse
+import errno
 import shutil
 import sys
 from pathlib import Path
@@ -41,6 +42,8 @@ def build_bm25(corpus, folder):
             if read_json(folder / "bm25.json") == want:
                 return bm25s.BM25.load(folder, show_progress=False)
         except (UserError, OSError, ValueError, EOFError, LookupError) as error:
+            if getattr(error, "errno", None) not in (None, errno.ENOENT):
+                raise  # no right to read it, too many open files: the index may be whole
             print(f"{folder}: damaged ({error}), it is built again", file=sys.stderr)
         shutil.rmtree(folder)  # of another corpus or other settings
     index = bm25s.BM25(k1=SETTINGS["k1"], b=SETTINGS["b"])
