@@ -255,7 +255,7 @@ def main():
     choose(cfg, mixed_precision=("no", "fp16", "bf16"))
     at_least(cfg, 1, "batch_size")
     at_least(cfg, 0.1, "poll_seconds")
-    need_value(cfg, "run_dir", "corpus", "launch")
+    need_value(cfg, "run_dir", "launch")
     need_file(cfg, "corpus")
     program = shlex.split(cfg.launch)[0]
     if not shutil.which(program, path=search_path()):

@@ -191,7 +191,7 @@ def join(parts, out):
 
 def main():
     cfg = load_config(__doc__, "config/salient_spans.yaml")
-    need_value(cfg, "corpus", "out", "model")
+    need_value(cfg, "model")
     need_file(cfg, "corpus")
     need_out(cfg, "out", "corpus")
     at_least(cfg, 1, "min_words", "block")
