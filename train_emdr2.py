@@ -356,7 +356,7 @@ def main():
     dev, dev_note = [], "no dev set: the last checkpoint is the best"
     if cfg.dev:
         dev, dev_note = load_questions(cfg.dev, corpus)
-    spare = max(len(question["own"]) for question in train)
+    spare = max(len(question["own"]) for question in train + dev)
     if cfg.neighbors and spare:
         raise UserError("neighbors: a masked sentence's own passage would come back as a neighbour")
     if cfg.top_k + spare > len(corpus):
