@@ -40,6 +40,7 @@ from utils.config import (
     need_file,
     need_model,
     need_out,
+    need_value,
 )
 from utils.data import (
     Corpus,
@@ -77,6 +78,7 @@ def check_inputs(cfg):
     if not cfg.out.endswith(".run"):
         raise UserError(f"out must be the path of a .run file, got {cfg.out!r}")
     need_out(cfg, "out", "questions", "corpus", "bm25_run", "check_leak")
+    need_value(cfg, "embeddings")
     if not cfg.lookahead:
         need_model(cfg, "query_encoder")
     if cfg.lookahead and (cfg.bm25_run or cfg.dry_run):

@@ -37,7 +37,16 @@ import torch
 import torch.nn.functional as F
 
 from utils.checkpoint import load_optimizer, make_optimizer
-from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file, need_model
+from utils.config import (
+    UserError,
+    at_least,
+    choose,
+    friendly_errors,
+    load_config,
+    need_file,
+    need_folder,
+    need_model,
+)
 from utils.data import Corpus, passage_of, read_training
 from utils.distributed import ahead, gather_rows, start, sum_gradients, world
 from utils.encoder import (
@@ -244,6 +253,7 @@ def main():
     if cfg.batch_size == 1 and not cfg.negatives:
         raise UserError("batch_size 1 with negatives 0 has nothing to tell apart: the loss would be 0")
     need_file(cfg, "train", optional=("dev", "corpus"))
+    need_folder(cfg, "run_dir")
     need_model(cfg, "init")
     accelerator = start(cfg.mixed_precision)
     if cfg.batch_size % accelerator.num_processes:

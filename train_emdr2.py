@@ -44,7 +44,17 @@ import torch
 import torch.distributed as dist
 
 from utils.checkpoint import load_optimizer, make_optimizer
-from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file, need_model
+from utils.config import (
+    UserError,
+    at_least,
+    choose,
+    friendly_errors,
+    load_config,
+    need_file,
+    need_folder,
+    need_model,
+    need_value,
+)
 from utils.data import Corpus, read_questions
 from utils.distributed import ahead, start, sum_gradients, world
 from utils.embeddings import open_embeddings
@@ -342,6 +352,8 @@ def main():
         need_predictions_out(cfg, *inputs, "corpus")
         return answer_file(cfg, start(cfg.mixed_precision))
     need_file(cfg, "corpus")
+    need_value(cfg, "embeddings")
+    need_folder(cfg, "run_dir")
     need_model(cfg, "reader", *TOWERS)
     accelerator = start(cfg.mixed_precision)
     if cfg.batch_size % accelerator.num_processes:

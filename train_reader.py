@@ -36,7 +36,16 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from utils.checkpoint import load_optimizer, make_optimizer
-from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file, need_model
+from utils.config import (
+    UserError,
+    at_least,
+    choose,
+    friendly_errors,
+    load_config,
+    need_file,
+    need_folder,
+    need_model,
+)
 from utils.data import Corpus
 from utils.distributed import ahead, gather_items, start, sum_gradients, world
 from utils.encoder import collate
@@ -227,6 +236,8 @@ def main():
     need_file(cfg, optional=(*inputs, "corpus"))
     if cfg.test:
         need_predictions_out(cfg, *inputs, "corpus")
+    else:
+        need_folder(cfg, "run_dir")
     need_model(cfg, "init")
     accelerator = start(cfg.mixed_precision)
     if cfg.test:

@@ -148,9 +148,12 @@ def test_paths_that_cannot_be(tmp_path, monkeypatch):
         ("train_reader", "init"),
         ("train_emdr2", "reader"),
         ("train_emdr2", "doc_encoder"),
+        *((f"train_{name}", "run_dir") for name in ("dpr", "cross_encoder", "reader", "emdr2")),
+        ("test_dpr", "embeddings"),
+        ("train_emdr2", "embeddings"),
     ],
 )
-def test_a_wrong_model_is_found_before_the_corpus_is_read(tmp_path, monkeypatch, script, key):
+def test_a_wrong_folder_is_found_before_the_corpus_is_read(tmp_path, monkeypatch, script, key):
     """The index of 21M passages takes minutes; whether a folder is there is known at once."""
     module = importlib.import_module(script)
     monkeypatch.setattr(module, "Corpus", lambda *_: pytest.fail("the corpus was opened"))
@@ -162,9 +165,11 @@ def test_a_wrong_model_is_found_before_the_corpus_is_read(tmp_path, monkeypatch,
         name: "bert-base-uncased" for name in ("query_encoder", "doc_encoder", "reader") if name in known
     }
     keys |= {name: tmp_path / "x.run" for name in ("out",) if name in known}
-    keys |= {key: tmp_path / "nowhere"}
+    keys |= {name: tmp_path / "run" for name in ("run_dir",) if name in known}
+    faults = {"run_dir": (tmp_path / "file", "is a file, not a folder"), "embeddings": ("", "give a path")}
+    keys[key], why = faults.get(key, (tmp_path / "nowhere", "no such model folder"))
     monkeypatch.setattr("sys.argv", [script, *(f"--{name}={value}" for name, value in keys.items())])
-    with pytest.raises(UserError, match=f"{key}: .*nowhere: no such model folder"):
+    with pytest.raises(UserError, match=f"{key}: .*{why}"):
         module.main()
 
 

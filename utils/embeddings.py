@@ -33,8 +33,6 @@ def open_embeddings(folder, corpus_sha256="", verify=True, query_encoder="", row
             f"{folder}: {what}; repeat doc2embedding.py, or name the folder that it wrote"
         ) from None
 
-    if not str(folder):
-        raise UserError("embeddings: give a path, it is empty")
     folder = Path(folder)
     if not (folder / "manifest.json").is_file():
         refuse("no manifest.json, so no finished embeddings")

@@ -23,7 +23,7 @@ import torch
 import yaml
 
 from utils.checkpoint import newest_checkpoint, publish, save_checkpoint
-from utils.config import ROOT, UserError, need_folder
+from utils.config import ROOT, UserError
 from utils.distributed import any_device, peak_memory
 from utils.files import atomic_file, need_space, read_json, write_json
 
@@ -63,7 +63,6 @@ class Run:
         self.fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         self.state = {"step": 0, "best": None, "best_step": 0, "settings": settings, "minutes": 0.0}
         self.notes, self.evaluated, self.wandb, self.caught = [], False, None, []
-        need_folder(cfg, "run_dir")
         if cfg.tracker == "wandb" and not find_spec("wandb"):
             raise UserError("tracker wandb: `pip install wandb` first, or use --tracker none")
         self.checkpoint = newest_checkpoint(self.dir, self.notes.append)
