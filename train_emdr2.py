@@ -358,7 +358,8 @@ def main():
     accelerator = start(cfg.mixed_precision)
     if cfg.batch_size % accelerator.num_processes:
         raise UserError(f"batch_size {cfg.batch_size} is not shared by {accelerator.num_processes} devices")
-    corpus = Corpus(cfg.corpus, cfg.corpus_format)
+    with accelerator.main_process_first():  # the first to open a corpus writes its index
+        corpus = Corpus(cfg.corpus, cfg.corpus_format)
     open_embeddings(cfg.embeddings, corpus.sha256, False, cfg.query_encoder, len(corpus))
     content = {key: folder_hash(getattr(cfg, key)) for key in inputs} | {"corpus": corpus.sha256}
     content |= {key: weights_hash(getattr(cfg, key)) for key in (*TOWERS, "reader")}

@@ -6,7 +6,7 @@ import math
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -851,6 +851,26 @@ def test_bf16_stays_near_full_precision(world, tmp_path, monkeypatch):
         for key in ("loss", "ret"):
             assert math.isfinite(half[key]) and half[key] != full[key]
             assert half[key] == pytest.approx(full[key], rel=0.05), key
+
+
+def test_one_device_indexes_the_corpus_for_all(tmp_path, monkeypatch):
+    """Eight devices would each read the 13 GB of Wikipedia, to throw seven of the indexes away."""
+    world, turns = make_world(tmp_path), []
+    models = {name: world / name for name in TOWERS} | {"reader": world / "bert"}
+
+    @contextmanager
+    def first():
+        turns.append("in")
+        yield
+        turns.append("out")
+
+    monkeypatch.setattr(
+        "train_emdr2.start", lambda _: SimpleNamespace(num_processes=1, main_process_first=first)
+    )
+    monkeypatch.setattr("train_emdr2.Corpus", lambda *arguments: turns.append("read") or Corpus(*arguments))
+    with pytest.raises(UserError, match="no finished embeddings"):
+        call(config(world, run_dir=tmp_path / "run", embeddings=tmp_path, **models)[1], monkeypatch)
+    assert turns == ["in", "read", "out"]
 
 
 def test_mistakes_end_in_one_line(whole, world, tmp_path, monkeypatch):
