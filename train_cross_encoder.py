@@ -25,6 +25,7 @@ B pairs in the global batch, b in a chunk of it · 2 labels · N pairs of the de
 
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -193,7 +194,8 @@ def main():
     at_least(cfg, 4, "pair_tokens")
     need_file(cfg, "train", optional=("dev", "corpus"))
     need_folder(cfg, "run_dir")
-    need_model(cfg, "init")
+    if not Path(cfg.run_dir, "checkpoints").exists():  # a resume takes its weights from there
+        need_model(cfg, "init")
     accelerator = start(cfg.mixed_precision)
     if cfg.batch_size % accelerator.num_processes:
         raise UserError(f"batch_size {cfg.batch_size} is not shared by {accelerator.num_processes} devices")

@@ -31,6 +31,7 @@ import math
 import random
 import time
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -254,7 +255,8 @@ def main():
         raise UserError("batch_size 1 with negatives 0 has nothing to tell apart: the loss would be 0")
     need_file(cfg, "train", optional=("dev", "corpus"))
     need_folder(cfg, "run_dir")
-    need_model(cfg, "init")
+    if not Path(cfg.run_dir, "checkpoints").exists():  # a resume takes its weights from there
+        need_model(cfg, "init")
     accelerator = start(cfg.mixed_precision)
     if cfg.batch_size % accelerator.num_processes:
         raise UserError(f"batch_size {cfg.batch_size} is not shared by {accelerator.num_processes} devices")

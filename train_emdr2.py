@@ -354,7 +354,9 @@ def main():
     need_file(cfg, "corpus")
     need_value(cfg, "embeddings")
     need_folder(cfg, "run_dir")
-    need_model(cfg, "reader", *TOWERS)
+    need_model(cfg, *TOWERS)  # of a resume too: the vectors are compared with them
+    if not Path(cfg.run_dir, "checkpoints").exists():  # a resume takes its weights from there
+        need_model(cfg, "reader")
     accelerator = start(cfg.mixed_precision)
     if cfg.batch_size % accelerator.num_processes:
         raise UserError(f"batch_size {cfg.batch_size} is not shared by {accelerator.num_processes} devices")

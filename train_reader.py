@@ -238,7 +238,8 @@ def main():
         need_predictions_out(cfg, *inputs, "corpus")
     else:
         need_folder(cfg, "run_dir")
-    need_model(cfg, "init")
+    if cfg.test or not Path(cfg.run_dir, "checkpoints").exists():  # a resume takes its weights from there
+        need_model(cfg, "init")
     accelerator = start(cfg.mixed_precision)
     if cfg.test:
         return answer_file(cfg, accelerator)

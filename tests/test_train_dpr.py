@@ -394,8 +394,10 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(whole_1, tmp_path):
     One flipped bit in the weights: the file is named, the checkpoint before it is used, the end is the same.
     """
     keys, folder, _ = whole_1
-    keys = keys | {"run_dir": tmp_path / "run", "stop_after": 12}
+    shutil.copytree(keys["init"], tmp_path / "init")
+    keys = keys | {"run_dir": tmp_path / "run", "stop_after": 12, "init": tmp_path / "init"}
     assert run("train_dpr.py", keys).returncode == 0
+    shutil.rmtree(tmp_path / "init")  # the weights come from the checkpoint
     newest = (
         sorted((tmp_path / "run" / "checkpoints").glob("step_*"))[-1] / "query_encoder" / "model.safetensors"
     )
