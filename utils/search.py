@@ -46,7 +46,7 @@ if "OMP_NUM_THREADS" not in os.environ:
     faiss.omp_set_num_threads(min(psutil.cpu_count(logical=False) or ALLOWED, ALLOWED))
 
 
-def exact_topk(queries_QD, shards, k, block=16384, device="cpu", resident_ND=None):
+def exact_topk(queries_QD, shards, k, block=32768, device="cpu", resident_ND=None):
     """
     The k passages of the largest inner product for every question, best first, ties in corpus order.
 
