@@ -25,7 +25,6 @@ B pairs in the global batch, b in a chunk of it · 2 labels · N pairs of the de
 
 import time
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,16 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from utils.checkpoint import load_optimizer, make_optimizer
-from utils.config import (
-    UserError,
-    at_least,
-    choose,
-    friendly_errors,
-    load_config,
-    need_file,
-    need_folder,
-    need_model,
-)
+from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
 from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pairs
 from utils.data import Corpus, passage_of, read_training
 from utils.distributed import ahead, start, sum_gradients, world
@@ -50,7 +40,7 @@ from utils.encoder import collate
 from utils.estimate import dry_run
 from utils.files import folder_hash, weights_hash
 from utils.grad_cache import chunk_seed
-from utils.run import Run, plan
+from utils.run import Run, need_start, plan
 
 
 # ---------------------------------------------------------------- data: a batch is a function of (seed, step)
@@ -193,9 +183,7 @@ def main():
     at_least(cfg, 1, "batch_size", "chunk", "eval_batch_size", "epochs", "save_every", "log_every")
     at_least(cfg, 4, "pair_tokens")
     need_file(cfg, "train", optional=("dev", "corpus"))
-    need_folder(cfg, "run_dir")
-    if not Path(cfg.run_dir, "checkpoints").exists():  # a resume takes its weights from there
-        need_model(cfg, "init")
+    need_start(cfg, "init")
     accelerator = start(cfg.mixed_precision)
     if cfg.batch_size % accelerator.num_processes:
         raise UserError(f"batch_size {cfg.batch_size} is not shared by {accelerator.num_processes} devices")

@@ -31,23 +31,13 @@ import math
 import random
 import time
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from utils.checkpoint import load_optimizer, make_optimizer
-from utils.config import (
-    UserError,
-    at_least,
-    choose,
-    friendly_errors,
-    load_config,
-    need_file,
-    need_folder,
-    need_model,
-)
+from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
 from utils.data import Corpus, passage_of, read_training
 from utils.distributed import ahead, gather_rows, start, sum_gradients, world
 from utils.encoder import (
@@ -62,7 +52,7 @@ from utils.estimate import dry_run
 from utils.files import folder_hash, weights_hash
 from utils.grad_cache import grad_cache_step
 from utils.metrics import positive_ranks
-from utils.run import Run, plan
+from utils.run import Run, need_start, plan
 
 TOWERS = {"query_encoder": "question", "doc_encoder": "passage"}
 INPUTS = ("question_tokens", "passage_tokens", "pooling", "token_types")
@@ -254,9 +244,7 @@ def main():
     if cfg.batch_size == 1 and not cfg.negatives:
         raise UserError("batch_size 1 with negatives 0 has nothing to tell apart: the loss would be 0")
     need_file(cfg, "train", optional=("dev", "corpus"))
-    need_folder(cfg, "run_dir")
-    if not Path(cfg.run_dir, "checkpoints").exists():  # a resume takes its weights from there
-        need_model(cfg, "init")
+    need_start(cfg, "init")
     accelerator = start(cfg.mixed_precision)
     if cfg.batch_size % accelerator.num_processes:
         raise UserError(f"batch_size {cfg.batch_size} is not shared by {accelerator.num_processes} devices")

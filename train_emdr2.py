@@ -51,7 +51,6 @@ from utils.config import (
     friendly_errors,
     load_config,
     need_file,
-    need_folder,
     need_model,
     need_value,
 )
@@ -86,7 +85,7 @@ from utils.metrics import topk_accuracy
 from utils.plot import curves
 from utils.predictions import answer_scores, need_predictions_out, write_predictions
 from utils.reader_data import read_ranking
-from utils.run import Run, plan
+from utils.run import Run, need_start, plan
 from utils.text import has_answer
 
 TOWERS = {"query_encoder": "question", "doc_encoder": "passage"}
@@ -353,10 +352,8 @@ def main():
         return answer_file(cfg, start(cfg.mixed_precision))
     need_file(cfg, "corpus")
     need_value(cfg, "embeddings")
-    need_folder(cfg, "run_dir")
     need_model(cfg, *TOWERS)  # of a resume too: the vectors are compared with them
-    if not Path(cfg.run_dir, "checkpoints").exists():  # a resume takes its weights from there
-        need_model(cfg, "reader")
+    need_start(cfg, "reader")
     accelerator = start(cfg.mixed_precision)
     if cfg.batch_size % accelerator.num_processes:
         raise UserError(f"batch_size {cfg.batch_size} is not shared by {accelerator.num_processes} devices")

@@ -36,16 +36,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from utils.checkpoint import load_optimizer, make_optimizer
-from utils.config import (
-    UserError,
-    at_least,
-    choose,
-    friendly_errors,
-    load_config,
-    need_file,
-    need_folder,
-    need_model,
-)
+from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file, need_model
 from utils.data import Corpus
 from utils.distributed import ahead, gather_items, start, sum_gradients, world
 from utils.encoder import collate
@@ -62,7 +53,7 @@ from utils.reader_data import (
     tokenize_rows,
     word_pieces,
 )
-from utils.run import Run, plan
+from utils.run import Run, need_start, plan
 
 INPUTS = ("reader_tokens", "token_types")
 MAX_SPANS = 10  # mentions of the answers in a positive [DPR dpr/models/reader.py:114-274, max_n_answers]
@@ -236,10 +227,9 @@ def main():
     need_file(cfg, optional=(*inputs, "corpus"))
     if cfg.test:
         need_predictions_out(cfg, *inputs, "corpus")
-    else:
-        need_folder(cfg, "run_dir")
-    if cfg.test or not Path(cfg.run_dir, "checkpoints").exists():  # a resume takes its weights from there
         need_model(cfg, "init")
+    else:
+        need_start(cfg, "init")
     accelerator = start(cfg.mixed_precision)
     if cfg.test:
         return answer_file(cfg, accelerator)

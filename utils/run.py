@@ -23,7 +23,7 @@ import torch
 import yaml
 
 from utils.checkpoint import newest_checkpoint, publish, save_checkpoint
-from utils.config import ROOT, UserError
+from utils.config import ROOT, UserError, need_folder, need_model
 from utils.distributed import any_device, peak_memory
 from utils.files import atomic_file, need_space, read_json, write_json
 
@@ -45,6 +45,16 @@ def plan(examples, cfg, what="questions"):
     warmup = cfg.warmup if cfg.warmup >= 1 else cfg.warmup * total
     late = f"warning: {warmup:.0f} steps of warm-up in {last} steps: the peak learning rate is never reached"
     return per_epoch, total, last, warmup, [late] * (warmup >= last)
+
+
+def need_start(cfg, *keys):
+    """
+    UserError, before any work, where run_dir cannot be written, or a key names no model to start from; a
+    resume takes its weights from its checkpoint.
+    """
+    need_folder(cfg, "run_dir")
+    if not Path(cfg.run_dir, "checkpoints").exists():
+        need_model(cfg, *keys)
 
 
 class Run:
