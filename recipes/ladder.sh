@@ -9,7 +9,9 @@
 # {train,dev,test}.jsonl, with answers and positives as passage ids.
 #
 # Other seeds: SEED=2, in its own RUN; with RUNGS="dpr ance rocket" EPISODES=1 only these. The table counts them.
-# T5= (none): the rows of FiD and EMDR2 say "not run". All variables can be set from outside.
+# T5= (none): the rows of FiD and EMDR2 say "not run". All variables can be set from outside. One GPU is large enough for
+# several small models: after RUNGS=dpr LEG=true, run RUNGS=gc, RUNGS=ance and RUNGS=rocket side by side with LEG=true,
+# which ends before what needs all of them, then the whole without it.
 set -euo pipefail
 SIZE=${SIZE:-small} SEED=${SEED:-1} BATCH=${BATCH:-32} SCORED=${SCORED:-16} TEST_DEPTH=${TEST_DEPTH:-100}
 DPR_CONFIG=${DPR_CONFIG:-config/train_dpr_demo.yaml} READER_CONFIG=${READER_CONFIG:-config/train_reader_demo.yaml}
@@ -125,6 +127,8 @@ if wants rocket; then
         RESCORED=d0 TRAIN_FLAGS="$DUAL" CROSS_FLAGS="$CROSS_FLAGS --dev $DEV" bash recipes/rocketqa_nq.sh
     train d0_long $(updates $BATCH $(($(wc -l <$RUN/d2.jsonl) / BATCH * EPOCHS)))
 fi
+
+[ "${LEG:-false}" = false ] || exit 0
 
 # The best retriever by the dev questions' MRR; with the cross-encoder, with BM25, with a reader.
 stage $RUN/best.txt write $RUN/best.txt python recipes/ladder.py best $RUN

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from utils.config import UserError
 from utils.distributed import world
-from utils.encoder import check_sizes, collate, loading, read_inputs, settle
+from utils.encoder import batches, check_sizes, loading, read_inputs, settle
 
 HEAD = ("classifier.", "pooler.")  # what a plain BERT does not bring: labels, and perhaps the layer before
 
@@ -63,18 +63,13 @@ def tokenize_pairs(cross, pairs):
 
 @torch.no_grad()
 def probabilities(cross, ids, batch_size, autocast=contextlib.nullcontext, progress=None):
-    """
-    Id lists of pairs -> numpy float64 [N], P(relevant) of each, in the given order. The rows of a batch are
-    of like length, because a batch costs as much as its longest row.
-    """
+    """Id lists of pairs -> numpy float64 [N], P(relevant) of each, in the given order."""
     was_training = cross.training
     cross.eval()
     found_N = np.zeros(len(ids))
-    order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for rows, batch in batches(cross, ids, batch_size):
         with autocast():
-            logits_b2 = cross(**collate(cross, [ids[i] for i in rows]))
+            logits_b2 = cross(**batch)
         # why float64: in float32 every pair that is sure enough would have 1.0, and no order among them
         found_N[rows] = logits_b2.cpu().double().softmax(1)[:, 1].numpy()
         if progress:

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from utils.config import UserError, memory_is_full, model_fault, nearest
-from utils.distributed import world
+from utils.distributed import ahead, world
 from utils.dpr_files import check_complete, from_cp, from_hf_dpr
 from utils.files import atomic_folder, read_json, write_json
 
@@ -137,21 +137,28 @@ def full_length(encoder, kind):
     return encoder.inputs[f"{kind}_tokens"] if encoder.inputs["token_types"] == "zeros_sep" else 0
 
 
+def batches(model, ids, size, length=0):
+    """
+    Yield (rows, what `collate` makes of them) for `size` id lists at a time, the longest first. why sorted by
+    length: a batch is as expensive as its longest row, so equal lengths together cost half of padding
+    everything to 256 (tests/bench), for the same vectors to 1e-6.
+    """
+    order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
+    groups = [order[start : start + size] for start in range(0, len(order), size)]
+    # why ahead: a GPU would wait while the next batch is padded and sent to it
+    collated = ahead(lambda rows: collate(model, [ids[i] for i in rows], length), groups)
+    return zip(groups, collated, strict=True)
+
+
 @torch.no_grad()
 def embed(encoder, ids, batch_size, kind, autocast=contextlib.nullcontext, progress=None):
-    """
-    Id lists -> numpy float32 [N, D] in the given order. why sorted by length: a batch is as expensive as its
-    longest row, so equal lengths together cost half of padding everything to 256 (tests/bench), for the same
-    vectors to 1e-6.
-    """
+    """Id lists -> numpy float32 [N, D] in the given order."""
     was_training = encoder.training
     encoder.eval()
     vectors_ND = np.zeros((len(ids), encoder.dim), dtype=np.float32)
-    order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for rows, batch in batches(encoder, ids, batch_size, full_length(encoder, kind)):
         with autocast():
-            vectors_bD = encoder(**collate(encoder, [ids[i] for i in rows], full_length(encoder, kind)))
+            vectors_bD = encoder(**batch)
         vectors_ND[rows] = vectors_bD.cpu().numpy()
         if progress:
             progress.update(len(rows))

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, DPRConfig, DPRRea
 
 from utils.config import UserError
 from utils.dpr_files import check_complete, reader_from_cp
-from utils.encoder import check_sizes, collate, loading, read_inputs, settle
+from utils.encoder import batches, check_sizes, loading, read_inputs, settle
 
 # from: DPR README (encoder.sequence_length=350) and the June 2020 code of the released readers: segments of 0
 DPR_READER = {"reader_tokens": 350, "token_types": "zeros"}
@@ -55,11 +55,9 @@ def read(reader, ids, batch_size, autocast=nullcontext):
     """Id lists -> [(start logits, end logits, relevance)] as numpy and float, in the given order."""
     was_training, found = reader.training, [None] * len(ids)
     reader.eval()
-    order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))  # a batch costs as much as its longest
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for rows, batch in batches(reader, ids, batch_size):
         with autocast():
-            logits = reader(**collate(reader, [ids[i] for i in rows]))
+            logits = reader(**batch)
         for i, *one in zip(rows, *(part.cpu().numpy() for part in logits), strict=True):
             found[i] = one[0][: len(ids[i])], one[1][: len(ids[i])], float(one[2])
     reader.train(was_training)

@@ -115,8 +115,8 @@ def blocks(shards, block, device, resident_ND=None):
             for at in range(0, len(shard), block):
                 n = len(shard[at : at + block])
                 raw_bD[:n] = shard[at : at + block]
-                # why torch: it widens fp16 15 times faster than numpy
-                yield done, wide_bD[:n].copy_(torch.from_numpy(raw_bD[:n]))
+                # why torch: it widens fp16 15 times faster than numpy. why first to the device: half the bytes
+                yield done, wide_bD[:n].copy_(torch.from_numpy(raw_bD[:n]).to(device))
                 done += n
                 bar.update(n)
 

@@ -95,7 +95,7 @@ def reference_gradient(examples, answers, rows, corpus, models, index, cfg):
 
     question_ids = tokenize_questions(query, [example["question"] for example in examples])
     q_BD = query(**collate(query, question_ids, query.inputs["question_tokens"]))
-    index.search(q_BD.detach().numpy(), K)  # its time counts; but both ways read the passages of `rows`
+    index.search(q_BD.detach().cpu().numpy(), K)  # its time counts; but both ways read the passages of `rows`
     passage_ids = tokenize_passages(
         doc, [(passage.title, passage.text) for own in passages for passage in own]
     )

@@ -34,6 +34,7 @@ memory: peak resident memory of doc2embedding.py for corpora of short passages a
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import json
@@ -109,7 +110,7 @@ for turn, line in enumerate(sys.stdin):
 
 
 # ----------------------------------------------------------------------------------------------- speed
-def nano_dpr(encoder, texts):
+def nano_dpr(encoder, texts, autocast=contextlib.nullcontext):
     """Batches of 32 in corpus order, every one padded to the full length: [N, D]."""
     import torch
 
@@ -119,7 +120,9 @@ def nano_dpr(encoder, texts):
     with torch.no_grad():
         for k in range(0, len(texts), 32):
             ids = tokenize_passages(encoder, texts[k : k + 32])
-            vectors.append(encoder(**collate(encoder, ids, encoder.inputs["passage_tokens"])).numpy())
+            with autocast():
+                vectors_bD = encoder(**collate(encoder, ids, encoder.inputs["passage_tokens"]))
+            vectors.append(vectors_bD.cpu().numpy())
     return np.concatenate(vectors)
 
 

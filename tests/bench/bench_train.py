@@ -63,23 +63,23 @@ def examples_of(train, corpus, start, size):
 def tokens(tokenizer, texts, length):
     """Padded to the longest of the batch, as nanoDPR does."""
     texts = [list(column) for column in zip(*texts, strict=True)] if isinstance(texts[0], tuple) else [texts]
-    return dict(tokenizer(*texts, padding=True, truncation=True, max_length=length, return_tensors="pt"))
+    return tokenizer(*texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
 
 
 def nano_way(args):
     """
     One forward of all questions and one of all passages, padded to the longest (behaviour of N:train_dpr.py).
     """
-    model, tokenizer = (
-        AutoModel.from_pretrained(args.model).train(),
-        AutoTokenizer.from_pretrained(args.model),
-    )
+    model = AutoModel.from_pretrained(args.model).train().to(args.device)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
 
     def gradient(questions, positives, negatives):
-        q_BD = model(**tokens(tokenizer, questions, LENGTHS["question_tokens"])).last_hidden_state[:, 0]
-        passages = tokens(tokenizer, positives + negatives, LENGTHS["passage_tokens"])
-        p_PD = model(**passages).last_hidden_state[:, 0]
-        F.cross_entropy(q_BD @ p_PD.T, torch.arange(len(questions))).backward()
+        questions = tokens(tokenizer, questions, LENGTHS["question_tokens"]).to(args.device)
+        passages = tokens(tokenizer, positives + negatives, LENGTHS["passage_tokens"]).to(args.device)
+        with args.autocast():
+            q_BD = model(**questions).last_hidden_state[:, 0].float()
+            p_PD = model(**passages).last_hidden_state[:, 0].float()
+        F.cross_entropy(q_BD @ p_PD.T, torch.arange(len(q_BD), device=args.device)).backward()
 
     return model, gradient
 
@@ -94,23 +94,21 @@ def package_way(args):
     sys.modules["grad_cache.context_managers"] = gradcache.context_managers
     from gradcache.grad_cache import GradCache
 
-    model, tokenizer = (
-        AutoModel.from_pretrained(args.model).train(),
-        AutoTokenizer.from_pretrained(args.model),
-    )
+    model = AutoModel.from_pretrained(args.model).train().to(args.device)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
 
     def loss(q_BD, p_PD):
-        return F.cross_entropy(q_BD @ p_PD.T, torch.arange(len(q_BD)))
+        return F.cross_entropy(q_BD.float() @ p_PD.float().T, torch.arange(len(q_BD), device=args.device))
 
     cache = GradCache(
         [model, model], [2 * args.chunk, args.chunk], loss, get_rep_fn=lambda out: out.last_hidden_state[:, 0]
     )
 
     def gradient(questions, positives, negatives):
-        cache(
-            tokens(tokenizer, questions, LENGTHS["question_tokens"]),
-            tokens(tokenizer, positives + negatives, LENGTHS["passage_tokens"]),
-        )
+        questions = tokens(tokenizer, questions, LENGTHS["question_tokens"]).to(args.device)
+        passages = tokens(tokenizer, positives + negatives, LENGTHS["passage_tokens"]).to(args.device)
+        with args.autocast():  # around both passes
+            cache(dict(questions), dict(passages))
 
     return model, gradient
 
@@ -124,7 +122,7 @@ def sentence_transformers_way(args, cached):
 
     bert = Transformer(args.model, max_seq_length=LENGTHS["passage_tokens"])
     pooling = Pooling(bert.get_embedding_dimension(), "cls")
-    model, how = SentenceTransformer(modules=[bert, pooling], device="cpu"), {"scale": 1.0}
+    model, how = SentenceTransformer(modules=[bert, pooling], device=args.device), {"scale": 1.0}
     how["similarity_fct"] = dot_score
     if cached:
         loss = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=args.chunk, **how)
@@ -133,14 +131,20 @@ def sentence_transformers_way(args, cached):
     model.train()
 
     def gradient(*columns):
-        loss([model.preprocess(column) for column in columns], None).backward()
+        columns = [model.preprocess(column) for column in columns]
+        columns = [
+            {key: x.to(args.device) for key, x in one.items() if torch.is_tensor(x)} for one in columns
+        ]
+        with args.autocast():  # around both passes of the cached one, whose second is in backward()
+            loss(columns, None).backward()
 
     return model, gradient
 
 
 def our_way(args, train, corpus, cached):
     """add_gradient of train_dpr.py on a batch of make_batch."""
-    argv = ["--init", args.model, "--shared_encoder", "--mask_duplicates", "false", "--gradient_scale", "1"]
+    argv = ["--init", args.model, "--shared_encoder", str(args.shared), "--mask_duplicates", "false"]
+    argv += ["--gradient_scale", "1"]
     # why: the others feed what the tokenizer gives, and not every BERT's gives segments
     names = AutoTokenizer.from_pretrained(args.model).model_input_names
     types = "segments" if "token_type_ids" in names else "zeros"
@@ -148,12 +152,12 @@ def our_way(args, train, corpus, cached):
     argv += ["--question_chunk", str(2 * args.chunk), "--passage_chunk", str(args.chunk)]
     cfg = load_config("", "config/train_dpr_nq.yaml", argv)
     vars(cfg).update(LENGTHS)
-    towers = load_towers(dict.fromkeys(TOWERS, cfg.init), cfg, "cpu")
+    towers = load_towers(dict.fromkeys(TOWERS, cfg.init), cfg, args.device)
     device = SimpleNamespace(
-        device=torch.device("cpu"),
+        device=torch.device(args.device),
         process_index=0,
         backward=torch.Tensor.backward,
-        autocast=nullcontext,
+        autocast=args.autocast,
     )
 
     def gradient(questions, positives, negatives):
@@ -267,6 +271,7 @@ def main():
     parser.add_argument("--peer_python", default="", help="python with the peers")
     parser.add_argument("--way", choices=WAYS)  # used by this script itself, in its own processes
     parser.add_argument("--folder")
+    parser.set_defaults(device="cpu", autocast=nullcontext, shared=True)  # others: bench_gpu.py
     args = parser.parse_args()
     if args.way:
         return work(args.way, args)

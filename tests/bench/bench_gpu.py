@@ -1,0 +1,477 @@
+"""
+The rows of the cost table that need a GPU, in one process: models of the papers' sizes with random weights,
+real text.
+
+Run: python tests/bench/bench_gpu.py --bert_tokenizer data/models/tinybert-4l --t5_tokenizer
+data/models/flan-t5-small --corpus data/demo/corpus.tsv --train data/demo/train.jsonl
+
+Rows (--rows; each goes on where another fails):
+gemm     FLOP per second of torch.mm, squares of 8192, in four precisions: the peaks of this card.
+encode   BERT-base, passages/s from texts to vectors, tokenising included: texts as they are, and texts that
+         fill all 256 tokens. Ours as doc2embedding.py does it, nanoDPR's way (batches of 32, padded to 256),
+         sentence-transformers (in the same process, if it is installed). "useful" is the FLOP of
+         bench_encode.py's formula; its share is of the squares in that precision.
+train    A step of the NQ recipe (128 questions, a hard negative each) with one shared BERT-base, every way of
+         bench_train.py (GradCache and sentence-transformers where they are installed); then ours with two
+         towers, as the recipe has them; then --big questions with the gradient cache. Tokenising is in it.
+search   --passages random unit vectors of 768 numbers in fp16, on the GPU and in main memory: ours where they
+         lie on the GPU, ours sent block by block, and the bare float32 product.
+emdr2    A step of EMDR2 with T5-base and two BERT-base: ours against the reference's way (bench_emdr2.py),
+         four questions of 50 passages; then a step of the recipe, 64 questions, checkpointing.
+rerank   BERT-base cross-encoder, pairs/s: ours, and sentence-transformers' CrossEncoder.
+
+Interleaved turns, medians (ranges); ratios are within a turn. Memory: the most that torch had allocated, with
+weights, gradients and AdamW. Nothing here says anything about accuracy: the weights are random. That
+the ways compute the same is checked on CPUs by the other benchmarks, in float32.
+--tiny: everything small, on any device, to see that it runs.
+"""
+
+import argparse
+import copy
+import functools
+import gc
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch.nn.utils import clip_grad_norm_
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    logging,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.bench import bench_emdr2, bench_train  # noqa: E402
+from tests.bench.bench_encode import nano_dpr, ours, useful_flop  # noqa: E402
+from utils import encoder as encoder_module  # noqa: E402
+from utils import search as search_module  # noqa: E402
+from utils.config import load_config  # noqa: E402
+from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pairs  # noqa: E402
+from utils.data import Corpus, read_questions  # noqa: E402
+from utils.encoder import load_encoder, tokenize_passages  # noqa: E402
+from utils.files import write_json  # noqa: E402
+from utils.search import exact_topk  # noqa: E402
+
+logging.set_verbosity_error()  # else a report for every pooler that is left out
+INPUTS = {"question_tokens": 256, "passage_tokens": 256, "pooling": "cls", "token_types": "zeros"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def wait(device):
+    """GPU work is asynchronous: a clock is read after it."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def autocast_of(args, kind):
+    """What doc2embedding.py and the trainers put around a forward pass."""
+    if kind == "fp32":
+        return nullcontext
+    return functools.partial(torch.autocast, torch.device(args.device).type, DTYPES[kind])
+
+
+def turns(works, n, device, warm=False):
+    """{name: seconds of n turns}, interleaved, each in turn the first; unless warm, after one more turn."""
+    seconds = {name: [] for name in works}
+    for turn in range(warm, n + 1):
+        for name in list(works)[:: 1 if turn % 2 else -1]:
+            wait(device)
+            began = time.perf_counter()
+            works[name]()
+            wait(device)
+            seconds[name] += [time.perf_counter() - began] if turn else []
+    return seconds
+
+
+def spread(values, digits=2):
+    """Median (smallest-largest)."""
+    return "{:,.{d}f} ({:,.{d}f}-{:,.{d}f})".format(
+        statistics.median(values), min(values), max(values), d=digits
+    )
+
+
+def ratios(slow, fast):
+    return spread([a / b for a, b in zip(slow, fast, strict=True)])
+
+
+def peak_of(work, device):
+    """GB that torch had allocated at most during work(), and that beyond what it had before; 0 on a CPU."""
+    gc.collect()
+    if torch.device(device).type != "cuda":
+        return work() or (0.0, 0.0)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    peak = torch.cuda.max_memory_allocated()
+    return peak / 1e9, (peak - before) / 1e9
+
+
+# ---------------------------------------------------------------- what the rows are given
+def make_models(args):
+    """Random models of the papers' sizes in args.work, with real tokenizers."""
+    torch.manual_seed(0)
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    bert = BertConfig(vocab_size=30522, hidden_dropout_prob=0.1, **(small if args.tiny else {}))
+    words = AutoTokenizer.from_pretrained(args.bert_tokenizer)
+    for name, role in (("query_encoder", "question"), ("doc_encoder", "passage"), ("bert", "shared")):
+        BertModel(bert).save_pretrained(args.work / name)
+        words.save_pretrained(args.work / name)
+        write_json(args.work / name / "encoder_inputs.json", {"role": role, **INPUTS, "pair": "bench"})
+    bert.num_labels = 2
+    BertForSequenceClassification(bert).save_pretrained(args.work / "cross")
+    words.save_pretrained(args.work / "cross")
+    write_json(args.work / "cross" / "encoder_inputs.json", {"role": "cross", "pair_tokens": 160})
+    size = {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12}  # from: t5-base
+    size = {"d_model": 64, "d_kv": 32, "d_ff": 128, "num_layers": 2, "num_heads": 2} if args.tiny else size
+    pieces = AutoTokenizer.from_pretrained(args.t5_tokenizer)
+    t5 = T5Config(vocab_size=32128, decoder_start_token_id=0, dropout_rate=0.1, **size)
+    T5ForConditionalGeneration(t5).save_pretrained(args.work / "t5")
+    pieces.save_pretrained(args.work / "t5")
+
+
+# ---------------------------------------------------------------- rows
+def gemm(args):
+    n = 512 if args.tiny else 8192
+    for kind in ("fp32", "tf32", "bf16", "fp16"):
+        torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
+        dtype = DTYPES.get(kind, torch.float32)
+        a_nn, b_nn = (torch.randn(n, n, device=args.device, dtype=dtype) for _ in range(2))
+        spent = turns({kind: lambda a=a_nn, b=b_nn: [a @ b for _ in range(10)]}, 5, args.device)[kind]
+        args.peak[kind] = 10 * 2 * n**3 / statistics.median(spent)
+        print(f"{kind}: {spread([10 * 2 * n**3 / s / 1e12 for s in spent], 1)} TFLOP/s")
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def encode(args):
+    encoder = load_encoder(args.work / "doc_encoder", "passage").to(args.device).eval()
+    half = copy.deepcopy(encoder).bfloat16()
+    some = np.linspace(0, len(args.corpus) - 1, 256 if args.tiny else 8192).astype(int).tolist()
+    natural = [(args.corpus[row].title, args.corpus[row].text) for row in some]
+    pairs = zip(natural, natural[1:] + natural[:1], natural[2:] + natural[:2], strict=True)
+    full = [(title, f"{text} {other} {third}") for (title, text), (_, other), (_, third) in pairs]
+    sizes = (32,) if args.tiny else (64, 256, 512)
+    theirs = sentence_encoder(args)
+    for label, texts in (("texts as they are", natural), ("texts that fill 256 tokens", full)):
+        lengths = [len(ids) for ids in tokenize_passages(encoder, texts)]
+        works, few = {}, texts[: len(texts) // 8]  # the slow ways get an eighth
+        works["nanoDPR's way, fp32"] = lambda few=few: nano_dpr(encoder, few)
+        works["nanoDPR's way, bf16"] = lambda few=few: nano_dpr(encoder, few, autocast_of(args, "bf16"))
+        works["ours, fp32, batch 256"] = lambda few=few: ours(encoder, few, 256)
+        for size in sizes:
+            cast = autocast_of(args, "bf16")
+            works[f"ours, bf16, batch {size}"] = lambda texts=texts, size=size, cast=cast: ours(
+                encoder, texts, size, autocast=cast
+            )
+        works["ours, fp16, batch 256"] = lambda texts=texts: ours(
+            encoder, texts, 256, autocast=autocast_of(args, "fp16")
+        )
+        works["ours, bf16 weights, batch 256"] = lambda texts=texts: ours(half, texts, 256)
+        works["the same, not padded ahead"] = lambda texts=texts: not_ahead(lambda: ours(half, texts, 256))
+        if theirs:
+            works["sentence-transformers, bf16, 256"] = lambda texts=texts: theirs.encode(
+                texts, batch_size=256, show_progress_bar=False
+            )
+        works["tokenising alone"] = lambda texts=texts: tokenize_passages(encoder, texts)
+        seconds = turns(works, 3, args.device)
+        best = min(
+            (name for name in works if "ours, bf16" in name),
+            key=lambda name: statistics.median(seconds[name]),
+        )
+        print(f"{label}: {len(texts)} passages, {sum(lengths) / len(lengths):.0f} tokens on average")
+        for name, spent in seconds.items():
+            share = 1 / 8 if "fp32" in name or "nanoDPR" in name else 1
+            spent = [s / share for s in spent]
+            flop = sum(useful_flop(encoder, n) for n in lengths) / statistics.median(spent)
+            kind = next((kind for kind in DTYPES if kind in name), "bf16")
+            note = f"{flop / 1e12:7.1f} useful TFLOP/s = {flop / args.peak[kind]:.2f} of the peak"
+            note = "" if name.startswith("tokenising") else note
+            rate = spread([len(texts) / s for s in spent], 0)
+            print(f"  {name:34} {rate:>26}/s  best ours is {ratios(spent, seconds[best]):>22} x  {note}")
+
+
+def not_ahead(work):
+    """work() with every batch padded and sent only when the last one is through."""
+    real, encoder_module.ahead = encoder_module.ahead, map
+    work()
+    encoder_module.ahead = real
+
+
+def sentence_encoder(args):
+    """sentence-transformers' encoder of the same weights in bf16, or None where it is not installed."""
+    try:
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.models import Pooling, Transformer
+    except ImportError:
+        return print("sentence-transformers is not installed")
+    bert = Transformer(str(args.work / "doc_encoder"), max_seq_length=256)
+    bert.tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    width = bert.auto_model.config.hidden_size
+    return SentenceTransformer(modules=[bert, Pooling(width, "cls")], device=args.device).bfloat16()
+
+
+def train(args):
+    size, rng = 8 if args.tiny else 128, np.random.default_rng(0)
+    rows = [row for row in read_questions(args.train) if row["positives"]]
+    ids = [args.corpus[int(row)].id for row in rng.integers(len(args.corpus), size=len(rows))]
+    rows = [row | {"negatives": [one]} for row, one in zip(rows, ids, strict=True)]
+    bench_train.LENGTHS = {"question_tokens": 256, "passage_tokens": 256}
+    print(f"{size} questions, a positive and a negative each, chunk {args.chunk}")
+
+    def stepper(name, kind, size, shared=True):
+        given = SimpleNamespace(
+            model=str(args.work / "bert"), chunk=args.chunk, device=args.device, shared=shared
+        )
+        given.autocast = autocast_of(args, kind)
+        model, gradient = bench_train.make_way(name, given, rows, args.corpus)
+        optimizer, at = torch.optim.AdamW(model.to(args.device).train().parameters(), lr=1e-5), [0]
+
+        def step():
+            batch = bench_train.examples_of(rows, args.corpus, at[0], size)
+            at[0] += size
+            gradient(*batch)
+            clip_grad_norm_(model.parameters(), 2.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    def compare(chosen):
+        steps, memory = {}, {}
+        for key in chosen:
+            try:
+                step = stepper(*key, size)
+                step()  # AdamW's two states
+                memory[key], steps[key] = peak_of(step, args.device)[1], step
+            except (ImportError, AttributeError, TypeError, RuntimeError) as error:
+                fault = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
+                print(f"  {', '.join(key)}: not run: {fault}")
+        seconds = turns(steps, 5, args.device)
+        mine = next(key for key in list(steps)[::-1] if key[0].startswith("ours"))
+        for key, spent in seconds.items():
+            rate, times = spread([size / s for s in spent], 1), ratios(spent, seconds[mine])
+            print(f"  {', '.join(key):36} {rate:>24} questions/s, {mine[0]} is {times} x", end="")
+            print(f", {memory[key]:.1f} GB beside weights and AdamW")
+
+    kinds = [(name, "bf16") for name in bench_train.WAYS]
+    compare(kinds[:3])
+    compare(kinds[:1] + kinds[3:])
+    for shared, n in ((False, size), (True, args.big)):
+        for name in ("ours", "ours, grad_cache"):
+            for kind in ("fp32", "bf16"):
+                if n > size and (name, kind) != ("ours, grad_cache", "bf16"):
+                    continue
+                spent = []
+                try:
+                    step = stepper(name, kind, n, shared)
+                    peak, _ = peak_of(step, args.device)
+                    spent = turns({name: step}, 3, args.device)[name]
+                    rate = spread([n / s for s in spent], 1)
+                    towers = "one shared tower" if shared else "two towers"
+                    print(f"  {name}, {kind}, {n} questions, {towers}: {rate} questions/s, {peak:.1f} GB")
+                except torch.OutOfMemoryError as error:
+                    print(f"  {name}, {kind}, {n} questions: {str(error).splitlines()[0]}")
+                step = None
+
+
+def search(args):
+    D, chunk = 768, 1000 if args.tiny else 1_000_000
+    N, k = args.passages, 100
+    resident_ND = torch.empty(N, D, dtype=torch.float16, device=args.device)
+    shards = []
+    torch.manual_seed(0)
+    for at in range(0, N, chunk):
+        x_nD = torch.randn(min(chunk, N - at), D, device=args.device)
+        resident_ND[at : at + chunk] = x_nD / x_nD.norm(dim=1, keepdim=True)
+        shards.append(resident_ND[at : at + chunk].cpu().numpy())
+        del x_nD
+    settled, real = [], search_module.settle
+
+    def timed_settle(*given, **named):
+        wait(args.device)
+        began = time.perf_counter()
+        found = real(*given, **named)
+        settled.append(time.perf_counter() - began)
+        return found
+
+    search_module.settle = timed_settle
+    for Q in (1, 32, 3610):
+        q_QD = torch.randn(Q, D, device=args.device)
+        q_QD /= q_QD.norm(dim=1, keepdim=True)
+        questions, found = q_QD.cpu().numpy(), {}
+
+        def product(q_QD=q_QD):
+            for at in range(0, N, 1 << 18):
+                q_QD @ resident_ND[at : at + (1 << 18)].float().T
+
+        def resident(questions=questions, found=found):
+            found["resident"] = exact_topk(questions, shards, k, resident_ND=resident_ND)
+
+        def sent(questions=questions, found=found):
+            found["sent"] = exact_topk(questions, shards, k, device=args.device)
+
+        works = {"bare product, fp32": product, "ours, resident": resident}
+        if Q > 32:
+            works["ours, sent by blocks"] = sent
+        settled.clear()
+        seconds = turns(works, 2 if Q > 32 else 3, args.device, warm=Q > 32)
+        print(f"{N:,} x {D} fp16, {Q} questions, k = {k}")
+        for name, spent in seconds.items():
+            times = f", {ratios(seconds['bare product, fp32'], spent)} of the product's rate"
+            print(f"  {name:22} {spread(spent, 3)} s{times}")
+        print(f"  exact scores and order (CPU): {spread(settled, 3)} s of each")
+        if "sent" in found:
+            assert all((a == b).all() for a, b in zip(*found.values(), strict=True))
+            print("  resident and sent: the same bits")
+    search_module.settle = real
+
+
+def emdr2(args):
+    out = args.work / "embeddings"
+    command = [sys.executable, "doc2embedding.py", "--doc_encoder", args.work / "doc_encoder", "--out", out]
+    command += ["--corpus", args.corpus.path, "--batch_size", "256"]
+    command += ["--mixed_precision", "bf16"] if args.device != "cpu" else []
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    print("doc2embedding.py: " + (done.stdout.splitlines() or [done.stderr])[-1], flush=True)
+    bench_emdr2.DEVICE.device = torch.device(args.device)
+    bench_emdr2.DEVICE.autocast = autocast_of(args, "bf16")
+    given = {"reader": args.work / "t5", "embeddings": out, "train": args.train, "corpus": args.corpus.path}
+    given |= {name: str(args.work / name) for name in bench_emdr2.TOWERS}
+    few = SimpleNamespace(**{key: str(value) for key, value in given.items()})
+    few.threads, few.length, few.passages, few.questions = torch.get_num_threads(), 256, 50, 4
+    if args.tiny:
+        few.passages = 4
+    cfg, corpus, questions, models, index = bench_emdr2.load(few)
+    for model in models.values():
+        model.to(args.device)
+    optimizer = bench_emdr2.optimizer_of(models, cfg)
+
+    def step_of(name, cfg):
+        def step():
+            batch = bench_emdr2.batch(0, cfg, corpus, questions, models, index)
+            with autocast_of(args, "bf16")() if name == "reference" else nullcontext():
+                bench_emdr2.WAYS[name](*batch, models, index, cfg)
+            weights = [p for model in models.values() for p in model.parameters()]
+            clip_grad_norm_(weights, cfg.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    recipe = load_config("", "config/train_emdr2_nq.yaml", [])
+    size = f"{few.questions} questions x {few.passages} passages, 256 tokens, bf16"
+    steps = {name: step_of(name, cfg) for name in bench_emdr2.WAYS}
+    peaks = {}
+    for name in list(steps):
+        try:
+            peaks[name] = peak_of(steps[name], args.device)[0]
+        except torch.OutOfMemoryError as error:
+            print(f"  {size}, {name}: {str(error).splitlines()[0]}")
+            optimizer.zero_grad(set_to_none=True)
+            del steps[name]
+    seconds = turns(steps, 3, args.device)
+    for name, spent in seconds.items():
+        rate, times = spread([few.questions / s for s in spent]), ratios(spent, seconds["ours"])
+        print(f"  {size}, {name}: {rate} questions/s, {peaks[name]:.1f} GB, ours is {times} x")
+    for model in models.values():
+        model.model.activation_checkpointing_enable()
+    whole = SimpleNamespace(**vars(cfg) | {"batch_size": 4 if args.tiny else recipe.batch_size})
+    for chunk in (recipe.question_chunk, 4):
+        whole.question_chunk = chunk
+        step = step_of("ours", whole)
+        peak, _ = peak_of(step, args.device)
+        spent = turns({"step": step}, 1, args.device, warm=True)["step"]
+        print(
+            f"  the recipe's step, {whole.batch_size} questions x {few.passages}, {chunk} at a time, "
+            f"checkpointing: {spread(spent)} s, {peak:.1f} GB"
+        )
+
+
+def rerank(args):
+    cross = load_cross_encoder(args.work / "cross").to(args.device)
+    questions = [row["question"] for row in read_questions(args.train)]
+    n = 256 if args.tiny else 4096
+    pairs = [(questions[i % len(questions)], args.corpus[i % len(args.corpus)]) for i in range(n)]
+    cast = autocast_of(args, "bf16")
+
+    def mine():
+        probabilities(cross, tokenize_pairs(cross, pairs), 256, cast)
+
+    works = {"ours, bf16": mine}
+    try:
+        from sentence_transformers import CrossEncoder
+
+        peer = CrossEncoder(str(args.work / "cross"), max_length=160, device=args.device)
+        peer.bfloat16()
+        texts = [(question, f"{passage.title} {passage.text}") for question, passage in pairs]
+        works["sentence-transformers, bf16"] = lambda: peer.predict(
+            texts, batch_size=256, show_progress_bar=False
+        )
+    except ImportError:
+        print("sentence-transformers is not installed")
+    seconds = turns(works, 3, args.device)
+    for name, spent in seconds.items():
+        rate = spread([n / s for s in spent], 0)
+        print(f"  {name:30} {rate} pairs/s, ours is {ratios(spent, seconds['ours, bf16'])} x")
+
+
+ROWS = {row.__name__: row for row in (gemm, encode, train, emdr2, rerank, search)}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bert_tokenizer", required=True)
+    parser.add_argument("--t5_tokenizer", required=True)
+    parser.add_argument("--corpus", required=True)
+    parser.add_argument("--train", required=True, help="questions with answers and positives")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--passages", type=int, default=21_000_000)
+    parser.add_argument("--chunk", type=int, default=64, help="passages in a pass of the gradient cache")
+    parser.add_argument("--big", type=int, default=2048, help="questions of the largest batch")
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args()
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.tiny:
+        args.passages, args.big = min(args.passages, 5000), 16
+    elif args.device == "cpu":
+        sys.exit("error: there is no GPU; --tiny runs anywhere")
+    name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
+    args.corpus, args.peak, failed = Corpus(args.corpus), dict.fromkeys((*DTYPES, "tf32"), np.inf), []
+    with tempfile.TemporaryDirectory() as folder:
+        args.work = Path(folder)
+        make_models(args)
+        for row in args.rows:
+            print(f"\n== {row}", flush=True)
+            began = time.perf_counter()
+            try:
+                ROWS[row](args)
+            except Exception:
+                traceback.print_exc()
+                failed.append(row)
+            gc.collect()
+            if args.device == "cuda":
+                torch.cuda.empty_cache()
+            print(f"-- {row}: {time.perf_counter() - began:.1f} s in all", flush=True)
+    sys.exit(f"error: failed: {' '.join(failed)}" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

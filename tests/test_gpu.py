@@ -1,0 +1,159 @@
+"""What only a GPU can get wrong: its random state, half precision, search where the vectors lie, a resume."""
+
+import os
+import subprocess
+from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.processes import ENVIRONMENT, command
+from tests.test_train_dpr import config, flat_gradient, rows
+from tests.toy import make_world
+from tests.toy_t5 import t5
+from train_dpr import TOWERS, add_gradient, load_towers, make_batch
+from utils.config import ROOT
+from utils.data import Corpus, read_questions
+from utils.encoder import embed, load_encoder, tokenize_passages
+from utils.live_index import LiveIndex
+from utils.search import exact_topk
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+HALF = {"no": nullcontext}
+HALF |= {kind: partial(torch.autocast, "cuda", dtype) for kind, dtype in
+         (("bf16", torch.bfloat16), ("fp16", torch.float16))}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def run(script, keys):
+    """As tests.processes.run, on the GPU."""
+    env = {key: value for key, value in (os.environ | ENVIRONMENT).items() if key != "ACCELERATE_USE_CPU"}
+    done = subprocess.run(command(script, keys), cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def gradient(world, kind="no", **changes):
+    """Loss and gradient of step 0 on the GPU; the masks of dropout are those of (seed, step, chunk)."""
+    cfg, _ = config(world, **changes)
+    corpus, towers = Corpus(cfg.corpus), load_towers(dict.fromkeys(TOWERS, cfg.init), cfg, "cuda")
+    accelerator = SimpleNamespace(device=torch.device("cuda"), process_index=0)
+    accelerator.backward, accelerator.autocast = torch.Tensor.backward, HALF[kind]
+    batch = make_batch(0, read_questions(cfg.train), corpus, towers, cfg)
+    loss, _ = add_gradient(batch, towers, accelerator, cfg, 0)
+    return loss.item(), flat_gradient(towers)
+
+
+@pytest.mark.parametrize("kind", HALF)
+def test_both_passes_of_the_gradient_cache_drop_the_same_units(world, kind):
+    """Dropout 0.3: the cached gradient is the plain one, and another seed's is far from it."""
+    plain_loss, plain = gradient(world, kind, dropout=0.3)
+    loss, cached = gradient(world, kind, dropout=0.3, grad_cache=True)
+    _, other = gradient(world, kind, dropout=0.3, grad_cache=True, seed=7)
+    near = 1e-4 if kind == "no" else 2e-2
+    assert abs(loss - plain_loss) < near
+    assert (cached - plain).norm() < near * plain.norm()
+    assert (other - plain).norm() > 0.2 * plain.norm()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_half_precision_points_the_same_way(world, kind):
+    """Without dropout: cosine with the gradient in float32 over 0.999."""
+    assert torch.cosine_similarity(*(gradient(world, k, dropout=0.0)[1] for k in ("no", kind)), dim=0) > 0.999
+
+
+@pytest.mark.parametrize("kind", HALF)
+def test_a_run_that_stops_goes_on_as_if_it_had_not(world, tmp_path, kind):
+    """Five steps, stopped, resumed with its dropout and its loss scaler: the losses of the unbroken run."""
+    _, keys = config(world, epochs=2, mixed_precision=kind, dropout=0.1, grad_cache=True, save_every=5)
+    run("train_dpr.py", keys | {"run_dir": tmp_path / "whole"})
+    run("train_dpr.py", keys | {"run_dir": tmp_path / "parts", "stop_after": 5})
+    run("train_dpr.py", keys | {"run_dir": tmp_path / "parts", "resume": "changed"})
+    whole, parts = (
+        {row["step"]: row["loss"] for row in rows(tmp_path / name) if "loss" in row}
+        for name in ("whole", "parts")
+    )
+    assert len(whole) == 10 and parts == pytest.approx(whole, rel=1e-4 if kind == "no" else 2e-2)
+
+
+def test_vectors_of_a_gpu_are_those_of_a_cpu(world):
+    """float32 to 1e-5, autocast to 2e-2 of the largest number, whatever the batch."""
+    encoder, corpus = load_encoder(world / "doc_encoder", "passage"), Corpus(world / "corpus.tsv")
+    ids = tokenize_passages(encoder, [(passage.title, passage.text) for passage in corpus])
+    wanted_ND = embed(encoder, ids, 8, "passage")
+    encoder.to("cuda")
+    for kind, near in (("no", 1e-5), ("bf16", 2e-2), ("fp16", 2e-2)):
+        for size in (3, 64):
+            apart = np.abs(embed(encoder, ids, size, "passage", HALF[kind]) - wanted_ND).max()
+            assert apart < near * np.abs(wanted_ND).max()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_search_on_the_gpu_has_the_bits_of_the_cpu(dtype):
+    """Sent by blocks or lying there; twins everywhere, at the boundary of k too."""
+    rng = np.random.default_rng(0)
+    x_ND = rng.standard_normal((4000, 64)).astype(dtype)
+    x_ND[1000:1400] = x_ND[:400]
+    x_ND[3000:3300] = x_ND[5]
+    queries_QD = np.concatenate([rng.standard_normal((50, 64)), x_ND[:20]]).astype(np.float32)
+    shards = [x_ND[:1300], x_ND[1300:1301], x_ND[1301:]]
+    wanted = exact_topk(queries_QD, shards, 100)
+    resident_ND = torch.from_numpy(x_ND).to("cuda")
+    for block in (512, 32768):
+        for found in (
+            exact_topk(queries_QD, shards, 100, block, "cuda"),
+            exact_topk(queries_QD, shards, 100, block, resident_ND=resident_ND),
+        ):
+            assert all((a == b).all() for a, b in zip(found, wanted, strict=True))
+
+
+def test_emdr2_keeps_its_vectors_on_the_gpu(world, tmp_path):
+    """Three steps in bf16 with a refresh between; then the copy on the GPU has the refreshed rows."""
+    corpus = world / "corpus.tsv"
+    run("doc2embedding.py", {"doc_encoder": world / "doc_encoder", "corpus": corpus, "out": tmp_path / "x"})
+    keys = {name: world / name for name in ("query_encoder", "doc_encoder")}
+    keys |= {"embeddings": tmp_path / "x", "reader": t5(tmp_path), "train": world / "train.jsonl", "dev": ""}
+    keys |= {"corpus": corpus, "run_dir": tmp_path / "run", "batch_size": 4, "top_k": 3, "reader_tokens": 48}
+    keys |= {"answer_tokens": 6, "stop_after": 3, "refresh_every": 2, "learning_rate": 1e-3}
+    said = run("train_emdr2.py", keys)
+    assert "1 x cuda" in said, said
+    losses = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert len(losses) == 3 and all(np.isfinite(row["loss"]) for row in losses)
+    assert [row["index_age"] for row in losses] == [0, 1, 0]
+
+    accelerator = SimpleNamespace(device=torch.device("cuda"), autocast=nullcontext)
+    index = LiveIndex(Corpus(corpus), tmp_path / "x", accelerator)
+    encoder = load_encoder(tmp_path / "run" / "doc_encoder", "passage").to("cuda")
+    before = index.copy_nD.clone()
+    index.refresh(encoder, 3, 8, nullcontext)
+    assert index.copy_nD.is_cuda and not torch.equal(before, index.copy_nD)
+    assert torch.equal(index.copy_nD.cpu(), torch.from_numpy(np.concatenate(index.shards)))
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_the_commands_run_in_half_precision(world, tmp_path, kind):
+    """Cross-encoder, reranking, reader: trained and used on the GPU, to the end."""
+    questions, corpus = world / "train.jsonl", world / "corpus.tsv"
+    common = {"corpus": corpus, "mixed_precision": kind}
+    run("doc2embedding.py", common | {"doc_encoder": world / "doc_encoder", "out": tmp_path / "x"})
+    ranking = tmp_path / "train.run"
+    keys = {"query_encoder": world / "query_encoder", "embeddings": tmp_path / "x", "index": "stream"}
+    run("test_dpr.py", keys | {"corpus": corpus, "questions": questions, "k": 10, "out": ranking})
+    keys = {"init": world / "bert", "train": questions, "run_dir": tmp_path / "c", "batch_size": 8}
+    keys |= {"dev": "", "pair_tokens": 48, "stop_after": 3}
+    run("train_cross_encoder.py", common | keys)
+    keys = {"cross_encoder": tmp_path / "c" / "cross_encoder", "ranking": ranking, "questions": questions}
+    run("rerank.py", common | keys | {"out": tmp_path / "ce.run", "depth": 5})
+    keys = {"init": world / "bert", "train": questions, "train_run": ranking, "dev": "", "dev_run": ""}
+    keys |= {"run_dir": tmp_path / "r", "batch_size": 4, "reader_tokens": 48, "stop_after": 3}
+    keys |= {"passages_per_question": 3}
+    run("train_reader.py", common | keys)
+    for name in ("c", "r"):
+        assert all(np.isfinite(row["loss"]) for row in rows(tmp_path / name) if "loss" in row)
