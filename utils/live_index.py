@@ -25,7 +25,7 @@ from utils.encoder import embed, load_encoder, tokenize_passages
 from utils.index_worker import finished, folder_of, vectors
 from utils.search import exact_topk, fetch
 
-BLOCK = 16384  # rows that are widened to float32 at a time
+BLOCK = 16384  # rows that are sent to the GPU at a time
 WINDOW = 8192  # passages tokenised and sorted by length together, as doc2embedding.py's sort_window
 ALIKE = 0.98  # cosine under which two vectors of a passage are of two encoders; rounding to fp16 leaves 0.999
 
@@ -74,7 +74,7 @@ class LiveIndex:
         rows_Qk = np.full((len(q_QD), k), -1)
         if self.shards:  # fewer passages than devices leave some without
             found_Qk, local_Qk = exact_topk(
-                q_QD, self.shards, k, BLOCK, str(self.device), resident_ND=self.copy_nD
+                q_QD, self.shards, k, device=str(self.device), resident_ND=self.copy_nD
             )
             scores_Qk[:, : found_Qk.shape[1]] = found_Qk
             rows_Qk[:, : found_Qk.shape[1]] = local_Qk + self.rows.start

@@ -91,6 +91,7 @@ def reference_gradient(examples, answers, rows, corpus, models, index, cfg):
     read = {key: read[key] for key in ("input_ids", "attention_mask")}
     labels_BT = tokenize_answers(fid, answers)
     labels_BT = pad(labels_BT, (0, cfg.answer_tokens - labels_BT.shape[1]), value=PAD)
+    labels_BT = labels_BT.to(DEVICE.device)
     mask_BT, written_BT = labels_BT != PAD, fid.model.prepare_decoder_input_ids_from_labels(labels_BT)
 
     question_ids = tokenize_questions(query, [example["question"] for example in examples])

@@ -11,9 +11,10 @@ encode   BERT-base, passages/s from texts to vectors, tokenising included: texts
          fill all 256 tokens. Ours as doc2embedding.py does it, nanoDPR's way (batches of 32, padded to 256),
          sentence-transformers (in the same process, if it is installed). "useful" is the FLOP of
          bench_encode.py's formula; its share is of the squares in that precision.
-train    A step of the NQ recipe (128 questions, a hard negative each) with one shared BERT-base, every way of
-         bench_train.py (GradCache and sentence-transformers where they are installed); then ours with two
-         towers, as the recipe has them; then --big questions with the gradient cache. Tokenising is in it.
+train    A step with one shared BERT-base, a hard negative each, tokenising included, every way of
+         bench_train.py (GradCache and sentence-transformers where they are installed): 128 questions, and
+         with a gradient cache --cached.
+recipe   Ours with two towers and 128 questions, as the NQ recipe has them; then --big with the cache.
 search   --passages random unit vectors of 768 numbers in fp16, on the GPU and in main memory: ours where they
          lie on the GPU, ours sent block by block, and the bare float32 product.
 emdr2    A step of EMDR2 with T5-base and two BERT-base: ours against the reference's way (bench_emdr2.py),
@@ -85,16 +86,16 @@ def autocast_of(args, kind):
     return functools.partial(torch.autocast, torch.device(args.device).type, DTYPES[kind])
 
 
-def turns(works, n, device, warm=False):
-    """{name: seconds of n turns}, interleaved, each in turn the first; unless warm, after one more turn."""
+def turns(works, n, device, before=1):
+    """{name: seconds of n turns}, interleaved, each in turn the first, after some that only warm up."""
     seconds = {name: [] for name in works}
-    for turn in range(warm, n + 1):
+    for turn in range(1 - before, n + 1):
         for name in list(works)[:: 1 if turn % 2 else -1]:
             wait(device)
             began = time.perf_counter()
             works[name]()
             wait(device)
-            seconds[name] += [time.perf_counter() - began] if turn else []
+            seconds[name] += [time.perf_counter() - began] if turn > 0 else []
     return seconds
 
 
@@ -225,13 +226,13 @@ def sentence_encoder(args):
     return SentenceTransformer(modules=[bert, Pooling(width, "cls")], device=args.device).bfloat16()
 
 
-def train(args):
+def prepare_steps(args):
+    """(questions in a batch, stepper): stepper(way, precision, size, shared) -> what does a step."""
     size, rng = 8 if args.tiny else 128, np.random.default_rng(0)
     rows = [row for row in read_questions(args.train) if row["positives"]]
     ids = [args.corpus[int(row)].id for row in rng.integers(len(args.corpus), size=len(rows))]
     rows = [row | {"negatives": [one]} for row, one in zip(rows, ids, strict=True)]
     bench_train.LENGTHS = {"question_tokens": 256, "passage_tokens": 256}
-    print(f"{size} questions, a positive and a negative each, chunk {args.chunk}")
 
     def stepper(name, kind, size, shared=True):
         given = SimpleNamespace(
@@ -251,7 +252,13 @@ def train(args):
 
         return step
 
-    def compare(chosen):
+    return size, stepper
+
+
+def train(args):
+    size, stepper = prepare_steps(args)
+
+    def compare(chosen, size):
         steps, memory = {}, {}
         for key in chosen:
             try:
@@ -261,7 +268,8 @@ def train(args):
             except (ImportError, AttributeError, TypeError, RuntimeError) as error:
                 fault = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
                 print(f"  {', '.join(key)}: not run: {fault}")
-        seconds = turns(steps, 5, args.device)
+        print(f"  {size} questions, a positive and a negative each, chunk {args.chunk}")
+        seconds = turns(steps, 5, args.device, before=3)  # the first ones also fill torch's store of memory
         mine = next(key for key in list(steps)[::-1] if key[0].startswith("ours"))
         for key, spent in seconds.items():
             rate, times = spread([size / s for s in spent], 1), ratios(spent, seconds[mine])
@@ -269,8 +277,12 @@ def train(args):
             print(f", {memory[key]:.1f} GB beside weights and AdamW")
 
     kinds = [(name, "bf16") for name in bench_train.WAYS]
-    compare(kinds[:3])
-    compare(kinds[:1] + kinds[3:])
+    compare(kinds[:3], size)
+    compare(kinds[3:], args.cached)
+
+
+def recipe(args):
+    size, stepper = prepare_steps(args)
     for shared, n in ((False, size), (True, args.big)):
         for name in ("ours", "ours, grad_cache"):
             for kind in ("fp32", "bf16"):
@@ -329,7 +341,7 @@ def search(args):
         if Q > 32:
             works["ours, sent by blocks"] = sent
         settled.clear()
-        seconds = turns(works, 2 if Q > 32 else 3, args.device, warm=Q > 32)
+        seconds = turns(works, 2 if Q > 32 else 3, args.device, before=Q <= 32)
         print(f"{N:,} x {D} fp16, {Q} questions, k = {k}")
         for name, spent in seconds.items():
             times = f", {ratios(seconds['bare product, fp32'], spent)} of the product's rate"
@@ -344,7 +356,7 @@ def search(args):
 def emdr2(args):
     out = args.work / "embeddings"
     command = [sys.executable, "doc2embedding.py", "--doc_encoder", args.work / "doc_encoder", "--out", out]
-    command += ["--corpus", args.corpus.path, "--batch_size", "256"]
+    command += ["--corpus", args.corpus.path, "--batch_size", "1024"]
     command += ["--mixed_precision", "bf16"] if args.device != "cpu" else []
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     print("doc2embedding.py: " + (done.stdout.splitlines() or [done.stderr])[-1], flush=True)
@@ -395,7 +407,7 @@ def emdr2(args):
         whole.question_chunk = chunk
         step = step_of("ours", whole)
         peak, _ = peak_of(step, args.device)
-        spent = turns({"step": step}, 1, args.device, warm=True)["step"]
+        spent = turns({"step": step}, 1, args.device, before=0)["step"]
         print(
             f"  the recipe's step, {whole.batch_size} questions x {few.passages}, {chunk} at a time, "
             f"checkpointing: {spread(spent)} s, {peak:.1f} GB"
@@ -430,7 +442,7 @@ def rerank(args):
         print(f"  {name:30} {rate} pairs/s, ours is {ratios(spent, seconds['ours, bf16'])} x")
 
 
-ROWS = {row.__name__: row for row in (gemm, encode, train, emdr2, rerank, search)}
+ROWS = {row.__name__: row for row in (gemm, encode, train, recipe, emdr2, rerank, search)}
 
 
 def main():
@@ -443,13 +455,14 @@ def main():
     parser.add_argument("--train", required=True, help="questions with answers and positives")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--passages", type=int, default=21_000_000)
-    parser.add_argument("--chunk", type=int, default=64, help="passages in a pass of the gradient cache")
+    parser.add_argument("--chunk", type=int, default=256, help="passages in a pass of ours; questions: twice")
+    parser.add_argument("--cached", type=int, default=512, help="questions of the ways with a gradient cache")
     parser.add_argument("--big", type=int, default=2048, help="questions of the largest batch")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.tiny:
-        args.passages, args.big = min(args.passages, 5000), 16
+        args.passages, args.big, args.cached = min(args.passages, 5000), 16, 16
     elif args.device == "cpu":
         sys.exit("error: there is no GPU; --tiny runs anywhere")
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
