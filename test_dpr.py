@@ -213,14 +213,16 @@ def main():
     out = Path(cfg.out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = f"{len(questions):,} questions, {len(corpus):,} passages x {manifest['dim']} {manifest['dtype']}"
-    print(f"{size}, index {cfg.index}, {device}, {faiss.omp_get_max_threads()} threads", flush=True)
+    threads = torch.get_num_threads() if cfg.index == "stream" else faiss.omp_get_max_threads()
+    print(f"{size}, index {cfg.index}, {device}, {threads} threads", flush=True)
     encoder = None if cfg.lookahead else load_question_encoder(cfg, manifest).to(device)
     if cfg.dry_run:
 
         def probe():  # 16 questions stand for all, one block of passages for the corpus
-            some_QD = np.resize(encode(encoder, questions[:16], cfg), (len(questions), encoder.dim))
+            together = min(len(questions), BLOCK)
+            some_QD = np.resize(encode(encoder, questions[:16], cfg), (together, encoder.dim))
             exact_topk(some_QD, [shards[0][:16384]], cfg.k, device=device)
-            return len(shards[0][:16384])
+            return len(shards[0][:16384]) * together / len(questions)
 
         memory = 0 if cfg.index == "stream" else 4 * encoder.dim * len(corpus)
         n, disk = len(corpus), 60 * len(questions) * cfg.k

@@ -11,7 +11,7 @@
 # Other seeds: SEED=2, in its own RUN; with RUNGS="dpr ance rocket" EPISODES=1 only these. The table counts them.
 # T5= (none): the rows of FiD and EMDR2 say "not run". All variables can be set from outside. One GPU is large enough for
 # several small models: after RUNGS=dpr LEG=true, run RUNGS=gc, RUNGS=ance and RUNGS=rocket side by side with LEG=true,
-# which ends before what needs all of them, then the whole without it.
+# which ends before what needs all of them, then the whole without it. Its minutes are then those of busy devices.
 set -euo pipefail
 SIZE=${SIZE:-small} SEED=${SEED:-1} BATCH=${BATCH:-32} SCORED=${SCORED:-16} TEST_DEPTH=${TEST_DEPTH:-100}
 DPR_CONFIG=${DPR_CONFIG:-config/train_dpr_demo.yaml} READER_CONFIG=${READER_CONFIG:-config/train_reader_demo.yaml}

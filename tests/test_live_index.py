@@ -28,6 +28,7 @@ from utils.embeddings import open_embeddings
 from utils.encoder import load_encoder, save_encoder
 from utils.files import read_json, sha256, write_json
 from utils.live_index import LiveIndex
+from utils.search import exact_topk
 
 ACCELERATOR = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext)
 torch.set_num_threads(1)
@@ -153,9 +154,17 @@ def test_the_copy_on_a_gpu_is_searched_as_the_rows_are(world, tmp_path, monkeypa
     x_ND[20:40] = x_ND[3]
     index = LiveIndex(corpus, write_vectors(tmp_path / "e", corpus, x_ND, 16), ACCELERATOR)
     index.copy_nD = torch.full((60, 32), torch.nan, dtype=torch.float16)
-    monkeypatch.setattr(utils.search.faiss, "knn", None)  # the way without a copy
-    for block, chunk in ((7, 2), (60, 100)):
+    given, real = [], exact_topk
+
+    def search(*arguments, resident_ND, **named):
+        given.append(resident_ND)
+        return real(*arguments, resident_ND=resident_ND, **named)
+
+    monkeypatch.setattr(utils.live_index, "exact_topk", search)
+    for block, panel, chunk in ((7, 9 * 32, 2), (60, 9 * 32, 2), (60, 9999, 100)):
         monkeypatch.setattr(utils.live_index, "BLOCK", block)
+        monkeypatch.setattr(utils.search, "BLOCK", (block, block))
+        monkeypatch.setattr(utils.search, "PANEL", (panel, panel))
         monkeypatch.setattr(utils.search, "CHUNK", chunk)
         index.load(tmp_path / "e", 1)
         for k in (1, 5, 60, 99):
@@ -164,6 +173,7 @@ def test_the_copy_on_a_gpu_is_searched_as_the_rows_are(world, tmp_path, monkeypa
     index.refresh(trained(world), 2, 64, nullcontext)
     wanted = brute_force(q_QD, index.shards[0], 5)
     assert all(np.array_equal(*pair) for pair in zip(index.search(q_QD, 5), wanted, strict=True))
+    assert all(x_ND is index.copy_nD for x_ND in given)
 
 
 # ---------------------------------------------------------------- refresh, check, load

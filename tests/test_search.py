@@ -111,32 +111,63 @@ def test_pairs_of_twins_stay_in_corpus_order(device):
     same(exact_topk(q_QD, cut(x_ND, 70), 10, 64, device), expected)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_corpus_in_which_every_passage_is_better_than_the_last(device, monkeypatch):
-    """Everything found is above the floor then; some questions rise, some fall: no more is kept for that."""
-    q_QD, x_ND = np.eye(24, dtype=np.float32)[:6], np.abs(vectors(23, 20000))
-    x_ND[:, :3] = np.sort(x_ND[:, :3], axis=0)
-    x_ND[:, 3:6] = np.sort(x_ND[:, 3:6], axis=0)[::-1]
-    kept, real = [], utils.search._merge
+@pytest.fixture
+def kept(monkeypatch):
+    """How many scores each merge of a search is given."""
+    numbers, real = [], utils.search._merge
 
     def merge(rough_QK, rows_QK, found, count_Q):
-        kept.append(sum(len(q_h) for q_h, *_ in found))
+        numbers.append(sum(len(q_h) for q_h, *_ in found))
         return real(rough_QK, rows_QK, found, count_Q)
 
     monkeypatch.setattr(utils.search, "_merge", merge)
+    return numbers
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("questions", [1, 7])
+def test_any_panel(questions, device, monkeypatch):
+    """A block is searched in parts, whose last one need not be full: the plain sort, to the last bit."""
+    q_QD, x_ND = vectors(26, questions), vectors(27, 1003, dtype=np.float16)
+    for panel in (32, 64, 96):
+        monkeypatch.setattr(utils.search, "PANEL", (panel * questions,) * 2)
+        for block in (50, 200, 1003):
+            same(exact_topk(q_QD, cut(x_ND, 400), 10, block, device), plain_sort(q_QD, x_ND, 10))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_scores_that_rise_along_the_corpus(device, kept):
+    """Then every passage is among the best so far; found ones are merged before they fill the memory."""
+    q_QD, x_ND = np.eye(24, dtype=np.float32)[:6], np.abs(vectors(23, 20000))
+    x_ND[:, :3] = np.sort(x_ND[:, :3], axis=0)
+    x_ND[:, 3:6] = np.sort(x_ND[:, 3:6], axis=0)[::-1]
     for block in (64, 500):
         same(exact_topk(q_QD, cut(x_ND, 3000), 10, block, device), plain_sort(q_QD, x_ND, 10))
     assert max(kept) < 6 * (4 * 42 + 500) and len(kept) > 20
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_number_that_is_none_is_found_wherever_it_stands(device):
-    """NaN is not above any floor: it must not pass for a bad match, in the first block or a late one."""
+def test_a_number_that_is_none_is_found_wherever_it_stands(device, kept):
+    """
+    NaN is not above any floor, and is no bad match either: the first block or a late one, and no more is kept
+    than without it.
+    """
     for row in (3, 2999):
         x_ND = vectors(24, 3000)
         x_ND[row, 5] = np.nan
         with pytest.raises(UserError, match=f"passage row {row}"):
             exact_topk(vectors(25, 40), cut(x_ND, 700), 5, 100, device)
+    assert max(kept) < 40 * 5 * 37
+
+
+@pytest.mark.parametrize("block", [0, 16])
+@pytest.mark.parametrize("rows, k", [(50, 50), (33, 33), (64, 64), (500, 468)])
+def test_minus_infinity_is_not_taken_for_an_empty_place(rows, k, block):
+    """A passage that scores -inf for every question, of so few that none may be left out."""
+    x_ND = np.abs(vectors(28, rows))
+    x_ND[5, 0] = -np.inf
+    with pytest.raises(UserError, match="NaN"):
+        exact_topk(np.abs(vectors(29, 3)), [x_ND], k, block)
 
 
 def test_all_passages_equal():

@@ -145,7 +145,7 @@ def batches(model, ids, size, length=0):
     """
     order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
     groups = [order[start : start + size] for start in range(0, len(order), size)]
-    # why ahead: a GPU would wait while the next batch is padded and sent to it
+    # why ahead: a GPU would wait while the next batch is padded
     collated = ahead(lambda rows: collate(model, [ids[i] for i in rows], length), groups)
     return zip(groups, collated, strict=True)
 

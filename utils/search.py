@@ -26,8 +26,8 @@ from utils.config import UserError
 SPARE = 32  # candidates kept beyond k, so that rounding at the boundary of k is seen instead of guessed
 TILE = 32  # passages whose best score decides whether any of them is looked at
 PANEL = 2**22, 2**26  # scores in memory at a time, 4 bytes each: on a CPU, on a GPU
-BLOCK = 2**15, 2**17  # passages
-CHUNK = 4096  # questions at a time that are searched again
+BLOCK = 2**15, 2**17  # passages widened to float32 at a time, likewise
+CHUNK = 4096  # questions searched again at a time: 4096 x 32,768 scores are 0.5 GB
 
 
 def name_blas_kernel(cpuinfo="/proc/cpuinfo"):
@@ -58,7 +58,9 @@ def exact_topk(queries_QD, shards, k, block=0, device="cpu", resident_ND=None):
     block: passages that are widened to float32 at a time; 0: BLOCK.
     resident_ND: a torch tensor of the same rows, searched where it lies instead of sending blocks to device.
     Returns (scores_Qk float32, rows_Qk int64), k = min(k, N): the same bits for any block, sharding, device.
-    Memory: a block, and 16 MB of scores (on a GPU 256). UserError for NaN, or a dimension that does not fit.
+    UserError for NaN, or a dimension that does not fit.
+    Memory: a block, a panel of scores, and of every question 12 bytes for each of k + 32 that are kept and
+    up to four times as many (and those of a panel) that were found since: 0.1 GB for 3,610 questions, k 100.
     """
     queries_QD, N = check(queries_QD, shards, k), sum(map(len, shards))
     Q, k, K = len(queries_QD), min(k, N), min(k + SPARE, N)
@@ -70,38 +72,41 @@ def exact_topk(queries_QD, shards, k, block=0, device="cpu", resident_ND=None):
     q_QD = torch.from_numpy(queries_QD).to(on)
     panel = max(1, PANEL[gpu] // Q // TILE) * TILE
     panel_nQ = q_QD.new_empty(min(panel, -(-min(block, N) // TILE) * TILE), Q)
-    rough_QK, rows_QK = q_QD.new_full((Q, K), -np.inf), q_QD.new_zeros(Q, K, dtype=torch.long)
-    found, count_Q, seen, merged = [], rows_QK.new_zeros(Q), 0, 0
+    rough_QK, rows_QK = q_QD.new_full((Q, K), -np.inf), q_QD.new_full((Q, K), -1, dtype=torch.long)
+    found, count_Q, seen, merged, floor_Q = [], rows_QK.new_zeros(Q), 0, 0, None
     for start, x_nD in blocks(shards, block, on, resident_ND):
         for x_pD in x_nD.split(len(panel_nQ)):
-            scores_pQ = panel_nQ[: len(x_pD)]
-            torch.mm(x_pD, q_QD.T, out=scores_pQ)
-            whole_pQ = panel_nQ[: -(-len(x_pD) // TILE) * TILE]
-            whole_pQ[len(x_pD) :] = -np.inf
-            q_h, at_h, score_h = _better(whole_pQ, rough_QK.amin(1), min(K, len(x_pD)) if merged < K else 0)
+            scores_pQ = torch.mm(x_pD, q_QD.T, out=panel_nQ[: len(x_pD)])
+            if floor_Q is None:
+                q_h, at_h, score_h = _best(scores_pQ, min(K, len(x_pD)))
+            else:
+                whole_pQ = panel_nQ[: -(-len(x_pD) // TILE) * TILE]
+                whole_pQ[len(x_pD) :] = -np.inf
+                q_h, at_h, score_h = _better(whole_pQ, floor_Q)
             found.append((q_h, at_h + start, score_h))
             count_Q += torch.bincount(q_h, minlength=Q)
             start, seen = start + len(x_pD), seen + len(x_pD)
-            # why not always: most of a panel's work would be merging. As many rows again bring about K more
+            # why not always: most of the work would be merging. As many rows again bring about K more
             if merged < K or seen >= 2 * merged or seen == N or count_Q.max() > 4 * K:
                 rough_QK, rows_QK = _merge(rough_QK, rows_QK, found, count_Q)
                 found, count_Q, merged = [], torch.zeros_like(count_Q), seen
-    return settle(queries_QD, shards, k, rough_QK.cpu().numpy(), rows_QK.cpu().numpy(), block)
+                # trap: everything is "not under" NaN, and would be kept until the memory is full
+                floor_Q = rough_QK.amin(1).nan_to_num(np.inf, np.inf, -np.inf) if seen >= K else None
+    found = rough_QK.cpu().numpy(), rows_QK.cpu().numpy()
+    return settle(queries_QD, shards, k, *found, min(block, BLOCK[0]))
 
 
-def _better(scores_nQ, floor_Q, first):
+def _best(scores_nQ, k):
+    """The k best scores of every question: (questions, rows, scores), flat."""
+    score_kQ, at_kQ = scores_nQ.topk(k, dim=0)
+    return torch.arange(scores_nQ.shape[1], device=at_kQ.device).repeat(k), at_kQ.ravel(), score_kQ.ravel()
+
+
+def _better(scores_nQ, floor_Q):
     """
-    The scores above the floor of their question: (questions, rows, scores), flat; first: that many best ones
-    of every question instead, where there is no floor yet. why by tiles: after some thousands of passages few
-    are better than the best so far, and a look at the maximum of 32 is ten times cheaper than at each.
+    The scores above the floor of their question: (questions, rows, scores), flat. why by tiles: after some
+    thousands of passages few are better than the best so far; of most tiles only the maximum is looked at.
     """
-    if first:
-        score_fQ, at_fQ = scores_nQ.topk(first, dim=0)
-        return (
-            torch.arange(len(floor_Q), device=floor_Q.device).repeat(first),
-            at_fQ.ravel(),
-            score_fQ.ravel(),
-        )
     tiles_mTQ = scores_nQ.unflatten(0, (-1, TILE))
     # trap: NaN is not above anything, and must be found
     tile_m, q_m = (~(tiles_mTQ.amax(1) <= floor_Q)).nonzero(as_tuple=True)
@@ -116,11 +121,9 @@ def _merge(rough_QK, rows_QK, found, count_Q):
     order_h = q_h.argsort(stable=True)
     q_h, row_h, score_h = q_h[order_h], row_h[order_h], score_h[order_h]
     # beside those kept, a place for each of its question
-    place_h = (
-        rough_QK.shape[1] + torch.arange(len(q_h), device=q_h.device) - (count_Q.cumsum(0) - count_Q)[q_h]
-    )
-    room = (0, int(count_Q.max()))
-    rough_QM, rows_QM = F.pad(rough_QK, room, value=-np.inf), F.pad(rows_QK, room)
+    first_Q = rough_QK.shape[1] + count_Q - count_Q.cumsum(0)
+    place_h, room = first_Q[q_h] + torch.arange(len(q_h), device=q_h.device), (0, int(count_Q.max()))
+    rough_QM, rows_QM = F.pad(rough_QK, room, value=-np.inf), F.pad(rows_QK, room, value=-1)
     rough_QM[q_h, place_h], rows_QM[q_h, place_h] = score_h, row_h
     rough_QK, best_QK = rough_QM.topk(rough_QK.shape[1], sorted=False)
     return rough_QK, rows_QM.gather(1, best_QK)
