@@ -66,10 +66,10 @@ def load_reading(path, corpus, device):
     The reader in a folder, of either kind, as a function: (question, passages, their rows in the corpus)
     -> what stands after `answer: `.
     """
-    from utils.encoder import read_inputs
     from utils.fid import answer, contexts_of, load_fid, text_budget
     from utils.reader import load_reader, predict
     from utils.reader_data import tokenize_rows
+    from utils.weights import read_inputs
 
     no_room = "none, no text of a passage fits beside the question"
     if read_inputs(path, "reader").get("role") == "fid":
@@ -109,8 +109,9 @@ def load(cfg):
     from utils.bm25 import build_bm25, search_bm25, tokens
     from utils.data import Corpus
     from utils.embeddings import open_embeddings
-    from utils.encoder import embed, load_encoder, tokenize_questions
+    from utils.encoder import embed, tokenize_questions
     from utils.search import as_lists, exact_topk
+    from utils.weights import load_encoder
 
     run, corpus = Path(cfg.run), Corpus(cfg.corpus, cfg.corpus_format)
     query_encoder = run / "query_encoder"

@@ -41,9 +41,10 @@ from utils.config import (
 from utils.data import Corpus
 from utils.distributed import ahead, start
 from utils.embeddings import check_finite, refuse_another, unfinished
-from utils.encoder import embed, encoder_hash, load_encoder, tokenize_passages
+from utils.encoder import embed, tokenize_passages
 from utils.estimate import dry_run
 from utils.files import atomic_file, need_space, read_json, sha256, write_json
+from utils.weights import encoder_hash, load_encoder
 
 PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
 

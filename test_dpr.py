@@ -54,13 +54,14 @@ from utils.data import (
     write_trec,
 )
 from utils.embeddings import open_embeddings
-from utils.encoder import embed, load_encoder, tokenize_questions
+from utils.encoder import embed, tokenize_questions
 from utils.estimate import dry_run
 from utils.faiss_index import build_index, search_index
 from utils.files import sha256, write_json
 from utils.metrics import hit_at, mrr, ndcg, print_table, topk_accuracy, with_intervals
 from utils.search import as_lists, exact_topk, faiss, fetch
 from utils.text import has_answer, report_regex_failures
+from utils.weights import load_encoder
 
 KS = (1, 5, 20, 50, 100, 1000)
 BLOCK = 16384  # questions searched at a time: MS MARCO's 502,939 x 1,000 hits would fill 100 GB

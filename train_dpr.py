@@ -40,19 +40,13 @@ from utils.checkpoint import load_optimizer, make_optimizer
 from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
 from utils.data import Corpus, passage_of, read_training
 from utils.distributed import ahead, gather_rows, start, sum_gradients, world
-from utils.encoder import (
-    collate,
-    embed_on_devices,
-    full_length,
-    load_encoder,
-    tokenize_passages,
-    tokenize_questions,
-)
+from utils.encoder import collate, embed_on_devices, full_length, tokenize_passages, tokenize_questions
 from utils.estimate import dry_run
 from utils.files import folder_hash, weights_hash
 from utils.grad_cache import grad_cache_step
 from utils.metrics import positive_ranks
 from utils.run import Run, need_start, plan
+from utils.weights import load_encoder
 
 TOWERS = {"query_encoder": "question", "doc_encoder": "passage"}
 INPUTS = ("question_tokens", "passage_tokens", "pooling", "token_types")

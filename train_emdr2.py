@@ -57,14 +57,7 @@ from utils.config import (
 from utils.data import Corpus, read_questions
 from utils.distributed import ahead, start, sum_gradients, world
 from utils.embeddings import open_embeddings
-from utils.encoder import (
-    embed_on_devices,
-    load_encoder,
-    read_inputs,
-    tokenize_passages,
-    tokenize_questions,
-    vectors_of,
-)
+from utils.encoder import embed_on_devices, tokenize_passages, tokenize_questions, vectors_of
 from utils.estimate import dry_run
 from utils.fid import (
     PAD,
@@ -87,6 +80,7 @@ from utils.predictions import answer_scores, need_predictions_out, write_predict
 from utils.reader_data import read_ranking
 from utils.run import Run, need_start, plan
 from utils.text import has_answer
+from utils.weights import load_encoder, read_inputs
 
 TOWERS = {"query_encoder": "question", "doc_encoder": "passage"}
 SHOWN = ("loss", "has", "ret", "entropy", "agree")  # of a step; the last three where the retriever learns

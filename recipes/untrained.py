@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from train_dpr import INPUTS  # noqa: E402
 from utils.config import friendly_errors, load_config  # noqa: E402
-from utils.encoder import load_encoder, save_encoder  # noqa: E402
+from utils.weights import load_encoder, save_encoder  # noqa: E402
 
 
 def main():

@@ -17,8 +17,9 @@ from utils.config import ROOT, UserError
 from utils.data import Corpus
 from utils.distributed import ahead
 from utils.embeddings import open_embeddings
-from utils.encoder import collate, load_encoder, save_encoder, tokenize_passages
+from utils.encoder import collate, tokenize_passages
 from utils.files import sha256
+from utils.weights import load_encoder, save_encoder
 
 torch.set_num_threads(1)  # why: threads that wait for each other take seconds on a busy machine
 SMALL = {"shard_size": 16, "sort_window": 7, "batch_size": 4}

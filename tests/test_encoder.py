@@ -18,19 +18,10 @@ from tests.toy_t5 import t5
 from utils.config import UserError
 from utils.cross_encoder import load_cross_encoder
 from utils.dpr_files import export_hf_dpr
-from utils.encoder import (
-    Encoder,
-    collate,
-    embed,
-    encoder_hash,
-    load_encoder,
-    loading,
-    save_encoder,
-    tokenize_passages,
-    tokenize_questions,
-)
+from utils.encoder import Encoder, collate, embed, tokenize_passages, tokenize_questions
 from utils.fid import load_fid
 from utils.reader import load_reader
+from utils.weights import encoder_hash, load_encoder, loading, save_encoder
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenize_pair.json").read_text())
 PASSAGES = [

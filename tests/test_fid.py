@@ -15,7 +15,6 @@ from tests.toy import make_world
 from tests.toy_t5 import t5
 from utils.config import UserError
 from utils.corpus import Passage
-from utils.encoder import encoder_hash, save_encoder
 from utils.fid import (
     PAD,
     answer,
@@ -30,6 +29,7 @@ from utils.fid import (
     tokenize_answers,
     tokenize_contexts,
 )
+from utils.weights import encoder_hash, save_encoder
 
 QUESTIONS = ["which colour has the river of paris", "where is the tower"]
 PASSAGES = [

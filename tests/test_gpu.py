@@ -18,9 +18,10 @@ from tests.toy_t5 import t5
 from train_dpr import TOWERS, add_gradient, load_towers, make_batch
 from utils.config import ROOT
 from utils.data import Corpus, read_questions
-from utils.encoder import embed, load_encoder, tokenize_passages
+from utils.encoder import embed, tokenize_passages
 from utils.live_index import LiveIndex
 from utils.search import exact_topk
+from utils.weights import load_encoder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 HALF = {"no": nullcontext}

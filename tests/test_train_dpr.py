@@ -33,7 +33,8 @@ from train_dpr import (
 from utils.checkpoint import make_optimizer
 from utils.config import ROOT, load_config
 from utils.data import Corpus, read_questions
-from utils.encoder import collate, load_encoder
+from utils.encoder import collate
+from utils.weights import load_encoder
 
 torch.set_num_threads(1)  # why: threads that wait for each other take seconds on a busy machine
 GOLDEN = Path(__file__).parent / "golden"

@@ -39,14 +39,7 @@ from utils.config import ROOT, UserError, load_config
 from utils.corpus import Passage
 from utils.data import Corpus
 from utils.embeddings import open_embeddings
-from utils.encoder import (
-    collate,
-    load_encoder,
-    save_encoder,
-    tokenize_passages,
-    tokenize_questions,
-    vectors_of,
-)
+from utils.encoder import collate, tokenize_passages, tokenize_questions, vectors_of
 from utils.fid import (
     encode_contexts,
     extend,
@@ -59,6 +52,7 @@ from utils.fid import (
 from utils.files import read_json, write_json
 from utils.index_worker import training_ended
 from utils.live_index import LiveIndex
+from utils.weights import load_encoder, save_encoder
 
 GOLDEN = Path(__file__).parent / "golden" / "emdr2_loss.json"
 ACCELERATOR = SimpleNamespace(

@@ -31,7 +31,7 @@ from utils.checkpoint import make_optimizer
 from utils.config import ROOT, UserError, load_config
 from utils.corpus import Passage
 from utils.data import Corpus, write_dpr_json
-from utils.encoder import collate, load_encoder, save_encoder
+from utils.encoder import collate
 from utils.grad_cache import chunk_seed
 from utils.predictions import answer_scores
 from utils.reader import best_spans, load_reader, predict, read
@@ -44,6 +44,7 @@ from utils.reader_data import (
     tokenize_rows,
     word_pieces,
 )
+from utils.weights import load_encoder, save_encoder
 
 GOLDEN = Path(__file__).parent / "golden"
 torch.set_num_threads(1)

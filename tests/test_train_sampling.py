@@ -15,7 +15,8 @@ from tests.toy import make_world
 from train_dpr import TOWERS, add_gradient, draw, in_batch_loss, load_towers, make_batch, window
 from utils.config import UserError
 from utils.data import Corpus, read_questions, read_training
-from utils.encoder import collate, embed, load_encoder, save_encoder, tokenize_passages
+from utils.encoder import collate, embed, tokenize_passages
+from utils.weights import load_encoder, save_encoder
 
 torch.set_num_threads(1)  # why: threads that wait for each other take seconds on a busy machine
 

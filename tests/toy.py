@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from utils.encoder import Encoder, save_encoder
+from utils.encoder import Encoder
+from utils.weights import save_encoder
 
 INPUTS = {
     "question_tokens": 16,

@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from utils.config import UserError
 from utils.distributed import world
-from utils.encoder import batches, check_sizes, loading, read_inputs, settle
+from utils.encoder import batches
+from utils.weights import check_sizes, loading, read_inputs, settle
 
 HEAD = ("classifier.", "pooler.")  # what a plain BERT does not bring: labels, and perhaps the layer before
 
@@ -32,7 +33,7 @@ class CrossEncoder(nn.Module):
       token_types     segments (question 0, passage 1), or zeros where the model knows only one segment
     """
 
-    projection = None  # nothing on top, so utils.encoder.save_encoder writes it as it is
+    projection = None  # nothing on top, so utils.weights.save_encoder writes it as it is
 
     def __init__(self, model, tokenizer, inputs):
         super().__init__()

@@ -167,7 +167,7 @@ def reader_from_cp(path):
 
 def export_hf_dpr(folder, role, out):
     """Write our tower as DPRQuestionEncoder / DPRContextEncoder, for code that expects facebook/dpr-*."""
-    from utils.encoder import load_encoder  # not at the top: encoder.py imports this file
+    from utils.weights import load_encoder  # not at the top: weights.py imports this file
 
     encoder = load_encoder(folder, role)
     if encoder.inputs["pooling"] != "cls" or encoder.inputs["token_types"] != "zeros":

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from utils.config import UserError
 from utils.distributed import world
-from utils.encoder import pair_id
 from utils.files import read_json, sha256
+from utils.weights import pair_id
 
 
 def open_embeddings(folder, corpus_sha256="", verify=True, query_encoder="", rows=0):

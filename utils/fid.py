@@ -29,7 +29,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from utils.config import UserError
 from utils.distributed import ahead, gather_items, world
 from utils.dpr_files import check_complete
-from utils.encoder import check_sizes, collate, loading, read_inputs, settle
+from utils.encoder import collate
+from utils.weights import check_sizes, loading, read_inputs, settle
 
 # from: the paper reads 250 word pieces a passage (Sec. 4), EMDR2 writes 32 (tasks/openqa/e2eqa/
 # train_data_utils.py:53-79). A T5 has no segments: "zeros" is what utils.encoder.collate wants to hear.
@@ -47,7 +48,7 @@ class Fid(nn.Module):
       neighbors       whether a passage is read with the text around it (see extend)
     """
 
-    projection = None  # nothing on top, so utils.encoder.save_encoder writes it as it is
+    projection = None  # nothing on top, so utils.weights.save_encoder writes it as it is
 
     def __init__(self, model, tokenizer, inputs):
         super().__init__()

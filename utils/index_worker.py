@@ -38,8 +38,8 @@ from utils.config import (
     need_value,
 )
 from utils.data import Corpus
-from utils.encoder import save_encoder
 from utils.files import read_json, sync_folder, write_json
+from utils.weights import save_encoder
 
 KEEP = 2  # finished embeddings: the newest, and the one that the trainer may be reading meanwhile
 

@@ -21,9 +21,10 @@ from tqdm import tqdm
 from utils.config import UserError
 from utils.distributed import ahead, gather_rows, world
 from utils.embeddings import open_embeddings
-from utils.encoder import embed, load_encoder, tokenize_passages
+from utils.encoder import embed, tokenize_passages
 from utils.index_worker import finished, folder_of, vectors
 from utils.search import exact_topk, fetch
+from utils.weights import load_encoder
 
 BLOCK = 16384  # rows that are sent to the GPU at a time
 WINDOW = 8192  # passages tokenised and sorted by length together, as doc2embedding.py's sort_window

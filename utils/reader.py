@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, DPRConfig, DPRRea
 
 from utils.config import UserError
 from utils.dpr_files import check_complete, reader_from_cp
-from utils.encoder import batches, check_sizes, loading, read_inputs, settle
+from utils.encoder import batches
+from utils.weights import check_sizes, loading, read_inputs, settle
 
 # from: DPR README (encoder.sequence_length=350) and the June 2020 code of the released readers: segments of 0
 DPR_READER = {"reader_tokens": 350, "token_types": "zeros"}
@@ -32,7 +33,7 @@ class Reader(nn.Module):
       token_types     zeros (DPR's released readers) | segments (question 0, title and passage 1)
     """
 
-    projection = None  # nothing on top, so utils.encoder.save_encoder writes it as it is
+    projection = None  # nothing on top, so utils.weights.save_encoder writes it as it is
 
     def __init__(self, model, tokenizer, inputs):
         super().__init__()

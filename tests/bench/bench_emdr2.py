@@ -60,10 +60,11 @@ from utils.checkpoint import make_optimizer  # noqa: E402
 from utils.config import load_config  # noqa: E402
 from utils.data import Corpus  # noqa: E402
 from utils.distributed import peak_memory  # noqa: E402
-from utils.encoder import collate, load_encoder, tokenize_passages, tokenize_questions  # noqa: E402
+from utils.encoder import collate, tokenize_passages, tokenize_questions  # noqa: E402
 from utils.fid import PAD, load_fid, tokenize_answers, tokenize_contexts  # noqa: E402
 from utils.files import read_json, write_json  # noqa: E402
 from utils.live_index import LiveIndex  # noqa: E402
+from utils.weights import load_encoder  # noqa: E402
 
 DEVICE = SimpleNamespace(
     device=torch.device("cpu"), process_index=0, backward=torch.Tensor.backward, autocast=nullcontext

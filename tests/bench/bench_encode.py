@@ -204,7 +204,8 @@ def speed(args):
     import torch
 
     from utils.data import Corpus
-    from utils.encoder import embed, load_encoder, tokenize_passages
+    from utils.encoder import embed, tokenize_passages
+    from utils.weights import load_encoder
 
     torch.set_num_threads(args.threads)
     encoder = load_encoder(args.model, "passage", {"passage_tokens": args.length}).eval()
