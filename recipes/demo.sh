@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole of DPR on real text, on a laptop: train, encode, search, read, ask. `make demo` sets up and runs this.
-# About 12 minutes on two idle cores (results/demo/). Run again, training and encoding go on where they were, or say
+# About 13 minutes on two idle cores (results/demo/). Run again, training and encoding go on where they were, or say
 # that they are finished; the short stages are repeated.
 #
 # With a hub, any BERT: START=bert-base-uncased RUN=runs/demo_bert make demo. Other data: DATA, a folder with corpus.tsv
