@@ -28,10 +28,10 @@ def command(script, arguments, processes=1):
     return [sys.executable, *(launcher if processes > 1 else []), script, *keys]
 
 
-def run(script, arguments, processes=1):
+def run(script, arguments, processes=1, env=ENVIRONMENT):
     """Run to the end and return the CompletedProcess with text output."""
     argv = command(script, arguments, processes)
-    return subprocess.run(argv, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
 def begin(script, arguments, processes=1):

@@ -1,7 +1,5 @@
 """What only a GPU can get wrong: its random state, half precision, search where the vectors lie, a resume."""
 
-import os
-import subprocess
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -11,12 +9,11 @@ import pytest
 import torch
 
 import utils.search
-from tests.processes import ENVIRONMENT, command
+from tests import processes
 from tests.test_train_dpr import config, flat_gradient, rows
 from tests.toy import make_world
 from tests.toy_t5 import t5
 from train_dpr import TOWERS, add_gradient, load_towers, make_batch
-from utils.config import ROOT
 from utils.data import Corpus, read_questions
 from utils.encoder import embed, tokenize_passages
 from utils.live_index import LiveIndex
@@ -24,6 +21,7 @@ from utils.search import exact_topk
 from utils.weights import load_encoder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+ON_GPU = {key: value for key, value in processes.ENVIRONMENT.items() if key != "ACCELERATE_USE_CPU"}
 HALF = {"no": nullcontext}
 HALF |= {kind: partial(torch.autocast, "cuda", dtype) for kind, dtype in
          (("bf16", torch.bfloat16), ("fp16", torch.float16))}  # fmt: skip
@@ -35,11 +33,8 @@ def world(tmp_path_factory):
 
 
 def run(script, keys):
-    """As tests.processes.run, on the GPU."""
-    env = {key: value for key, value in (os.environ | ENVIRONMENT).items() if key != "ACCELERATE_USE_CPU"}
-    done = subprocess.run(
-        command(script, keys), cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
-    )
+    """What the script prints, on the GPU, to the end."""
+    done = processes.run(script, keys, env=ON_GPU)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

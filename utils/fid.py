@@ -29,7 +29,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from utils.config import UserError
 from utils.distributed import ahead, gather_items, world
 from utils.dpr_files import check_complete
-from utils.encoder import collate
+from utils.encoder import batches
 from utils.weights import check_sizes, loading, read_inputs, settle
 
 # from: the paper reads 250 word pieces a passage (Sec. 4), EMDR2 writes 32 (tasks/openqa/e2eqa/
@@ -162,19 +162,17 @@ def encode_contexts(fid, ids, chunk, autocast=nullcontext):
     `chunk` contexts are read at a time, those of like length together (a batch costs as much as its longest),
     and put back in order. With gradients on, the graphs of all N live until backward.
     """
-    order = sorted((i for i in range(len(ids)) if ids[i]), key=lambda i: (-len(ids[i]), i))
-    hidden, longest = [None] * len(ids), len(ids[order[0]])
-    for start in range(0, len(order), chunk):
-        rows = order[start : start + chunk]
-        batch = collate(fid, [ids[i] for i in rows])
+    there = [i for i in range(len(ids)) if ids[i]]
+    hidden, longest = [None] * len(ids), max(map(len, ids))
+    for rows, batch in batches(fid, [ids[i] for i in there], chunk):
         with autocast():
             hidden_bLD = fid.model.encoder(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
             ).last_hidden_state
         hidden_bLD = pad(hidden_bLD, (0, 0, 0, longest - hidden_bLD.shape[1]))
         for i, row_LD in zip(rows, hidden_bLD.unbind(0), strict=True):
-            hidden[i] = row_LD
-    nothing_LD = torch.zeros_like(hidden[order[0]])
+            hidden[there[i]] = row_LD
+    nothing_LD = torch.zeros_like(hidden[there[0]])
     hidden_NLD = torch.stack([nothing_LD if row is None else row for row in hidden])
     sizes_N1 = torch.tensor([[len(one)] for one in ids], device=hidden_NLD.device)
     return hidden_NLD, torch.arange(longest, device=hidden_NLD.device) < sizes_N1
