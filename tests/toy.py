@@ -52,15 +52,22 @@ def bert(vocab_size, seed=0, hidden=32, layers=2):
 
 
 def passages():
-    """Sixty (id, title, text): every city has every thing, in some colour. Ids are 1..60."""
+    """
+    Sixty (id, title, text): every city has every thing, in some colour. Ids are 1..60. why of 8 lengths: where all
+    texts have one length, sorting by length changes no order, and a batch put back in a wrong order looks right.
+    """
     rows = []
     for i, city in enumerate(CITIES):
         for j, thing in enumerate(THINGS):
-            colour = COLOURS[(i + j) % 5]
-            rows.append(
-                (str(len(rows) + 1), city, f"the old {thing} of {city} is {colour} and it stands in {city}.")
-            )
+            colour, n = COLOURS[(i + j) % 5], len(rows)
+            more = " ".join(f"and it stands in {city} and is old".split()[: 3 * n % 8])
+            rows.append((str(n + 1), city, f"the old {thing} of {city} is {colour} {more}".strip() + "."))
     return rows
+
+
+def ask(n, thing, city):
+    """Question n about a thing of a city, in one of three lengths."""
+    return (f"which colour has the {thing} of {city}", f"what is the {thing} of {city}", f"the {thing} , {city}")[n % 3]
 
 
 def make_world(folder):
@@ -81,11 +88,11 @@ def make_world(folder):
         file.write("id\ttext\ttitle\n" + "".join(f"{i}\t{text}\t{title}\n" for i, title, text in rows))
     questions = []
     for n, (pid, title, text) in enumerate(rows):
-        thing, colour = text.split()[2], text.split()[6]
+        thing, colour = text.split()[2], text.split()[6].strip(".")
         questions.append(
             {
                 "qid": f"q{n}",
-                "question": f"which colour has the {thing} of {title}",
+                "question": ask(n, thing, title),
                 "answers": [colour],
                 "positives": [pid],
                 "negatives": [rows[(n + 1) % 60][0], rows[(n + 5) % 60][0]],
