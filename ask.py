@@ -21,8 +21,16 @@ import textwrap
 import time
 from pathlib import Path
 
-from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file, need_model
 from utils.data import read_questions
+from utils.plumbing.config import (
+    UserError,
+    at_least,
+    friendly_errors,
+    load_config,
+    must_be_one_of,
+    need_file,
+    need_model,
+)
 from utils.text import answer_position, has_answer
 
 BM25_DEPTH = 1000
@@ -45,7 +53,7 @@ def split_question(argv):
 def check_inputs(cfg, question):
     """Every mistake that can be seen without loading anything."""
     at_least(cfg, 1, "k")
-    choose(cfg, corpus_format=("auto", "dpr", "marco", "beir"))
+    must_be_one_of(cfg, corpus_format=("auto", "dpr", "marco", "beir"))
     if question is not None and not question.strip():
         raise UserError('the question is empty; write python ask.py "who wrote hamlet"')
     if not Path(cfg.run).is_dir():
@@ -67,9 +75,9 @@ def load_reading(path, corpus, device):
     -> what stands after `answer: `.
     """
     from utils.fid import answer, contexts_of, load_fid, text_budget
+    from utils.plumbing.weights import read_inputs
     from utils.reader import load_reader, predict
     from utils.reader_data import tokenize_rows
-    from utils.weights import read_inputs
 
     no_room = "none, no text of a passage fits beside the question"
     if read_inputs(path, "reader").get("role") == "fid":
@@ -108,10 +116,10 @@ def load(cfg):
 
     from utils.bm25 import build_bm25, search_bm25, tokens
     from utils.data import Corpus
-    from utils.embeddings import open_embeddings
     from utils.encoder import embed, tokenize_questions
+    from utils.plumbing.embeddings import open_embeddings
+    from utils.plumbing.weights import load_encoder
     from utils.search import as_lists, exact_topk
-    from utils.weights import load_encoder
 
     run, corpus = Path(cfg.run), Corpus(cfg.corpus, cfg.corpus_format)
     query_encoder = run / "query_encoder"

@@ -28,23 +28,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.config import (
+from utils.data import Corpus
+from utils.distributed import prefetch, start
+from utils.encoder import embed, tokenize_passages
+from utils.estimate import dry_run
+from utils.plumbing.config import (
     UserError,
     at_least,
-    choose,
     friendly_errors,
     load_config,
+    must_be_one_of,
     need_file,
     need_folder,
     need_model,
 )
-from utils.data import Corpus
-from utils.distributed import ahead, start
-from utils.embeddings import check_finite, refuse_another, unfinished
-from utils.encoder import embed, tokenize_passages
-from utils.estimate import dry_run
-from utils.files import atomic_file, need_space, read_json, sha256, write_json
-from utils.weights import encoder_hash, load_encoder
+from utils.plumbing.embeddings import check_finite, refuse_other_job, shards_to_encode
+from utils.plumbing.files import atomic_file, need_space, read_json, sha256, write_json
+from utils.plumbing.weights import encoder_hash, load_encoder
 
 PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -62,7 +62,7 @@ def read_windows(corpus, encoder, windows):
         passages = [corpus[row] for row in rows]
         return tokenize_passages(encoder, [(passage.title, passage.text) for passage in passages])
 
-    return ahead(read, windows)
+    return prefetch(read, windows)
 
 
 def encode_shard(file, rows, stream, encoder, corpus, cfg, autocast, bar):
@@ -89,7 +89,7 @@ def encode_shard(file, rows, stream, encoder, corpus, cfg, autocast, bar):
 # ----------------------------------------------------------------------------------------------- main
 def main():
     cfg = load_config(__doc__, "config/doc2embedding.yaml")
-    choose(cfg, dtype=("float16", "float32"), mixed_precision=("no", *PRECISION))
+    must_be_one_of(cfg, dtype=("float16", "float32"), mixed_precision=("no", *PRECISION))
     at_least(cfg, 1, "batch_size", "shard_size", "sort_window")
     need_file(cfg, "corpus")
     need_model(cfg, "doc_encoder")
@@ -108,15 +108,15 @@ def main():
     want |= {"mixed_precision": cfg.mixed_precision, "corpus": corpus.sha256}
     manifest = folder / "manifest.json"
     stored = read_json(manifest) if manifest.is_file() else {}
-    refuse_another(folder, stored, want, shards)  # what can be known before a model is loaded
+    refuse_other_job(folder, stored, want, shards)  # what can be known before a model is loaded
 
     encoder = load_encoder(cfg.doc_encoder, "passage").to(accelerator.device)
     autocast = nullcontext
     if cfg.mixed_precision != "no":
         autocast = functools.partial(torch.autocast, accelerator.device.type, PRECISION[cfg.mixed_precision])
     want |= {"dim": encoder.dim, "encoder": encoder_hash(encoder), "pair": encoder.inputs["pair"]}
-    refuse_another(folder, stored, want, shards)
-    todo = unfinished(mine, stored)
+    refuse_other_job(folder, stored, want, shards)
+    todo = shards_to_encode(mine, stored)
     count = torch.tensor(sum(map(len, todo.values())), device=accelerator.device)
     count = int(accelerator.reduce(count, "sum"))  # also a barrier: all have read what is there
     if stored.get("complete") and not count:

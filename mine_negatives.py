@@ -32,17 +32,17 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from utils.config import (
+from utils.data import Corpus, aligned_reader, check_passage, iter_jsonl, iter_run, passage_of, read_questions
+from utils.plumbing.config import (
     UserError,
     at_least,
-    choose,
     friendly_errors,
     load_config,
+    must_be_one_of,
     need_file,
     need_out,
 )
-from utils.data import Corpus, beside, check_passage, iter_jsonl, iter_run, passage_of, read_questions
-from utils.files import atomic_file
+from utils.plumbing.files import atomic_file
 from utils.text import has_answer, report_regex_failures
 
 
@@ -94,7 +94,7 @@ def wrong_for(question, positives, never, corpus, cfg):
     return wrong
 
 
-def draw(ids, allowed, count, rng):
+def draw_at_random(ids, allowed, count, rng):
     """
     Up to `count` different ids, drawn uniformly; one that is not allowed is drawn anew (as in RocketQA).
     """
@@ -129,14 +129,14 @@ def denoise(question, found, corpus, cfg, rngs):
     wrong = wrong_for(question, positives, found.never, corpus, cfg)
     if not cfg.scores:
         # from: RQ construct_marco_train_ce.py:19-28, construct_nq_train_ce.py:17-31: so many per question
-        return positives, draw(ranked, wrong, cfg.negatives, rngs[0])
+        return positives, draw_at_random(ranked, wrong, cfg.negatives, rngs[0])
     wanted = cfg.negatives * len(positives)
     scored = (pid for pid in ranked if pid in found.scores)
     sure = (pid for pid in scored if found.scores[pid] < cfg.negative_below and wrong(pid))
     negatives = list(islice(sure, wanted))
     if cfg.fill:  # from: RQ construct_marco_train_de.py:38-42
         unseen = [pid for pid in ranked if pid not in found.scores]
-        negatives += draw(unseen, wrong, wanted - len(negatives), rngs[0])
+        negatives += draw_at_random(unseen, wrong, wanted - len(negatives), rngs[0])
     return positives, negatives[::-1]  # from: :46-54 hands them out from the end
 
 
@@ -204,7 +204,7 @@ def mine(questions, corpus, cfg, counts):
         for q in read_questions(cfg.exclude):
             never[q["qid"]] = frozenset(p for p in q["positives"] if isinstance(p, str))
     files = ((cfg.scores, iter_run), (cfg.lookahead_run, iter_run), (cfg.momentum, iter_negatives))
-    files = [beside(path, read(path) if path else iter(()), cfg.run) for path, read in files]
+    files = [aligned_reader(path, read(path) if path else iter(()), cfg.run) for path, read in files]
     rngs = [random.Random(cfg.seed) for _ in range(2)]  # why two: the originals mine file by file
     for qid, hits in chain(iter_run(cfg.run), ((qid, []) for qid in list(left))):
         scores, lookahead, last = (take(qid) if hits else None for take, _ in files)
@@ -258,7 +258,7 @@ def examples(example, cfg):
 
 def main():
     cfg = load_config(__doc__, "config/mine_negatives.yaml")
-    choose(cfg, mode=tuple(MODES), match=("string", "regex"), positives=("given", "find", "ranking"))
+    must_be_one_of(cfg, mode=tuple(MODES), match=("string", "regex"), positives=("given", "find", "ranking"))
     inputs, others = ("questions", "run", "corpus"), ("scores", "lookahead_run", "momentum", "exclude")
     need_file(cfg, *inputs, optional=others)
     need_out(cfg, "out", *inputs, *others)

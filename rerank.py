@@ -26,23 +26,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from test_dpr import KS, gold_ids, in_order, retrieval_metrics
-from utils.config import (
+from test_dpr import KS, gold_ids, one_question_at_a_time, retrieval_metrics
+from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pairs
+from utils.data import Corpus, iter_run, read_questions, write_run
+from utils.distributed import prefetch, start
+from utils.estimate import dry_run
+from utils.plumbing.config import (
     UserError,
     at_least,
-    choose,
     friendly_errors,
     load_config,
+    must_be_one_of,
     need_file,
     need_model,
     need_out,
 )
-from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pairs
-from utils.data import Corpus, iter_run, read_questions, write_run
-from utils.distributed import ahead, start
-from utils.embeddings import refuse_another
-from utils.estimate import dry_run
-from utils.files import folder_hash, need_space, read_json, sha256, write_json
+from utils.plumbing.embeddings import refuse_other_job
+from utils.plumbing.files import folder_hash, need_space, read_json, sha256, write_json
 from utils.text import report_regex_failures
 
 
@@ -87,7 +87,7 @@ def read_blocks(todo, questions, corpus, cross, cfg):
 
     rankings = rankings_of(cfg.ranking, questions, cfg.depth)
     blocks = ((i, list(islice(rankings, cfg.block))) for i in range(max(todo, default=-1) + 1))
-    return ahead(read, ((i, block) for i, block in blocks if i in todo))
+    return prefetch(read, ((i, block) for i, block in blocks if i in todo))
 
 
 # ------------------------------------------------------------------------------------------ model
@@ -109,7 +109,10 @@ def rescore(cross, block, ids, cfg, autocast, bar):
 # --------------------------------------------------------------------------------------- evaluate
 def measure(path, questions, corpus, cfg):
     """The metrics of test_dpr.py for the first `depth` hits, one question's hits in memory at a time."""
-    results, ks = in_order(rankings_of(path, questions, cfg.depth)), [k for k in KS if k <= cfg.depth]
+    results, ks = (
+        one_question_at_a_time(rankings_of(path, questions, cfg.depth)),
+        [k for k in KS if k <= cfg.depth],
+    )
     return retrieval_metrics(list(questions.values()), results, corpus, ks, cfg.match == "regex")[0]
 
 
@@ -127,7 +130,7 @@ def print_both(before, after):
 # ------------------------------------------------------------------------------------------- main
 def main():
     cfg = load_config(__doc__, "config/rerank.yaml")
-    choose(cfg, match=("string", "regex"), mixed_precision=("no", "fp16", "bf16"))
+    must_be_one_of(cfg, match=("string", "regex"), mixed_precision=("no", "fp16", "bf16"))
     at_least(cfg, 1, "depth", "batch_size", "block")
     need_file(cfg, "questions", "ranking", "corpus")
     need_model(cfg, "cross_encoder")
@@ -147,7 +150,7 @@ def main():
     stored = read_json(manifest) if manifest.is_file() else {}
     if not stored and any(folder.glob("[!.]*")):
         raise UserError(f"{folder} is not from this job; name another --out, or delete that folder")
-    refuse_another(folder, stored, want, ())
+    refuse_other_job(folder, stored, want, ())
 
     cross = load_cross_encoder(cfg.cross_encoder).to(accelerator.device)
     parts = [folder / f"{i:05d}.run" for i in range(len(sizes))]

@@ -31,20 +31,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.config import (
-    UserError,
-    at_least,
-    choose,
-    friendly_errors,
-    load_config,
-    need_file,
-    need_model,
-    need_out,
-    need_value,
-)
 from utils.data import (
     Corpus,
-    beside,
+    aligned_reader,
     iter_jsonl,
     iter_run,
     read_questions,
@@ -53,15 +42,26 @@ from utils.data import (
     write_run,
     write_trec,
 )
-from utils.embeddings import open_embeddings
 from utils.encoder import embed, tokenize_questions
 from utils.estimate import dry_run
 from utils.faiss_index import build_index, search_index
-from utils.files import sha256, write_json
 from utils.metrics import hit_at, mrr, ndcg, print_table, topk_accuracy, with_intervals
+from utils.plumbing.config import (
+    UserError,
+    at_least,
+    friendly_errors,
+    load_config,
+    must_be_one_of,
+    need_file,
+    need_model,
+    need_out,
+    need_value,
+)
+from utils.plumbing.embeddings import open_embeddings
+from utils.plumbing.files import sha256, write_json
+from utils.plumbing.weights import load_encoder
 from utils.search import as_lists, exact_topk, faiss, fetch
 from utils.text import has_answer, report_regex_failures
-from utils.weights import load_encoder
 
 KS = (1, 5, 20, 50, 100, 1000)
 BLOCK = 16384  # questions searched at a time: MS MARCO's 502,939 x 1,000 hits would fill 100 GB
@@ -71,7 +71,7 @@ HIT_ONLY = (50, 1000)  # MS MARCO's R@50 and R@1000 are hit rates; of the answer
 # ------------------------------------------------------------------------------------------- data
 def check_inputs(cfg):
     """All mistakes are found here, before a model is loaded: (questions, corpus, shards, manifest, bm25)."""
-    choose(cfg, match=("string", "regex"))
+    must_be_one_of(cfg, match=("string", "regex"))
     at_least(cfg, 1, "k", "batch_size", "nprobe", "ef_search")
     if cfg.question_tokens:
         at_least(cfg, 4, "question_tokens")
@@ -201,9 +201,9 @@ def retrieval_metrics(questions, results, corpus, ks, regex=False):
     return with_intervals(values), hits
 
 
-def in_order(rankings):
+def one_question_at_a_time(rankings):
     """(qid, hits) in the order of the questions, with a `get` like a dict's: one question's in memory."""
-    take, _ = beside("", rankings, "")
+    take, _ = aligned_reader("", rankings, "")
     return SimpleNamespace(get=lambda qid, default: take(qid) or default)
 
 
@@ -256,7 +256,7 @@ def main():
 
     ks = [k for k in KS if k <= cfg.k]
     metrics, hits = retrieval_metrics(
-        questions, in_order(iter_run(cfg.out)), corpus, ks, cfg.match == "regex"
+        questions, one_question_at_a_time(iter_run(cfg.out)), corpus, ks, cfg.match == "regex"
     )
     path = out.with_suffix(".metrics.json")
     write_json(path, metrics)
@@ -268,7 +268,7 @@ def main():
     if cfg.trec:
         write_trec(out.with_suffix(".trec"), iter_run(cfg.out))
     if cfg.dpr_json:
-        get = in_order(iter_run(cfg.out)).get
+        get = one_question_at_a_time(iter_run(cfg.out)).get
         again = ((question["qid"], get(question["qid"], [])) for question in questions)
         write_dpr_json(out.with_suffix(".json"), questions, again, corpus, hits)
     print(f"written: {cfg.out}, {path}")

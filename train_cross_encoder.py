@@ -31,16 +31,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from utils.checkpoint import load_optimizer, make_optimizer
-from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
 from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pairs
 from utils.data import Corpus, passage_of, read_training
-from utils.distributed import ahead, start, sum_gradients, world
+from utils.distributed import prefetch, start, sum_gradients, world
 from utils.encoder import collate
 from utils.estimate import dry_run
-from utils.files import folder_hash, weights_hash
 from utils.grad_cache import chunk_seed
-from utils.run import Run, need_start, plan
+from utils.plumbing.checkpoint import load_optimizer, make_optimizer
+from utils.plumbing.config import UserError, at_least, friendly_errors, load_config, must_be_one_of, need_file
+from utils.plumbing.files import folder_hash, weights_hash
+from utils.plumbing.run import Run, need_start, plan
 
 
 # ---------------------------------------------------------------- data: a batch is a function of (seed, step)
@@ -178,8 +178,8 @@ def dev_metrics(examples, p_N):
 # ---------------------------------------------------------------- main
 def main():
     cfg = load_config(__doc__, "config/train_cross_encoder_nq.yaml")
-    choose(cfg, mixed_precision=("no", "fp16", "bf16"), tracker=("none", "wandb"))
-    choose(cfg, resume=("never", "exact", "changed"))
+    must_be_one_of(cfg, mixed_precision=("no", "fp16", "bf16"), tracker=("none", "wandb"))
+    must_be_one_of(cfg, resume=("never", "exact", "changed"))
     at_least(cfg, 1, "batch_size", "chunk", "eval_batch_size", "epochs", "save_every", "log_every")
     at_least(cfg, 4, "pair_tokens")
     need_file(cfg, "train", optional=("dev", "corpus"))
@@ -235,7 +235,7 @@ def main():
         return make_batch(step, pairs, corpus, cross, cfg)
 
     steps = range(run.first, last)
-    for step, chunks in zip(steps, ahead(batch_of, steps), strict=True):  # the next is tokenised meanwhile
+    for step, chunks in zip(steps, prefetch(batch_of, steps), strict=True):  # the next is tokenised meanwhile
         began = time.time()
         if step == run.first:
             ids, labels = chunks[0]

@@ -36,24 +36,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from utils.checkpoint import load_optimizer, make_optimizer
-from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file
 from utils.data import Corpus, passage_of, read_training
-from utils.distributed import ahead, gather_rows, start, sum_gradients, world
+from utils.distributed import gather_rows, prefetch, start, sum_gradients, world
 from utils.encoder import collate, embed_on_devices, full_length, tokenize_passages, tokenize_questions
 from utils.estimate import dry_run
-from utils.files import folder_hash, weights_hash
 from utils.grad_cache import grad_cache_step
 from utils.metrics import positive_ranks
-from utils.run import Run, need_start, plan
-from utils.weights import load_encoder
+from utils.plumbing.checkpoint import load_optimizer, make_optimizer
+from utils.plumbing.config import UserError, at_least, friendly_errors, load_config, must_be_one_of, need_file
+from utils.plumbing.files import folder_hash, weights_hash
+from utils.plumbing.run import Run, need_start, plan
+from utils.plumbing.weights import load_encoder
 
 TOWERS = {"query_encoder": "question", "doc_encoder": "passage"}
 INPUTS = ("question_tokens", "passage_tokens", "pooling", "token_types")
 
 
 # ---------------------------------------------------------------- data: a batch is a function of (seed, step)
-def window(pool, k, seed, epoch):
+def rotating_negatives(pool, k, seed, epoch):
     """
     Indexes of k of `pool` negatives: one permutation a question, read on where the last epoch stopped, so
     that all of the pool is seen before anything comes back (from: ANCE-Tele dense_dataset.py:53).
@@ -65,12 +65,12 @@ def window(pool, k, seed, epoch):
     return [order[(epoch * k + j) % pool] for j in range(min(k, pool))]
 
 
-def draw(example, item, epoch, cfg):
+def draw_passages(example, item, epoch, cfg):
     """Line `item` of the training file -> [positive, negative, ...]; fewer negatives where it has fewer."""
     positives, negatives = example["positives"], example["negatives"]
     if cfg.rotate_negatives:
         first = (item + cfg.seed + epoch) % len(positives)
-        picked = window(len(negatives), cfg.negatives, item + cfg.seed, epoch)
+        picked = rotating_negatives(len(negatives), cfg.negatives, item + cfg.seed, epoch)
     else:  # from: DPR dpr/models/biencoder.py:184 shuffles the pool anew every epoch and takes the first ones
         rng = np.random.default_rng([cfg.seed, epoch, item, 1])
         first = rng.integers(len(positives)) if cfg.shuffle_positives else 0
@@ -78,7 +78,7 @@ def draw(example, item, epoch, cfg):
     return [positives[first if cfg.shuffle_positives else 0]] + [negatives[i] for i in picked]
 
 
-def key_of(entry):
+def passage_key(entry):
     """What makes two entries the same passage: the corpus id, or title and text of an inline passage."""
     return entry if isinstance(entry, str) else (entry.get("title", ""), entry["text"])
 
@@ -94,7 +94,7 @@ def make_batch(step, train, corpus, encoders, cfg):
     picked = order[offset * cfg.batch_size : (offset + 1) * cfg.batch_size]
     width, entries, filler = 1 + cfg.negatives, [], set()
     for i in picked:  # of the global batch: every device must know which of all columns are duplicates
-        drawn = draw(train[i], int(i), epoch, cfg)
+        drawn = draw_passages(train[i], int(i), epoch, cfg)
         filler |= {*range(len(entries) + len(drawn), len(entries) + width)}
         entries += drawn + drawn[:1] * (width - len(drawn))  # a stand-in, masked for every question
 
@@ -102,9 +102,9 @@ def make_batch(step, train, corpus, encoders, cfg):
     # 0.35, and pushes a right answer away.
     columns, duplicates = {}, set()
     for column, entry in enumerate(entries):
-        columns.setdefault(key_of(entry), []).append(column)
+        columns.setdefault(passage_key(entry), []).append(column)
     for row, i in enumerate(picked if cfg.mask_duplicates else []):
-        same = chain.from_iterable(columns.get(key_of(entry), []) for entry in train[i]["positives"])
+        same = chain.from_iterable(columns.get(passage_key(entry), []) for entry in train[i]["positives"])
         duplicates |= {(row, column) for column in same if column != row * width and column not in filler}
     excluded = sorted(duplicates | {(row, column) for row in range(len(picked)) for column in filler})
 
@@ -171,11 +171,11 @@ def add_gradient(batch, encoders, accelerator, cfg, step):
 
     seed = (cfg.seed, step, accelerator.process_index)
     _, loss, correct = grad_cache_step(encode, chunks, loss_of, seed, accelerator.backward, cfg.grad_cache)
-    sum_gradients(weights_of(encoders).values())
+    sum_gradients(named_weights(encoders).values())
     return loss, correct
 
 
-def weights_of(encoders):
+def named_weights(encoders):
     """Name -> parameter of both towers, each once: a shared encoder is one tower under two names."""
     named = chain.from_iterable(tower.named_parameters(prefix) for prefix, tower in encoders.items())
     return {name: p for p, name in {p: name for name, p in named}.items()}
@@ -193,13 +193,13 @@ def dev_pool(dev, corpus, encoders, cfg):
     places, entries = {}, []
     for example in dev:
         for entry in example["positives"][:1] + example["negatives"][: cfg.dev_negatives]:
-            if places.setdefault(key_of(entry), len(entries)) == len(entries):
+            if places.setdefault(passage_key(entry), len(entries)) == len(entries):
                 entries.append(entry)
     passages = [passage_of(entry, corpus) for entry in entries]
     return (
         tokenize_questions(encoders["query_encoder"], [example["question"] for example in dev]),
         tokenize_passages(encoders["doc_encoder"], [(p.title, p.text) for p in passages]),
-        np.array([places[key_of(example["positives"][0])] for example in dev]),
+        np.array([places[passage_key(example["positives"][0])] for example in dev]),
     )
 
 
@@ -229,9 +229,9 @@ def load_towers(starts, cfg, device):
 
 def main():
     cfg = load_config(__doc__, "config/train_dpr_nq.yaml")
-    choose(cfg, pooling=("cls", "mean"), token_types=("zeros", "segments", "zeros_sep"))
-    choose(cfg, mixed_precision=("no", "fp16", "bf16"), tracker=("none", "wandb"))
-    choose(cfg, resume=("never", "exact", "changed"))
+    must_be_one_of(cfg, pooling=("cls", "mean"), token_types=("zeros", "segments", "zeros_sep"))
+    must_be_one_of(cfg, mixed_precision=("no", "fp16", "bf16"), tracker=("none", "wandb"))
+    must_be_one_of(cfg, resume=("never", "exact", "changed"))
     at_least(cfg, 1, "batch_size", "question_chunk", "passage_chunk", "eval_batch_size")
     at_least(cfg, 1, "epochs", "save_every", "log_every")
     at_least(cfg, 4, "question_tokens", "passage_tokens")
@@ -254,12 +254,12 @@ def main():
 
     starts = {name: run.checkpoint / name if run.checkpoint else cfg.init for name in TOWERS}
     encoders = load_towers(starts, cfg, accelerator.device)
-    optimizer = make_optimizer(weights_of(encoders).items(), cfg)
+    optimizer = make_optimizer(named_weights(encoders).items(), cfg)
     if run.checkpoint:
         load_optimizer(run.checkpoint, optimizer)
     optimizer = accelerator.prepare(optimizer)  # for fp16's loss scaler; gradients are summed by add_gradient
     pool = dev_pool(dev, corpus, encoders, cfg) if dev else None
-    weights = list(weights_of(encoders).values())
+    weights = list(named_weights(encoders).values())
     size = sum(p.numel() for p in weights)
 
     if cfg.dry_run:
@@ -286,7 +286,7 @@ def main():
         return make_batch(step, train, corpus, encoders, cfg)
 
     steps = range(run.first, last)
-    for step, batch in zip(steps, ahead(batch_of, steps), strict=True):  # the next is tokenised meanwhile
+    for step, batch in zip(steps, prefetch(batch_of, steps), strict=True):  # the next is tokenised meanwhile
         began = time.time()
         if step == run.first:
             decode = encoders["query_encoder"].tokenizer.decode

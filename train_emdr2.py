@@ -17,7 +17,7 @@ learns the answer. (3) How well could the reader, kept constant, have said the a
 explained the answer. (5) Every so many steps the corpus is encoded again (`refresh`).
 
 `retriever_loss: none` is plain FiD with a frozen retriever, the baseline. config/train_emdr2_mss.yaml trains
-on masked sentences (utils/salient_spans.py) by the same lines.
+on masked sentences (prepare/salient_spans.py) by the same lines.
 
 Differs from the paper and its code: (1) The mixture of passages is taken per answer token, as released; the
 paper's equation is `marginal: sequence`. (2) Any Hugging Face T5 and our own DPR in the place of their
@@ -43,20 +43,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from utils.checkpoint import load_optimizer, make_optimizer
-from utils.config import (
-    UserError,
-    at_least,
-    choose,
-    friendly_errors,
-    load_config,
-    need_file,
-    need_model,
-    need_value,
-)
+from recipes.plot import curves
 from utils.data import Corpus, read_questions
-from utils.distributed import ahead, start, sum_gradients, world
-from utils.embeddings import open_embeddings
+from utils.distributed import prefetch, start, sum_gradients, world
 from utils.encoder import embed_on_devices, tokenize_passages, tokenize_questions, vectors_of
 from utils.estimate import dry_run
 from utils.fid import (
@@ -70,17 +59,28 @@ from utils.fid import (
     tokenize_answers,
     tokenize_contexts,
 )
-from utils.files import folder_hash, weights_hash
 from utils.grad_cache import chunk_seed
 from utils.index_worker import abandon, clean, export, worker_state
 from utils.live_index import LiveIndex
 from utils.metrics import topk_accuracy
-from utils.plot import curves
+from utils.plumbing.checkpoint import load_optimizer, make_optimizer
+from utils.plumbing.config import (
+    UserError,
+    at_least,
+    friendly_errors,
+    load_config,
+    must_be_one_of,
+    need_file,
+    need_model,
+    need_value,
+)
+from utils.plumbing.embeddings import open_embeddings
+from utils.plumbing.files import folder_hash, weights_hash
+from utils.plumbing.run import Run, need_start, plan
+from utils.plumbing.weights import load_encoder, read_inputs
 from utils.predictions import answer_scores, need_predictions_out, write_predictions
 from utils.reader_data import read_ranking
-from utils.run import Run, need_start, plan
 from utils.text import has_answer
-from utils.weights import load_encoder, read_inputs
 
 TOWERS = {"query_encoder": "question", "doc_encoder": "passage"}
 SHOWN = ("loss", "has", "ret", "entropy", "agree")  # of a step; the last three where the retriever learns
@@ -104,7 +104,7 @@ def load_questions(path, corpus):
     return kept, note
 
 
-def draw(step, train, cfg):
+def draw_questions(step, train, cfg):
     """The questions of a step's global batch, and for each one of its answers [DU:128-134]."""
     epoch, offset = divmod(step, len(train) // cfg.batch_size)
     order = np.random.default_rng([cfg.seed, epoch]).permutation(len(train))
@@ -125,7 +125,7 @@ def retrieve(examples, index, query_encoder, k, accelerator, cfg):
     return [[row for row in rows if row not in example["own"]][:k] for example, rows in pairs]
 
 
-def prepare(examples, rows, labels_BT, corpus, models, cfg):
+def tokenize_chunk(examples, rows, labels_BT, corpus, models, cfg):
     """All that the models read of a chunk of B questions; rows: their passages."""
     fid, batch = models["reader"], {"contexts": [], "bare": [], "texts": [], "has": 0.0}
     batch["labels_BT"] = labels_BT[:, : int((labels_BT != PAD).sum(1).max())]
@@ -179,7 +179,7 @@ def kl_loss(log_prior_BK, log_likelihood_BKT, mask_BT):
     return (torch.xlogy(wish_BK, wish_BK) - wish_BK * log_prior_BK).sum(1).mean()  # 0 log 0 is 0
 
 
-def learn(batch, models, tokens, accelerator, cfg):
+def emdr2_gradient(batch, models, tokens, accelerator, cfg):
     """
     The method, for one chunk of B questions: add its share of the gradient to .grad. tokens: answer tokens of
     the global batch. Returns the chunk's part of the means that SHOWN names: the reader's loss, the share of
@@ -250,11 +250,11 @@ def add_gradient(examples, answers, rows, corpus, models, accelerator, cfg, step
 
     def batch_of(k):
         part = slice(k, k + cfg.question_chunk)
-        return prepare(examples[part], rows[part], labels_BT[part], corpus, models, cfg)
+        return tokenize_chunk(examples[part], rows[part], labels_BT[part], corpus, models, cfg)
 
-    for i, batch in enumerate(ahead(batch_of, range(0, share, cfg.question_chunk))):
+    for i, batch in enumerate(prefetch(batch_of, range(0, share, cfg.question_chunk))):
         torch.manual_seed(chunk_seed((cfg.seed, step, rank), i))  # the dropout masks
-        totals = totals + learn(batch, models, tokens, accelerator, cfg)
+        totals = totals + emdr2_gradient(batch, models, tokens, accelerator, cfg)
     for model in models.values():
         sum_gradients(model.parameters())
     if devices > 1:
@@ -327,9 +327,9 @@ def answer_file(cfg, accelerator):
 # ---------------------------------------------------------------- main
 def main():
     cfg = load_config(__doc__, "config/train_emdr2_nq.yaml")
-    choose(cfg, retriever_loss=("emdr2", "kl", "none"), marginal=("token", "sequence"))
-    choose(cfg, refresh=("sync", "async", "none"), resume=("never", "exact", "changed"))
-    choose(cfg, mixed_precision=("no", "fp16", "bf16"), tracker=("none", "wandb"))
+    must_be_one_of(cfg, retriever_loss=("emdr2", "kl", "none"), marginal=("token", "sequence"))
+    must_be_one_of(cfg, refresh=("sync", "async", "none"), resume=("never", "exact", "changed"))
+    must_be_one_of(cfg, mixed_precision=("no", "fp16", "bf16"), tracker=("none", "wandb"))
     at_least(cfg, 1, "top_k", "batch_size", "question_chunk", "passage_chunk", "score_chunk", "epochs")
     at_least(cfg, 1, "refresh_every", "encoding_batch_size", "eval_batch_size", "save_every", "log_every")
     if not cfg.eval_hits or min(cfg.eval_hits) < 1:
@@ -409,7 +409,7 @@ def main():
         small = type(cfg)(**vars(cfg) | {"batch_size": few})
 
         def probe():
-            examples, answers = draw(0, train, small)
+            examples, answers = draw_questions(0, train, small)
             rows = retrieve(examples, index, encoders["query_encoder"], cfg.top_k, accelerator, cfg)
             add_gradient(examples, answers, rows, corpus, models, accelerator, small, 0)
             return few / cfg.batch_size
@@ -430,7 +430,7 @@ def main():
         began = time.perf_counter()
         refresh(step, index, encoders["doc_encoder"], run, accelerator, cfg)
         refreshed = time.perf_counter()
-        examples, answers = draw(step, train, cfg)
+        examples, answers = draw_questions(step, train, cfg)
         rows = retrieve(examples, index, encoders["query_encoder"], cfg.top_k, accelerator, cfg)
         searched = time.perf_counter()
         if step == run.first:

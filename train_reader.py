@@ -35,25 +35,33 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from utils.checkpoint import load_optimizer, make_optimizer
-from utils.config import UserError, at_least, choose, friendly_errors, load_config, need_file, need_model
 from utils.data import Corpus
-from utils.distributed import ahead, gather_items, start, sum_gradients, world
+from utils.distributed import gather_items, prefetch, start, sum_gradients, world
 from utils.encoder import collate
 from utils.estimate import dry_run
-from utils.files import folder_hash, weights_hash
 from utils.grad_cache import chunk_seed
+from utils.plumbing.checkpoint import load_optimizer, make_optimizer
+from utils.plumbing.config import (
+    UserError,
+    at_least,
+    friendly_errors,
+    load_config,
+    must_be_one_of,
+    need_file,
+    need_model,
+)
+from utils.plumbing.files import folder_hash, weights_hash
+from utils.plumbing.run import Run, need_start, plan
 from utils.predictions import answer_scores, need_predictions_out, write_predictions
 from utils.reader import load_reader, predict
 from utils.reader_data import (
-    find_lessons,
     find_spans,
+    find_training_rows,
     read_gold,
     read_ranking,
     tokenize_rows,
     word_pieces,
 )
-from utils.run import Run, need_start, plan
 
 INPUTS = ("reader_tokens", "token_types")
 MAX_SPANS = 10  # mentions of the answers in a positive [DPR dpr/models/reader.py:114-274, max_n_answers]
@@ -61,7 +69,7 @@ BLOCK = 16  # questions that are answered together, so that passages of like len
 
 
 # ---------------------------------------------------------------- data: a batch is a function of (seed, step)
-def draw(example, item, epoch, corpus, reader, cfg):
+def draw_passages(example, item, epoch, corpus, reader, cfg):
     """One question as {"ids": [positive, negatives...], "spans": [(begin, end), ...] in the positive}."""
     rng = np.random.default_rng([cfg.seed, epoch, item, 1])
     negatives = rng.permutation(example["negatives"])[: cfg.passages_per_question - 1]
@@ -79,7 +87,9 @@ def make_batch(step, train, corpus, reader, cfg):
     order = np.random.default_rng([cfg.seed, epoch]).permutation(len(train))
     share = cfg.batch_size // devices
     first = offset * cfg.batch_size + rank * share
-    drawn = [draw(train[i], int(i), epoch, corpus, reader, cfg) for i in order[first : first + share]]
+    drawn = [
+        draw_passages(train[i], int(i), epoch, corpus, reader, cfg) for i in order[first : first + share]
+    ]
     return [drawn[k : k + cfg.question_chunk] for k in range(0, share, cfg.question_chunk)]
 
 
@@ -169,7 +179,7 @@ def answer_all(examples, corpus, reader, accelerator, cfg, top_docs):
 
     bar = tqdm(total=sum(map(len, mine)), desc="answers", delay=5, leave=False, disable=None)
     with bar:
-        for block, (passages, rows) in zip(mine, ahead(tokenized, mine), strict=True):
+        for block, (passages, rows) in zip(mine, prefetch(tokenized, mine), strict=True):
             sizes = cfg.max_answer_length, cfg.eval_batch_size
             found = predict(reader, passages, rows, top_docs, *sizes, accelerator.autocast)
             answers |= zip(block, found, strict=True)
@@ -215,8 +225,8 @@ def answer_file(cfg, accelerator):
 # ---------------------------------------------------------------- main
 def main():
     cfg = load_config(__doc__, "config/train_reader_nq.yaml")
-    choose(cfg, mixed_precision=("no", "fp16", "bf16"), tracker=("none", "wandb"))
-    choose(cfg, resume=("never", "exact", "changed"), token_types=("zeros", "segments"))
+    must_be_one_of(cfg, mixed_precision=("no", "fp16", "bf16"), tracker=("none", "wandb"))
+    must_be_one_of(cfg, resume=("never", "exact", "changed"), token_types=("zeros", "segments"))
     at_least(cfg, 1, "train_depth", "test_depth", "max_answer_length", "eval_batch_size", "batch_size")
     at_least(cfg, 1, "question_chunk", "passage_chunk", "epochs", "save_every", "log_every")
     at_least(cfg, 2, "passages_per_question")
@@ -248,7 +258,7 @@ def main():
     found, train_corpus, depth_note = read_ranking(
         cfg.train, cfg.train_run, corpus, cfg.train_depth, ("answers",)
     )
-    train, train_note = find_lessons(
+    train, train_note = find_training_rows(
         cfg.train, found, train_corpus, reader.tokenizer, gold, cfg, world(), gather_items
     )
     dev, dev_corpus, dev_note = [], None, "no dev set: the last checkpoint is the best"
@@ -286,7 +296,7 @@ def main():
         return make_batch(step, train, train_corpus, reader, cfg)
 
     steps = range(run.first, last)
-    for step, chunks in zip(steps, ahead(batch_of, steps), strict=True):  # the next is tokenised meanwhile
+    for step, chunks in zip(steps, prefetch(batch_of, steps), strict=True):  # the next is tokenised meanwhile
         began = time.time()
         if step == run.first:
             ids, spans = chunks[0][0]["ids"][0], chunks[0][0]["spans"]

@@ -32,16 +32,16 @@ LAUNCH=${LAUNCH:-accelerate launch} FORMAT=${FORMAT:-auto}
 # Data: DPR's. --ids: look-ahead needs the vector of the positive, so its place in the corpus; dpr_nq.sh's train.jsonl
 # has texts instead. It also keeps the questions for which DPR names no passage: they take the first with the answer.
 if [ ! -f $DATA/corpus.tsv ]; then
-    python -m utils.download psgs_w100.tsv --out $DATA
+    python -m prepare.download psgs_w100.tsv --out $DATA
     mv $DATA/psgs_w100.tsv $DATA/corpus.tsv
 fi
 if [ ! -f $TRAIN ]; then
-    python -m utils.download biencoder-$SET-train.json --out $DATA
-    python -m utils.data convert dpr_json $DATA/biencoder-$SET-train.json $TRAIN --ids
+    python -m prepare.download biencoder-$SET-train.json --out $DATA
+    python -m prepare.convert dpr_json $DATA/biencoder-$SET-train.json $TRAIN --ids
 fi
 if [ ! -f $DATA/test.jsonl ]; then
-    python -m utils.download $SET-test.qa.csv --out $DATA
-    python -m utils.data convert dpr_qa $DATA/$SET-test.qa.csv $DATA/test.jsonl
+    python -m prepare.download $SET-test.qa.csv --out $DATA
+    python -m prepare.convert dpr_qa $DATA/$SET-test.qa.csv $DATA/test.jsonl
 fi
 
 # M_0: coCondenser as it is, never trained for retrieval.

@@ -20,18 +20,18 @@ GOLD=${GOLD-$DATA/gold_train.json} # DPR's gold pages of the training questions;
 
 # Data: 21,015,324 passages; 58,880 training and 6,515 dev questions with a BM25 negative each; 3,610 test questions.
 if [ ! -f $DATA/corpus.tsv ]; then
-    python -m utils.download psgs_w100.tsv --out $DATA
+    python -m prepare.download psgs_w100.tsv --out $DATA
     mv $DATA/psgs_w100.tsv $DATA/corpus.tsv
 fi
 for split in train dev; do
     if [ ! -f $DATA/$split.jsonl ]; then
-        python -m utils.download biencoder-nq-$split.json --out $DATA
-        python -m utils.data convert dpr_json $DATA/biencoder-nq-$split.json $DATA/$split.jsonl
+        python -m prepare.download biencoder-nq-$split.json --out $DATA
+        python -m prepare.convert dpr_json $DATA/biencoder-nq-$split.json $DATA/$split.jsonl
     fi
 done
 if [ ! -f $DATA/test.jsonl ]; then
-    python -m utils.download nq-test.qa.csv --out $DATA
-    python -m utils.data convert dpr_qa $DATA/nq-test.qa.csv $DATA/test.jsonl
+    python -m prepare.download nq-test.qa.csv --out $DATA
+    python -m prepare.convert dpr_qa $DATA/nq-test.qa.csv $DATA/test.jsonl
 fi
 
 $LAUNCH train_dpr.py --config $CONFIG --run_dir $RUN --init $INIT --resume exact \
@@ -46,7 +46,7 @@ for split in train dev; do
         --query_encoder $RUN/query_encoder --index stream --k 200 --out $RUN/$split/$split.run
 done
 if [ "$GOLD" = $DATA/gold_train.json ] && [ ! -f $GOLD ]; then
-    python -m utils.download nq-train_gold_info.json --out $DATA
+    python -m prepare.download nq-train_gold_info.json --out $DATA
     mv $DATA/nq-train_gold_info.json $GOLD
 fi
 $LAUNCH train_reader.py --config config/train_reader_nq.yaml --run_dir $RUN/reading --init $READER_INIT \

@@ -37,13 +37,13 @@ LAUNCH=${LAUNCH:-accelerate launch} FORMAT=${FORMAT:-auto}
 
 # Data: all questions of DPR's split, 79,168 and 8,757; DPR trains on the 58,880 for which it knows a passage.
 if [ ! -f $DATA/corpus.tsv ]; then
-    python -m utils.download psgs_w100.tsv --out $DATA
+    python -m prepare.download psgs_w100.tsv --out $DATA
     mv $DATA/psgs_w100.tsv $DATA/corpus.tsv
 fi
 qa() { # SPLIT FILE
     if [ ! -f $2 ]; then
-        python -m utils.download nq-$1.qa.csv --out $DATA
-        python -m utils.data convert dpr_qa $DATA/nq-$1.qa.csv $2
+        python -m prepare.download nq-$1.qa.csv --out $DATA
+        python -m prepare.convert dpr_qa $DATA/nq-$1.qa.csv $2
     fi
 }
 qa train $TRAIN
@@ -66,7 +66,7 @@ encode $RETRIEVER
 
 # Optional: questions out of the corpus itself. What is trained on them is the start of all that follows.
 if [ $MSS = true ]; then
-    stage $RUN/mss.jsonl python -m utils.salient_spans $CORPUS --out $RUN/mss.jsonl $SPAN_FLAGS
+    stage $RUN/mss.jsonl python -m prepare.salient_spans $CORPUS --out $RUN/mss.jsonl $SPAN_FLAGS
     train $RUN/mss config/train_emdr2_mss.yaml $RUN/mss.jsonl ""
     RETRIEVER=$RUN/mss READER=$RUN/mss/reader
     encode $RETRIEVER

@@ -2,7 +2,7 @@
 The ladder's table: every system of recipes/ladder.sh on the same test questions, and what each rung gains.
 
 In:  one folder of recipes/ladder.sh, or several (other seeds of the first); its data folder
-Out: RUN/table.json, which utils/plot.py draws, and RUN/table.md; both of the first folder, also printed
+Out: RUN/table.json, which recipes/plot.py draws, and RUN/table.md; both of the first folder, also printed
 Run: python recipes/ladder.py runs/ladder_small runs/ladder_small/data
      python recipes/ladder.py runs/ladder_small runs/ladder_small_seed2 runs/ladder_small/data
      python recipes/ladder.py best runs/ladder_small
@@ -22,10 +22,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from recipes.compare import KS, cell, per_question  # noqa: E402
-from utils.config import UserError, friendly_errors  # noqa: E402
 from utils.data import Corpus, iter_jsonl, read_questions  # noqa: E402
-from utils.files import atomic_file, read_json  # noqa: E402
 from utils.metrics import with_intervals  # noqa: E402
+from utils.plumbing.config import UserError, friendly_errors  # noqa: E402
+from utils.plumbing.files import atomic_file, read_json  # noqa: E402
 
 DUAL = "inbatch d0 gc m1 m2 m3 d1 d2 d0_long".split()  # one dev pool for all; lower rungs first
 METRICS = [f"top-{k}" for k in KS] + ["MRR@10", "EM", "F1"]

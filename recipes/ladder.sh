@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The ladder: BM25, DPR, GC-DPR, ANCE-Tele, RocketQA, a reader, FiD and EMDR2 on one corpus, from the same weights, into
-# one table and one picture (recipes/ladder.py, utils/plot.py). A killed run goes on where it was. Time: 90 minutes on
+# one table and one picture (recipes/ladder.py, recipes/plot.py). A killed run goes on where it was. Time: 90 minutes on
 # two CPU cores (results/ladder_small).
 #
 # Every third training question loses its label. All encoders learn from the others, RocketQA gives the third
@@ -151,4 +151,4 @@ if wants emdr2 && [ -n "$T5" ]; then
         REFRESH=sync TRAIN_FLAGS="$EMDR2_FLAGS --seed $SEED" RUN=$RUN/emdr2 bash recipes/emdr2_nq.sh
 fi
 python recipes/ladder.py $RUN $(ls -d ${RUN}_seed* 2>/dev/null || true) $DATA
-[ $RUN/ladder.png -nt $RUN/table.json ] || python -m utils.plot --table $RUN/table.json --out $RUN/ladder.png
+[ $RUN/ladder.png -nt $RUN/table.json ] || python -m recipes.plot --table $RUN/table.json --out $RUN/ladder.png

@@ -17,8 +17,8 @@ if [ ! -f $DATA/corpus.tsv ]; then
     mv $DATA/corpus.tsv.tmp $DATA/corpus.tsv
 fi
 if [ ! -f $DATA/train.jsonl ] || [ ! -f $DATA/test.jsonl ]; then
-    python -m utils.download msmarco --out $DATA
+    python -m prepare.download msmarco --out $DATA
     from=$DATA/msmarco
-    python -m utils.data convert msmarco $from/queries.train.tsv $from/qrels.train.tsv $DATA/train.jsonl
-    python -m utils.data convert msmarco $from/queries.dev.small.tsv $from/qrels.dev.small.tsv $DATA/test.jsonl
+    python -m prepare.convert msmarco $from/queries.train.tsv $from/qrels.train.tsv $DATA/train.jsonl
+    python -m prepare.convert msmarco $from/queries.dev.small.tsv $from/qrels.dev.small.tsv $DATA/test.jsonl
 fi

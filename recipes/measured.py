@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.config import UserError, friendly_errors  # noqa: E402
+from utils.plumbing.config import UserError, friendly_errors  # noqa: E402
 
 PR_SET_PDEATHSIG = 1  # from: linux/prctl.h
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.config import UserError, friendly_errors  # noqa: E402
 from utils.data import Corpus, read_questions  # noqa: E402
-from utils.files import atomic_file  # noqa: E402
+from utils.plumbing.config import UserError, friendly_errors  # noqa: E402
+from utils.plumbing.files import atomic_file  # noqa: E402
 
 NEGATIVES = 4
 

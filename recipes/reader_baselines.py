@@ -18,10 +18,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from train_reader import answer_all  # noqa: E402
-from utils.config import UserError, friendly_errors  # noqa: E402
 from utils.data import Corpus  # noqa: E402
 from utils.distributed import start  # noqa: E402
 from utils.metrics import print_table, with_intervals  # noqa: E402
+from utils.plumbing.config import UserError, friendly_errors  # noqa: E402
 from utils.predictions import answer_scores  # noqa: E402
 from utils.reader import load_reader  # noqa: E402
 from utils.reader_data import read_ranking  # noqa: E402

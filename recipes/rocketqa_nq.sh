@@ -35,19 +35,19 @@ if [ ! -f $DATA/unlabelled.jsonl ]; then
         echo "$DATA/mrqa.query.txt is missing: take it from RocketQA's data (its wget_data.sh); id, tab, question" >&2
         exit 2
     fi
-    python -m utils.data convert msmarco $DATA/mrqa.query.txt $DATA/unlabelled.jsonl
+    python -m prepare.convert msmarco $DATA/mrqa.query.txt $DATA/unlabelled.jsonl
 fi
 if [ ! -f $DATA/corpus.tsv ]; then
-    python -m utils.download psgs_w100.tsv --out $DATA
+    python -m prepare.download psgs_w100.tsv --out $DATA
     mv $DATA/psgs_w100.tsv $DATA/corpus.tsv
 fi
 if [ ! -f $DATA/train.jsonl ]; then
-    python -m utils.download biencoder-nq-train.json --out $DATA
-    python -m utils.data convert dpr_json $DATA/biencoder-nq-train.json $DATA/train.jsonl
+    python -m prepare.download biencoder-nq-train.json --out $DATA
+    python -m prepare.convert dpr_json $DATA/biencoder-nq-train.json $DATA/train.jsonl
 fi
 if [ ! -f $DATA/test.jsonl ]; then
-    python -m utils.download nq-test.qa.csv --out $DATA
-    python -m utils.data convert dpr_qa $DATA/nq-test.qa.csv $DATA/test.jsonl
+    python -m prepare.download nq-test.qa.csv --out $DATA
+    python -m prepare.convert dpr_qa $DATA/nq-test.qa.csv $DATA/test.jsonl
 fi
 
 train() { # NAME FILE: the dual encoder on FILE, from START

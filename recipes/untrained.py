@@ -14,8 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from train_dpr import INPUTS  # noqa: E402
-from utils.config import friendly_errors, load_config  # noqa: E402
-from utils.weights import load_encoder, save_encoder  # noqa: E402
+from utils.plumbing.config import friendly_errors, load_config  # noqa: E402
+from utils.plumbing.weights import load_encoder, save_encoder  # noqa: E402
 
 
 def main():

@@ -20,9 +20,22 @@ from pathlib import Path
 from tests.toy import make_world
 from tests.toy_t5 import t5
 
-FREE = ("pair", "seconds", "search_seconds", "refresh_seconds", "minutes")  # what may differ between two trees
+FREE = (
+    "pair",
+    "seconds",
+    "search_seconds",
+    "refresh_seconds",
+    "minutes",
+)  # what may differ between two trees
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-COMMON = {"epochs": 4, "batch_size": 8, "learning_rate": 1e-3, "warmup": 0.1, "save_every": 3, "mixed_precision": "no"}
+COMMON = {
+    "epochs": 4,
+    "batch_size": 8,
+    "learning_rate": 1e-3,
+    "warmup": 0.1,
+    "save_every": 3,
+    "mixed_precision": "no",
+}
 
 
 def stages(tree, world):
@@ -37,19 +50,44 @@ def stages(tree, world):
     reader = sets | corpus | COMMON | runs | {"init": world / "bert", "reader_tokens": 48, "train_depth": 12}
     reader |= {"passages_per_question": 4, "test_depth": 6, "question_chunk": 3, "passage_chunk": 5}
     emdr2 = sets | corpus | COMMON | {"batch_size": 6, "reader": world / "t5", "top_k": 4, "temperature": 0.0}
-    emdr2 |= {"reader_tokens": 48, "answer_tokens": 6, "question_chunk": 4, "passage_chunk": 5, "score_chunk": 3}
-    emdr2 |= {"query_encoder": world / "query_encoder", "doc_encoder": world / "doc_encoder", "refresh_every": 4}
-    emdr2 |= {"embeddings": world / "vectors", "encoding_batch_size": 7, "eval_batch_size": 8, "eval_every": 7}
+    emdr2 |= {
+        "reader_tokens": 48,
+        "answer_tokens": 6,
+        "question_chunk": 4,
+        "passage_chunk": 5,
+        "score_chunk": 3,
+    }
+    emdr2 |= {
+        "query_encoder": world / "query_encoder",
+        "doc_encoder": world / "doc_encoder",
+        "refresh_every": 4,
+    }
+    emdr2 |= {
+        "embeddings": world / "vectors",
+        "encoding_batch_size": 7,
+        "eval_batch_size": 8,
+        "eval_every": 7,
+    }
     emdr2 |= {"gradient_checkpointing": "false", "epochs": 3}
     search = {"query_encoder": world / "query_encoder", "embeddings": world / "vectors", "k": 30}
-    mine = {"questions": sets["train"], "negatives": 3, "depth": 20, "run": world / "found_train.run"} | corpus
+    mine = {
+        "questions": sets["train"],
+        "negatives": 3,
+        "depth": 20,
+        "run": world / "found_train.run",
+    } | corpus
     scores, ahead = world / "scores.run", world / "lookahead.run"
     answer = {"test_run": world / "found_test.run", "test": test["questions"]} | corpus
 
     yield "bm25", 1, "-m utils.bm25", test | {"out": world / "bm25.run", "k": 30}
     for processes in (1, 2):
         out = {"out": world / f"vectors{processes}", "shard_size": 17, "batch_size": 4}
-        yield f"encode{processes}", processes, "doc2embedding.py", corpus | {"doc_encoder": world / "doc_encoder"} | out
+        yield (
+            f"encode{processes}",
+            processes,
+            "doc2embedding.py",
+            corpus | {"doc_encoder": world / "doc_encoder"} | out,
+        )
     shutil.copytree(world / "vectors1", world / "vectors")
     for split in ("train", "dev", "test"):
         found = search | corpus | {"questions": world / f"{split}.jsonl", "out": world / f"found_{split}.run"}
@@ -64,23 +102,47 @@ def stages(tree, world):
     for processes in (1, 2):
         gc = {"grad_cache": "true", "run_dir": world / f"gc{processes}"}
         yield f"dpr{processes}", processes, "train_dpr.py", dpr | gc
-        moving = {"rotate_negatives": "true", "shared_encoder": "true", "token_types": "segments", "pooling": "mean"}
+        moving = {
+            "rotate_negatives": "true",
+            "shared_encoder": "true",
+            "token_types": "segments",
+            "pooling": "mean",
+        }
         other = moving | {"negatives": 2, "stop_after": 7, "run_dir": world / f"shared{processes}"}
         yield f"shared{processes}", processes, "train_dpr.py", dpr | other
         push = {"adversarial_epsilon": 0.5, "run_dir": world / f"cross{processes}"}
         yield f"cross{processes}", processes, "train_cross_encoder.py", cross | push
-        yield f"reader{processes}", processes, "train_reader.py", reader | {"run_dir": world / f"reader{processes}"}
-        yield f"emdr2{processes}", processes, "train_emdr2.py", emdr2 | {"run_dir": world / f"emdr2{processes}"}
+        yield (
+            f"reader{processes}",
+            processes,
+            "train_reader.py",
+            reader | {"run_dir": world / f"reader{processes}"},
+        )
+        yield (
+            f"emdr2{processes}",
+            processes,
+            "train_emdr2.py",
+            emdr2 | {"run_dir": world / f"emdr2{processes}"},
+        )
     for name, keys in (("kl", {"retriever_loss": "kl"}), ("fid", {"retriever_loss": "none"})):
         yield name, 1, "train_emdr2.py", emdr2 | keys | {"run_dir": world / name}
     sequence = {"marginal": "sequence", "refresh": "none", "run_dir": world / "sequence"}
     yield "sequence", 1, "train_emdr2.py", emdr2 | sequence
-    judge = {"cross_encoder": world / "cross1/cross_encoder", "ranking": world / "found_train.run", "depth": 10}
+    judge = {
+        "cross_encoder": world / "cross1/cross_encoder",
+        "ranking": world / "found_train.run",
+        "depth": 10,
+    }
     judge |= {"questions": sets["train"], "block": 7, "out": scores} | corpus
     yield "rerank", 1, "rerank.py", judge
     gate = {"scores": scores, "negative_below": 0.5, "positive_above": 0.5, "fill": "true"}
     yield "denoise", 1, "mine_negatives.py", mine | gate | {"mode": "denoise", "out": world / "denoise.jsonl"}
-    yield "pseudo", 1, "mine_negatives.py", mine | gate | {"mode": "pseudo_label", "out": world / "pseudo.jsonl"}
+    yield (
+        "pseudo",
+        1,
+        "mine_negatives.py",
+        mine | gate | {"mode": "pseudo_label", "out": world / "pseudo.jsonl"},
+    )
     tele = {"mode": "teleport", "lookahead_run": ahead, "momentum": world / "topk.jsonl"}
     yield "teleport", 1, "mine_negatives.py", mine | tele | {"out": world / "teleport.jsonl"}
     if (tree / "answer.py").exists():
@@ -91,7 +153,12 @@ def stages(tree, world):
     else:
         cut = {"train": "", "dev": "", "init": world / "reader1/reader", "out": world / "reader_answers.json"}
         yield "reader_answers", 1, "train_reader.py", answer | cut | {"test_depth": 6}
-        write = {"train": "", "dev": "", "reader": world / "emdr21/reader", "out": world / "emdr2_answers.json"}
+        write = {
+            "train": "",
+            "dev": "",
+            "reader": world / "emdr21/reader",
+            "out": world / "emdr2_answers.json",
+        }
         yield "emdr2_answers", 1, "train_emdr2.py", answer | write | {"top_k": 4}
 
 
@@ -125,15 +192,26 @@ def hashes(world):
     found = {}
     for path in sorted(world.rglob("*")):
         name = str(path.relative_to(world))
-        skipped = path.suffix in (".txt", ".yaml", ".png", ".cfg") or path.name in ("state.json", "metrics.json")
+        skipped = path.suffix in (".txt", ".yaml", ".png", ".cfg") or path.name in (
+            "state.json",
+            "metrics.json",
+        )
         inside_checkpoint = "checkpoints" in name and ("manifest" in name or "index_encoder" in name)
-        if path.is_file() and not skipped and not inside_checkpoint and "refresh" not in name and ".index" not in name:
+        if (
+            path.is_file()
+            and not skipped
+            and not inside_checkpoint
+            and "refresh" not in name
+            and ".index" not in name
+        ):
             found[name] = hashlib.sha256(content(path)).hexdigest()
     return found
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out")
     parser.add_argument("--tree", default=".", help="the checkout whose scripts are run")
     parser.add_argument("--against", default="", help="an earlier output; exit code 1 where it differs")

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from utils.config import ROOT
+from utils.plumbing.config import ROOT
 
 ENVIRONMENT = os.environ | {
     "HF_HUB_OFFLINE": "1",

@@ -16,15 +16,15 @@ from tests.processes import ENVIRONMENT
 from tests.toy import make_world
 from tests.toy_t5 import t5
 from utils.bm25 import build_bm25, search_bm25
-from utils.config import ROOT, UserError
 from utils.data import Corpus
-from utils.embeddings import open_embeddings
 from utils.encoder import embed, tokenize_questions
 from utils.fid import answer, load_fid, tokenize_contexts
-from utils.files import write_json
+from utils.plumbing.config import ROOT, UserError
+from utils.plumbing.embeddings import open_embeddings
+from utils.plumbing.files import write_json
+from utils.plumbing.weights import load_encoder, save_encoder
 from utils.reader import load_reader, predict
 from utils.reader_data import tokenize_rows
-from utils.weights import load_encoder, save_encoder
 
 torch.set_num_threads(1)
 QUESTION = "which colour has the tower of oslo"

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from utils import bm25
-from utils.config import UserError
 from utils.data import Corpus, read_run
+from utils.plumbing.config import UserError
 
 ROWS = [
     ("1", "Oslo is the capital of Norway.", "Oslo"),

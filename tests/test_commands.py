@@ -8,7 +8,7 @@ import re
 import pytest
 import yaml
 
-from utils.config import ROOT
+from utils.plumbing.config import ROOT
 
 TEXTS = [
     ROOT / "README.md",
@@ -61,7 +61,7 @@ def schema_keys(script):
     flags = set(re.findall(r'add_argument\(\s*f?"--(\w+)"', text)) | {"help", "debug"}
     if 'f"--{name}"' in text:  # flags made in a loop
         flags |= set(re.findall(r'"(\w+)"', text)) | set(re.findall(r"(\w+)=\d", text))
-    return flags | schema_keys("utils/convert.py") if script == "utils/data.py" else flags
+    return flags | schema_keys("prepare/convert.py") if script == "utils/data.py" else flags
 
 
 @pytest.mark.parametrize(("path", "command"), FOUND, ids=[f"{p}-{i}" for i, (p, _) in enumerate(FOUND)])

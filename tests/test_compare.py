@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from recipes.compare import main, per_question
-from utils.config import UserError
 from utils.data import Corpus, read_questions
+from utils.plumbing.config import UserError
 
 QUESTIONS = [
     {"qid": "a", "question": "which colour is the sky", "answers": ["blue"], "positives": ["1"]},

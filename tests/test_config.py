@@ -9,8 +9,16 @@ import pytest
 import torch
 import yaml
 
-from utils.config import ROOT, UserError, friendly_errors, load_config, need_file, need_folder, need_model
-from utils.files import folder_hash, weights_hash
+from utils.plumbing.config import (
+    ROOT,
+    UserError,
+    friendly_errors,
+    load_config,
+    need_file,
+    need_folder,
+    need_model,
+)
+from utils.plumbing.files import folder_hash, weights_hash
 
 SCHEMA = "config/train_dpr_nq.yaml"
 

@@ -5,9 +5,9 @@ import tracemalloc
 
 import pytest
 
-from utils import convert
-from utils.config import UserError
+from prepare import convert
 from utils.data import read_questions
+from utils.plumbing.config import UserError
 
 
 def save(path, content):

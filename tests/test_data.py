@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from utils import corpus as corpus_module
-from utils.config import UserError
 from utils.data import (
     Corpus,
     Passage,
@@ -24,6 +23,7 @@ from utils.data import (
     write_run,
     write_trec,
 )
+from utils.plumbing.config import UserError
 
 
 def save(path, content):

@@ -8,8 +8,8 @@ import pytest
 from recipes.demo.check_questions import LEAST, faults_of
 from recipes.demo.inverse_cloze import main as inverse_cloze
 from recipes.demo.prepare import dequantise
-from utils.config import ROOT
 from utils.data import iter_jsonl
+from utils.plumbing.config import ROOT
 
 
 def splits():

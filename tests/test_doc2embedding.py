@@ -13,13 +13,13 @@ import torch
 import doc2embedding
 from tests.processes import ENVIRONMENT, run
 from tests.toy import make_world
-from utils.config import ROOT, UserError
 from utils.data import Corpus
-from utils.distributed import ahead
-from utils.embeddings import open_embeddings
+from utils.distributed import prefetch
 from utils.encoder import collate, tokenize_passages
-from utils.files import sha256
-from utils.weights import load_encoder, save_encoder
+from utils.plumbing.config import ROOT, UserError
+from utils.plumbing.embeddings import open_embeddings
+from utils.plumbing.files import sha256
+from utils.plumbing.weights import load_encoder, save_encoder
 
 torch.set_num_threads(1)  # why: threads that wait for each other take seconds on a busy machine
 SMALL = {"shard_size": 16, "sort_window": 7, "batch_size": 4}
@@ -253,9 +253,9 @@ def test_the_next_item_is_made_meanwhile():
         made.append(item)
         return 6 // item
 
-    stream = ahead(make, iter([3, 2, 1, 0, 4]))
+    stream = prefetch(make, iter([3, 2, 1, 0, 4]))
     for i, wanted in enumerate([2, 3, 6], 1):
         assert next(stream) == wanted and len(made) <= i + 1
     with pytest.raises(ZeroDivisionError):
         next(stream)
-    assert list(ahead(make, [])) == [] and list(ahead(make, [1])) == [6]
+    assert list(prefetch(make, [])) == [] and list(prefetch(make, [1])) == [6]

@@ -14,8 +14,8 @@ import types
 
 import pytest
 
-from utils import download
-from utils.config import UserError
+from prepare import download
+from utils.plumbing.config import UserError
 
 CONTENT = os.urandom(300_000) + b"id\ttext\ttitle\n" * 1000
 
@@ -259,7 +259,7 @@ def test_stale_file_of_another_tool(server, tmp_path):
 def test_disk_too_small(server, tmp_path, monkeypatch):
     """The need is compared with the free space before the first byte."""
     server.serve("a.csv", "/a.csv", CONTENT)
-    monkeypatch.setattr("utils.files.shutil.disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    monkeypatch.setattr("utils.plumbing.files.shutil.disk_usage", lambda _: types.SimpleNamespace(free=1000))
     with pytest.raises(UserError, match="needs 0.0 GB .* are free"):
         download.download("a.csv", tmp_path)
     assert names(tmp_path) == []
@@ -269,7 +269,7 @@ def test_room_to_unpack_is_asked_for_too(server, tmp_path, monkeypatch):
     """The unpacked size of a packed file, three times as much, is part of the need."""
     server.serve("a.tsv", "/a.tsv.gz", gzip.compress(CONTENT))
     room = 2 * len(gzip.compress(CONTENT))
-    monkeypatch.setattr("utils.files.shutil.disk_usage", lambda _: types.SimpleNamespace(free=room))
+    monkeypatch.setattr("utils.plumbing.files.shutil.disk_usage", lambda _: types.SimpleNamespace(free=room))
     with pytest.raises(UserError, match="a.tsv.gz needs 0.0 GB .* are free"):
         download.download("a.tsv", tmp_path)
     assert names(tmp_path) == []

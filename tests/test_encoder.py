@@ -13,15 +13,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertTokenizer, DPRConfig, DPRContextEncoder, DPRQuestionEncoder
 
+from prepare.checkpoints import export_hf_dpr
 from tests.toy import INPUTS, bert, make_world, tokenizer
 from tests.toy_t5 import t5
-from utils.config import UserError
 from utils.cross_encoder import load_cross_encoder
-from utils.dpr_files import export_hf_dpr
 from utils.encoder import Encoder, collate, embed, tokenize_passages, tokenize_questions
 from utils.fid import load_fid
+from utils.plumbing.config import UserError
+from utils.plumbing.weights import encoder_hash, explain_load_errors, load_encoder, save_encoder
 from utils.reader import load_reader
-from utils.weights import encoder_hash, load_encoder, loading, save_encoder
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenize_pair.json").read_text())
 PASSAGES = [
@@ -267,7 +267,7 @@ def test_damaged_weights_are_named(world, tmp_path, damage):
 def test_a_model_that_cannot_be_loaded_keeps_its_cause(tmp_path, monkeypatch):
     """--debug shows what Hugging Face met; a full memory is no damaged file, and has a line of its own."""
     for error in (OSError("no config.json"), RuntimeError("size mismatch")):
-        with pytest.raises(UserError) as stopped, loading("a"):
+        with pytest.raises(UserError) as stopped, explain_load_errors("a"):
             raise error
         assert stopped.value.__cause__ is error
 

@@ -4,7 +4,7 @@ import ast
 import re
 
 from tests.test_commands import schema_keys
-from utils.config import ROOT
+from utils.plumbing.config import ROOT
 
 TEXT = (ROOT / "docs" / "exercises.md").read_text(encoding="utf-8")
 CODE = {path: path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]}

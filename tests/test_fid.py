@@ -13,7 +13,6 @@ from transformers import AutoTokenizer, T5EncoderModel, T5ForConditionalGenerati
 from tests.saved import Largest
 from tests.toy import make_world
 from tests.toy_t5 import t5
-from utils.config import UserError
 from utils.corpus import Passage
 from utils.fid import (
     PAD,
@@ -29,7 +28,8 @@ from utils.fid import (
     tokenize_answers,
     tokenize_contexts,
 )
-from utils.weights import encoder_hash, save_encoder
+from utils.plumbing.config import UserError
+from utils.plumbing.weights import encoder_hash, save_encoder
 
 QUESTIONS = ["which colour has the river of paris", "where is the tower"]
 PASSAGES = [

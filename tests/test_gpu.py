@@ -17,8 +17,8 @@ from train_dpr import TOWERS, add_gradient, load_towers, make_batch
 from utils.data import Corpus, read_questions
 from utils.encoder import embed, tokenize_passages
 from utils.live_index import LiveIndex
+from utils.plumbing.weights import load_encoder
 from utils.search import exact_topk
-from utils.weights import load_encoder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ON_GPU = {key: value for key, value in processes.ENVIRONMENT.items() if key != "ACCELERATE_USE_CPU"}

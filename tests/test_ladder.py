@@ -17,10 +17,10 @@ from tests.processes import ENVIRONMENT, command
 from tests.toy import make_world
 from tests.toy_t5 import t5
 from tests.warm_python import warm_python
-from utils.config import ROOT, UserError, read_yaml
 from utils.data import Corpus, iter_jsonl, iter_run, read_questions, write_run
-from utils.files import read_json, write_json
 from utils.metrics import bootstrap_interval
+from utils.plumbing.config import ROOT, UserError, read_yaml
+from utils.plumbing.files import read_json, write_json
 
 ROWS = (
     "bm25 untrained cloze inbatch d0 gc m1 m2 m3 d1 d2 d0_long d0_ce best_ce hybrid reading fid emdr2".split()

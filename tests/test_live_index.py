@@ -22,13 +22,13 @@ import utils.live_index
 from tests.processes import ENVIRONMENT, kill_tree, on_devices
 from tests.toy import make_world
 from utils import index_worker
-from utils.config import ROOT, UserError, load_config
 from utils.data import Corpus
-from utils.embeddings import open_embeddings
-from utils.files import read_json, sha256, write_json
 from utils.live_index import LiveIndex
+from utils.plumbing.config import ROOT, UserError, load_config
+from utils.plumbing.embeddings import open_embeddings
+from utils.plumbing.files import read_json, sha256, write_json
+from utils.plumbing.weights import load_encoder, save_encoder
 from utils.search import exact_topk
-from utils.weights import load_encoder, save_encoder
 
 ACCELERATOR = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext)
 torch.set_num_threads(1)
@@ -292,7 +292,7 @@ def test_what_is_half_written_is_invisible(world, tmp_path, monkeypatch):
         raise OSError(5, "died")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="died"):
-        patch.setattr("utils.weights.write_json", die)  # the last thing that save_encoder writes
+        patch.setattr("utils.plumbing.weights.write_json", die)  # the last thing that save_encoder writes
         index_worker.export(tmp_path, 6, encoder)
     assert index_worker.exported_step(tmp_path) == 0
     index_worker.export(tmp_path, 6, encoder)

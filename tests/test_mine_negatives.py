@@ -11,8 +11,8 @@ import pytest
 import mine_negatives
 from mine_negatives import Found, teleport
 from utils import bm25
-from utils.config import UserError, friendly_errors
 from utils.data import Corpus, read_questions, write_run
+from utils.plumbing.config import UserError, friendly_errors
 
 GOLDEN = Path(__file__).parent / "golden"
 ROWS = [

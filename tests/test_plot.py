@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from utils import plot
-from utils.config import UserError
+from utils.plumbing.config import UserError
 
 
 def write_rows(path, rows):

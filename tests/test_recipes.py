@@ -16,9 +16,9 @@ from tests.processes import ENVIRONMENT
 from tests.toy import make_world
 from tests.toy_t5 import t5
 from tests.warm_python import warm_python
-from utils.config import ROOT, read_yaml
 from utils.data import Corpus, iter_jsonl, iter_run, read_run
-from utils.files import read_json
+from utils.plumbing.config import ROOT, read_yaml
+from utils.plumbing.files import read_json
 from utils.text import has_answer
 
 SMALL = "--mixed_precision no --batch_size 8 --epochs 1 --question_chunk 8 --passage_chunk 16"

@@ -15,10 +15,10 @@ import rerank
 from test_dpr import retrieval_metrics
 from tests.processes import ENVIRONMENT, run
 from tests.toy import make_world, tokenizer
-from utils.config import ROOT, UserError
 from utils.cross_encoder import CrossEncoder, load_cross_encoder
 from utils.data import Corpus, iter_run, read_questions, read_run, write_run
-from utils.weights import save_encoder
+from utils.plumbing.config import ROOT, UserError
+from utils.plumbing.weights import save_encoder
 
 torch.set_num_threads(1)  # why: threads that wait for each other take seconds on a busy machine
 SMALL = {"depth": 7, "batch_size": 5, "block": 3}

@@ -11,13 +11,13 @@ import pytest
 
 import test_dpr
 from tests.toy import make_world
-from utils.config import UserError
 from utils.data import Corpus, read_questions, read_run, write_run
-from utils.embeddings import open_embeddings
 from utils.encoder import embed, tokenize_passages, tokenize_questions
-from utils.files import read_json, sha256, write_json
+from utils.plumbing.config import UserError
+from utils.plumbing.embeddings import open_embeddings
+from utils.plumbing.files import read_json, sha256, write_json
+from utils.plumbing.weights import load_encoder
 from utils.text import has_answer
-from utils.weights import load_encoder
 
 ROOT = Path(__file__).parent.parent
 

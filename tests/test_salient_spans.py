@@ -17,13 +17,13 @@ import pytest
 import spacy
 from spacy.training import Example
 
+from prepare.salient_spans import mask, pipeline
 from tests.processes import ENVIRONMENT
 from tests.toy import CITIES, THINGS
 from utils import salient_spans
-from utils.config import ROOT, UserError, friendly_errors, read_yaml
 from utils.data import Corpus, read_questions
-from utils.files import read_json
-from utils.salient_spans import mask, pipeline
+from utils.plumbing.config import ROOT, UserError, friendly_errors, read_yaml
+from utils.plumbing.files import read_json
 from utils.text import has_answer
 
 DEFAULTS = read_yaml(ROOT / "config/salient_spans.yaml")
@@ -190,7 +190,7 @@ def test_stopped_and_killed(make, tmp_path, monkeypatch, capsys):
     """
     write_corpus(tmp_path / "corpus.tsv", 1500)
     keys = {"corpus": tmp_path / "corpus.tsv", "model": "rules", "block": 3, "out": tmp_path / "mss.jsonl"}
-    command = [sys.executable, "-m", "utils.salient_spans", *flags(keys | {"workers": 1})]
+    command = [sys.executable, "-m", "prepare.salient_spans", *flags(keys | {"workers": 1})]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     # trap: what a shell starts in the background ignores Ctrl-C, and so do its children's children
     pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import utils.search
-from utils.config import UserError
-from utils.embeddings import open_embeddings
 from utils.faiss_index import build_index, search_index
-from utils.files import sha256, write_json
+from utils.plumbing.config import UserError
+from utils.plumbing.embeddings import open_embeddings
+from utils.plumbing.files import sha256, write_json
 from utils.search import as_lists, exact_topk, name_blas_kernel
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "merge_topk.json").read_text())["cases"]

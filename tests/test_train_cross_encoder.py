@@ -26,14 +26,14 @@ from train_cross_encoder import (
     read_pairs,
     tokenize,
 )
-from utils.checkpoint import make_optimizer
-from utils.config import UserError, load_config
 from utils.corpus import Passage
 from utils.cross_encoder import CrossEncoder, load_cross_encoder, probabilities, tokenize_pairs
 from utils.data import Corpus
 from utils.encoder import collate
 from utils.grad_cache import chunk_seed
-from utils.weights import load_encoder, save_encoder
+from utils.plumbing.checkpoint import make_optimizer
+from utils.plumbing.config import UserError, load_config
+from utils.plumbing.weights import load_encoder, save_encoder
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenize_pair.json").read_text())
 ACCELERATOR = SimpleNamespace(

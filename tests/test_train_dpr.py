@@ -28,13 +28,13 @@ from train_dpr import (
     learning_rate_factor,
     load_towers,
     make_batch,
-    weights_of,
+    named_weights,
 )
-from utils.checkpoint import make_optimizer
-from utils.config import ROOT, load_config
 from utils.data import Corpus, read_questions
 from utils.encoder import collate
-from utils.weights import load_encoder
+from utils.plumbing.checkpoint import make_optimizer
+from utils.plumbing.config import ROOT, load_config
+from utils.plumbing.weights import load_encoder
 
 torch.set_num_threads(1)  # why: threads that wait for each other take seconds on a busy machine
 GOLDEN = Path(__file__).parent / "golden"
@@ -160,7 +160,7 @@ ACCELERATOR = SimpleNamespace(
 
 
 def flat_gradient(towers):
-    return torch.cat([p.grad.flatten() for p in weights_of(towers).values()])
+    return torch.cat([p.grad.flatten() for p in named_weights(towers).values()])
 
 
 def one_graph(batch, towers, cfg):
@@ -191,7 +191,7 @@ def test_gradient_equals_one_graph(world, shared, cache):
         batch = make_batch(0, train, corpus, towers, cfg)
         wanted_loss = one_graph(batch, towers, cfg)
         wanted = flat_gradient(towers)
-        for p in weights_of(towers).values():
+        for p in named_weights(towers).values():
             p.grad = None
         loss, _ = add_gradient(batch, towers, ACCELERATOR, cfg, 0)
         got = flat_gradient(towers)
@@ -260,7 +260,7 @@ def test_biases_and_layer_norms_are_not_decayed(world):
     cfg, _, _, towers = parts(world, weight_decay=0.1, shared_encoder=True)
     groups = {
         group["weight_decay"]: len(group["params"])
-        for group in make_optimizer(weights_of(towers).items(), cfg).param_groups
+        for group in make_optimizer(named_weights(towers).items(), cfg).param_groups
     }
     total = len(list(towers["query_encoder"].parameters()))
     assert groups[0.1] + groups[0.0] == total and groups[0.0] > groups[0.1] > 0
@@ -364,7 +364,7 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(whole, tmp_path):
 
 KILL_DURING_SAVE = """
 import os, signal, sys
-import utils.checkpoint as checkpoint
+import utils.plumbing.checkpoint as checkpoint
 real, calls = checkpoint.write_json, []
 def dying(path, value):
     calls.append(path)
@@ -456,7 +456,7 @@ def test_dry_run_writes_nothing(world, tmp_path):
 def test_mistakes_end_in_one_line(world, tmp_path, monkeypatch, changes, words):
     """Exit code 2 and one sentence with the file or key, before any training."""
     from train_dpr import main
-    from utils.config import UserError
+    from utils.plumbing.config import UserError
 
     _, keys = config(world, **{"run_dir": tmp_path / "run"} | changes)
     argv = [part for key, value in keys.items() for part in (f"--{key}", str(value))]
@@ -469,7 +469,7 @@ def test_mistakes_end_in_one_line(world, tmp_path, monkeypatch, changes, words):
 def test_a_model_without_a_run_is_not_replaced(world, tmp_path, monkeypatch):
     """run_dir holds the very model that training starts from, and no checkpoint: nothing is touched."""
     from train_dpr import main
-    from utils.config import UserError
+    from utils.plumbing.config import UserError
 
     shutil.copytree(world / "query_encoder", tmp_path / "run" / "query_encoder")
     before = {file: file.read_bytes() for file in (tmp_path / "run" / "query_encoder").iterdir()}
@@ -489,16 +489,16 @@ def test_a_half_precision_start_is_trained_in_full(world, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((world / "bert" / name).read_bytes())
     towers = load_towers(dict.fromkeys(TOWERS, tmp_path), cfg, "cpu")
-    assert {p.dtype for p in weights_of(towers).values()} == {torch.float32}
+    assert {p.dtype for p in named_weights(towers).values()} == {torch.float32}
 
 
 def test_older_checkpoints_go_and_an_abandoned_future_too(world, tmp_path):
     """After a fall back to step 10, the damaged steps 30 and 40 must not crowd out step 15."""
-    from utils.checkpoint import load_optimizer, make_optimizer, save_checkpoint
-    from utils.config import UserError
+    from utils.plumbing.checkpoint import load_optimizer, make_optimizer, save_checkpoint
+    from utils.plumbing.config import UserError
 
     cfg, _, _, towers = parts(world)
-    optimizer = make_optimizer(weights_of(towers).items(), cfg)
+    optimizer = make_optimizer(named_weights(towers).items(), cfg)
     for step in (10, 30, 40, 15):
         save_checkpoint(tmp_path, step, towers, optimizer, {"step": step}, protect=10)
     (tmp_path / "checkpoints" / ".step_00000016.tmp").mkdir()
@@ -506,7 +506,7 @@ def test_older_checkpoints_go_and_an_abandoned_future_too(world, tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
         "step_00000010", "step_00000015", "step_00000020",
     ]  # fmt: skip
-    sum(p.sum() for p in weights_of(towers).values()).backward()
+    sum(p.sum() for p in named_weights(towers).values()).backward()
     optimizer.step()
     folder = save_checkpoint(tmp_path, 21, towers, optimizer, {"step": 21})
     small = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3))])

@@ -27,7 +27,7 @@ from tests.toy_t5 import t5
 from train_emdr2 import (
     TOWERS,
     add_gradient,
-    draw,
+    draw_questions,
     evaluate,
     kl_loss,
     load_questions,
@@ -35,10 +35,8 @@ from train_emdr2 import (
     retrieve,
     retriever_loss,
 )
-from utils.config import ROOT, UserError, load_config
 from utils.corpus import Passage
 from utils.data import Corpus
-from utils.embeddings import open_embeddings
 from utils.encoder import collate, tokenize_passages, tokenize_questions, vectors_of
 from utils.fid import (
     encode_contexts,
@@ -49,10 +47,12 @@ from utils.fid import (
     tokenize_answers,
     tokenize_contexts,
 )
-from utils.files import read_json, write_json
 from utils.index_worker import training_ended
 from utils.live_index import LiveIndex
-from utils.weights import load_encoder, save_encoder
+from utils.plumbing.config import ROOT, UserError, load_config
+from utils.plumbing.embeddings import open_embeddings
+from utils.plumbing.files import read_json, write_json
+from utils.plumbing.weights import load_encoder, save_encoder
 
 GOLDEN = Path(__file__).parent / "golden" / "emdr2_loss.json"
 ACCELERATOR = SimpleNamespace(
@@ -334,8 +334,8 @@ def test_a_batch_is_a_function_of_seed_and_step(world):
     train = [question | {"answers": ["red", "blue", "green"]} for question in train]
     epochs = []
     for epoch in (0, 1):
-        drawn = [draw(step, train, cfg) for step in (2 * epoch, 2 * epoch + 1)]
-        assert drawn == [draw(step, train, cfg) for step in (2 * epoch, 2 * epoch + 1)]
+        drawn = [draw_questions(step, train, cfg) for step in (2 * epoch, 2 * epoch + 1)]
+        assert drawn == [draw_questions(step, train, cfg) for step in (2 * epoch, 2 * epoch + 1)]
         pairs = [(q["qid"], answer) for batch in drawn for q, answer in zip(*batch, strict=True)]
         assert sorted(qid for qid, _ in pairs) == sorted(question["qid"] for question in train)
         assert {answer for _, answer in pairs} == {"red", "blue", "green"}
@@ -824,7 +824,7 @@ def test_a_finished_run_that_goes_on_is_not_finished(world, tmp_path, monkeypatc
 
     def look(*arguments):
         ended.append(training_ended(SimpleNamespace(run_dir=folder)))
-        return draw(*arguments)
+        return draw_questions(*arguments)
 
     monkeypatch.setattr("train_emdr2.draw", look)
     for last in (1, 3, 3):

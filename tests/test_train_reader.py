@@ -21,30 +21,30 @@ from tests.toy import bert, make_world
 from train_reader import (
     add_gradient,
     answer_all,
-    draw,
+    draw_passages,
     evaluate,
     main,
     make_batch,
     reader_loss,
 )
-from utils.checkpoint import make_optimizer
-from utils.config import ROOT, UserError, load_config
 from utils.corpus import Passage
 from utils.data import Corpus, write_dpr_json
 from utils.encoder import collate
 from utils.grad_cache import chunk_seed
+from utils.plumbing.checkpoint import make_optimizer
+from utils.plumbing.config import ROOT, UserError, load_config
+from utils.plumbing.weights import load_encoder, save_encoder
 from utils.predictions import answer_scores
 from utils.reader import best_spans, load_reader, predict, read
 from utils.reader_data import (
-    find_lessons,
     find_spans,
-    lessons,
+    find_training_rows,
     read_gold,
     read_ranking,
     tokenize_rows,
+    training_rows,
     word_pieces,
 )
-from utils.weights import load_encoder, save_encoder
 
 GOLDEN = Path(__file__).parent / "golden"
 torch.set_num_threads(1)
@@ -106,7 +106,7 @@ def parts(world, **changes):
     how = {key: getattr(cfg, key) for key in ("reader_tokens", "token_types")}
     reader = load_reader(cfg.init, how, cfg.dropout, new_head=True).train()
     examples, corpus, _ = read_ranking(cfg.train, cfg.train_run, Corpus(cfg.corpus), cfg.train_depth)
-    return cfg, find_lessons(cfg.train, examples, corpus, reader.tokenizer, {}, cfg)[0], corpus, reader
+    return cfg, find_training_rows(cfg.train, examples, corpus, reader.tokenizer, {}, cfg)[0], corpus, reader
 
 
 # ---------------------------------------------------------------- loss, against DPR
@@ -301,7 +301,7 @@ def test_what_is_learned_and_what_is_dropped_and_why(world):
 
     def fate(answers, rows, length=40):
         example = {"question": "which", "answers": answers, "rows": np.array(rows, dtype=np.int64)}
-        status, positives, negatives, _ = lessons([example], corpus, reader.tokenizer, {}, length)[0]
+        status, positives, negatives, _ = training_rows([example], corpus, reader.tokenizer, {}, length)[0]
         return status, positives.tolist(), negatives.tolist()
 
     assert fate(["red", "blue"], [2, 0, 3, 1]) == ("kept", [0], [2, 3]), (
@@ -329,14 +329,14 @@ def test_an_answer_across_the_cut_is_never_learned(world):
     assert len(pieces[0]) == 3
     example = {"question": "which", "answers": ["river of rome"], "rows": np.array([0])}
     for length in range(4, 16):  # [CLS] which [SEP] [SEP] the: the mentions are tokens 5 to 7 and 10 to 12
-        status, positives, *_ = lessons([example], corpus, reader.tokenizer, {}, length)[0]
+        status, positives, *_ = training_rows([example], corpus, reader.tokenizer, {}, length)[0]
         spans = [span for span in [(5, 7), (10, 12)] if span[1] < length]
         assert status == ("kept" if spans else f"with answers only beyond {length} tokens")
         assert positives.tolist() == [0] * bool(spans)
         if spans:
             reader.inputs["reader_tokens"] = length
             kept = example | {"positives": positives, "negatives": positives[:0]}
-            drawn = draw(kept, 0, 0, corpus, reader, cfg)
+            drawn = draw_passages(kept, 0, 0, corpus, reader, cfg)
             assert drawn["spans"] == spans and len(drawn["ids"][0]) == min(length, 13)
 
 
@@ -353,7 +353,9 @@ def test_a_gold_page_comes_before_other_positives(world, tmp_path):
 
     def learned(question, depth):
         example = {"question": question, "answers": ["red"], "rows": np.arange(depth)}
-        status, positives, negatives, _ = lessons([example], corpus, words.tokenizer, read_gold(path), 40)[0]
+        status, positives, negatives, _ = training_rows(
+            [example], corpus, words.tokenizer, read_gold(path), 40
+        )[0]
         return status, positives.tolist(), len(negatives)
 
     assert learned("which ?", 225) == ("kept", list(range(30, 55)), 150)
@@ -380,7 +382,7 @@ def test_dprs_result_json_is_the_run_with_its_passages(world, tmp_path, monkeypa
     path = brought.path
     del brought
     assert not path.exists(), "the passages' file goes with the corpus"
-    monkeypatch.setattr("utils.files.free_space", lambda _: 10)
+    monkeypatch.setattr("utils.plumbing.files.free_space", lambda _: 10)
     with pytest.raises(UserError, match="r.json needs .* GB in"):
         read_ranking(tmp_path / "r.json", "", None, 4)
 
@@ -481,7 +483,7 @@ def test_devices_share_the_search_for_answers(world):
     """Three devices search a third each; what they gather is what one finds alone, with the same report."""
     cfg, train, corpus, reader = parts(world)
     many, gold = train * 20, {train[0]["question"]: corpus[train[0]["positives"][0]].title}
-    shares, alone = {}, find_lessons("x", many, corpus, reader.tokenizer, gold, cfg)
+    shares, alone = {}, find_training_rows("x", many, corpus, reader.tokenizer, gold, cfg)
 
     def collect(mine):
         assert shares.keys().isdisjoint(mine)
@@ -490,8 +492,8 @@ def test_devices_share_the_search_for_answers(world):
 
     for rank in (2, 0):
         with pytest.raises(ValueError):  # the others' shares are missing
-            find_lessons("x", many, corpus, reader.tokenizer, gold, cfg, (rank, 3), collect)
-    kept, report = find_lessons("x", many, corpus, reader.tokenizer, gold, cfg, (1, 3), collect)
+            find_training_rows("x", many, corpus, reader.tokenizer, gold, cfg, (rank, 3), collect)
+    kept, report = find_training_rows("x", many, corpus, reader.tokenizer, gold, cfg, (1, 3), collect)
     assert len(shares) == 4 and report == alone[1] and "; 20 with positives of the gold page" in report
     for a, b in zip(kept, alone[0], strict=True):
         assert all(np.array_equal(a[key], b[key]) for key in a)
@@ -518,9 +520,10 @@ def test_a_batch_is_a_function_of_seed_and_step(world):
             )
         epochs.append(sorted(question["ids"][0] for question in seen))
         assert len({tuple(ids) for ids in epochs[-1]}) == 40
-    one = draw(train[0], 0, 0, corpus, reader, cfg)
+    one = draw_passages(train[0], 0, 0, corpus, reader, cfg)
     assert any(
-        draw(train[0], 0, epoch, corpus, reader, cfg)["ids"][1:] != one["ids"][1:] for epoch in (1, 2, 3)
+        draw_passages(train[0], 0, epoch, corpus, reader, cfg)["ids"][1:] != one["ids"][1:]
+        for epoch in (1, 2, 3)
     )
 
 

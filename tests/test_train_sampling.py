@@ -12,11 +12,19 @@ from tests.processes import run
 from tests.saved import Saved
 from tests.test_train_dpr import ACCELERATOR, cases, config, decoded, flat_gradient, parts, rows
 from tests.toy import make_world
-from train_dpr import TOWERS, add_gradient, draw, in_batch_loss, load_towers, make_batch, window
-from utils.config import UserError
+from train_dpr import (
+    TOWERS,
+    add_gradient,
+    draw_passages,
+    in_batch_loss,
+    load_towers,
+    make_batch,
+    rotating_negatives,
+)
 from utils.data import Corpus, read_questions, read_training
 from utils.encoder import collate, embed, tokenize_passages
-from utils.weights import load_encoder, save_encoder
+from utils.plumbing.config import UserError
+from utils.plumbing.weights import load_encoder, save_encoder
 
 torch.set_num_threads(1)  # why: threads that wait for each other take seconds on a busy machine
 
@@ -43,7 +51,7 @@ def test_the_window_equals_ance_teles():
             rotate_negatives=True,
         )
         pool = {"positives": [*range(case["n_positives"])], "negatives": [*range(case["n_negatives"])]}
-        positive, *negatives = draw(pool, case["item"], int(case["epoch"]), cfg)
+        positive, *negatives = draw_passages(pool, case["item"], int(case["epoch"]), cfg)
         assert positive == case["positive"], case
         if case["n_negatives"] < cfg.negatives:
             assert sorted(negatives) == pool["negatives"] and len(case["negatives"]) == cfg.negatives
@@ -59,13 +67,17 @@ def test_no_negative_comes_back_before_all_were_seen():
     MS MARCO, episode 3: in 3 epochs a question meets 93 different ones of its 180 negatives; drawn anew each
     epoch, as DPR does, some would be met twice. Five epochs of 2 of 5 show each exactly twice.
     """
-    seen = [i for epoch in range(3) for i in window(180, 31, 42, epoch)]
+    seen = [i for epoch in range(3) for i in rotating_negatives(180, 31, 42, epoch)]
     assert len(set(seen)) == len(seen) == 93
     fresh = SimpleNamespace(seed=42, negatives=31, shuffle_positives=False, rotate_negatives=False)
     pool = {"positives": ["gold"], "negatives": [*range(180)]}
-    assert len({i for epoch in range(3) for i in draw(pool, 0, epoch, fresh)[1:]}) < 93
-    counts = np.bincount([i for epoch in range(5) for i in window(5, 2, 42, epoch)])
-    assert counts.tolist() == [2] * 5 and window(0, 3, 42, 1) == [] and window(3, 0, 42, 1) == []
+    assert len({i for epoch in range(3) for i in draw_passages(pool, 0, epoch, fresh)[1:]}) < 93
+    counts = np.bincount([i for epoch in range(5) for i in rotating_negatives(5, 2, 42, epoch)])
+    assert (
+        counts.tolist() == [2] * 5
+        and rotating_negatives(0, 3, 42, 1) == []
+        and rotating_negatives(3, 0, 42, 1) == []
+    )
 
 
 @pytest.mark.parametrize("rotate", [False, True])

@@ -10,7 +10,7 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from utils.encoder import Encoder
-from utils.weights import save_encoder
+from utils.plumbing.weights import save_encoder
 
 INPUTS = {
     "question_tokens": 16,
@@ -67,7 +67,11 @@ def passages():
 
 def ask(n, thing, city):
     """Question n about a thing of a city, in one of three lengths."""
-    return (f"which colour has the {thing} of {city}", f"what is the {thing} of {city}", f"the {thing} , {city}")[n % 3]
+    return (
+        f"which colour has the {thing} of {city}",
+        f"what is the {thing} of {city}",
+        f"the {thing} , {city}",
+    )[n % 3]
 
 
 def make_world(folder):

@@ -16,9 +16,9 @@ import bm25s
 import numpy as np
 from tqdm import tqdm
 
-from utils.config import UserError, friendly_errors, need_out
 from utils.data import Corpus, read_questions, write_run
-from utils.files import atomic_folder, read_json, write_json
+from utils.plumbing.config import UserError, friendly_errors, need_out
+from utils.plumbing.files import atomic_folder, read_json, write_json
 
 SETTINGS = {
     "k1": 0.9,

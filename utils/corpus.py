@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.config import UserError, file_fault
-from utils.files import atomic_folder, read_json, write_json
 from utils.lines import DECODER, read_lines
+from utils.plumbing.config import UserError, file_fault
+from utils.plumbing.files import atomic_folder, read_json, write_json
 
 csv.field_size_limit(2**31 - 1)  # trap: csv refuses fields of more than 131,072 characters
 

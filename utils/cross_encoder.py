@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from utils.config import UserError
 from utils.distributed import world
-from utils.encoder import batches
-from utils.weights import check_sizes, loading, read_inputs, settle
+from utils.encoder import batches_by_length
+from utils.plumbing.config import UserError
+from utils.plumbing.weights import check_sizes, explain_load_errors, read_inputs, set_dropout
 
 HEAD = ("classifier.", "pooler.")  # what a plain BERT does not bring: labels, and perhaps the layer before
 
@@ -33,7 +33,7 @@ class CrossEncoder(nn.Module):
       token_types     segments (question 0, passage 1), or zeros where the model knows only one segment
     """
 
-    projection = None  # nothing on top, so utils.weights.save_encoder writes it as it is
+    projection = None  # nothing on top, so utils.plumbing.weights.save_encoder writes it as it is
 
     def __init__(self, model, tokenizer, inputs):
         super().__init__()
@@ -68,7 +68,7 @@ def probabilities(cross, ids, batch_size, autocast=contextlib.nullcontext, progr
     was_training = cross.training
     cross.eval()
     found_N = np.zeros(len(ids))
-    for rows, batch in batches(cross, ids, batch_size):
+    for rows, batch in batches_by_length(cross, ids, batch_size):
         with autocast():
             logits_b2 = cross(**batch)
         # why float64: in float32 every pair that is sure enough would have 1.0, and no order among them
@@ -91,7 +91,7 @@ def load_cross_encoder(path, pair_tokens=0, dropout=0.0, new_head=False, layer_n
     role = known.get("role", "cross")
     if role != "cross" and not new_head:
         raise UserError(f"{path}: this is a {role} encoder; a cross-encoder is needed here")
-    with loading(path):
+    with explain_load_errors(path):
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
         if config.num_labels not in (1, 2):
@@ -115,7 +115,7 @@ def load_cross_encoder(path, pair_tokens=0, dropout=0.0, new_head=False, layer_n
         )
     if any("pooler." in key for key in missing) and world()[0] == 0:
         print(f"warning: {path}: no pooler in it, so one is trained from random weights", file=sys.stderr)
-    settle(model, dropout, layer_norm_epsilon)
+    set_dropout(model, dropout, layer_norm_epsilon)
     check_sizes(path, model, tokenizer, pair_tokens, "tokens a pair")
     types = "segments" if getattr(config, "type_vocab_size", 2) > 1 else "zeros"  # RoBERTa has one segment
     return CrossEncoder(

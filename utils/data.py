@@ -4,7 +4,7 @@ The on-disk formats, which nothing else knows: question files (jsonl), rankings 
 A question file has one example a line: {"qid", "question", "answers": [], "positives": [], "negatives": []},
 all but `qid` and `question` optional; a passage is a corpus id or an inline {"title", "text"}. A .run has the
 lines `qid \\t pid \\t rank \\t score`, ranks from 1, best first.
-Other formats become these: python -m utils.data convert FORMAT IN... OUT
+Other formats become these: python -m prepare.convert FORMAT IN... OUT
 """
 
 import json
@@ -12,11 +12,11 @@ import math
 import sys
 import unicodedata
 
-from utils.config import UserError, friendly_errors
 from utils.corpus import Corpus as Corpus
 from utils.corpus import Passage
-from utils.files import atomic_file
 from utils.lines import iter_jsonl, read_lines
+from utils.plumbing.config import UserError, friendly_errors
+from utils.plumbing.files import atomic_file
 
 
 def blank(answer):
@@ -179,7 +179,7 @@ def iter_run(path):
     yield qid, hits
 
 
-def beside(path, items, other):
+def aligned_reader(path, items, other):
     """
     (take, check) for a file in the order of another, of which one question is in memory. items: (qid, value),
     read from `path`. take(qid) gives its value, or None; check() raises UserError when an item was never
@@ -206,8 +206,8 @@ def read_run(path):
     return dict(iter_run(path))
 
 
-if __name__ == "__main__":  # python -m utils.data convert ...
-    from utils.convert import main  # not needed by anyone who only reads
+if __name__ == "__main__":  # python -m prepare.convert ...
+    from prepare.convert import main  # not needed by anyone who only reads
 
     with friendly_errors():
         main(sys.argv[1:])

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from utils.config import UserError
+from utils.plumbing.config import UserError
 
 
 def start(mixed_precision="no"):
@@ -83,7 +83,7 @@ def gather_items(mine):
     return {key: value for one in everyones for key, value in one.items()}
 
 
-def ahead(function, items):
+def prefetch(function, items):
     """Yield function(item) of each item in order; the next one is made in a thread while this one is used."""
     with ThreadPoolExecutor(1) as pool:
         pending = None

@@ -1,7 +1,7 @@
 """
 One tower of the dual encoder: a BERT-like model, and how text becomes its inputs and a vector.
 
-How inputs are built is stored beside the weights in `encoder_inputs.json` (utils/weights.py), because a
+How inputs are built is stored beside the weights in `encoder_inputs.json` (utils/plumbing/weights.py), because a
 vector is only right when the questions are tokenised as in training: lengths, token types and pooling differ
 between DPR, nanoDPR and RocketQA and nothing fails when they are mixed up (specs: transformers issue 26817).
 
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from utils.distributed import ahead, world
+from utils.distributed import prefetch, world
 
 
 class Encoder(nn.Module):
@@ -110,7 +110,7 @@ def full_length(encoder, kind):
     return encoder.inputs[f"{kind}_tokens"] if encoder.inputs["token_types"] == "zeros_sep" else 0
 
 
-def batches(model, ids, size, length=0):
+def batches_by_length(model, ids, size, length=0):
     """
     Yield (rows, what `collate` makes of them) for `size` id lists at a time, the longest first. why sorted by
     length: a batch is as expensive as its longest row, so equal lengths together cost half of padding
@@ -119,7 +119,7 @@ def batches(model, ids, size, length=0):
     order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
     groups = [order[start : start + size] for start in range(0, len(order), size)]
     # why ahead: a GPU would wait while the next batch is padded
-    collated = ahead(lambda rows: collate(model, [ids[i] for i in rows], length), groups)
+    collated = prefetch(lambda rows: collate(model, [ids[i] for i in rows], length), groups)
     return zip(groups, collated, strict=True)
 
 
@@ -129,7 +129,7 @@ def embed(encoder, ids, batch_size, kind, autocast=contextlib.nullcontext, progr
     was_training = encoder.training
     encoder.eval()
     vectors_ND = np.zeros((len(ids), encoder.dim), dtype=np.float32)
-    for rows, batch in batches(encoder, ids, batch_size, full_length(encoder, kind)):
+    for rows, batch in batches_by_length(encoder, ids, batch_size, full_length(encoder, kind)):
         with autocast():
             vectors_bD = encoder(**batch)
         vectors_ND[rows] = vectors_bD.cpu().numpy()

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from utils.config import UserError
 from utils.distributed import peak_memory, world
-from utils.files import free_space
+from utils.plumbing.config import UserError
+from utils.plumbing.files import free_space
 
 
 def dry_run(what, models, probe, units, unit, folder, disk, fixed_memory=0, growth=1.0):

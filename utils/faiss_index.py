@@ -12,9 +12,9 @@ import numpy as np
 import psutil
 import torch
 
-from utils.config import UserError
-from utils.files import atomic_file, read_json, sha256, write_json
-from utils.search import SPARE, as_lists, blocks, check, faiss, fetch, settle
+from utils.plumbing.config import UserError
+from utils.plumbing.files import atomic_file, read_json, sha256, write_json
+from utils.search import SPARE, as_lists, blocks, check, faiss, fetch, rescore
 
 BLOCK = 16384
 
@@ -89,5 +89,5 @@ def search_index(index, queries_QD, shards, k, exact=False):
     queries_QD, K = check(queries_QD, shards, k), min(k + SPARE, index.ntotal)
     if not len(queries_QD):
         return []
-    scores_Qk, rows_Qk = settle(queries_QD, shards, k, *index.search(queries_QD, K), BLOCK, exact)
+    scores_Qk, rows_Qk = rescore(queries_QD, shards, k, *index.search(queries_QD, K), BLOCK, exact)
     return as_lists(scores_Qk, rows_Qk)

@@ -26,11 +26,11 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-from utils.config import UserError
-from utils.distributed import ahead, gather_items, world
-from utils.dpr_files import check_complete
-from utils.encoder import batches
-from utils.weights import check_sizes, loading, read_inputs, settle
+from prepare.checkpoints import check_complete
+from utils.distributed import gather_items, prefetch, world
+from utils.encoder import batches_by_length
+from utils.plumbing.config import UserError
+from utils.plumbing.weights import check_sizes, explain_load_errors, read_inputs, set_dropout
 
 # from: the paper reads 250 word pieces a passage (Sec. 4), EMDR2 writes 32 (tasks/openqa/e2eqa/
 # train_data_utils.py:53-79). A T5 has no segments: "zeros" is what utils.encoder.collate wants to hear.
@@ -48,7 +48,7 @@ class Fid(nn.Module):
       neighbors       whether a passage is read with the text around it (see extend)
     """
 
-    projection = None  # nothing on top, so utils.weights.save_encoder writes it as it is
+    projection = None  # nothing on top, so utils.plumbing.weights.save_encoder writes it as it is
 
     def __init__(self, model, tokenizer, inputs):
         super().__init__()
@@ -63,13 +63,13 @@ def word_pieces(fid, texts):
     ).input_ids
 
 
-def closed(fid, ids, length):
+def with_eos(fid, ids, length):
     """Ids cut to `length`, </s> included, which is never cut away."""
     # why not the tokenizer's own truncation: its length is a state of the tokenizer, which threads share
     return ids[: length - 1] + [fid.tokenizer.eos_token_id]
 
 
-def opening(question, title):
+def prompt(question, title):
     """What stands before a passage's text; the masked span of a sentence is what T5 calls <extra_id_0>."""
     return f"question: {question.replace('[MASK]', '<extra_id_0>')} title: {title} context:"
 
@@ -79,8 +79,10 @@ def tokenize_contexts(fid, question, passages):
     One id list a passage: `question: q title: t context: c </s>` (FiD src/data.py:13-17), the end of the text
     cut so that reader_tokens hold it. The question stands first, so it is cut only where it alone is longer.
     """
-    texts = [f"{opening(question, passage.title)} {passage.text}" for passage in passages]
-    return [closed(fid, ids, fid.inputs["reader_tokens"]) for ids in word_pieces(fid, texts)] if texts else []
+    texts = [f"{prompt(question, passage.title)} {passage.text}" for passage in passages]
+    return (
+        [with_eos(fid, ids, fid.inputs["reader_tokens"]) for ids in word_pieces(fid, texts)] if texts else []
+    )
 
 
 def tokenize_answers(fid, answers):
@@ -88,13 +90,15 @@ def tokenize_answers(fid, answers):
     List of B strings -> labels_BT int64 on the CPU: the answer, </s>, then PAD. An answer that is too long is
     cut to answer_tokens - 1 and </s> (EMDR2 tasks/openqa/e2eqa/train_data_utils.py:53-79).
     """
-    rows = [torch.tensor(closed(fid, ids, fid.inputs["answer_tokens"])) for ids in word_pieces(fid, answers)]
+    rows = [
+        torch.tensor(with_eos(fid, ids, fid.inputs["answer_tokens"])) for ids in word_pieces(fid, answers)
+    ]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
 
 
 def text_budget(fid, question, title):
     """How many of the reader_tokens a passage's text may fill beside this question and title."""
-    return fid.inputs["reader_tokens"] - 1 - len(word_pieces(fid, [opening(question, title)])[0])
+    return fid.inputs["reader_tokens"] - 1 - len(word_pieces(fid, [prompt(question, title)])[0])
 
 
 def words_of(fid, text):
@@ -164,7 +168,7 @@ def encode_contexts(fid, ids, chunk, autocast=nullcontext):
     """
     there = [i for i in range(len(ids)) if ids[i]]
     hidden, longest = [None] * len(ids), max(map(len, ids))
-    for rows, batch in batches(fid, [ids[i] for i in there], chunk):
+    for rows, batch in batches_by_length(fid, [ids[i] for i in there], chunk):
         with autocast():
             hidden_bLD = fid.model.encoder(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
@@ -279,7 +283,7 @@ def answer_all(fid, examples, rows, corpus, chunk, accelerator):
 
     bar = tqdm(total=sum(map(len, mine)), desc="answers", delay=5, leave=False, disable=None)
     with bar:
-        for block, contexts in zip(mine, ahead(tokenized, mine), strict=True):
+        for block, contexts in zip(mine, prefetch(tokenized, mine), strict=True):
             texts = answer(fid, contexts, chunk, accelerator.autocast)
             answers |= {i: {"text": text} for i, text in zip(block, texts, strict=True)}
             bar.update(len(block))
@@ -297,7 +301,7 @@ def load_fid(path, inputs=None, dropout=0.0):
     path, known = str(path), read_inputs(path, "reader")
     if known.get("role", "fid") != "fid":
         raise UserError(f"{path}: this is a {known['role']} encoder; a FiD reader (a T5) is needed here")
-    with loading(path):
+    with explain_load_errors(path):
         config = AutoConfig.from_pretrained(path)
         if config.model_type != "t5":
             raise UserError(f"{path}: FiD reads with a T5, this is a {config.model_type}")
@@ -307,7 +311,7 @@ def load_fid(path, inputs=None, dropout=0.0):
             path, output_loading_info=True, dtype=torch.float32
         )
     check_complete(path, found["missing_keys"])
-    settle(model, dropout)
+    set_dropout(model, dropout)
     names = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
     ends = {name: getattr(config, name, None) for name in names}
     if None in ends.values():

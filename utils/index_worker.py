@@ -27,19 +27,19 @@ import sys
 import time
 from pathlib import Path
 
-from utils.config import (
+from utils.data import Corpus
+from utils.plumbing.config import (
     ROOT,
     UserError,
     at_least,
-    choose,
     friendly_errors,
     load_config,
+    must_be_one_of,
     need_file,
     need_value,
 )
-from utils.data import Corpus
-from utils.files import read_json, sync_folder, write_json
-from utils.weights import save_encoder
+from utils.plumbing.files import read_json, sync_folder, write_json
+from utils.plumbing.weights import save_encoder
 
 KEEP = 2  # finished embeddings: the newest, and the one that the trainer may be reading meanwhile
 
@@ -252,7 +252,7 @@ def training_ended(cfg):
 
 def main():
     cfg = load_config(__doc__, "config/index_worker.yaml")
-    choose(cfg, mixed_precision=("no", "fp16", "bf16"))
+    must_be_one_of(cfg, mixed_precision=("no", "fp16", "bf16"))
     at_least(cfg, 1, "batch_size")
     at_least(cfg, 0.1, "poll_seconds")
     need_value(cfg, "run_dir", "launch")

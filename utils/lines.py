@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.config import UserError, file_fault
+from utils.plumbing.config import UserError, file_fault
 
 HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a character beyond 16 bits, which json may write as two
 
@@ -70,7 +70,7 @@ def iter_jsonl(path):
         if not text.strip():
             continue
         if number == 1 and text.lstrip().startswith("["):
-            fix = f"convert it: python -m utils.data convert dpr_json {path} OUT.jsonl"
+            fix = f"convert it: python -m prepare.convert dpr_json {path} OUT.jsonl"
             raise UserError(f"{path}: is one json list, expected one object a line; {fix}")
         try:
             entry = DECODER.decode(text)

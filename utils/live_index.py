@@ -18,13 +18,13 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from utils.config import UserError
-from utils.distributed import ahead, gather_rows, world
-from utils.embeddings import open_embeddings
+from utils.distributed import gather_rows, prefetch, world
 from utils.encoder import embed, tokenize_passages
 from utils.index_worker import finished, folder_of, vectors
+from utils.plumbing.config import UserError
+from utils.plumbing.embeddings import open_embeddings
+from utils.plumbing.weights import load_encoder
 from utils.search import exact_topk, fetch
-from utils.weights import load_encoder
 
 BLOCK = 16384  # rows that are sent to the GPU at a time
 WINDOW = 8192  # passages tokenised and sorted by length together, as doc2embedding.py's sort_window
@@ -126,7 +126,7 @@ class LiveIndex:
         windows = [self.rows[k : k + WINDOW] for k in range(0, len(self.rows), WINDOW)]
         bar = tqdm(total=len(self.rows), desc="refresh", delay=5, leave=False, disable=None)
         with bar:
-            tokenized = ahead(functools.partial(self._tokenize, encoder), windows)
+            tokenized = prefetch(functools.partial(self._tokenize, encoder), windows)
             for rows, ids in zip(windows, tokenized, strict=True):
                 try:
                     fresh_nD = embed(encoder, ids, batch_size, "passage", autocast, bar)

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from utils.config import UserError, need_out
-from utils.files import write_json
 from utils.metrics import print_table, with_intervals
+from utils.plumbing.config import UserError, need_out
+from utils.plumbing.files import write_json
 from utils.text import exact_match, f1
 
 

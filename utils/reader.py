@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, DPRConfig, DPRReader
 
-from utils.config import UserError
-from utils.dpr_files import check_complete, reader_from_cp
-from utils.encoder import batches
-from utils.weights import check_sizes, loading, read_inputs, settle
+from prepare.checkpoints import check_complete, reader_from_cp
+from utils.encoder import batches_by_length
+from utils.plumbing.config import UserError
+from utils.plumbing.weights import check_sizes, explain_load_errors, read_inputs, set_dropout
 
 # from: DPR README (encoder.sequence_length=350) and the June 2020 code of the released readers: segments of 0
 DPR_READER = {"reader_tokens": 350, "token_types": "zeros"}
@@ -33,7 +33,7 @@ class Reader(nn.Module):
       token_types     zeros (DPR's released readers) | segments (question 0, title and passage 1)
     """
 
-    projection = None  # nothing on top, so utils.weights.save_encoder writes it as it is
+    projection = None  # nothing on top, so utils.plumbing.weights.save_encoder writes it as it is
 
     def __init__(self, model, tokenizer, inputs):
         super().__init__()
@@ -56,7 +56,7 @@ def read(reader, ids, batch_size, autocast=nullcontext):
     """Id lists -> [(start logits, end logits, relevance)] as numpy and float, in the given order."""
     was_training, found = reader.training, [None] * len(ids)
     reader.eval()
-    for rows, batch in batches(reader, ids, batch_size):
+    for rows, batch in batches_by_length(reader, ids, batch_size):
         with autocast():
             logits = reader(**batch)
         for i, *one in zip(rows, *(part.cpu().numpy() for part in logits), strict=True):
@@ -143,7 +143,7 @@ def load_reader(path, inputs=None, dropout=0.0, new_head=False):
     path, known = str(path), read_inputs(path, "reader")
     if known.get("role", "reader") != "reader" and not new_head:
         raise UserError(f"{path}: this is a {known['role']} encoder; a reader is needed here")
-    with loading(path):
+    with explain_load_errors(path):
         if path.endswith(".cp"):
             model, tokenizer = reader_from_cp(path)
         else:
@@ -155,7 +155,7 @@ def load_reader(path, inputs=None, dropout=0.0, new_head=False):
                 check_complete(path, found["missing_keys"])
             else:
                 model = from_bert(path, config, new_head)
-    settle(model, dropout)
+    set_dropout(model, dropout)
     kept = {key: known[key] for key in DPR_READER if key in known}
     if known.get("role") == "reader":
         kept["pair"] = known.get("pair", "")

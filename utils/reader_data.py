@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils.config import UserError
-from utils.convert import iter_json_list, strings
+from prepare.convert import iter_json_list, strings
 from utils.corpus import Corpus
 from utils.data import blank, iter_run, read_questions
-from utils.files import atomic_file, need_space, read_json
+from utils.plumbing.config import UserError
+from utils.plumbing.files import atomic_file, need_space, read_json
 from utils.text import has_answer
 
 # from: DPR dpr/data/reader_data.py:220-317: positives kept where no gold page is known; ten negatives for
@@ -109,7 +109,7 @@ def read_result_json(path, depth, need=()):
             except (KeyError, TypeError, AttributeError) as error:
                 raise UserError(
                     f"{path}: example {index} is not of DPR's retrieval results: {error!r}; its training "
-                    "files become question files by `python -m utils.data convert dpr_json`"
+                    "files become question files by `python -m prepare.convert dpr_json`"
                 ) from None
             where = f"{path}: example {index}"
             if "answers" in need and "answers" not in entry:
@@ -162,7 +162,7 @@ def find_spans(ids, first, answers):
     ]
 
 
-def lessons(examples, corpus, tokenizer, gold, length):
+def training_rows(examples, corpus, tokenizer, gold, length):
     """
     For each example ("kept" or why not, rows of its positives, rows of its negatives, whether those positives
     are of the gold page). A positive holds an answer as word pieces within the first `length` tokens of the
@@ -198,7 +198,7 @@ def lessons(examples, corpus, tokenizer, gold, length):
     return found
 
 
-def find_lessons(path, examples, corpus, tokenizer, gold, cfg, world=(0, 1), gather=dict):
+def find_training_rows(path, examples, corpus, tokenizer, gold, cfg, world=(0, 1), gather=dict):
     """
     (the examples to learn from, with "positives" and "negatives", a report). cfg.workers: processes that
     search, over all devices; 0: none beside this one. world, gather: as in utils/distributed.py, where
@@ -211,7 +211,7 @@ def find_lessons(path, examples, corpus, tokenizer, gold, cfg, world=(0, 1), gat
     spawn = multiprocessing.get_context("spawn")  # why: a fork of a process with threads can hang
     workers = -(-cfg.workers // devices)
     pool = ProcessPoolExecutor(workers, mp_context=spawn) if workers else None
-    found = (pool.map if pool else map)(lessons, parts, *same)
+    found = (pool.map if pool else map)(training_rows, parts, *same)
     bar = {"desc": "finding answers", "total": len(parts), "delay": 5, "disable": None}
     found = gather(dict(zip(mine, tqdm(found, **bar), strict=True)))
     if pool:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from utils.config import UserError
+from utils.plumbing.config import UserError
 
 SPARE = 32  # candidates kept beyond k, so that rounding at the boundary of k is seen instead of guessed
 TILE = 32  # passages whose best score decides whether any of them is looked at
@@ -93,7 +93,7 @@ def exact_topk(queries_QD, shards, k, block=0, device="cpu", resident_ND=None):
                 # trap: everything is "not under" NaN, and would be kept until the memory is full
                 floor_Q = rough_QK.amin(1).nan_to_num(np.inf, np.inf, -np.inf) if seen >= K else None
     found = rough_QK.cpu().numpy(), rows_QK.cpu().numpy()
-    return settle(queries_QD, shards, k, *found, min(block, BLOCK[0]))
+    return rescore(queries_QD, shards, k, *found, min(block, BLOCK[0]))
 
 
 def _best(scores_nQ, k):
@@ -191,7 +191,7 @@ def _exact(x_knD, q_kD):
     return np.einsum("knd,kd->kn", x_knD, q_kD.astype(np.float64)).astype(np.float32)
 
 
-def settle(queries_QD, shards, k, rough_QK, rows_QK, block, exact=True):
+def rescore(queries_QD, shards, k, rough_QK, rows_QK, block, exact=True):
     """
     Candidates with the scores of any float32 arithmetic -> (scores_Qk, rows_Qk) by _exact and corpus order.
     exact: where the k-th score is so close to the last candidate's that rounding may have kept out a better

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from recipes.demo.prepare import dequantise, save_model, wheel  # noqa: E402
-from utils.config import friendly_errors  # noqa: E402
+from utils.plumbing.config import friendly_errors  # noqa: E402
 
 WHEEL = "traceforge-title-model==0.2.0", "41e051205c01f724a0d12ad65a52ca4e90661de3fd959e6ce2efab4919024d31"
 FOLDER = "traceforge_title_model/data/span"

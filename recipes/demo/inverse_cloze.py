@@ -18,9 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils.config import UserError, friendly_errors  # noqa: E402
 from utils.data import Corpus  # noqa: E402
-from utils.files import atomic_file  # noqa: E402
+from utils.plumbing.config import UserError, friendly_errors  # noqa: E402
+from utils.plumbing.files import atomic_file  # noqa: E402
 
 # A full stop after a small letter or digit, then a capital: "St. Paul" and "J. S. Bach" mostly stay whole.
 SENTENCE_END = re.compile(r'(?<=[a-z0-9)"][.!?]) (?=[A-Z])')

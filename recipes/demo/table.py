@@ -13,10 +13,10 @@ sys.path.insert(0, str(ROOT))
 
 from recipes.reader_baselines import title_answers  # noqa: E402
 from test_dpr import retrieval_metrics  # noqa: E402
-from utils.config import UserError, friendly_errors  # noqa: E402
 from utils.data import Corpus, read_questions, read_run  # noqa: E402
-from utils.files import read_json, write_json  # noqa: E402
 from utils.metrics import with_intervals  # noqa: E402
+from utils.plumbing.config import UserError, friendly_errors  # noqa: E402
+from utils.plumbing.files import read_json, write_json  # noqa: E402
 from utils.predictions import answer_scores  # noqa: E402
 from utils.reader_data import read_ranking  # noqa: E402
 

@@ -55,16 +55,16 @@ sys.path.insert(0, str(ROOT))
 from tests.saved import Largest  # noqa: E402
 from tests.toy import CITIES, COLOURS, THINGS, make_world  # noqa: E402
 from tests.toy_t5 import t5  # noqa: E402
-from train_emdr2 import TOWERS, add_gradient, draw, load_questions, retrieve  # noqa: E402
-from utils.checkpoint import make_optimizer  # noqa: E402
-from utils.config import load_config  # noqa: E402
+from train_emdr2 import TOWERS, add_gradient, draw_questions, load_questions, retrieve  # noqa: E402
 from utils.data import Corpus  # noqa: E402
 from utils.distributed import peak_memory  # noqa: E402
 from utils.encoder import collate, tokenize_passages, tokenize_questions  # noqa: E402
 from utils.fid import PAD, load_fid, tokenize_answers, tokenize_contexts  # noqa: E402
-from utils.files import read_json, write_json  # noqa: E402
 from utils.live_index import LiveIndex  # noqa: E402
-from utils.weights import load_encoder  # noqa: E402
+from utils.plumbing.checkpoint import make_optimizer  # noqa: E402
+from utils.plumbing.config import load_config  # noqa: E402
+from utils.plumbing.files import read_json, write_json  # noqa: E402
+from utils.plumbing.weights import load_encoder  # noqa: E402
 
 DEVICE = SimpleNamespace(
     device=torch.device("cpu"), process_index=0, backward=torch.Tensor.backward, autocast=nullcontext
@@ -163,7 +163,7 @@ def load(args):
 
 def batch(step, cfg, corpus, train, models, index):
     """The arguments of a way, without the models: questions, one answer each, the rows of K passages each."""
-    examples, answers = draw(step, train, cfg)
+    examples, answers = draw_questions(step, train, cfg)
     rows = retrieve(examples, index, models["query_encoder"], cfg.top_k, DEVICE, cfg)
     return examples, answers, rows, corpus
 

@@ -205,7 +205,7 @@ def speed(args):
 
     from utils.data import Corpus
     from utils.encoder import embed, tokenize_passages
-    from utils.weights import load_encoder
+    from utils.plumbing.weights import load_encoder
 
     torch.set_num_threads(args.threads)
     encoder = load_encoder(args.model, "passage", {"passage_tokens": args.length}).eval()

@@ -62,13 +62,13 @@ from tests.bench import bench_emdr2, bench_train  # noqa: E402
 from tests.bench.bench_encode import nano_dpr, ours, useful_flop  # noqa: E402
 from utils import encoder as encoder_module  # noqa: E402
 from utils import search as search_module  # noqa: E402
-from utils.config import load_config  # noqa: E402
 from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pairs  # noqa: E402
 from utils.data import Corpus, read_questions  # noqa: E402
 from utils.encoder import tokenize_passages  # noqa: E402
-from utils.files import write_json  # noqa: E402
+from utils.plumbing.config import load_config  # noqa: E402
+from utils.plumbing.files import write_json  # noqa: E402
+from utils.plumbing.weights import load_encoder  # noqa: E402
 from utils.search import exact_topk  # noqa: E402
-from utils.weights import load_encoder  # noqa: E402
 
 logging.set_verbosity_error()  # else a report for every pooler that is left out
 INPUTS = {"question_tokens": 256, "passage_tokens": 256, "pooling": "cls", "token_types": "zeros"}

@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from utils.data import Corpus  # noqa: E402
-from utils.files import read_json, sha256, write_json  # noqa: E402
+from utils.plumbing.files import read_json, sha256, write_json  # noqa: E402
 
 STAGES = ("encode", "search", "mine", "evaluate")
 EVALUATE = """

@@ -30,12 +30,12 @@ from torch.nn.utils import clip_grad_norm_
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from train_reader import add_gradient, answer_all, draw, make_batch  # noqa: E402
-from utils.checkpoint import make_optimizer  # noqa: E402
-from utils.config import load_config  # noqa: E402
 from utils.data import Corpus  # noqa: E402
 from utils.encoder import collate  # noqa: E402
+from utils.plumbing.checkpoint import make_optimizer  # noqa: E402
+from utils.plumbing.config import load_config  # noqa: E402
 from utils.reader import load_reader  # noqa: E402
-from utils.reader_data import find_lessons, read_ranking, tokenize_rows  # noqa: E402
+from utils.reader_data import find_training_rows, read_ranking, tokenize_rows  # noqa: E402
 
 DEVICE = SimpleNamespace(
     device=torch.device("cpu"), process_index=0, backward=torch.Tensor.backward, autocast=nullcontext
@@ -128,7 +128,7 @@ def main():
     how = {"reader_tokens": args.length, "token_types": "zeros"}
     ours = load_reader(args.model, how, cfg.dropout, new_head=True)
     theirs = copy.deepcopy(ours)
-    train, _ = find_lessons(args.train, examples[:400], corpus, ours.tokenizer, {}, cfg)
+    train, _ = find_training_rows(args.train, examples[:400], corpus, ours.tokenizer, {}, cfg)
     few = [example | {"rows": example["rows"][: args.passages]} for example in train]
     optimizers = [make_optimizer(reader.named_parameters(), cfg) for reader in (ours, theirs)]
     sizes = f"{args.questions} questions x {args.passages} passages, {args.length} tokens"

@@ -43,8 +43,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.saved import Saved  # noqa: E402
 from train_dpr import TOWERS, add_gradient, load_towers, make_batch  # noqa: E402
-from utils.config import load_config  # noqa: E402
 from utils.data import Corpus, passage_of, read_questions  # noqa: E402
+from utils.plumbing.config import load_config  # noqa: E402
 
 ANSWER = "answer:"
 WAYS = ("nanoDPR's loop", "sentence-transformers", "ours")

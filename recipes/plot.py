@@ -3,10 +3,10 @@ Curves of training runs as one picture: a panel a metric, a line a run (package 
 
 In:  run_dir/metrics.jsonl: a row a step, a row an evaluation; or recipes/ladder.py's table.json
 Out: a PNG
-Run: python -m utils.plot runs/emdr2_nq
-     python -m utils.plot runs/sync runs/frozen --keys em,hit@5,index_age --out runs/refresh.png
-     python -m utils.plot runs/d0 runs/m1 --keys mrr --over minutes --out runs/dev.png
-     python -m utils.plot --table runs/ladder_small/table.json --out runs/ladder_small/ladder.png
+Run: python -m recipes.plot runs/emdr2_nq
+     python -m recipes.plot runs/sync runs/frozen --keys em,hit@5,index_age --out runs/refresh.png
+     python -m recipes.plot runs/d0 runs/m1 --keys mrr --over minutes --out runs/dev.png
+     python -m recipes.plot --table runs/ladder_small/table.json --out runs/ladder_small/ladder.png
 """
 
 import argparse
@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure  # why not pyplot: it keeps figures alive and looks for a screen
 
-from utils.config import UserError, friendly_errors, nearest, need_out
-from utils.files import atomic_file, read_json
 from utils.lines import iter_jsonl
+from utils.plumbing.config import UserError, friendly_errors, nearest, need_out
+from utils.plumbing.files import atomic_file, read_json
 
 COLUMNS = 3
 KS = (1, 5, 20, 100)  # of top-k, in the ladder's picture

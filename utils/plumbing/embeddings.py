@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils.config import UserError
 from utils.distributed import world
-from utils.files import read_json, sha256
-from utils.weights import pair_id
+from utils.plumbing.config import UserError
+from utils.plumbing.files import read_json, sha256
+from utils.plumbing.weights import pair_id
 
 
 def open_embeddings(folder, corpus_sha256="", verify=True, query_encoder="", rows=0):
@@ -80,7 +80,7 @@ def open_embeddings(folder, corpus_sha256="", verify=True, query_encoder="", row
     return shards, manifest
 
 
-def refuse_another(folder, stored, want, files):
+def refuse_other_job(folder, stored, want, files):
     """
     UserError unless what `folder` holds is part of this job. stored: its manifest ({}: none), want: the one
     to be written, as far as it is known, files: the names that the shards will have.
@@ -97,7 +97,7 @@ def refuse_another(folder, stored, want, files):
             raise UserError(f"{file} is not from this job; name another --out, or delete that folder")
 
 
-def unfinished(shards, stored):
+def shards_to_encode(shards, stored):
     """
     Those of `shards` {file: rows} that are to be encoded: absent, or damaged, that is of another sha256 than
     noted in the manifest (`stored`, when it is complete) or beside the shard.

@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 import yaml
 
-from utils.checkpoint import newest_checkpoint, publish, save_checkpoint
-from utils.config import ROOT, UserError, need_folder, need_model
 from utils.distributed import any_device, peak_memory
-from utils.files import atomic_file, need_space, read_json, write_json
+from utils.plumbing.checkpoint import newest_checkpoint, publish, save_checkpoint
+from utils.plumbing.config import ROOT, UserError, need_folder, need_model
+from utils.plumbing.files import atomic_file, need_space, read_json, write_json
 
 # Keys that may change between a run and its resume: files are compared by content, the others teach nothing.
 FREE = "config run_dir resume tracker dry_run log_every save_every corpus train dev init".split()

@@ -22,8 +22,8 @@ from transformers import (
     DPRReader,
 )
 
-from utils.config import UserError, friendly_errors, memory_is_full
-from utils.files import atomic_folder
+from utils.plumbing.config import UserError, friendly_errors, memory_is_full
+from utils.plumbing.files import atomic_folder
 
 
 def check_complete(path, missing):
@@ -167,7 +167,7 @@ def reader_from_cp(path):
 
 def export_hf_dpr(folder, role, out):
     """Write our tower as DPRQuestionEncoder / DPRContextEncoder, for code that expects facebook/dpr-*."""
-    from utils.weights import load_encoder  # not at the top: weights.py imports this file
+    from utils.plumbing.weights import load_encoder  # not at the top: weights.py imports this file
 
     encoder = load_encoder(folder, role)
     if encoder.inputs["pooling"] != "cls" or encoder.inputs["token_types"] != "zeros":
@@ -180,10 +180,10 @@ def export_hf_dpr(folder, role, out):
         encoder.tokenizer.save_pretrained(temporary)
 
 
-if __name__ == "__main__":  # python -m utils.dpr_files runs/demo/doc_encoder passage runs/demo/hf_dpr_ctx
+if __name__ == "__main__":  # python -m prepare.checkpoints runs/demo/doc_encoder passage runs/demo/hf_dpr_ctx
     with friendly_errors():
         if len(sys.argv) != 4 or sys.argv[2] not in ("question", "passage"):
             raise UserError(
-                "usage: python -m utils.dpr_files FOLDER question|passage OUT (writes Hugging Face DPR)"
+                "usage: python -m prepare.checkpoints FOLDER question|passage OUT (writes Hugging Face DPR)"
             )
         export_hf_dpr(*sys.argv[1:])

@@ -6,7 +6,7 @@ passage about it can answer. The sentence's own passage stands in `positives`, s
 
 In:   a corpus
 Out:  a question file: {"qid", "question": "... in [MASK] ...", "answers": ["1997"], "positives": [passage]}
-Run:  python -m utils.salient_spans --corpus data/nq/corpus.tsv --out data/nq/mss.jsonl
+Run:  python -m prepare.salient_spans --corpus data/nq/corpus.tsv --out data/nq/mss.jsonl
 Next: accelerate launch train_emdr2.py --config config/train_emdr2_mss.yaml
 
 The entities come from spaCy: any pipeline with NER (`python -m spacy download en_core_web_sm`); where it is
@@ -35,9 +35,17 @@ from threading import Thread
 import numpy as np
 from tqdm import tqdm
 
-from utils.config import UserError, at_least, friendly_errors, load_config, need_file, need_out, need_value
 from utils.data import Corpus
-from utils.files import atomic_file, read_json, write_json
+from utils.plumbing.config import (
+    UserError,
+    at_least,
+    friendly_errors,
+    load_config,
+    need_file,
+    need_out,
+    need_value,
+)
+from utils.plumbing.files import atomic_file, read_json, write_json
 from utils.text import has_answer
 
 # ---------------------------------------------------------------------- the rules, where no NER is installed

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from utils.config import UserError
-from utils.files import atomic_folder, read_json, sha256, write_json
-from utils.weights import pair_id, save_encoder
+from utils.plumbing.config import UserError
+from utils.plumbing.files import atomic_folder, read_json, sha256, write_json
+from utils.plumbing.weights import pair_id, save_encoder
 
 
 def save_checkpoint(run_dir, step, encoders, optimizer, state, protect=0, keep=2):

@@ -1,7 +1,7 @@
 """
 Other people's files become question files (jsonl, see utils/data.py), streamed: DPR's json is 7 GB.
 
-Run: python -m utils.data convert FORMAT IN... OUT
+Run: python -m prepare.convert FORMAT IN... OUT
   dpr_json  biencoder-nq-train.json            OUT   DPR's training json; --ids writes passage ids, not texts
   dpr_qa    nq-test.qa.csv                     OUT   question \\t python list of answers
   nq_open   NQ-open.dev.jsonl                  OUT   {"question", "answer": [...]}
@@ -20,9 +20,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.config import UserError, file_fault, need_out
-from utils.files import atomic_file
 from utils.lines import DECODER, iter_jsonl, read_lines
+from utils.plumbing.config import UserError, file_fault, need_out
+from utils.plumbing.files import atomic_file
 
 BLOCK = 1 << 22  # characters
 SEPARATOR = re.compile(r"[\s,]*")

@@ -16,10 +16,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from utils.config import UserError, memory_is_full, model_fault, nearest
-from utils.dpr_files import check_complete, from_cp, from_hf_dpr
+from prepare.checkpoints import check_complete, from_cp, from_hf_dpr
 from utils.encoder import Encoder
-from utils.files import atomic_folder, read_json, write_json
+from utils.plumbing.config import UserError, memory_is_full, model_fault, nearest
+from utils.plumbing.files import atomic_folder, read_json, write_json
 
 # The input conventions of the original DPR (June 2020), right for facebook/dpr-* and its .cp files.
 # from: GC-DPR dpr/models/hf_models.py:127-159 (the June 2020 snapshot of DPR): zero segment ids, CLS, 256
@@ -48,7 +48,7 @@ def load_encoder(path, role, inputs=None, dropout=0.0, layer_norm_epsilon=0.0):
     if known.get("role", "shared") not in (role, "shared") and not inputs:
         raise UserError(f"{path}: this is a {known['role']} encoder; a {role} encoder is needed here")
     projection = None
-    with loading(path):
+    with explain_load_errors(path):
         if path.endswith(".cp"):
             model, tokenizer, projection = from_cp(path, role)
             known = DPR_INPUTS
@@ -71,7 +71,7 @@ def load_encoder(path, role, inputs=None, dropout=0.0, layer_norm_epsilon=0.0):
             f"{path}: encoder_inputs.json does not say {', '.join(absent)}; write it there, "
             f"such as {json.dumps({'role': 'shared', **DPR_INPUTS, 'pair': ''})}"
         )
-    settle(model, dropout, layer_norm_epsilon)
+    set_dropout(model, dropout, layer_norm_epsilon)
     encoder = Encoder(model, tokenizer, {"role": role, "pair": ""} | known, projection)
     longest = max(encoder.inputs["question_tokens"], encoder.inputs["passage_tokens"])
     check_sizes(path, model, tokenizer, longest, "tokens a text")
@@ -103,7 +103,7 @@ def read_inputs(path, what="model"):
 
 
 @contextlib.contextmanager
-def loading(path):
+def explain_load_errors(path):
     """UserError where Hugging Face cannot load the model of `path`; the first line of why is enough."""
     try:
         yield
@@ -121,7 +121,7 @@ def loading(path):
         raise UserError(f"{path}: {fault} ({fix}): {str(error).strip().split(chr(10))[0]}") from error
 
 
-def settle(model, dropout, layer_norm_epsilon=0.0):
+def set_dropout(model, dropout, layer_norm_epsilon=0.0):
     """What every loaded model needs: memory of its own, this dropout; epsilon above 0 where given."""
     if dropout >= 1:
         raise UserError(f"dropout must be below 1, got {dropout}")

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # Errors of the system that the user or the machine is behind. Not ENOENT, EEXIST and ENOTEMPTY: the paths of
 # the user are checked at the start, so these are renames of ours that went wrong.
 NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO}
@@ -170,7 +170,7 @@ def load_config(doc, schema, argv=None):
     return SimpleNamespace(**resolved, config=path)
 
 
-def choose(cfg, **allowed):
+def must_be_one_of(cfg, **allowed):
     """UserError unless each key's value is among those allowed: choose(cfg, pooling=("cls", "mean"))."""
     for key, values in allowed.items():
         if getattr(cfg, key) not in values:

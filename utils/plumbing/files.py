@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from utils.config import UserError, disk_is_full
+from utils.plumbing.config import UserError, disk_is_full
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """
 Download an official file, go on where a broken download stopped, verify it, unpack it.
 
-Run: python -m utils.download NAME [--out data]      (without NAME: the list of names)
+Run: python -m prepare.download NAME [--out data]      (without NAME: the list of names)
 What stands under its final name is complete. "verified": it has the published hash; "unverified": there is
 none, so only the server's length (and gzip's own checksum) was compared. NAME.source.json keeps which.
 """
@@ -23,8 +23,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.config import UserError, friendly_errors, nearest
-from utils.files import atomic_file, need_space, read_json, write_json
+from utils.plumbing.config import UserError, friendly_errors, nearest
+from utils.plumbing.files import atomic_file, need_space, read_json, write_json
 
 DPR = "https://dl.fbaipublicfiles.com/dpr/"
 NQ_OPEN = "https://raw.githubusercontent.com/google-research-datasets/natural-questions/master/nq_open/"
@@ -80,7 +80,7 @@ def locked(part):
 def receive(url, file, size):
     """One attempt to append the rest of `url`; returns what went wrong, or ""."""
     done = file.seek(0, os.SEEK_END)
-    headers = {"User-Agent": "utils.download", "Accept-Encoding": "identity"}
+    headers = {"User-Agent": "prepare.download", "Accept-Encoding": "identity"}
     request = urllib.request.Request(url, headers=headers | ({"Range": f"bytes={done}-"} if done else {}))
     try:
         with urllib.request.urlopen(request, timeout=60) as reply:
