@@ -58,15 +58,15 @@ def tokenize_questions(encoder, questions):
 
 def tokenize_passages(encoder, passages):
     """
-    List of Passage -> list of id lists `[CLS] title [SEP] text [SEP]`, or `[CLS] text [SEP]` without a
+    List of (title, text) -> list of id lists `[CLS] title [SEP] text [SEP]`, or `[CLS] text [SEP]` without a
     title, the longer part cut first (DPR dpr/models/hf_models.py:288-308). Texts are stripped, titles are
     not.
     """
     ids = [None] * len(passages)
     for titled in (True, False):
-        where = [i for i, passage in enumerate(passages) if bool(passage.title) == titled]
-        texts = [passages[i].text.strip() for i in where]
-        first, second = ([passages[i].title for i in where], texts) if titled else (texts, None)
+        where = [i for i, (title, _) in enumerate(passages) if bool(title) == titled]
+        texts = [passages[i][1].strip() for i in where]
+        first, second = ([passages[i][0] for i in where], texts) if titled else (texts, None)
         for i, row in zip(where, _ids(encoder, first, second, encoder.inputs["passage_tokens"]), strict=True):
             ids[i] = row
     return ids
