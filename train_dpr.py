@@ -1,320 +1,335 @@
 """
 Train a question encoder and a passage encoder with in-batch negatives (DPR, Karpukhin et al. 2020, Sec. 3).
 
+A question and a passage score the inner product of their vectors. In a batch, the passages of all other
+questions are wrong for a question: they are its negatives. Each question also brings hard negatives of its
+own. The loss is the softmax over all of them.
+
 In:   a questions file (train, dev) and the corpus that its passage ids point into
 Out:  run_dir/{query_encoder,doc_encoder}/ (best on dev), checkpoints/, log.txt, metrics.jsonl
 Run:  accelerate launch train_dpr.py --config config/train_dpr_nq.yaml
       accelerate launch train_dpr.py --config config/train_gcdpr_nq.yaml
-Next: doc2embedding.py
+Next: doc2embedding.py         Expect: results/demo (make demo); the papers' numbers in docs/replication.md
 
-Expect: results/demo (make demo), results/nq_small; the papers' numbers beside ours in README.md
-
-One trainer, four systems, all with the softmax over every passage of the global batch; `diff` two configs for
-the lesson. GC-DPR: chunks (train_gcdpr_nq). RocketQA: 1024 or 4096 questions a batch, its "cross-batch
-negatives", on one GPU by the same chunks (train_dpr_rocketqa_*). ANCE-Tele: a window that moves on through
-mined negatives, an early stop (train_dpr_ance_tele_*). In the last two every round starts anew from `init`;
-only the training file is new.
-
-Differs from the papers and their code: (1) the gradient is that of the full batch on any number of devices;
-DPR trained with 1/8 of it, which `gradient_scale` restores. (2) A question's own positives are not its
-negatives (`mask_duplicates`); in all four they can be. (3) The dev metric, from the first epoch on, is the
-rank (from 1) in one global pool of positives and hard negatives; DPR's is the loss until epoch 30, then the
-rank in a pool per device. (4) Dropout, order and negatives are functions of (seed, step), so a killed run
-resumes to the same bits (on a CPU; a GPU's attention may add in another order). (5) torch's AdamW, whose
-epsilon is outside the bias correction. (6) The learning rate falls from its peak; RocketQA's drops to 0.9 of
-it after the warm-up.
+Four systems train with this file, and a config names only what its system changes. GC-DPR encodes the batch
+in chunks (train_gcdpr_nq.yaml). RocketQA takes 1024 or 4096 questions a batch (train_dpr_rocketqa_nq.yaml).
+ANCE-Tele walks through many mined negatives and stops early (train_dpr_ance_tele_nq.yaml). The last two train
+several rounds. Every round starts anew from `init`; only the training file is new.
 
 B questions, P = B * (1 + negatives) passages on this device · Q, N the same on all devices · D hidden
 """
 
+import itertools
 import math
 import random
-import time
-from itertools import chain
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
 
-from utils.data import Corpus, passage_of, read_training
-from utils.distributed import gather_rows, prefetch, start, sum_gradients, world
-from utils.encoder import collate, embed_on_devices, full_length, tokenize_passages, tokenize_questions
-from utils.estimate import dry_run
+from utils import encoder as encoding
+from utils.data import Corpus, passage_key, passage_of, read_training
+from utils.distributed import gather_rows, sum_gradients, world
 from utils.grad_cache import grad_cache_step
 from utils.metrics import positive_ranks
-from utils.plumbing.checkpoint import load_optimizer, make_optimizer
 from utils.plumbing.config import UserError, at_least, friendly_errors, load_config, must_be_one_of, need_file
-from utils.plumbing.files import folder_hash, weights_hash
-from utils.plumbing.run import Run, need_start, plan
-from utils.plumbing.weights import load_encoder
-
-TOWERS = {"query_encoder": "question", "doc_encoder": "passage"}
-INPUTS = ("question_tokens", "passage_tokens", "pooling", "token_types")
+from utils.plumbing.run import Run
+from utils.plumbing.weights import TOWERS, load_towers
 
 
 # ---------------------------------------------------------------- data: a batch is a function of (seed, step)
 def rotating_negatives(pool, k, seed, epoch):
     """
-    Indexes of k of `pool` negatives: one permutation a question, read on where the last epoch stopped, so
-    that all of the pool is seen before anything comes back (from: ANCE-Tele dense_dataset.py:53).
+    Return the indexes of k of `pool` negatives: each epoch reads on where the last one stopped.
+
+    The order is one permutation a question. Pool 5, k 2: the epochs take places 0 1, then 2 3, then 4 0 of
+    it, so all of the pool is seen before anything comes back (from: ANCE-Tele dense_dataset.py:53).
     """
     order = list(range(pool))
     random.Random(seed).shuffle(order)
-    # differs: a pool of fewer than k is taken once; ANCE-Tele draws k with replacement from an unseeded
-    # generator, and a passage that stands twice in the softmax counts twice
-    return [order[(epoch * k + j) % pool] for j in range(min(k, pool))]
+    begin = epoch * k
+    # differs: a pool of fewer than k is taken once. ANCE-Tele draws k with replacement from an unseeded
+    # generator, and a passage that stands twice in the softmax counts twice.
+    places = range(begin, begin + min(k, pool))
+    return [order[place % pool] for place in places]
 
 
 def draw_passages(example, item, epoch, cfg):
-    """Line `item` of the training file -> [positive, negative, ...]; fewer negatives where it has fewer."""
-    positives, negatives = example["positives"], example["negatives"]
-    if cfg.rotate_negatives:
-        first = (item + cfg.seed + epoch) % len(positives)
-        picked = rotating_negatives(len(negatives), cfg.negatives, item + cfg.seed, epoch)
-    else:  # from: DPR dpr/models/biencoder.py:184 shuffles the pool anew every epoch and takes the first ones
+    """Return [positive, negative, ...] of line `item` of the training file; it may have fewer negatives."""
+    positives = example["positives"]
+    negatives = example["negatives"]
+    first = 0
+    if cfg.rotate_negatives:  # ANCE-Tele
+        seed = item + cfg.seed
+        if cfg.shuffle_positives:
+            first = (seed + epoch) % len(positives)
+        picked = rotating_negatives(len(negatives), cfg.negatives, seed, epoch)
+    else:
+        # from: DPR dpr/models/biencoder.py:184 shuffles the pool anew every epoch and takes the first ones
         rng = np.random.default_rng([cfg.seed, epoch, item, 1])
-        first = rng.integers(len(positives)) if cfg.shuffle_positives else 0
+        if cfg.shuffle_positives:
+            first = rng.integers(len(positives))
         picked = rng.permutation(len(negatives))[: cfg.negatives]
-    return [positives[first if cfg.shuffle_positives else 0]] + [negatives[i] for i in picked]
+    return [positives[first]] + [negatives[i] for i in picked]
 
 
-def passage_key(entry):
-    """What makes two entries the same passage: the corpus id, or title and text of an inline passage."""
-    return entry if isinstance(entry, str) else (entry.get("title", ""), entry["text"])
+def draw_batch(step, train, cfg):
+    """
+    Draw the global batch of a step: (its lines of the training file, its passages, padding columns).
+
+    Passages lie interleaved, [positive, negatives] question by question, so the positive of question i is
+    column i * (1 + negatives). A question with too few negatives is padded with its positive.
+    """
+    # the questions: an epoch is one permutation of the file, a step is a slice of it
+    steps_per_epoch = len(train) // cfg.batch_size
+    epoch, offset = divmod(step, steps_per_epoch)
+    rng = np.random.default_rng([cfg.seed, epoch])
+    order = rng.permutation(len(train)).tolist()
+    start = offset * cfg.batch_size
+    items = order[start : start + cfg.batch_size]
+
+    # their passages
+    entries, padding = [], set()
+    for item in items:
+        drawn = draw_passages(train[item], item, epoch, cfg)
+        while len(drawn) < 1 + cfg.negatives:
+            padding.add(len(entries) + len(drawn))
+            drawn.append(drawn[0])
+        entries += drawn
+    return items, entries, padding
+
+
+def excluded_pairs(items, entries, padding, train, cfg):
+    """
+    Return (the (question, column) pairs that the softmax leaves out, how many of them are duplicates).
+
+    Padding is no negative. A question's own positive is none either, even if another question brought it.
+    """
+    width = 1 + cfg.negatives
+    pairs = set(itertools.product(range(len(items)), padding))
+
+    # differs: all four originals keep these duplicates as negatives. why: the same gold passage twice in a
+    # batch of four raises the lowest loss that can be reached from 0 to 0.35, and pushes a right answer away
+    columns = {}
+    for column, entry in enumerate(entries):
+        if column not in padding:
+            columns.setdefault(passage_key(entry), []).append(column)
+    duplicates = set()
+    for row, item in enumerate(items if cfg.mask_duplicates else []):
+        for positive in train[item]["positives"]:
+            for column in columns.get(passage_key(positive), []):
+                duplicates.add((row, column))
+        duplicates.discard((row, row * width))  # its own label stays
+    return sorted(pairs | duplicates), len(duplicates)
 
 
 def make_batch(step, train, corpus, encoders, cfg):
-    """
-    The batch of a step as this device sees it. Passages lie interleaved, [positive, negatives] question by
-    question, so the positive of question i is column i * (1 + negatives) whatever the number of devices.
-    """
+    """Return the batch of a step as this device sees it: its share of the texts, all labels."""
+    # every device draws the whole batch: it must know which of all columns are duplicates
     rank, devices = world()
-    epoch, offset = divmod(step, len(train) // cfg.batch_size)
-    order = np.random.default_rng([cfg.seed, epoch]).permutation(len(train))
-    picked = order[offset * cfg.batch_size : (offset + 1) * cfg.batch_size]
-    width, entries, filler = 1 + cfg.negatives, [], set()
-    for i in picked:  # of the global batch: every device must know which of all columns are duplicates
-        drawn = draw_passages(train[i], int(i), epoch, cfg)
-        filler |= {*range(len(entries) + len(drawn), len(entries) + width)}
-        entries += drawn + drawn[:1] * (width - len(drawn))  # a stand-in, masked for every question
+    width = 1 + cfg.negatives
+    items, entries, padding = draw_batch(step, train, cfg)
+    pairs, duplicates = excluded_pairs(items, entries, padding, train, cfg)
 
-    # why: the same gold passage twice in a batch of four raises the lowest loss that can be reached from 0 to
-    # 0.35, and pushes a right answer away.
-    columns, duplicates = {}, set()
-    for column, entry in enumerate(entries):
-        columns.setdefault(passage_key(entry), []).append(column)
-    for row, i in enumerate(picked if cfg.mask_duplicates else []):
-        same = chain.from_iterable(columns.get(passage_key(entry), []) for entry in train[i]["positives"])
-        duplicates |= {(row, column) for column in same if column != row * width and column not in filler}
-    excluded = sorted(duplicates | {(row, column) for row in range(len(picked)) for column in filler})
-
+    # the texts of this device
     share = cfg.batch_size // devices
-    mine = slice(rank * share, (rank + 1) * share)
-    questions = tokenize_questions(encoders["query_encoder"], [train[i]["question"] for i in picked[mine]])
-    passages = [passage_of(entry, corpus) for entry in entries[mine.start * width : mine.stop * width]]
-    passages = tokenize_passages(encoders["doc_encoder"], [(p.title, p.text) for p in passages])
-    question_chunks, question_places = in_chunks(questions, cfg.question_chunk)
-    passage_chunks, passage_places = in_chunks(passages, cfg.passage_chunk)
+    first = rank * share
+    last = first + share
+    questions = [train[item]["question"] for item in items[first:last]]
+    entries = entries[first * width : last * width]
+    passages = [passage_of(entry, corpus) for entry in entries]
+
+    # their token ids
+    question_ids = encoding.tokenize_questions(encoders["query_encoder"], questions)
+    passage_ids = encoding.tokenize_passages(encoders["doc_encoder"], passages)
+    question_chunks, question_places = encoding.in_chunks(question_ids, cfg.question_chunk)
+    passage_chunks, passage_places = encoding.in_chunks(passage_ids, cfg.passage_chunk)
     return {
         "question_chunks": question_chunks,
         "passage_chunks": passage_chunks,
         "question_places": question_places,
         "passage_places": passage_places,
         "positive_Q": torch.arange(cfg.batch_size) * width,
-        "excluded": torch.tensor(excluded, dtype=torch.long).reshape(-1, 2).T,
-        "duplicates": len(duplicates),
+        "excluded": torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T,
+        "duplicates": duplicates,
     }
-
-
-def in_chunks(ids, size):
-    """
-    Id lists -> (chunks of `size` in order of length, the places that restore the given order). why: a chunk
-    costs as much as its longest row, so rows of equal length together save the padding.
-    """
-    by_length = sorted(range(len(ids)), key=lambda i: (len(ids[i]), i))
-    chunks = [[ids[i] for i in by_length[k : k + size]] for k in range(0, len(ids), size)]
-    return chunks, torch.from_numpy(np.argsort(by_length))
 
 
 # ---------------------------------------------------------------- loss and gradient
 def in_batch_loss(q_QD, p_ND, positive_Q, excluded=None):
     """
-    (mean over questions of -log softmax_n(q . p_n) at the positive, paper Eq. 2; how many positives score
-    highest). No temperature, as in the papers.
+    Return (the mean of -log softmax_n(q . p_n) at the positives, how many questions score highest there).
 
-    q_QD, p_ND: vectors of the global batch. positive_Q: column of each question's positive. excluded: [2, E]
-    pairs (question, column) taken out of the softmax.
+    The paper's Eq. 2, without a temperature. q_QD, p_ND: vectors of the global batch. positive_Q: the column of
+    each question's positive. excluded: [2, E], pairs (question, column) taken out of the softmax.
     """
     scores_QN = q_QD @ p_ND.T
     if excluded is not None and excluded.numel():
         scores_QN = scores_QN.index_put(tuple(excluded), scores_QN.new_tensor(-math.inf))
-    return F.cross_entropy(scores_QN, positive_Q), (scores_QN.argmax(1) == positive_Q).sum()
-
-
-def add_gradient(batch, encoders, accelerator, cfg, step):
-    """Add the global batch's gradient, times gradient_scale, to .grad; returns the global (loss, correct)."""
-    towers, device = {kind: encoders[name] for name, kind in TOWERS.items()}, accelerator.device
-    chunks = [(kind, ids) for kind in towers for ids in batch[f"{kind}_chunks"]]
-
-    def encode(chunk):
-        kind, ids = chunk
-        with accelerator.autocast():
-            return towers[kind](**collate(towers[kind], ids, full_length(towers[kind], kind)))
-
-    def loss_of(vectors):
-        n = len(batch["question_chunks"])
-        q_BD = torch.cat(vectors[:n])[batch["question_places"].to(device)]
-        p_PD = torch.cat(vectors[n:])[batch["passage_places"].to(device)]
-        positive_Q, excluded = batch["positive_Q"].to(device), batch["excluded"].to(device)
-        loss, correct = in_batch_loss(gather_rows(q_BD), gather_rows(p_PD), positive_Q, excluded)
-        return loss * cfg.gradient_scale, loss.detach(), correct
-
-    seed = (cfg.seed, step, accelerator.process_index)
-    _, loss, correct = grad_cache_step(encode, chunks, loss_of, seed, accelerator.backward, cfg.grad_cache)
-    sum_gradients(named_weights(encoders).values())
+    loss = F.cross_entropy(scores_QN, positive_Q)
+    correct = (scores_QN.argmax(1) == positive_Q).sum()
     return loss, correct
 
 
-def named_weights(encoders):
-    """Name -> parameter of both towers, each once: a shared encoder is one tower under two names."""
-    named = chain.from_iterable(tower.named_parameters(prefix) for prefix, tower in encoders.items())
-    return {name: p for p, name in {p: name for name, p in named}.items()}
+def add_gradient(batch, encoders, accelerator, cfg, step):
+    """Add the global batch's gradient, times gradient_scale, to .grad; return the global (loss, correct)."""
+    device = accelerator.device
+    questions = len(batch["question_chunks"])
+    chunks = [("query_encoder", ids) for ids in batch["question_chunks"]]
+    chunks += [("doc_encoder", ids) for ids in batch["passage_chunks"]]
+
+    def encode(chunk):
+        name, ids = chunk
+        encoder = encoders[name]
+        with accelerator.autocast():
+            return encoder(**encoding.collate(encoder, ids))
+
+    def loss_of(vectors):
+        # put the rows back into the batch's order: row i of q belongs to question i
+        q_BD = torch.cat(vectors[:questions])
+        p_PD = torch.cat(vectors[questions:])
+        q_BD = q_BD[batch["question_places"].to(device)]
+        p_PD = p_PD[batch["passage_places"].to(device)]
+
+        # every device takes the loss of the global batch
+        q_QD = gather_rows(q_BD)
+        p_ND = gather_rows(p_PD)
+        positive_Q = batch["positive_Q"].to(device)
+        excluded = batch["excluded"].to(device)
+        loss, correct = in_batch_loss(q_QD, p_ND, positive_Q, excluded)
+        # differs: this is the gradient of the full batch on any number of devices. DPR trained with 1/8 of it
+        # (DDP's mean over 8 GPUs), and its clipping saw that; `gradient_scale` restores it.
+        return loss * cfg.gradient_scale, loss.detach(), correct
+
+    # differs: dropout is a function of (seed, step, device, chunk), so a killed run resumes to the same bits
+    # (on a CPU; a GPU's attention may add in another order)
+    seed = (cfg.seed, step, accelerator.process_index)
+    backward = accelerator.backward  # with fp16's loss scaler
+    _, loss, correct = grad_cache_step(encode, chunks, loss_of, seed, backward, cfg.grad_cache)
+    sum_gradients(torch.nn.ModuleDict(encoders).parameters())  # a shared encoder's once
+    return loss, correct
 
 
-# ---------------------------------------------------------------- optimizer
 def learning_rate_factor(step, warmup, total, floor):
-    """Linear rise from 0 over `warmup` steps, then fall, not under `floor` (DPR utils/model_utils.py:106)."""
-    return step / warmup if step < warmup else max(floor, (total - step) / max(1, total - warmup))
+    """Rise linearly from 0 over `warmup` steps, then fall to `floor` (from: DPR utils/model_utils.py:106)."""
+    if step < warmup:
+        return step / warmup
+    # differs: the fall begins at the peak; RocketQA's rate drops to 0.9 of it after the warm-up
+    return max(floor, (total - step) / max(1, total - warmup))
+
+
+def training_step(step, batch, encoders, optimizer, run, cfg):
+    """Learn from one batch; return (numbers to show, numbers to write)."""
+    # set the learning rate
+    factor = learning_rate_factor(step, run.warmup, run.total, cfg.min_lr_ratio)
+    lr = cfg.learning_rate * factor
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+    # forward and backward
+    loss, correct = add_gradient(batch, encoders, run.accelerator, cfg, step)
+    loss = loss.item()
+    accuracy = correct.item() / cfg.batch_size
+
+    # clip the gradient, and stop before a broken one changes the weights
+    run.accelerator.unscale_gradients()
+    norm = clip_grad_norm_(run.weights, cfg.max_grad_norm).item()
+    run.refuse_non_finite(loss, norm, lr)
+
+    # step the optimizer
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    shown = {"loss": loss, "acc": accuracy, "lr": lr}
+    hidden = {"grad_norm": norm, "duplicates_masked": batch["duplicates"]}
+    return shown, hidden
 
 
 # ---------------------------------------------------------------- evaluation
 def dev_pool(dev, corpus, encoders, cfg):
-    """Tokenise once: (ids of the questions, of all their distinct passages, place of each gold passage)."""
-    places, entries = {}, []
+    """Tokenise once: (ids of the questions, ids of their distinct passages, places of the gold passages)."""
+    pool = {}  # passage key -> entry; a dict keeps the order, and each passage once
+    gold_keys = []
     for example in dev:
-        for entry in example["positives"][:1] + example["negatives"][: cfg.dev_negatives]:
-            if places.setdefault(passage_key(entry), len(entries)) == len(entries):
-                entries.append(entry)
-    passages = [passage_of(entry, corpus) for entry in entries]
-    return (
-        tokenize_questions(encoders["query_encoder"], [example["question"] for example in dev]),
-        tokenize_passages(encoders["doc_encoder"], [(p.title, p.text) for p in passages]),
-        np.array([places[passage_key(example["positives"][0])] for example in dev]),
-    )
+        gold = example["positives"][0]
+        gold_keys.append(passage_key(gold))
+        for entry in [gold, *example["negatives"][: cfg.dev_negatives]]:
+            pool.setdefault(passage_key(entry), entry)
+    places = {key: place for place, key in enumerate(pool)}
+    gold_Q = np.array([places[key] for key in gold_keys])
+
+    questions = [example["question"] for example in dev]
+    passages = [passage_of(entry, corpus) for entry in pool.values()]
+    question_ids = encoding.tokenize_questions(encoders["query_encoder"], questions)
+    passage_ids = encoding.tokenize_passages(encoders["doc_encoder"], passages)
+    return question_ids, passage_ids, gold_Q
 
 
 def evaluate(pool, encoders, accelerator, cfg):
-    """Average rank (1 is best) and MRR of the gold passages among all passages of the dev pool."""
-    q_QD = embed_on_devices(encoders["query_encoder"], pool[0], cfg.eval_batch_size, "question", accelerator)
-    p_ND = embed_on_devices(encoders["doc_encoder"], pool[1], cfg.eval_batch_size, "passage", accelerator)
-    blocks = [slice(k, k + 512) for k in range(0, len(q_QD), 512)]
-    ranks = [positive_ranks((q_QD[rows] @ p_ND.T).cpu().numpy(), pool[2][rows]) for rows in blocks]
+    """Return the average rank (1 is best) and the MRR of the gold passages in the pool of all passages."""
+    # differs: one pool for all devices, from the first epoch on. DPR takes the loss until epoch 30, then the
+    # rank in a pool per device.
+    question_ids, passage_ids, gold_Q = pool
+    size = cfg.eval_batch_size
+    q_QD = encoding.embed_on_devices(encoders["query_encoder"], question_ids, size, accelerator)
+    p_ND = encoding.embed_on_devices(encoders["doc_encoder"], passage_ids, size, accelerator)
+    ranks = []
+    for start in range(0, len(q_QD), 512):  # some questions at a time, to bound the memory
+        block = slice(start, start + 512)
+        scores_bN = q_QD[block] @ p_ND.T
+        ranks.append(positive_ranks(scores_bN.cpu().numpy(), gold_Q[block]))
     ranks_Q = np.concatenate(ranks)
-    return {"average_rank": float(ranks_Q.mean()), "mrr": float((1 / ranks_Q).mean())}
+    reciprocal_Q = 1 / ranks_Q
+    average_rank = float(ranks_Q.mean())
+    mrr = float(reciprocal_Q.mean())
+    return {"average_rank": average_rank, "mrr": mrr}
 
 
 # ---------------------------------------------------------------- main
-def load_towers(starts, cfg, device):
-    """{"query_encoder": ..., "doc_encoder": ...} from {name: path}; a shared one stands under both names."""
-    inputs, encoders = {key: getattr(cfg, key) for key in INPUTS}, {}
-    for name, role in TOWERS.items():
-        if name == "doc_encoder" and cfg.shared_encoder:
-            encoders[name] = encoders["query_encoder"]
-        else:
-            stored = inputs | {"role": "shared" if cfg.shared_encoder else role}
-            encoder = load_encoder(starts[name], role, stored, cfg.dropout, cfg.layer_norm_epsilon)
-            encoders[name] = encoder.to(device).train()
-    return encoders
-
-
 def main():
+    # settings, checked before anything is loaded
     cfg = load_config(__doc__, "config/train_dpr_nq.yaml")
-    must_be_one_of(cfg, pooling=("cls", "mean"), token_types=("zeros", "segments", "zeros_sep"))
-    must_be_one_of(cfg, mixed_precision=("no", "fp16", "bf16"), tracker=("none", "wandb"))
-    must_be_one_of(cfg, resume=("never", "exact", "changed"))
-    at_least(cfg, 1, "batch_size", "question_chunk", "passage_chunk", "eval_batch_size")
-    at_least(cfg, 1, "epochs", "save_every", "log_every")
+    must_be_one_of(cfg, pooling=("cls", "mean"), token_types=("zeros", "segments"))
+    at_least(cfg, 1, "question_chunk", "passage_chunk")
     at_least(cfg, 4, "question_tokens", "passage_tokens")
+    need_file(cfg, "train", optional=("dev", "corpus"))
     if cfg.batch_size == 1 and not cfg.negatives:
         raise UserError("batch_size 1 with negatives 0 has nothing to tell apart: the loss would be 0")
-    need_file(cfg, "train", optional=("dev", "corpus"))
-    need_start(cfg, "init")
-    accelerator = start(cfg.mixed_precision)
-    if cfg.batch_size % accelerator.num_processes:
-        raise UserError(f"batch_size {cfg.batch_size} is not shared by {accelerator.num_processes} devices")
+
+    # data
     corpus = Corpus(cfg.corpus, cfg.corpus_format) if cfg.corpus else None
-    content = {key: folder_hash(getattr(cfg, key)) for key in ("train", "dev")}
-    content["init"] = weights_hash(cfg.init)
-    run = Run(cfg, accelerator, content | {"corpus": corpus.sha256 if corpus else ""})
+    run = Run(cfg, corpus, files=("train", "dev"), weights=("init",))
     train, train_note = read_training(cfg.train, corpus)
     dev, dev_note = [], "no dev set: the last checkpoint is the best"
     if cfg.dev:
         dev, dev_note = read_training(cfg.dev, corpus)
-    per_epoch, total, last, warmup, late = plan(len(train), cfg)
+    run.notes += [train_note, dev_note]
 
-    starts = {name: run.checkpoint / name if run.checkpoint else cfg.init for name in TOWERS}
-    encoders = load_towers(starts, cfg, accelerator.device)
-    optimizer = make_optimizer(named_weights(encoders).items(), cfg)
-    if run.checkpoint:
-        load_optimizer(run.checkpoint, optimizer)
-    optimizer = accelerator.prepare(optimizer)  # for fp16's loss scaler; gradients are summed by add_gradient
+    # models
+    sources = {name: run.source(name, cfg.init) for name in TOWERS}
+    encoders = load_towers(sources, cfg, run.device)
+    optimizer = run.optimizer(encoders)
     pool = dev_pool(dev, corpus, encoders, cfg) if dev else None
-    weights = list(named_weights(encoders).values())
-    size = sum(p.numel() for p in weights)
-
-    if cfg.dry_run:
-        small = type(cfg)(**vars(cfg) | {"batch_size": min(cfg.batch_size, 32 * accelerator.num_processes)})
-        part = small.batch_size / cfg.batch_size
-
-        def probe():
-            add_gradient(make_batch(0, train, corpus, encoders, small), encoders, accelerator, small, 0)
-            return part
-
-        probe()  # fills .grad, which is no activation
-        growth, towers = 1 if cfg.grad_cache else 1 / part, list(encoders.values())
-        return dry_run("training", towers, probe, last, "steps", cfg.run_dir, 52 * size, 8 * size, growth)
-    banner = (
-        f"{size / 1e6:.1f} M parameters, {accelerator.num_processes} x {accelerator.device.type}, precision "
-        f"{accelerator.mixed_precision} | {cfg.batch_size} questions a step against "
-        f"{cfg.batch_size * (1 + cfg.negatives) - 1} negatives each | {per_epoch} steps an epoch, "
-        f"{len(train) % cfg.batch_size} questions left over; {last} in all | gradient x {cfg.gradient_scale}"
-    )
-    if not run.start(last, size, [train_note, dev_note, banner, *late]):
-        return
 
     def batch_of(step):
         return make_batch(step, train, corpus, encoders, cfg)
 
-    steps = range(run.first, last)
-    for step, batch in zip(steps, prefetch(batch_of, steps), strict=True):  # the next is tokenised meanwhile
-        began = time.time()
+    # the loop
+    negatives = cfg.batch_size * (1 + cfg.negatives) - 1
+    story = f"{cfg.batch_size} questions a step against {negatives} negatives each"
+    story += f" | gradient x {cfg.gradient_scale}"
+    for step, batch in run.steps(len(train), batch_of, story):
         if step == run.first:
             decode = encoders["query_encoder"].tokenizer.decode
             run.say(f"example question: {decode(batch['question_chunks'][0][0])}")
             run.say(f"example passage: {decode(batch['passage_chunks'][0][0])}")
-        lr = cfg.learning_rate * learning_rate_factor(step, warmup, total, cfg.min_lr_ratio)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        try:
-            loss, correct = add_gradient(batch, encoders, accelerator, cfg, step)
-        except torch.OutOfMemoryError:
-            raise UserError("out of memory: --grad_cache true or smaller chunks give the same") from None
-        accelerator.unscale_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(weights, cfg.max_grad_norm).item()
-        run.refuse_non_finite(loss.item(), norm, lr)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seconds = time.time() - began
-        run.step(
-            f"{cfg.batch_size / seconds:.1f} q/s",
-            {"loss": loss.item(), "acc": correct.item() / cfg.batch_size, "lr": lr},
-            {"grad_norm": norm, "duplicates_masked": batch["duplicates"], "seconds": seconds},
-        )
-        if pool and ((step + 1) % (cfg.eval_every or per_epoch) == 0 or step + 1 == last):
-            run.dev(evaluate(pool, encoders, accelerator, cfg), by="average_rank", sign=-1)
-        for encoder in encoders.values():
-            encoder.inputs["pair"] = f"{run.fingerprint}-{step + 1}"  # these two towers belong together
-        run.save(encoders, optimizer, evaluates=bool(pool))
+        shown, hidden = training_step(step, batch, encoders, optimizer, run, cfg)
+        run.log(shown, hidden)
+        evaluated = bool(dev) and run.time_to_evaluate()
+        if evaluated:
+            metrics = evaluate(pool, encoders, run.accelerator, cfg)
+            run.dev(metrics, by="average_rank", sign=-1)
+        run.save(encoders, optimizer, evaluated)
 
 
 if __name__ == "__main__":

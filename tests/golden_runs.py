@@ -48,7 +48,7 @@ def stages(tree, world):
     cross = sets | corpus | COMMON | {"init": world / "bert", "pair_tokens": 40, "chunk": 5}
     runs = {"train_run": world / "found_train.run", "dev_run": world / "found_dev.run"}
     reader = sets | corpus | COMMON | runs | {"init": world / "bert", "reader_tokens": 48, "train_depth": 12}
-    reader |= {"passages_per_question": 4, "test_depth": 6, "question_chunk": 3, "passage_chunk": 5}
+    reader |= {"gold": "", "passages_per_question": 4, "test_depth": 6, "question_chunk": 3, "passage_chunk": 5}
     emdr2 = sets | corpus | COMMON | {"batch_size": 6, "reader": world / "t5", "top_k": 4, "temperature": 0.0}
     emdr2 |= {
         "reader_tokens": 48,
@@ -77,7 +77,7 @@ def stages(tree, world):
         "run": world / "found_train.run",
     } | corpus
     scores, ahead = world / "scores.run", world / "lookahead.run"
-    answer = {"test_run": world / "found_test.run", "test": test["questions"]} | corpus
+    answer = {"gold": "", "test_run": world / "found_test.run", "test": test["questions"]} | corpus
 
     yield "bm25", 1, "-m utils.bm25", test | {"out": world / "bm25.run", "k": 30}
     for processes in (1, 2):
@@ -159,7 +159,8 @@ def stages(tree, world):
             "reader": world / "emdr21/reader",
             "out": world / "emdr2_answers.json",
         }
-        yield "emdr2_answers", 1, "train_emdr2.py", answer | write | {"top_k": 4}
+        del answer["gold"]
+        yield "emdr2_answers", 1, "train_emdr2.py", answer | write | {"train": "", "dev": "", "top_k": 4}
 
 
 def run(tree, world, processes, script, keys):

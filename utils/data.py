@@ -102,6 +102,13 @@ def passage_of(entry, corpus):
     return corpus[corpus.row(entry)]
 
 
+def passage_key(entry):
+    """Return what makes two entries the same passage: the corpus id, or title and text of an inline passage."""
+    if isinstance(entry, str):
+        return entry
+    return entry.get("title", ""), entry["text"]
+
+
 def ranked(results):
     """(qid, pid, rank, score as text) of every line; `results` is [(qid, [(pid, score), ...]), ...]."""
     for qid, hits in results:

@@ -1,10 +1,10 @@
 """
-One flat yaml per run, `--key value` to override it, and errors that a student can act on.
+The settings of a script, and errors that a student can act on.
 
-The yaml that a script names as its schema lists every key that the script knows, with a comment and a value
-of the right type. Any other yaml or override is checked against it: an unknown key or a wrong type is an
-error that names the nearest key, and no number may be negative. No default hides in code. `--help` prints the
-schema.
+Every script has one full yaml. It lists all keys, each with a value of the right type, a comment and a
+source. Any other yaml names only the keys that differ: config/train_gcdpr_nq.yaml *is* what GC-DPR changes.
+`--key value` on the command line wins over both. An unknown key or a wrong type is an error that names the
+nearest key. No number may be negative. `--help` prints the full yaml.
 """
 
 import contextlib
@@ -19,159 +19,186 @@ from types import SimpleNamespace
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-# Errors of the system that the user or the machine is behind. Not ENOENT, EEXIST and ENOTEMPTY: the paths of
-# the user are checked at the start, so these are renames of ours that went wrong.
+# Errors of the system that the user or the machine caused. Not ENOENT, EEXIST and ENOTEMPTY: the user's paths
+# are checked at the start, so these are renames of ours that went wrong.
 NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO}
 NOT_OURS |= {errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EMFILE}
 
 
 class UserError(Exception):
     """
-    A mistake of the user, or of the user's files: printed as one line (what, where, the fix), no traceback.
+    A mistake of the user or in the user's files: printed as one line (what, where, the fix), no traceback.
     """
 
 
+# ---------------------------------------------------------------- errors
 @contextlib.contextmanager
 def friendly_errors():
     """
-    A fault of the user or of the machine becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
-    `--debug` keeps the traceback.
+    Turn a fault of the user or of the machine into one line on stderr and exit code 2, Ctrl-C into exit code
+    130. `--debug` keeps the traceback.
     """
     try:
         yield
     except KeyboardInterrupt:
-        sys.exit(_fail("stopped by Ctrl-C", 130))
+        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+        sys.exit(130)
     except Exception as error:
         message = in_a_sentence(error)
         if not message:
             raise
         if "--debug" in sys.argv:
             traceback.print_exc()
-        sys.exit(_fail(f"error: {message}", 2))
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
 def in_a_sentence(error):
-    """What a fault of the user or of the machine is; "" for one of ours, which deserves its traceback."""
+    """
+    Return what a fault of the user or of the machine is; "" for one of ours, which deserves its traceback.
+    """
     if isinstance(error, UserError):
         return str(error)
     if memory_is_full(error):
-        line = "the memory is full: lower the batch sizes or the chunks, on a GPU use --mixed_precision bf16"
-        said = str(error).strip().partition("\n")[0]
-        return f"{line} ({said})" if said else line
+        advice = "lower the batch sizes or the chunks, on a GPU use --mixed_precision bf16"
+        detail = str(error).strip().partition("\n")[0]
+        return f"the memory is full: {advice}" + (f" ({detail})" if detail else "")
     if not isinstance(error, OSError):
         return ""
     place = error.filename2 or error.filename  # of a rename the final name, not the temporary one
     if disk_is_full(error):
-        return f"{f'{place}: ' if place else ''}the disk is full; free some space and repeat the command"
+        prefix = f"{place}: " if place else ""
+        return f"{prefix}the disk is full; free some space and repeat the command"
     return f"{place}: {error.strerror}" if place and error.errno in NOT_OURS else ""
 
 
 def memory_is_full(error):
-    """Whether an error of Python, numpy, torch or the system means that the memory is full, of a GPU too."""
-    # trap: torch says it of a CPU by a plain RuntimeError, "can't allocate memory"; of a GPU by its own class
-    ours = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return ours or (isinstance(error, RuntimeError | OSError) and "allocate memory" in str(error))
+    """
+    Return whether an error of Python, numpy, torch or the system means that memory is full, of a GPU too.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    # trap: torch says it of a CPU by a plain RuntimeError, "can't allocate memory"
+    return isinstance(error, RuntimeError | OSError) and "allocate memory" in str(error)
 
 
 def disk_is_full(error):
-    """Whether an error of the system, of safetensors, shutil or numpy around it, means ENOSPC."""
-    # trap: numpy gives no errno where not all of an array was written
+    """Return whether an error of the system, of safetensors, shutil or numpy means ENOSPC."""
+    # trap: numpy gives no errno where it could not write all of an array
     signs = ("os error 28", "No space left", "requested and")
     return getattr(error, "errno", None) == errno.ENOSPC or any(sign in str(error) for sign in signs)
 
 
-def _fail(message, code):
-    print(message, file=sys.stderr, flush=True)
-    return code
+def nearest(name, names):
+    """Return `did you mean ...?` for a misspelt name, or the list of the right names."""
+    close = difflib.get_close_matches(name, names, 1, 0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
 
 
-def nearest(name, known):
-    """`did you mean ...?` for a misspelt name, or the list of known names."""
-    close = difflib.get_close_matches(name, known, 1, 0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+# ---------------------------------------------------------------- settings
+def load_config(doc, base, argv=None):
+    """
+    Return the settings as a namespace: the full yaml `base`, changed by the yaml of --config, then by --key
+    value.
+
+    doc: the script's docstring, for --help. base: a path below the repository, "config/train_dpr_nq.yaml".
+    The namespace has one attribute a key of `base`, and `config`, the path of the yaml that was read.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in argv or "-h" in argv:
+        print(f"{doc.strip()}\n\nKeys (from {base}; override any of them with --key value):\n")
+        print((ROOT / base).read_text(encoding="utf-8"))
+        sys.exit(0)
+    defaults = read_yaml(ROOT / base)
+    flags = read_flags([word for word in argv if word != "--debug"], defaults)
+    path = flags.pop("config", str(ROOT / base))
+    changes = read_yaml(path)
+    for key in changes:
+        if key not in defaults:
+            raise UserError(f"{path}: unknown key {key!r}; {nearest(str(key), list(defaults))}")
+    values = {}
+    for key, default in defaults.items():
+        # why even where a flag wins: a wrong line of the yaml is told all the same
+        values[key] = typed(key, changes.get(key, default), default, path)
+        if key in flags:
+            values[key] = typed(key, flags[key], default, "command line")
+    return SimpleNamespace(**values, config=path)
 
 
 def read_yaml(path):
-    """The mapping in a flat yaml file. UserError when it is missing, not yaml, or not flat."""
+    """
+    Return the `key: value` lines of a yaml file as a dict. UserError when it is missing, not yaml, or not
+    flat.
+    """
     if fault := file_fault(path):
         raise UserError(f"config {path}: {fault}")
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid yaml: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict) or any(isinstance(v, dict) for v in values.values()):
+    if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
         raise UserError(f"{path}: expected flat `key: value` lines")
     return values
 
 
-def convert(key, value, example, where):
-    """`value` as the type of `example` (bool, int, float, str or list); UserError if it cannot be that."""
-    kind = type(example)
-    try:
-        if kind is bool and str(value).lower() in ("true", "false"):
-            return str(value).lower() == "true"  # trap: bool("false") is True
-        if kind is int and not isinstance(value, bool) and float(value) == int(float(value)):
-            return int(float(value))
-        if kind is float and not isinstance(value, bool):
-            return float(value)  # trap: PyYAML reads 2e-5 as a string, only 2.0e-5 as a number
-        if kind is list:
-            items = value if isinstance(value, list) else yaml.safe_load(value)
-            if isinstance(items, int | float) or (isinstance(items, str) and items):
-                items = [items]  # why: --eval_top_docs 10 means a list of one
-            return [convert(key, x, example[0], where) for x in items] if example else items
-        if kind is str and not isinstance(value, dict | list | bool | None.__class__):
-            return str(value)
-    except (TypeError, ValueError, OverflowError, yaml.YAMLError):
-        pass
-    raise UserError(f"{where}: {key} must be of type {kind.__name__} (such as {example!r}), got {value!r}")
-
-
-def load_config(doc, schema, argv=None):
+def read_flags(argv, defaults):
     """
-    Config of a run as a namespace: the yaml of `--config` (default: the schema), overridden by `--key value`.
-
-    doc: the script's docstring, shown by --help. schema: path below the repository,
-    "config/train_dpr_nq.yaml". The result has one attribute per schema key and `config`, the path that was
-    read.
+    Return {key: text} of `--key value`, `--key=value`, and `--key` alone, which means true. UserError for
+    others.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    known = read_yaml(ROOT / schema)
-    if "--help" in argv or "-h" in argv:
-        print(f"{doc.strip()}\n\nKeys (from {schema}; override any of them with --key value):\n")
-        print((ROOT / schema).read_text(encoding="utf-8"))
-        sys.exit(0)
-    argv = [a for a in argv if a != "--debug"]
-    overrides, path = {}, str(ROOT / schema)
+    flags, names = {}, [*defaults, "config"]
     while argv:
-        flag, joined, value = argv.pop(0).partition("=")
+        flag, equals, value = argv.pop(0).partition("=")
         key = flag.removeprefix("--")
         if not flag.startswith("--"):
             raise UserError(f"command line: {flag!r} is not a flag; write --key value (see --help)")
-        if key != "config" and key not in known:
-            raise UserError(f"command line: unknown key {flag}; {nearest(key, [*known, 'config'])}")
-        if not joined:
-            lone_switch = isinstance(known.get(key), bool) and (not argv or argv[0].startswith("--"))
-            if not argv and not lone_switch:
+        if key not in names:
+            raise UserError(f"command line: unknown key {flag}; {nearest(key, names)}")
+        if not equals:
+            value_follows = argv and not argv[0].startswith("--")
+            if isinstance(defaults.get(key), bool) and not value_follows:
+                value = "true"
+            elif argv:
+                value = argv.pop(0)
+            else:
                 raise UserError(f"command line: {flag} needs a value")
-            value = "true" if lone_switch else argv.pop(0)
-        if key == "config":
-            path = value
-        else:
-            overrides[key] = convert(key, value, known[key], "command line")
-    values = read_yaml(path)
-    for key in values:
-        if key not in known:
-            raise UserError(f"{path}: unknown key {key!r}; {nearest(key, list(known))}")
-    for key in known:
-        if key not in values:
-            raise UserError(f"{path}: key {key!r} is missing; copy its line from {schema}")
-    resolved = {key: convert(key, values[key], known[key], path) for key in known} | overrides
-    at_least(SimpleNamespace(**resolved), 0, *(key for key in known if type(known[key]) in (int, float)))
-    return SimpleNamespace(**resolved, config=path)
+        flags[key] = value
+    return flags
 
 
+def typed(key, value, default, where):
+    """
+    Return `value` as the type of `default` (bool, int, float, str or list). UserError if it cannot be that.
+    """
+    kind = type(default)
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[str(value).lower()]  # trap: bool("false") is True
+        if kind is list:
+            items = yaml.safe_load(value) if isinstance(value, str) else value
+            if not isinstance(items, list):
+                items = [] if items in (None, "") else [items]  # why: --eval_top_docs 10 means a list of one
+            return [typed(key, item, default[0], where) for item in items] if default else items
+        if value is None or isinstance(value, bool | list):
+            raise ValueError
+        if kind is str:
+            return str(value)
+        number = float(value)  # trap: PyYAML reads 2e-5 as a string, only 2.0e-5 as a number
+        if kind is int and number != int(number):
+            raise ValueError
+    except (KeyError, TypeError, ValueError, OverflowError, yaml.YAMLError):
+        message = f"{where}: {key} must be of type {kind.__name__} (such as {default!r}), got {value!r}"
+        raise UserError(message) from None
+    if not number >= 0:  # NaN too
+        raise UserError(f"{where}: {key} must be at least 0, got {value}")
+    return kind(number)
+
+
+# ---------------------------------------------------------------- checks before any work
 def must_be_one_of(cfg, **allowed):
-    """UserError unless each key's value is among those allowed: choose(cfg, pooling=("cls", "mean"))."""
+    """
+    UserError unless each key has one of the values allowed: must_be_one_of(cfg, pooling=("cls", "mean")).
+    """
     for key, values in allowed.items():
         if getattr(cfg, key) not in values:
             raise UserError(f"{key} must be one of {', '.join(map(str, values))}, got {getattr(cfg, key)!r}")
@@ -185,30 +212,26 @@ def at_least(cfg, least, *keys):
 
 
 def file_fault(path):
-    """What keeps a file from being read, or ""."""
+    """Return what keeps a file from being read, or ""."""
     path = Path(path)
-    return "" if path.is_file() else "is a folder; name a file" if path.is_dir() else "no such file"
+    if path.is_file():
+        return ""
+    return "is a folder; name a file" if path.is_dir() else "no such file"
 
 
-def model_fault(path, what="model"):
-    """What is seen at once to be wrong with the path of a model (a folder, hub name or `.cp` file), or ""."""
-    path, here = str(path), Path(path)
-    inside = sorted(config.parent.name for config in here.glob("*/config.json"))
-    if inside and not (here / "config.json").is_file():
+def model_fault(path, kind="model"):
+    """Return what is seen at once to be wrong with the path of a model (a folder or a hub name), or ""."""
+    name, path = str(path), Path(path)
+    inside = sorted(config.parent.name for config in path.glob("*/config.json"))
+    if inside and not (path / "config.json").is_file():
         return f"is no model, but the folder of {', '.join(inside)}; name one of these"
-    if here.is_file() and not path.endswith(".cp"):
+    if name.endswith(".cp"):
+        return "is a checkpoint of the original DPR; first: python -m prepare.checkpoints from_cp"
+    if path.is_file():
         return "is a file; name the folder that it is in"
-    if not here.exists() and "/" in path and (here.parent.exists() or path.count("/") > 1):
-        return f"no such {what} folder (its parent exists or it has many slashes, so this is no hub name)"
+    if not path.exists() and "/" in name and (path.parent.exists() or name.count("/") > 1):
+        return f"no such {kind} folder (its parent exists or it has many slashes, so this is no hub name)"
     return ""
-
-
-def need_file(cfg, *keys, optional=()):
-    """UserError where a key names no file; one of `optional` may be "", which is not given."""
-    need_value(cfg, *keys)
-    for key in (*keys, *optional):
-        if getattr(cfg, key) and (fault := file_fault(getattr(cfg, key))):
-            raise UserError(f"{key}: {getattr(cfg, key)}: {fault}")
 
 
 def need_value(cfg, *keys):
@@ -218,8 +241,17 @@ def need_value(cfg, *keys):
             raise UserError(f"{key}: give a path, it is empty")
 
 
+def need_file(cfg, *keys, optional=()):
+    """UserError where a key names no file; one of `optional` may be "", which means that it is not given."""
+    need_value(cfg, *keys)
+    for key in (*keys, *optional):
+        path = getattr(cfg, key)
+        if path and (fault := file_fault(path)):
+            raise UserError(f"{key}: {path}: {fault}")
+
+
 def need_model(cfg, *keys):
-    """UserError, before any work, where a key names no model."""
+    """UserError where a key names no model."""
     need_value(cfg, *keys)
     for key in keys:
         if fault := model_fault(getattr(cfg, key)):
@@ -227,20 +259,18 @@ def need_model(cfg, *keys):
 
 
 def need_folder(cfg, key, folder=""):
-    """UserError, before any work, where a key's folder (or `folder`) cannot be written into or made."""
+    """UserError where a key's folder (or `folder`) cannot be made or written into."""
     need_value(cfg, key)
-    path = Path(folder or getattr(cfg, key))
-    there = next(one for one in (path, *path.absolute().parents) if one.exists())
-    if not there.is_dir():
-        raise UserError(f"{key}: {getattr(cfg, key)}: {there} is a file, not a folder")
-    if not os.access(there, os.W_OK):
-        raise UserError(f"{key}: {getattr(cfg, key)}: {there} cannot be written")
+    path = Path(folder or getattr(cfg, key)).absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"{key}: {getattr(cfg, key)}: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"{key}: {getattr(cfg, key)}: {existing} cannot be written")
 
 
 def need_out(cfg, key, *inputs):
-    """
-    UserError, before any work, where the file that a key names cannot be written or is one of the inputs.
-    """
+    """UserError where the file that a key names cannot be written, or is one of the inputs."""
     need_value(cfg, key)
     path = Path(getattr(cfg, key))
     if path.is_dir():

@@ -25,11 +25,14 @@ from utils.plumbing.files import atomic_folder, read_json, write_json
 # from: GC-DPR dpr/models/hf_models.py:127-159 (the June 2020 snapshot of DPR): zero segment ids, CLS, 256
 # tokens
 DPR_INPUTS = {"question_tokens": 256, "passage_tokens": 256, "pooling": "cls", "token_types": "zeros"}
+TOWERS = {
+    "query_encoder": "question",
+    "doc_encoder": "passage",
+}  # the folders of a dual encoder, and their roles
 CHOICES = {  # of encoder_inputs.json, beside the lengths and `pair`
     "role": ("question", "passage", "shared", "cross", "reader", "fid"),
     "pooling": ("cls", "mean"),
-    "token_types": ("zeros", "segments", "zeros_sep"),
-    "neighbors": (False, True),
+    "token_types": ("zeros", "segments"),
 }
 LENGTHS = ("question_tokens", "passage_tokens", "pair_tokens", "reader_tokens", "answer_tokens")
 HAVE_POOLER = ("bert", "ernie", "roberta", "xlm-roberta")
@@ -76,6 +79,24 @@ def load_encoder(path, role, inputs=None, dropout=0.0, layer_norm_epsilon=0.0):
     longest = max(encoder.inputs["question_tokens"], encoder.inputs["passage_tokens"])
     check_sizes(path, model, tokenizer, longest, "tokens a text")
     return encoder
+
+
+def load_towers(sources, cfg, device):
+    """
+    Load {"query_encoder": ..., "doc_encoder": ...} from {name: path}; a shared one stands under both names.
+    """
+    inputs = {
+        key: getattr(cfg, key) for key in ("question_tokens", "passage_tokens", "pooling", "token_types")
+    }
+    encoders = {}
+    for name, role in TOWERS.items():
+        if name == "doc_encoder" and cfg.shared_encoder:
+            encoders[name] = encoders["query_encoder"]
+            continue
+        stored = inputs | {"role": "shared" if cfg.shared_encoder else role}
+        encoder = load_encoder(sources[name], role, stored, cfg.dropout, cfg.layer_norm_epsilon)
+        encoders[name] = encoder.to(device).train()
+    return encoders
 
 
 def read_inputs(path, what="model"):
