@@ -40,7 +40,7 @@ from utils.plumbing.files import need_space, read_json, write_json
 from utils.plumbing.weights import encoder_hash, load_encoder
 
 
-# ---------------------------------------------------------------------------------------- the vectors
+# ---------------------------------------------------------------- the vectors
 def cut(rows, size):
     """Return a range of rows as a list of ranges of `size` rows; the last one may be shorter."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -68,7 +68,7 @@ def encode_shard(rows, tokenized, encoder, corpus, cfg, accelerator, bar):
         # differs: DPR pads every passage to 256 tokens. `embed` sorts the window by length and pads to the
         # longest passage of a batch: half the work, the same vectors to 1e-6
         ids = next(tokenized)
-        window_nD = embed(encoder, ids, cfg.batch_size, "passage", accelerator.autocast, bar)
+        window_nD = embed(encoder, ids, cfg.batch_size, accelerator.autocast, bar)
         check_finite(window_nD, window, corpus, cfg)
         # differs: DPR and nanoDPR store float32, which takes twice the space of float16
         vectors_nD[window.start - rows.start : window.stop - rows.start] = window_nD
@@ -88,7 +88,7 @@ def check_finite(vectors_nD, rows, corpus, cfg):
         raise UserError(f"{where} holds NaN or infinity; {advice}")
 
 
-# ----------------------------------------------------------------------------------------------- main
+# ---------------------------------------------------------------- main
 def main():
     cfg = load_config(__doc__, "config/doc2embedding.yaml")
     must_be_one_of(cfg, dtype=("float16", "float32"), mixed_precision=("no", "fp16", "bf16"))

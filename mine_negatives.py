@@ -20,7 +20,6 @@ import sys
 from collections import Counter
 from functools import cache
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -41,7 +40,7 @@ from utils.text import has_answer, report_regex_failures
 
 
 class Found(NamedTuple):
-    """What the files next to the question file say about one question. Passages are corpus ids, best first."""
+    """What the other files say about one question. Passages are corpus ids, best first."""
 
     ranked: list  # the retriever's ranking
     scores: dict = {}  # id -> the cross-encoder's probability, for the first passages of the ranking
@@ -50,14 +49,12 @@ class Found(NamedTuple):
     never: frozenset = frozenset()  # positives that another question file (`exclude`) knows
 
 
-# ----------------------------------------------------------------------------- what is a positive, a negative?
+# ---------------------------------------------------------------- positives and negatives of a question
 def holds_answer(passage, question, cfg):
-    """Return whether the passage answers the question: by its text, with `match_title` also by its title."""
-    # differs: RocketQA deletes all spaces before it looks, so that "ti" is in "the art is"; here tokens decide
-    regex = cfg.match == "regex"
-    if cfg.match_title and has_answer(passage.title, question["answers"], regex):
-        return True
-    return has_answer(passage.text, question["answers"], regex)
+    """Return whether the text of a passage holds an answer; with `match_title` the title counts too."""
+    # differs: RocketQA deletes all spaces first, so that "ti" is in "the art is"; here tokens must match
+    texts = [passage.title, passage.text] if cfg.match_title else [passage.text]
+    return any(has_answer(text, question["answers"], cfg.match == "regex") for text in texts)
 
 
 def positives_of(question, ranked, corpus, cfg):
@@ -92,7 +89,7 @@ def wrong_for(question, positives, never, corpus, cfg):
 
 
 def draw_at_random(ids, allowed, count, rng):
-    """Return up to `count` different ids, drawn uniformly. One that is not allowed is drawn anew (RocketQA)."""
+    """Return up to `count` different ids, drawn uniformly; as in RocketQA, anew where one is not allowed."""
     drawn = []
     tried = set()
     while len(drawn) < count and len(tried) < len(ids):
@@ -103,13 +100,9 @@ def draw_at_random(ids, allowed, count, rng):
     return drawn
 
 
-# ------------------------------------------- the modes: (question, Found, ...) -> (positives, negatives)
+# ---------------------------------------------------------------- the modes, each: -> (positives, negatives)
 def topk(question, found, corpus, cfg, rngs):
-    """
-    DPR: the first passages of the ranking that hold no answer.
-
-    Some of them do answer, in other words. RocketQA calls these false negatives.
-    """
+    """DPR: the first passages of the ranking without an answer. Some do answer, in words not listed."""
     ranked = found.ranked[: cfg.depth]
     positives = positives_of(question, ranked, corpus, cfg)
     wrong = wrong_for(question, positives, found.never, corpus, cfg)
@@ -118,11 +111,9 @@ def topk(question, found, corpus, cfg, rngs):
 
 def denoise(question, found, corpus, cfg, rngs):
     """
-    RocketQA, for the cross-encoder (without scores), then for the dual encoder (with its scores).
-
-    The cross-encoder learns from negatives drawn from the whole ranking: most of these are truly wrong. The
-    dual encoder learns from the best-ranked passages to which the cross-encoder gives less than
-    `negative_below`. That leaves out most of the false negatives.
+    RocketQA. Without scores, for the cross-encoder: a draw from the whole ranking, most of it truly wrong.
+    With its scores, for the dual encoder: the best-ranked passages to which the cross-encoder gives less than
+    `negative_below`. That leaves out most of the passages that do answer (false negatives).
     """
     ranked = found.ranked[: cfg.depth]
     positives = positives_of(question, ranked, corpus, cfg)
@@ -147,10 +138,8 @@ def denoise(question, found, corpus, cfg, rngs):
 
 def pseudo_label(question, found, corpus, cfg, rngs):
     """
-    RocketQA, for questions without answers: the cross-encoder's favourite is the positive.
-
-    It must be above `positive_above`, else the question is dropped. The negatives are the first passages of
-    the ranking below `negative_below`.
+    RocketQA, for questions without answers: the cross-encoder's favourite is the positive if it is above
+    `positive_above`, else the question is dropped. The first passages below `negative_below` are negatives.
     """
     scored = [pid for pid in found.ranked[: cfg.depth] if pid in found.scores]
     best = max(scored, key=found.scores.get, default=None)  # the first of equals
@@ -163,11 +152,9 @@ def pseudo_label(question, found, corpus, cfg, rngs):
 
 def teleport(question, found, corpus, cfg, rngs):
     """
-    ANCE-Tele: negatives from three sources, one list after the other.
-
-    The neighbours of the question (ANN). Those of its positive (look-ahead): what the question will find once
-    it is learned. Last episode's negatives (momentum): what was learned shall not be forgotten. Equal lengths
-    are the paper's alpha = beta = 0.5; a passage from two sources counts twice.
+    ANCE-Tele: the neighbours of the question (ANN), those of its positive (look-ahead: what the question will
+    find once it is learned), last episode's negatives (momentum: what was learned shall not be forgotten).
+    Nothing is weighted or made unique: equal lengths are the paper's alpha = beta = 0.5.
     """
     positives = positives_of(question, found.ranked, corpus, cfg)
     wrong = wrong_for(question, positives, found.never, corpus, cfg)
@@ -187,16 +174,9 @@ def teleport(question, found, corpus, cfg, rngs):
 
 
 MODES = {"topk": topk, "denoise": denoise, "pseudo_label": pseudo_label, "teleport": teleport}
-MODES_OF = {  # the modes that read a key; in another one it would be ignored
-    "scores": ("denoise", "pseudo_label"),
-    "fill": ("denoise",),
-    "lookahead_run": ("teleport",),
-    "momentum": ("teleport",),
-    "exclude": ("topk", "denoise", "teleport"),
-}
 
 
-# ------------------------------------------------------------------------------ reading, question by question
+# ---------------------------------------------------------------- reading, question by question
 def iter_negatives(path):
     """Yield (qid, negatives) of every line of a training file."""
     for number, example in iter_jsonl(path):
@@ -207,8 +187,8 @@ def iter_negatives(path):
 
 
 def check_scores(qid, scores, ranked, cfg):
-    """UserError unless `scores` are probabilities of passages of this ranking."""
-    if scores is None:
+    """UserError unless `scores` [(id, p), ...] are probabilities of passages of this ranking."""
+    if not scores:
         raise UserError(f"{cfg.scores}: question {qid!r} is missing; rescore {cfg.run} again (rerank.py)")
     for pid, p in scores:
         if pid not in ranked:
@@ -222,19 +202,14 @@ def read_found(questions, cfg, counts):
     excluded = read_questions(cfg.exclude) if cfg.exclude else []
     never = {question["qid"]: frozenset(gold_ids(question)) for question in excluded}
 
-    # differs: the originals keep all rankings in memory. Here one question's: all files are in the run's order
-    def in_order_of_the_run(path, read):
-        return aligned_reader(path, read(path) if path else iter(()), cfg.run)
-
-    take_scores, check_scores_done = in_order_of_the_run(cfg.scores, iter_run)
-    take_lookahead, check_lookahead_done = in_order_of_the_run(cfg.lookahead_run, iter_run)
-    take_momentum, check_momentum_done = in_order_of_the_run(cfg.momentum, iter_negatives)
+    # differs: the originals keep all rankings in memory; here one question's, so all files are in one order
+    readers = []
+    for path, read in (cfg.scores, iter_run), (cfg.lookahead_run, iter_run), (cfg.momentum, iter_negatives):
+        readers.append(aligned_reader(path, read(path) if path else iter(()), cfg.run))
 
     waiting = {question["qid"]: question for question in questions}
     for qid, hits in iter_run(cfg.run):
-        scores = take_scores(qid)
-        lookahead = take_lookahead(qid) or []
-        momentum = take_momentum(qid) or []
+        scores, lookahead, momentum = (take(qid) or [] for take, _ in readers)
         question = waiting.pop(qid, None)
         if question is None:
             counts["rankings of other questions, ignored"] += 1
@@ -242,31 +217,29 @@ def read_found(questions, cfg, counts):
         ranked = [pid for pid, _ in hits]
         if cfg.scores:
             check_scores(qid, scores, set(ranked), cfg)
-        counts["questions without look-ahead"] += bool(cfg.lookahead_run) and not lookahead
-        counts["questions without momentum"] += bool(cfg.momentum) and not momentum
         neighbours = [pid for pid, _ in lookahead]
-        yield question, Found(ranked, dict(scores or []), neighbours, momentum, never.get(qid, frozenset()))
-
+        known = never.get(qid, frozenset())
+        yield question, Found(ranked, dict(scores), neighbours, momentum, known)
     for question in waiting.values():
-        counts["questions without a ranking"] += 1
-        counts["questions without look-ahead"] += bool(cfg.lookahead_run)
-        counts["questions without momentum"] += bool(cfg.momentum)
         yield question, Found([])
 
-    # nothing may be lost in silence
+    # nothing is lost in silence
     if len(waiting) == len(questions):
         raise UserError(f"{cfg.run}: has none of the questions of {cfg.questions}")
-    for check_done in (check_scores_done, check_lookahead_done, check_momentum_done):
-        check_done()
+    for _, check_end in readers:
+        check_end()
 
 
-# ----------------------------------------------------------------------------------------------- choosing
+# ---------------------------------------------------------------- choosing
 def mine(questions, corpus, cfg, counts):
     """Yield the lines of the training file. `counts` tells what became of the questions."""
-    # why two: the originals mine file by file. differs: RocketQA's on NQ and ANCE-Tele's have no seed
+    # why two: the originals mine file by file. differs: RocketQA's draw on NQ and ANCE-Tele's have no seed
     rngs = [random.Random(cfg.seed), random.Random(cfg.seed)]
     for question, found in read_found(questions, cfg, counts):
         positives, negatives = MODES[cfg.mode](question, found, corpus, cfg, rngs)
+        counts["questions without a ranking"] += not found.ranked
+        counts["questions without look-ahead"] += bool(cfg.lookahead_run) and not found.lookahead
+        counts["questions without momentum"] += bool(cfg.momentum) and not found.momentum
         counts["positives found"] += bool(positives) and positives != question["positives"]
 
         # drop a question from which nothing can be learned
@@ -276,13 +249,11 @@ def mine(questions, corpus, cfg, counts):
         if not negatives and (cfg.scores or cfg.mode == "teleport"):
             counts["questions dropped, no negative"] += 1
             continue
-
-        # refuse a ranking of another corpus
         for entry in positives + negatives:
             if isinstance(entry, str):
-                corpus.row(entry)
+                corpus.row(entry)  # UserError for a ranking of another corpus
 
-        # count what is new; denoise with scores wants `negatives` per positive, look-ahead as many again
+        # count what is new: the scored negatives are meant per positive, the look-ahead's come on top
         lists = len(positives) if cfg.mode == "denoise" and cfg.scores else 1 + bool(cfg.lookahead_run)
         new = len(negatives) - len(found.momentum)
         counts["questions with fewer new ones than asked"] += 0 < new < lists * cfg.negatives
@@ -292,20 +263,19 @@ def mine(questions, corpus, cfg, counts):
 
 
 def training_lines(example, cfg):
-    """Return the lines of a question: one, or with scores one for each pair of a positive and a negative."""
+    """Yield the lines of a question: one, or with scores one for each pair of a positive and a negative."""
     if not cfg.scores:
-        return [example]
-    # why pairs: RocketQA counts its epochs so. The positives take turns; the first of a list is trained on
-    lines = []
+        yield example
+        return
+    # why pairs: so RocketQA counts its epochs. The positives take turns; the first of a list is trained on
     positives = example["positives"]
     for i, negative in enumerate(example["negatives"]):
         first = positives[i % len(positives)]
         others = [positive for positive in positives if positive != first]  # listed so that they are masked
-        lines.append(example | {"positives": [first, *others], "negatives": [negative]})
-    return lines
+        yield example | {"positives": [first, *others], "negatives": [negative]}
 
 
-# --------------------------------------------------------------------------------------------------- main
+# ---------------------------------------------------------------- main
 def check_settings(cfg):
     """UserError for every mistake that can be seen without reading a file."""
     must_be_one_of(cfg, mode=tuple(MODES), match=("string", "regex"), positives=("given", "find", "ranking"))
@@ -318,7 +288,10 @@ def check_settings(cfg):
         raise UserError("mode pseudo_label labels by the cross-encoder: give --scores, a .run of rerank.py")
     if cfg.fill and not cfg.scores:
         raise UserError("fill tops up what the scores leave: give --scores too")
-    for key, modes in MODES_OF.items():
+    for key, modes in {
+        "scores": ("denoise", "pseudo_label"), "fill": ("denoise",), "lookahead_run": ("teleport",),
+        "momentum": ("teleport",), "exclude": ("topk", "denoise", "teleport"),
+    }.items():  # fmt: skip
         if getattr(cfg, key) and cfg.mode not in modes:
             raise UserError(f"{key} is for mode {' or '.join(modes)}, not {cfg.mode}: it would be ignored")
 

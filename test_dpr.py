@@ -49,7 +49,7 @@ from utils.text import report_regex_failures
 BLOCK = 16384  # questions searched at a time: MS MARCO's 502,939 x 1,000 hits would fill 100 GB
 
 
-# ------------------------------------------------------------------------------------------- data
+# ---------------------------------------------------------------- data
 def check_settings(cfg):
     """UserError for every mistake that can be seen without reading a file."""
     must_be_one_of(cfg, match=("string", "regex"))
@@ -103,7 +103,7 @@ def read_bm25(questions, corpus, cfg):
     return bm25
 
 
-# ------------------------------------------------------------------------------------------ model
+# ---------------------------------------------------------------- model
 def load_question_encoder(cfg, dim, device):
     """Return the question tower, whose vectors must have the `dim` dimensions of the passages'."""
     encoder = load_encoder(cfg.query_encoder, "question").to(device)
@@ -122,7 +122,7 @@ def encode(encoder, questions, cfg):
     ids = tokenize_questions(encoder, [question["question"] for question in questions])
     print(f"first question: {encoder.tokenizer.decode(ids[0])}")
     with tqdm(total=len(ids), desc="questions", disable=None) as bar:
-        return embed(encoder, ids, cfg.batch_size, "question", progress=bar)
+        return embed(encoder, ids, cfg.batch_size, progress=bar)
 
 
 def vectors_of_positives(questions, shards, corpus):
@@ -132,7 +132,7 @@ def vectors_of_positives(questions, shards, corpus):
     return fetch(shards, np.array(rows)).astype(np.float32)
 
 
-# ----------------------------------------------------------------------------------------- search
+# ---------------------------------------------------------------- search
 def search(vectors_QD, shards, index, cfg, device):
     """
     Yield per question a list of up to k (row, score), best first. It is empty where the vector holds NaN.
@@ -179,7 +179,7 @@ def rankings(questions, results, bm25, corpus, cfg):
         yield question["qid"], [(corpus[row].id, score) for row, score in hits]
 
 
-# ------------------------------------------------------------------------------------------- main
+# ---------------------------------------------------------------- main
 def main():
     cfg = load_config(__doc__, "config/test_dpr.yaml")
     check_settings(cfg)

@@ -20,7 +20,7 @@ from utils.plumbing.weights import pair_id
 KEYS = {"rows", "dim", "dtype", "shard_size", "corpus", "role", "shards", "complete"}  # of manifest.json
 
 
-# ---------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------- reading
 def open_embeddings(folder, corpus_sha256="", verify=True, query_encoder="", rows=0):
     """
     Return (shards, manifest): memory-mapped [n, D] arrays in corpus order, and the content of manifest.json.
@@ -95,7 +95,7 @@ def open_shards(folder, manifest, verify):
     return shards
 
 
-# ---------------------------------------------------------------------------------------------- writing
+# ---------------------------------------------------------------- writing
 def refuse_other_job(folder, stored, job, files):
     """
     UserError unless what `folder` holds is part of this job. stored: its manifest, {} where there is none.
