@@ -1,27 +1,21 @@
 """
-Encode every passage once, before any question is asked (Karpukhin et al. 2020, Sec. 3.1).
+Encode every passage of a corpus once, before any question is asked (Karpukhin et al. 2020, Sec. 3.1).
+
+The vectors go into files ("shards") of `shard_size` passages each, in the order of the corpus. Process r of W
+processes makes every W-th shard. On one kind of processor the bytes of a shard are the same for any W.
 
 In:   a corpus, the passage encoder of a training run
 Out:  out/00000.npy ... in corpus order, each with 00000.json (its sha256); manifest.json
 Run:  python doc2embedding.py --config config/doc2embedding.yaml
       accelerate launch doc2embedding.py --config config/doc2embedding.yaml
-      The same command goes on after a crash; what is complete is not encoded again.
+      After a crash, repeat the command: it continues, and no complete shard is encoded again.
 Next: test_dpr.py, ask.py
 
-Differs from DPR and nanoDPR: (1) A file holds a fixed number of rows, whatever the number W of processes:
-shard i belongs to process i modulo W. The bits are the same, too, on one kind of processor (tests: a CPU,
-1 and 2 processes; by hand: 1 to 4 threads). (2) Passages are sorted by length, then padded to the longest of
-a batch and not to 256: half the work, the same vectors to 1e-6. (3) float16 on disk unless told otherwise.
-(4) A shard is whole or absent, and hashed; a folder of another model, corpus or setting is refused. (5) No
-pickle.
-
-n rows of a shard or of a window · D dimensions
+n passages of a shard or of a window · D dimensions
 """
 
-import functools
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +25,6 @@ from tqdm import tqdm
 from utils.data import Corpus
 from utils.distributed import prefetch, start
 from utils.encoder import embed, tokenize_passages
-from utils.estimate import dry_run
 from utils.plumbing.config import (
     UserError,
     at_least,
@@ -42,124 +35,129 @@ from utils.plumbing.config import (
     need_folder,
     need_model,
 )
-from utils.plumbing.embeddings import check_finite, refuse_other_job, shards_to_encode
-from utils.plumbing.files import atomic_file, need_space, read_json, sha256, write_json
+from utils.plumbing.embeddings import refuse_other_job, shards_to_encode, wait_for, write_shard
+from utils.plumbing.files import need_space, read_json, write_json
 from utils.plumbing.weights import encoder_hash, load_encoder
 
-PRECISION = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+# ---------------------------------------------------------------- the vectors
+def cut(rows, size):
+    """Return a range of rows as a list of ranges of `size` rows; the last one may be shorter."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-# ---------------------------------------------------------------------------------------- the vectors
-def windows_of(rows, size):
-    """Windows counted from the start of the shard, so that no batch depends on where a run was resumed."""
-    return [rows[k : k + size] for k in range(0, len(rows), size)]
+def tokenize_windows(windows, corpus, encoder):
+    """Yield the id lists of each window of passages. The next one is tokenised while the device computes."""
+
+    def tokenize(rows):
+        return tokenize_passages(encoder, [corpus[row] for row in rows])
+
+    return prefetch(tokenize, windows)
 
 
-def read_windows(corpus, encoder, windows):
-    """The id lists of each window (rows), one by one; the next is tokenised while the device computes."""
+def encode_shard(rows, tokenized, encoder, corpus, cfg, accelerator, bar):
+    """
+    Return the vectors [n, D] of the passages `rows`, and how many of these fill all their tokens.
 
-    def read(rows):
-        passages = [corpus[row] for row in rows]
-        return tokenize_passages(encoder, [(passage.title, passage.text) for passage in passages])
-
-    return prefetch(read, windows)
-
-
-def encode_shard(file, rows, stream, encoder, corpus, cfg, autocast, bar):
-    """Encode the passages `rows` into `file`. stream: yields the id lists of their windows."""
-    vectors_nD, full = np.empty((len(rows), encoder.dim), cfg.dtype), 0
-    for window in windows_of(rows, cfg.sort_window):
-        ids = next(stream)
-        try:
-            window_nD = embed(encoder, ids, cfg.batch_size, "passage", autocast, bar)
-        except torch.OutOfMemoryError:
-            raise UserError(f"the GPU's memory is full: lower --batch_size (now {cfg.batch_size})") from None
-        with np.errstate(over="ignore"):  # why: check_finite says it better
-            stored_nD = window_nD.astype(cfg.dtype)
-        check_finite(window_nD, stored_nD, window, corpus, cfg)
-        vectors_nD[window.start - rows.start : window.stop - rows.start] = stored_nD
-        full += sum(len(row) == encoder.inputs["passage_tokens"] for row in ids)
-    with atomic_file(file, "wb") as temporary:
-        np.save(temporary, vectors_nD)
-        temporary.flush()
-        # why in here: no shard ever stands under its name without its hash
-        write_json(file.with_suffix(".json"), {"sha256": sha256(temporary.name), "full_length": full})
+    tokenized: an iterator over the id lists of the windows, one window after the other.
+    """
+    vectors_nD = np.empty((len(rows), encoder.dim), cfg.dtype)
+    full_length = 0
+    # why windows of the shard: no batch depends on where a run was resumed
+    for window in cut(rows, cfg.sort_window):
+        # differs: DPR pads every passage to 256 tokens. `embed` sorts the window by length and pads to the
+        # longest passage of a batch: half the work, the same vectors to 1e-6
+        ids = next(tokenized)
+        window_nD = embed(encoder, ids, cfg.batch_size, accelerator.autocast, bar)
+        check_finite(window_nD, window, corpus, cfg)
+        # differs: DPR and nanoDPR store float32, which takes twice the space of float16
+        vectors_nD[window.start - rows.start : window.stop - rows.start] = window_nD
+        full_length += sum(len(tokens) == encoder.inputs["passage_tokens"] for tokens in ids)
+    return vectors_nD, full_length
 
 
-# ----------------------------------------------------------------------------------------------- main
+def check_finite(vectors_nD, rows, corpus, cfg):
+    """UserError that names the first passage whose vector cannot be stored in cfg.dtype."""
+    largest_n = np.abs(vectors_nD).max(axis=1)
+    for i in np.flatnonzero(~(largest_n <= np.finfo(cfg.dtype).max)):
+        where = f"{corpus.path}: passage {corpus[rows[i]].id!r}: its vector"
+        if np.isfinite(largest_n[i]):
+            reach = f"reaches {largest_n[i]:.4g}, float16 ends at 65504"
+            raise UserError(f"{where} {reach}; use --dtype float32")
+        advice = "the weights are broken" if cfg.mixed_precision == "no" else "use --mixed_precision no"
+        raise UserError(f"{where} holds NaN or infinity; {advice}")
+
+
+# ---------------------------------------------------------------- main
 def main():
     cfg = load_config(__doc__, "config/doc2embedding.yaml")
-    must_be_one_of(cfg, dtype=("float16", "float32"), mixed_precision=("no", *PRECISION))
+    must_be_one_of(cfg, dtype=("float16", "float32"), mixed_precision=("no", "fp16", "bf16"))
     at_least(cfg, 1, "batch_size", "shard_size", "sort_window")
     need_file(cfg, "corpus")
     need_model(cfg, "doc_encoder")
     need_folder(cfg, "out")
-    folder = Path(cfg.out)
-    accelerator = start()
-    if cfg.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError('mixed_precision fp16 needs a GPU; a CPU takes "no" (fastest there) or bf16')
-    rank, devices, say = accelerator.process_index, accelerator.num_processes, accelerator.print
-    with accelerator.main_process_first():  # the first to open a corpus writes its index
-        corpus = Corpus(cfg.corpus, cfg.corpus_format)
-    shards = windows_of(range(len(corpus)), cfg.shard_size)
-    shards = {folder / f"{i:05d}.npy": rows for i, rows in enumerate(shards)}
-    mine = dict(list(shards.items())[rank::devices])
-    want = {"rows": len(corpus), "dtype": cfg.dtype, "shard_size": cfg.shard_size, "role": "passage"}
-    want |= {"mixed_precision": cfg.mixed_precision, "corpus": corpus.sha256}
-    manifest = folder / "manifest.json"
-    stored = read_json(manifest) if manifest.is_file() else {}
-    refuse_other_job(folder, stored, want, shards)  # what can be known before a model is loaded
 
+    # start the processes, open the corpus, load the encoder
+    accelerator = start(cfg.mixed_precision)
+    main_process = accelerator.is_main_process
+    with accelerator.main_process_first():  # the first process to open a corpus writes its index
+        corpus = Corpus(cfg.corpus, cfg.corpus_format)
     encoder = load_encoder(cfg.doc_encoder, "passage").to(accelerator.device)
-    autocast = nullcontext
-    if cfg.mixed_precision != "no":
-        autocast = functools.partial(torch.autocast, accelerator.device.type, PRECISION[cfg.mixed_precision])
-    want |= {"dim": encoder.dim, "encoder": encoder_hash(encoder), "pair": encoder.inputs["pair"]}
-    refuse_other_job(folder, stored, want, shards)
-    todo = shards_to_encode(mine, stored)
-    count = torch.tensor(sum(map(len, todo.values())), device=accelerator.device)
-    count = int(accelerator.reduce(count, "sum"))  # also a barrier: all have read what is there
+
+    # cut the corpus into shards
+    # differs: DPR and nanoDPR write one file a process; another number of processes means other files
+    folder = Path(cfg.out)
+    ranges = cut(range(len(corpus)), cfg.shard_size)
+    shards = {folder / f"{i:05d}.npy": rows for i, rows in enumerate(ranges)}
+
+    # refuse a folder of another model, corpus or setting: the vectors would be mixed
+    manifest = {"rows": len(corpus), "dtype": cfg.dtype, "shard_size": cfg.shard_size, "role": "passage"}
+    manifest |= {"mixed_precision": cfg.mixed_precision, "corpus": corpus.sha256}
+    manifest |= {"dim": encoder.dim, "encoder": encoder_hash(encoder), "pair": encoder.inputs["pair"]}
+    stored = read_json(folder / "manifest.json") if (folder / "manifest.json").is_file() else {}
+    refuse_other_job(folder, stored, manifest, shards)
+
+    # find the shards that are missing: of this process, and how many passages of all
+    mine = list(shards.items())[accelerator.process_index :: accelerator.num_processes]
+    todo = shards_to_encode(dict(mine), stored)
+    share = torch.tensor(sum(map(len, todo.values())), device=accelerator.device)
+    count = int(accelerator.reduce(share, "sum"))  # a barrier too: all processes have read what is there
     if stored.get("complete") and not count:
-        return say(f"{folder}: already complete, {len(corpus):,} passages; nothing to do")
-    share, disk = sum(map(len, todo.values())), count * encoder.dim * np.dtype(cfg.dtype).itemsize
-    if cfg.dry_run:
-        rows = np.linspace(0, len(corpus) - 1, min(len(corpus), 4 * cfg.batch_size)).astype(int).tolist()
-        ids = next(read_windows(corpus, encoder, [rows]))
-        probe = functools.partial(embed, encoder, ids, cfg.batch_size, "passage", autocast)
-        if rank == 0:
-            unit = "passages on this device"
-            dry_run("encoding", [encoder], lambda: len(probe()), share, unit, folder, disk)
-        return
-    if rank == 0:
-        need_space(folder, disk, "embeddings")
+        return accelerator.print(f"{folder}: already complete, {len(corpus):,} passages; nothing to do")
+
+    # prepare the folder, say what is to come
+    if main_process:
+        need_space(folder, count * encoder.dim * np.dtype(cfg.dtype).itemsize, "embeddings")
         for leftover in folder.glob(".*.tmp"):  # of a killed run
             leftover.unlink()
-        write_json(manifest, want | {"shards": {}, "complete": False})
+        write_json(folder / "manifest.json", manifest | {"shards": {}, "complete": False})
         if corpus.empty_texts:
             print(f"warning: {corpus.empty_texts:,} passages have no text; only their titles are encoded")
-        work = f"{len(corpus):,} passages, {len(corpus) - count:,} of them done before | {len(shards)} shards"
-        print(f"{work} | {encoder.dim} x {cfg.dtype} | {devices} x {accelerator.device.type}")
-        first = next(read_windows(corpus, encoder, [[0]]))[0]
+        print(f"{len(corpus):,} passages, {len(corpus) - count:,} of them done before | {len(shards)} shards")
+        print(f"{encoder.dim} x {cfg.dtype} | {accelerator.num_processes} x {accelerator.device.type}")
+        first = tokenize_passages(encoder, [corpus[0]])[0]
         print(f"first passage: {encoder.tokenizer.decode(first)}", flush=True)
     for file in todo:
-        file.unlink(missing_ok=True)  # damaged ones, for which the others would not wait below
+        file.unlink(missing_ok=True)  # a damaged one; the others would not wait for it below
     accelerator.wait_for_everyone()
 
+    # encode
     began = time.perf_counter()
-    stream = [window for rows in todo.values() for window in windows_of(rows, cfg.sort_window)]
-    stream = read_windows(corpus, encoder, stream)
+    windows = [window for rows in todo.values() for window in cut(rows, cfg.sort_window)]
+    tokenized = tokenize_windows(windows, corpus, encoder)
     often = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines in a log file
-    with tqdm(total=share, desc="passages", mininterval=often, disable=rank > 0) as bar:
+    with tqdm(total=int(share), desc="passages", mininterval=often, disable=not main_process) as bar:
         for file, rows in todo.items():
-            encode_shard(file, rows, stream, encoder, corpus, cfg, autocast, bar)
-    # why not a barrier: it fails after 10 to 30 minutes; another device's last shard may take longer
-    while not all(file.is_file() for file in shards):
-        time.sleep(0.1)
+            vectors_nD, full_length = encode_shard(rows, tokenized, encoder, corpus, cfg, accelerator, bar)
+            write_shard(file, vectors_nD, full_length)
+    wait_for(shards)
     seconds = time.perf_counter() - began
-    if rank == 0:
+
+    # complete the manifest
+    if main_process:
         notes = {file.name: read_json(file.with_suffix(".json")) for file in shards}
         hashes = {name: note["sha256"] for name, note in notes.items()}
-        write_json(manifest, want | {"shards": hashes, "complete": True})
+        write_json(folder / "manifest.json", manifest | {"shards": hashes, "complete": True})
         full = sum(note["full_length"] for note in notes.values())
         print(f"{full:,} passages fill all {encoder.inputs['passage_tokens']} tokens, their end may be cut")
         print(f"{folder}: complete | {count:,} passages encoded | {count / seconds:.1f} passages/s")

@@ -1,25 +1,17 @@
 """
-Make the next training file from a ranking. RocketQA and ANCE-Tele train DPR's dual encoder again and again
-from the same starting weights; what they add to it is in the four functions below, and nothing else.
+Make the next training file from a ranking. RocketQA and ANCE-Tele train DPR's dual encoder again and again,
+each time from the same starting weights. What they add to DPR are the four functions below, and nothing else.
 
-topk          DPR (Karpukhin et al. 2020, Sec. 3.2): the best passages without the answer
+topk          DPR (Karpukhin et al. 2020, Sec. 3.2): the best passages without an answer
 denoise       RocketQA (Qu et al. 2021), steps 2 and 3: negatives that a cross-encoder agrees with
 pseudo_label  RocketQA, step 4: questions without answers, labelled by the cross-encoder
 teleport      ANCE-Tele (Sun et al. 2022): neighbours of the question, of its positive, and last episode's
 
-In:  a question file, a .run that ranks passages for it, the corpus; scores, lookahead_run, momentum by mode
-Out: a training file: "positives" and "negatives" (passage ids) for train_dpr.py or train_cross_encoder.py
-Run: python mine_negatives.py --config config/mine_negatives.yaml
-     python mine_negatives.py --mode teleport --run runs/x/ann.run --lookahead_run runs/x/lookahead.run
+In:   a question file, a .run that ranks passages for it, the corpus; by mode scores, lookahead_run, momentum
+Out:  a training file: "positives" and "negatives" (passage ids) for train_dpr.py or train_cross_encoder.py
+Run:  python mine_negatives.py --config config/mine_negatives.yaml
+      python mine_negatives.py --mode teleport --run runs/x/ann.run --lookahead_run runs/x/lookahead.run
 Next: train_dpr.py, train_cross_encoder.py
-
-Differs: (1) DPR's miner was never released: a positive is never its own negative, even when it holds no
-answer. (2) The originals keep all rankings in memory; here one question's, so all files are in the order of
---run. (3) An answer is found by DPR's tokens; RocketQA deletes all spaces, so that "ti" is in "the art is".
-(4) RocketQA's file for unlabelled questions skips ids that are part of the positive's id ("12" beside
-"5123"); its NQ draw and all of ANCE-Tele's are unseeded. (5) Momentum comes last in the list, as ANCE-Tele
-has it on NQ (first on MARCO), positives are not repeated, and a question that momentum lacks is kept. Else
-the files are theirs (tests/test_mine_negatives.py).
 """
 
 import json
@@ -27,12 +19,13 @@ import random
 import sys
 from collections import Counter
 from functools import cache
-from itertools import chain, islice
+from itertools import islice
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from utils.data import Corpus, aligned_reader, check_passage, iter_jsonl, iter_run, passage_of, read_questions
+from utils.metrics import gold_ids
 from utils.plumbing.config import (
     UserError,
     at_least,
@@ -47,42 +40,43 @@ from utils.text import has_answer, report_regex_failures
 
 
 class Found(NamedTuple):
-    """What the files beside the question file know of one question; passages are corpus ids, best first."""
+    """What the other files say about one question. Passages are corpus ids, best first."""
 
-    ranked: list  # the retriever's ranking, cut to `depth` where a mode says so
+    ranked: list  # the retriever's ranking
     scores: dict = {}  # id -> the cross-encoder's probability, for the first passages of the ranking
-    lookahead: list = []  # the ranking for its positive passage
-    momentum: list = []  # its negatives of the last episode
-    never: frozenset = frozenset()  # known positives beside the question's own
+    lookahead: list = []  # the retriever's ranking for the question's positive passage
+    momentum: list = []  # the question's negatives in the last episode
+    never: frozenset = frozenset()  # positives that another question file (`exclude`) knows
 
 
-# ------------------------------------------------------------------------------------------ the two questions
+# ---------------------------------------------------------------- positives and negatives of a question
 def holds_answer(passage, question, cfg):
-    """
-    Does the passage answer it? The text decides; the title too where `match_title` is set (RocketQA on NQ).
-    """
-    titled = cfg.match_title and has_answer(passage.title, question["answers"], cfg.match == "regex")
-    return titled or has_answer(passage.text, question["answers"], cfg.match == "regex")
+    """Return whether the text of a passage holds an answer; with `match_title` the title counts too."""
+    # differs: RocketQA deletes all spaces first, so that "ti" is in "the art is"; here tokens must match
+    texts = [passage.title, passage.text] if cfg.match_title else [passage.text]
+    return any(has_answer(text, question["answers"], cfg.match == "regex") for text in texts)
 
 
 def positives_of(question, ranked, corpus, cfg):
-    """
-    The positives: those given, or (`find`, where none is given; `ranking`, always) the first with an answer.
-    """
+    """Return the given positives, or the first of `ranked` with an answer, as cfg.positives says."""
     if cfg.positives == "given" or (cfg.positives == "find" and question["positives"]):
         return list(question["positives"])
-    hits = (pid for pid in ranked if holds_answer(corpus[corpus.row(pid)], question, cfg))
-    return list(islice(hits, 1))
+    for pid in ranked:
+        if holds_answer(corpus[corpus.row(pid)], question, cfg):
+            return [pid]
+    return []
 
 
 def wrong_for(question, positives, never, corpus, cfg):
-    """
-    A function id -> bool: True for what every method calls a negative, no positive and without an answer.
-    """
-    ids = never | {p for p in positives if isinstance(p, str)}
-    # why: an inline positive has no id, a corpus may hold a passage twice; MARCO has no answers to look for
-    read = bool(question["answers"]) or any(isinstance(p, dict) for p in positives)
-    texts = {passage_of(p, corpus).text for p in positives} if read else set()
+    """Return a function id -> bool. It is True for a negative: no positive, and without an answer."""
+    # differs: DPR never released its mining code. Here a positive is no negative, even if it holds no answer
+    ids = never | {entry for entry in positives if isinstance(entry, str)}
+
+    # why texts too: an inline positive has no id, and a corpus may hold a passage twice
+    # why not always: MARCO has neither answers nor inline positives, so its passages need not be read
+    inline = any(isinstance(entry, dict) for entry in positives)
+    read = bool(question["answers"]) or inline
+    texts = {passage_of(entry, corpus).text for entry in positives} if read else set()
 
     @cache
     def wrong(pid):
@@ -95,10 +89,9 @@ def wrong_for(question, positives, never, corpus, cfg):
 
 
 def draw_at_random(ids, allowed, count, rng):
-    """
-    Up to `count` different ids, drawn uniformly; one that is not allowed is drawn anew (as in RocketQA).
-    """
-    drawn, tried = [], set()
+    """Return up to `count` different ids, drawn uniformly; as in RocketQA, anew where one is not allowed."""
+    drawn = []
+    tried = set()
     while len(drawn) < count and len(tried) < len(ids):
         pid = rng.choice(ids)
         if pid not in tried and allowed(pid):
@@ -107,9 +100,9 @@ def draw_at_random(ids, allowed, count, rng):
     return drawn
 
 
-# ------------------------------------------------ the modes: (question, Found, ...) -> (positives, negatives)
+# ---------------------------------------------------------------- the modes, each: -> (positives, negatives)
 def topk(question, found, corpus, cfg, rngs):
-    """DPR: the first passages of the ranking that hold no answer. Some give it in other words: false ones."""
+    """DPR: the first passages of the ranking without an answer. Some do answer, in words not listed."""
     ranked = found.ranked[: cfg.depth]
     positives = positives_of(question, ranked, corpus, cfg)
     wrong = wrong_for(question, positives, found.never, corpus, cfg)
@@ -118,23 +111,26 @@ def topk(question, found, corpus, cfg, rngs):
 
 def denoise(question, found, corpus, cfg, rngs):
     """
-    RocketQA. Without scores, what the cross-encoder learns from: negatives drawn from the whole ranking, most
-    of them truly wrong. With scores, what the dual encoder learns from: the best-ranked passages to which the
-    cross-encoder gives less than `negative_below`; it knows most of the false negatives that the rank brings
-    up. `negatives` are meant per positive; `fill` tops up with a draw from below the scored ones, which no
-    one checked.
+    RocketQA. Without scores, for the cross-encoder: a draw from the whole ranking, most of it truly wrong.
+    With its scores, for the dual encoder: the best-ranked passages to which the cross-encoder gives less than
+    `negative_below`. That leaves out most of the passages that do answer (false negatives).
     """
     ranked = found.ranked[: cfg.depth]
     positives = positives_of(question, ranked, corpus, cfg)
     wrong = wrong_for(question, positives, found.never, corpus, cfg)
+
+    # from: RQ construct_marco_train_ce.py:19-28, construct_nq_train_ce.py:17-31: `negatives` per question
     if not cfg.scores:
-        # from: RQ construct_marco_train_ce.py:19-28, construct_nq_train_ce.py:17-31: so many per question
         return positives, draw_at_random(ranked, wrong, cfg.negatives, rngs[0])
+
+    # from: RQ construct_marco_train_de.py:13-36: `negatives` per positive
     wanted = cfg.negatives * len(positives)
     scored = (pid for pid in ranked if pid in found.scores)
     sure = (pid for pid in scored if found.scores[pid] < cfg.negative_below and wrong(pid))
     negatives = list(islice(sure, wanted))
-    if cfg.fill:  # from: RQ construct_marco_train_de.py:38-42
+
+    # from: RQ construct_marco_train_de.py:38-42: top up from further down, where nothing was checked
+    if cfg.fill:
         unseen = [pid for pid in ranked if pid not in found.scores]
         negatives += draw_at_random(unseen, wrong, wanted - len(negatives), rngs[0])
     return positives, negatives[::-1]  # from: :46-54 hands them out from the end
@@ -142,43 +138,47 @@ def denoise(question, found, corpus, cfg, rngs):
 
 def pseudo_label(question, found, corpus, cfg, rngs):
     """
-    RocketQA: the cross-encoder's favourite is the positive if it is sure enough (`positive_above`), the first
-    passages below `negative_below` are the negatives; a question of which it is not sure is dropped.
+    RocketQA, for questions without answers: the cross-encoder's favourite is the positive if it is above
+    `positive_above`, else the question is dropped. The first passages below `negative_below` are negatives.
     """
     scored = [pid for pid in found.ranked[: cfg.depth] if pid in found.scores]
     best = max(scored, key=found.scores.get, default=None)  # the first of equals
     if best is None or found.scores[best] <= cfg.positive_above:
         return [], []
+    # differs: RocketQA also skips every id that is a part of the positive's id, "12" next to "5123"
     sure = (pid for pid in scored if found.scores[pid] < cfg.negative_below and pid != best)
     return [best], list(islice(sure, cfg.negatives))
 
 
 def teleport(question, found, corpus, cfg, rngs):
     """
-    ANCE-Tele: `negatives` out of the nearest `depth` of the question (ANN), as many out of those of its
-    positive (look-ahead: where the question will be, once it is learnt), and the last episode's file
-    (momentum: what was learnt shall not be forgotten). Lists are joined, nothing is weighted or made unique:
-    equal lengths are the paper's alpha = beta = 0.5, and what several sources bring counts more often.
+    ANCE-Tele: the neighbours of the question (ANN), those of its positive (look-ahead: what the question will
+    find once it is learned), last episode's negatives (momentum: what was learned shall not be forgotten).
+    Nothing is weighted or made unique: equal lengths are the paper's alpha = beta = 0.5.
     """
     positives = positives_of(question, found.ranked, corpus, cfg)
     wrong = wrong_for(question, positives, found.never, corpus, cfg)
 
-    def sample(ranked, rng):  # from: AT build_train_hn.py:11-35: drop the positives, cut, shuffle, cut
+    # from: AT build_train_hn.py:11-35: drop the positives, cut, shuffle, cut
+    def sample(ranked, rng):
         pool = list(islice(filter(wrong, ranked), cfg.depth))
         rng.shuffle(pool)
         return pool[: cfg.negatives]
 
-    ann, lookahead = sample(found.ranked, rngs[0]), sample(found.lookahead, rngs[1])
-    # from: AT build_train_em_hn.py:163: where all neighbours answer the question it is left out
-    return positives, ann + lookahead + found.momentum if ann else []
+    ann = sample(found.ranked, rngs[0])
+    lookahead = sample(found.lookahead, rngs[1])
+    if not ann:  # from: AT build_train_em_hn.py:163: a question is left out if all its neighbours answer it
+        return positives, []
+    # differs: ANCE-Tele has momentum first on MARCO, last on NQ; it drops a question that momentum lacks
+    return positives, ann + lookahead + found.momentum
 
 
 MODES = {"topk": topk, "denoise": denoise, "pseudo_label": pseudo_label, "teleport": teleport}
 
 
-# ---------------------------------------------------------------------------------- one question at a time
+# ---------------------------------------------------------------- reading, question by question
 def iter_negatives(path):
-    """(qid, negatives) of every line of a training file."""
+    """Yield (qid, negatives) of every line of a training file."""
     for number, example in iter_jsonl(path):
         negatives = example.get("negatives")
         if not isinstance(negatives, list) or not all(map(check_passage, negatives)):
@@ -187,8 +187,8 @@ def iter_negatives(path):
 
 
 def check_scores(qid, scores, ranked, cfg):
-    """UserError unless `scores` are probabilities of passages of this ranking."""
-    if scores is None:
+    """UserError unless `scores` [(id, p), ...] are probabilities of passages of this ranking."""
+    if not scores:
         raise UserError(f"{cfg.scores}: question {qid!r} is missing; rescore {cfg.run} again (rerank.py)")
     for pid, p in scores:
         if pid not in ranked:
@@ -197,71 +197,90 @@ def check_scores(qid, scores, ranked, cfg):
             raise UserError(f"{cfg.scores}: question {qid!r}: {p} is no probability; rerank.py gives some")
 
 
-def mine(questions, corpus, cfg, counts):
-    """The examples of the training file, in the order of the run; `counts` says what became of the rest."""
-    left, never = {q["qid"]: q for q in questions}, {}
-    if cfg.exclude:
-        for q in read_questions(cfg.exclude):
-            never[q["qid"]] = frozenset(p for p in q["positives"] if isinstance(p, str))
-    files = ((cfg.scores, iter_run), (cfg.lookahead_run, iter_run), (cfg.momentum, iter_negatives))
-    files = [aligned_reader(path, read(path) if path else iter(()), cfg.run) for path, read in files]
-    rngs = [random.Random(cfg.seed) for _ in range(2)]  # why two: the originals mine file by file
-    for qid, hits in chain(iter_run(cfg.run), ((qid, []) for qid in list(left))):
-        scores, lookahead, last = (take(qid) if hits else None for take, _ in files)
-        question, ranked = left.pop(qid, None), [pid for pid, _ in hits]
-        if question is None:  # of another file; or, in the second part, done before
-            counts["rankings of other questions, ignored"] += bool(hits)
+def read_found(questions, cfg, counts):
+    """Yield (question, Found): in the order of the run, then the questions that the run does not rank."""
+    excluded = read_questions(cfg.exclude) if cfg.exclude else []
+    never = {question["qid"]: frozenset(gold_ids(question)) for question in excluded}
+
+    # differs: the originals keep all rankings in memory; here one question's, so all files are in one order
+    readers = []
+    for path, read in (cfg.scores, iter_run), (cfg.lookahead_run, iter_run), (cfg.momentum, iter_negatives):
+        readers.append(aligned_reader(path, read(path) if path else iter(()), cfg.run))
+
+    waiting = {question["qid"]: question for question in questions}
+    for qid, hits in iter_run(cfg.run):
+        scores, lookahead, momentum = (take(qid) or [] for take, _ in readers)
+        question = waiting.pop(qid, None)
+        if question is None:
+            counts["rankings of other questions, ignored"] += 1
             continue
-        counts["questions without a ranking"] += not hits
-        counts["questions without look-ahead"] += bool(cfg.lookahead_run) and not lookahead
-        counts["questions without momentum"] += bool(cfg.momentum) and not last
-        if cfg.scores and hits:
+        ranked = [pid for pid, _ in hits]
+        if cfg.scores:
             check_scores(qid, scores, set(ranked), cfg)
-        ahead = [pid for pid, _ in lookahead or []]
-        found = Found(ranked, dict(scores or []), ahead, last or [], never.get(qid, frozenset()))
+        neighbours = [pid for pid, _ in lookahead]
+        known = never.get(qid, frozenset())
+        yield question, Found(ranked, dict(scores), neighbours, momentum, known)
+    for question in waiting.values():
+        yield question, Found([])
+
+    # nothing is lost in silence
+    if len(waiting) == len(questions):
+        raise UserError(f"{cfg.run}: has none of the questions of {cfg.questions}")
+    for _, check_end in readers:
+        check_end()
+
+
+# ---------------------------------------------------------------- choosing
+def mine(questions, corpus, cfg, counts):
+    """Yield the lines of the training file. `counts` tells what became of the questions."""
+    # why two: the originals mine file by file. differs: RocketQA's draw on NQ and ANCE-Tele's have no seed
+    rngs = [random.Random(cfg.seed), random.Random(cfg.seed)]
+    for question, found in read_found(questions, cfg, counts):
         positives, negatives = MODES[cfg.mode](question, found, corpus, cfg, rngs)
+        counts["questions without a ranking"] += not found.ranked
+        counts["questions without look-ahead"] += bool(cfg.lookahead_run) and not found.lookahead
+        counts["questions without momentum"] += bool(cfg.momentum) and not found.momentum
         counts["positives found"] += bool(positives) and positives != question["positives"]
+
+        # drop a question from which nothing can be learned
         if not positives and not cfg.keep_without_positives:
             counts["questions dropped, no positive"] += 1
-        elif not negatives and (cfg.scores or cfg.mode == "teleport"):
+            continue
+        if not negatives and (cfg.scores or cfg.mode == "teleport"):
             counts["questions dropped, no negative"] += 1
-        else:
-            for pid in chain(positives, negatives):
-                if isinstance(pid, str):
-                    corpus.row(pid)  # UserError for a ranking of another corpus
-            lists = len(positives) if cfg.mode == "denoise" and cfg.scores else 1 + bool(cfg.lookahead_run)
-            counts["questions without a negative"] += not negatives
-            new = len(negatives) - len(found.momentum)
-            counts["questions with fewer new ones than asked"] += 0 < new < lists * cfg.negatives
-            counts["negatives"] += len(negatives)
-            yield from examples(question | {"positives": positives, "negatives": negatives}, cfg)
-    if counts["questions without a ranking"] == len(questions):
-        raise UserError(f"{cfg.run}: has none of the questions of {cfg.questions}")
-    for _, check in files:
-        check()
+            continue
+        for entry in positives + negatives:
+            if isinstance(entry, str):
+                corpus.row(entry)  # UserError for a ranking of another corpus
+
+        # count what is new: the scored negatives are meant per positive, the look-ahead's come on top
+        lists = len(positives) if cfg.mode == "denoise" and cfg.scores else 1 + bool(cfg.lookahead_run)
+        new = len(negatives) - len(found.momentum)
+        counts["questions with fewer new ones than asked"] += 0 < new < lists * cfg.negatives
+        counts["questions without a negative"] += not negatives
+        counts["negatives"] += len(negatives)
+        yield from training_lines(question | {"positives": positives, "negatives": negatives}, cfg)
 
 
-def examples(example, cfg):
-    """
-    The lines of a question: one; or, as RocketQA counts its epochs, one for each pair of a positive (first of
-    its list) and a negative, the positives taking turns.
-    """
+def training_lines(example, cfg):
+    """Yield the lines of a question: one, or with scores one for each pair of a positive and a negative."""
     if not cfg.scores:
-        return [example]
-    positives, lines = example["positives"], []
+        yield example
+        return
+    # why pairs: so RocketQA counts its epochs. The positives take turns; the first of a list is trained on
+    positives = example["positives"]
     for i, negative in enumerate(example["negatives"]):
         first = positives[i % len(positives)]
-        others = [p for p in positives if p != first]  # so that the trainer masks them
-        lines.append(example | {"positives": [first, *others], "negatives": [negative]})
-    return lines
+        others = [positive for positive in positives if positive != first]  # listed so that they are masked
+        yield example | {"positives": [first, *others], "negatives": [negative]}
 
 
-def main():
-    cfg = load_config(__doc__, "config/mine_negatives.yaml")
+# ---------------------------------------------------------------- main
+def check_settings(cfg):
+    """UserError for every mistake that can be seen without reading a file."""
     must_be_one_of(cfg, mode=tuple(MODES), match=("string", "regex"), positives=("given", "find", "ranking"))
-    inputs, others = ("questions", "run", "corpus"), ("scores", "lookahead_run", "momentum", "exclude")
-    need_file(cfg, *inputs, optional=others)
-    need_out(cfg, "out", *inputs, *others)
+    need_file(cfg, "questions", "run", "corpus", optional=("scores", "lookahead_run", "momentum", "exclude"))
+    need_out(cfg, "out", "questions", "run", "corpus", "scores", "lookahead_run", "momentum", "exclude")
     at_least(cfg, 1, "negatives")
     if cfg.depth < cfg.negatives:
         raise UserError(f"negatives ({cfg.negatives}) must be at most depth ({cfg.depth})")
@@ -275,29 +294,35 @@ def main():
     }.items():  # fmt: skip
         if getattr(cfg, key) and cfg.mode not in modes:
             raise UserError(f"{key} is for mode {' or '.join(modes)}, not {cfg.mode}: it would be ignored")
-    questions, corpus = read_questions(cfg.questions), Corpus(cfg.corpus, cfg.corpus_format)
-    unanswered = sum(not q["answers"] for q in questions)
+
+
+def main():
+    cfg = load_config(__doc__, "config/mine_negatives.yaml")
+    check_settings(cfg)
+    questions = read_questions(cfg.questions)
+    corpus = Corpus(cfg.corpus, cfg.corpus_format)
+    unanswered = sum(not question["answers"] for question in questions)
     if unanswered and cfg.mode != "pseudo_label":  # MARCO: what is not judged is negative
-        print(
-            f"warning: {unanswered} questions have no answers: any passage may be their negative",
-            file=sys.stderr,
-        )
+        warning = f"warning: {unanswered} questions have no answers: any passage may be their negative"
+        print(warning, file=sys.stderr)
+
+    # mine and write, line by line
     counts = Counter()
+    often = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines in a log file
     with atomic_file(cfg.out) as file:
-        often = 0.1 if sys.stderr.isatty() else 30
-        lines = tqdm(
-            mine(questions, corpus, cfg, counts), cfg.mode, delay=5, mininterval=often, unit=" lines"
-        )
-        for example in lines:
-            file.write(json.dumps(example, ensure_ascii=False) + "\n")
+        lines = mine(questions, corpus, cfg, counts)
+        for line in tqdm(lines, cfg.mode, delay=5, mininterval=often, unit=" lines"):
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
             counts["lines written"] += 1
         if not counts["lines written"]:
             cure = "without positives, add --positives find"
             if cfg.scores:  # a cross-encoder that has not learned much is never sure
                 cure = "look at the scores: do negative_below and positive_above lie among them?"
-            raise UserError(f"{cfg.out}: no question is left ({dict(counts)}); {cure}")
+            raise UserError(f"{cfg.out}: no question is left ({dict(+counts)}); {cure}")
+
+    # say what became of every question
     report_regex_failures()
-    print(f"{cfg.out}: " + ", ".join(f"{n:,} {what}" for what, n in sorted(counts.items()) if n))
+    print(f"{cfg.out}: " + ", ".join(f"{n:,} {event}" for event, n in sorted(counts.items()) if n))
 
 
 if __name__ == "__main__":

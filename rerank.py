@@ -1,19 +1,16 @@
 """
 Rescore a ranking with a cross-encoder, which reads question and passage together (RocketQA, Qu et al. 2021).
 
+Each of W processes scores every W-th block of questions and writes a file for each. With as many threads in
+each process the bytes of the ranking are the same for any W.
+
 In:   a question file, a .run that ranks passages for it, the corpus, runs/X/cross_encoder/
 Out:  a .run with the first `depth` hits of a question, sorted by the probability of being relevant, which is
       their score; its .metrics.json, before and after
 Run:  python rerank.py --config config/rerank.yaml
       accelerate launch rerank.py --config config/rerank.yaml
-      The same command goes on after a crash; blocks that are there are not scored again.
+      After a crash, repeat the command: it continues, and no finished block is scored again.
 Next: mine_negatives.py; for RocketQA under 0.1 is a negative, above 0.9 an unlabelled question's positive
-
-Differs from RocketQA: (1) Ids stand beside the scores; its file is one number a line, meant for a depth that
-the reader has to know. (2) Pairs are sorted by length, then padded to the longest of a batch and not to 160.
-(3) float64 on disk, to the last bit: probabilities near 1 keep their order. (4) Block i of the questions
-belongs to process i modulo W and is one part file, whole or absent: with as many threads in each process,
-the bytes are the same for any W.
 """
 
 import shutil
@@ -26,11 +23,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from test_dpr import KS, gold_ids, one_question_at_a_time, retrieval_metrics
 from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pairs
 from utils.data import Corpus, iter_run, read_questions, write_run
 from utils.distributed import prefetch, start
-from utils.estimate import dry_run
+from utils.metrics import KS, gold_ids, one_question_at_a_time, retrieval_metrics
 from utils.plumbing.config import (
     UserError,
     at_least,
@@ -41,28 +37,34 @@ from utils.plumbing.config import (
     need_model,
     need_out,
 )
-from utils.plumbing.embeddings import refuse_other_job
+from utils.plumbing.embeddings import refuse_other_job, wait_for
 from utils.plumbing.files import folder_hash, need_space, read_json, sha256, write_json
 from utils.text import report_regex_failures
 
 
-# ------------------------------------------------------------------------------------------- data
-def check_inputs(cfg, corpus, say):
+# ---------------------------------------------------------------- data
+def read_inputs(cfg, corpus, say):
     """
-    ({qid: question} in the order of the run, those without a ranking last; the pairs in each block). Mistakes
-    are found here, before the model is loaded.
+    Return {qid: question}, those that the run ranks first and in its order, and the pairs in each block.
+    UserError for an id that the corpus does not have.
     """
     unranked = {question["qid"]: question for question in read_questions(cfg.questions)}
-    for pid in {pid for question in unranked.values() for pid in gold_ids(question)}:
-        corpus.row(pid)
-    questions, sizes, strangers = {}, [], 0
+    for question in unranked.values():
+        for pid in gold_ids(question):
+            corpus.row(pid)
+    questions = {}
+    sizes = []
+    strangers = 0
     for qid, hits in iter_run(cfg.ranking):
         if qid not in unranked:
             strangers += 1
             continue
-        sizes += [0] if len(questions) % cfg.block == 0 else []
-        sizes[-1] += sum(corpus.row(pid) >= 0 for pid, _ in hits[: cfg.depth])  # row() refuses unknown ids
+        if len(questions) % cfg.block == 0:
+            sizes.append(0)
         questions[qid] = unranked.pop(qid)
+        for pid, _ in hits[: cfg.depth]:
+            corpus.row(pid)
+            sizes[-1] += 1
     if not questions:
         raise UserError(f"{cfg.ranking}: has none of the questions of {cfg.questions}")
     if strangers:
@@ -72,62 +74,72 @@ def check_inputs(cfg, corpus, say):
     return questions | unranked, sizes
 
 
-def rankings_of(path, questions, depth):
-    """(qid, [(pid, score), ...]) of the first `depth` hits of those of `questions` that `path` ranks."""
-    return ((qid, hits[:depth]) for qid, hits in iter_run(path) if qid in questions)
+def iter_rankings(path, questions, depth):
+    """Yield (qid, [(pid, score), ...]), the first `depth` hits, of those of `questions` that a run ranks."""
+    for qid, hits in iter_run(path):
+        if qid in questions:
+            yield qid, hits[:depth]
 
 
 def read_blocks(todo, questions, corpus, cross, cfg):
-    """(i, rankings, id lists) of the blocks `todo`; the next is tokenised while the device computes."""
+    """Yield (i, rankings, id lists of the pairs) of the blocks `todo`. The next is tokenised meanwhile."""
 
-    def read(numbered):
-        i, block = numbered
-        pairs = [(questions[qid]["question"], pid) for qid, hits in block for pid, _ in hits]
-        return i, block, tokenize_pairs(cross, [(text, corpus[corpus.row(pid)]) for text, pid in pairs])
+    def blocks():
+        rankings = iter_rankings(cfg.ranking, questions, cfg.depth)
+        for i in range(max(todo, default=-1) + 1):
+            rankings_of_block = list(islice(rankings, cfg.block))
+            if i in todo:
+                yield i, rankings_of_block
 
-    rankings = rankings_of(cfg.ranking, questions, cfg.depth)
-    blocks = ((i, list(islice(rankings, cfg.block))) for i in range(max(todo, default=-1) + 1))
-    return prefetch(read, ((i, block) for i, block in blocks if i in todo))
+    def tokenize(block):
+        pairs = []
+        for qid, hits in block[1]:
+            pairs += [(questions[qid]["question"], corpus[corpus.row(pid)]) for pid, _ in hits]
+        return *block, tokenize_pairs(cross, pairs)
+
+    return prefetch(tokenize, blocks())
 
 
-# ------------------------------------------------------------------------------------------ model
-def rescore(cross, block, ids, cfg, autocast, bar):
-    """The rankings of a block by descending probability; equal ones stay in the given order."""
-    try:
-        scores = probabilities(cross, ids, cfg.batch_size, autocast, bar)
-    except torch.OutOfMemoryError:
-        raise UserError(f"the GPU's memory is full: lower --batch_size (now {cfg.batch_size})") from None
-    if np.isnan(scores).any():
-        first = [(qid, pid) for qid, hits in block for pid, _ in hits][np.isnan(scores).argmax()]
+# ---------------------------------------------------------------- model
+def rescore(rankings, ids, cross, cfg, autocast, bar):
+    """Return the rankings of a block by descending probability; equal ones stay in the given order."""
+    # differs: RocketQA pads each pair to 160 tokens; here to the longest of a batch of like length. It writes
+    # one number a line in 32 bits; here the ids too, and 64 bits: probabilities near 1 keep their order
+    scores = probabilities(cross, ids, cfg.batch_size, autocast, bar)
+    pairs = [(qid, pid) for qid, hits in rankings for pid, _ in hits]
+    for i in np.flatnonzero(np.isnan(scores)):
         advice = "the weights are broken" if cfg.mixed_precision == "no" else "use --mixed_precision no"
-        raise UserError(f"question {first[0]!r}, passage {first[1]!r}: the score is NaN; {advice}")
+        raise UserError(f"question {pairs[i][0]!r}, passage {pairs[i][1]!r}: the score is NaN; {advice}")
     scores = iter(scores.tolist())
-    scored = [(qid, [(pid, next(scores)) for pid, _ in hits]) for qid, hits in block]
-    return [(qid, sorted(hits, key=lambda hit: -hit[1])) for qid, hits in scored]
+    rescored = []
+    for qid, hits in rankings:
+        hits = [(pid, next(scores)) for pid, _ in hits]
+        hits.sort(key=lambda hit: -hit[1])
+        rescored.append((qid, hits))
+    return rescored
 
 
-# --------------------------------------------------------------------------------------- evaluate
+# ---------------------------------------------------------------- evaluate
 def measure(path, questions, corpus, cfg):
-    """The metrics of test_dpr.py for the first `depth` hits, one question's hits in memory at a time."""
-    results, ks = (
-        one_question_at_a_time(rankings_of(path, questions, cfg.depth)),
-        [k for k in KS if k <= cfg.depth],
-    )
-    return retrieval_metrics(list(questions.values()), results, corpus, ks, cfg.match == "regex")[0]
+    """Return the metrics of test_dpr.py for the first `depth` hits of a run."""
+    rankings = iter_rankings(path, questions, cfg.depth)
+    ranked = one_question_at_a_time(questions.values(), rankings)
+    ks = [k for k in KS if k <= cfg.depth]
+    return retrieval_metrics(ranked, corpus, ks, regex=cfg.match == "regex")
 
 
 def print_both(before, after):
-    """One line a metric, in percent, with its 95 % interval."""
+    """Print one line a metric, in percent, with its 95 % interval."""
     print(f"{'%':10} {'before':>21} {'after':>21} {'n':>9}")
     for name in before:
-        columns = [
-            [100 * metrics[name][key] for key in ("value", "low", "high")] for metrics in (before, after)
-        ]
-        columns = ["{:.1f} ({:.1f} - {:.1f})".format(*column) for column in columns]
+        columns = []
+        for metrics in (before, after):
+            value, low, high = (100 * metrics[name][key] for key in ("value", "low", "high"))
+            columns.append(f"{value:.1f} ({low:.1f} - {high:.1f})")
         print(f"{name:10} {columns[0]:>21} {columns[1]:>21} {before[name]['n']:9,}")
 
 
-# ------------------------------------------------------------------------------------------- main
+# ---------------------------------------------------------------- main
 def main():
     cfg = load_config(__doc__, "config/rerank.yaml")
     must_be_one_of(cfg, match=("string", "regex"), mixed_precision=("no", "fp16", "bf16"))
@@ -135,58 +147,59 @@ def main():
     need_file(cfg, "questions", "ranking", "corpus")
     need_model(cfg, "cross_encoder")
     need_out(cfg, "out", "questions", "ranking", "corpus")
-    out, folder = Path(cfg.out), Path(f"{cfg.out}.parts")
+    out = Path(cfg.out)
     if out.suffix != ".run":
         raise UserError(f"out must be the path of a .run file, got {cfg.out!r}")
+
+    # start the processes, read everything but the model
     accelerator = start(cfg.mixed_precision)
-    rank, devices, say = accelerator.process_index, accelerator.num_processes, accelerator.print
-    with accelerator.main_process_first():  # the first to open a corpus writes its index
+    main_process = accelerator.is_main_process
+    with accelerator.main_process_first():  # the first process to open a corpus writes its index
         corpus = Corpus(cfg.corpus, cfg.corpus_format)
-    questions, sizes = check_inputs(cfg, corpus, say)
-    want = {key: getattr(cfg, key) for key in ("depth", "block", "mixed_precision")}
-    want |= {"ranking": sha256(cfg.ranking), "questions": sha256(cfg.questions), "corpus": corpus.sha256}
-    want |= {"corpus_format": corpus.meta["fmt"], "cross_encoder": folder_hash(cfg.cross_encoder)}
-    manifest = folder / "manifest.json"
-    stored = read_json(manifest) if manifest.is_file() else {}
+    questions, sizes = read_inputs(cfg, corpus, accelerator.print)
+
+    # refuse the blocks of another job
+    folder = Path(f"{cfg.out}.parts")
+    manifest = {"depth": cfg.depth, "block": cfg.block, "mixed_precision": cfg.mixed_precision}
+    manifest |= {"ranking": sha256(cfg.ranking), "questions": sha256(cfg.questions)}
+    manifest |= {"corpus": corpus.sha256, "corpus_format": corpus.meta["fmt"]}
+    manifest |= {"cross_encoder": folder_hash(cfg.cross_encoder)}
+    stored = read_json(folder / "manifest.json") if (folder / "manifest.json").is_file() else {}
     if not stored and any(folder.glob("[!.]*")):
         raise UserError(f"{folder} is not from this job; name another --out, or delete that folder")
-    refuse_other_job(folder, stored, want, ())
-
+    refuse_other_job(folder, stored, manifest, ())
     cross = load_cross_encoder(cfg.cross_encoder).to(accelerator.device)
-    parts = [folder / f"{i:05d}.run" for i in range(len(sizes))]
-    todo = {i for i in range(rank, len(sizes), devices) if not parts[i].is_file()}
-    share = sum(sizes[i] for i in todo)
-    count = torch.tensor(share, device=accelerator.device)
-    count = int(accelerator.reduce(count, "sum"))  # also a barrier: all have read what is there
-    disk = 100 * (sum(sizes) + count)  # bytes a line, in `out` and in its part
-    if cfg.dry_run:
-        ids = next(read_blocks({0}, questions, corpus, cross, cfg))[2][: 4 * cfg.batch_size]
-        if rank == 0:
-            made = [cross, ids, cfg.batch_size, accelerator.autocast]
-            probe, unit = lambda: len(probabilities(*made)), "pairs on this device"
-            dry_run("rescoring", [cross], probe, share, unit, out.parent, disk)
-        return
-    if rank == 0:
-        need_space(out.parent, disk, "the ranking")
-        write_json(manifest, want)
+
+    # find the blocks that are missing: of this process, and how many pairs of all
+    files = [folder / f"{i:05d}.run" for i in range(len(sizes))]
+    mine = range(accelerator.process_index, len(files), accelerator.num_processes)
+    todo = {i for i in mine if not files[i].is_file()}
+    share = torch.tensor(sum(sizes[i] for i in todo), device=accelerator.device)
+    count = int(accelerator.reduce(share, "sum"))  # a barrier too: all processes have read what is there
+    if main_process:
+        lines = sum(sizes) + count  # in `out`, and in the blocks
+        need_space(out.parent, 100 * lines, "the ranking")
+        write_json(folder / "manifest.json", manifest)
         work = f"{sum(sizes):,} pairs, {sum(sizes) - count:,} of them done before | {len(sizes):,} blocks"
-        print(f"{work} | {devices} x {accelerator.device.type}", flush=True)
+        print(f"{work} | {accelerator.num_processes} x {accelerator.device.type}", flush=True)
     accelerator.wait_for_everyone()
 
+    # score
     began = time.perf_counter()
     often = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines in a log file
-    with tqdm(total=share, desc="pairs", mininterval=often, disable=rank > 0) as bar:
-        for i, block, ids in read_blocks(todo, questions, corpus, cross, cfg):
+    with tqdm(total=int(share), desc="pairs", mininterval=often, disable=not main_process) as bar:
+        for i, rankings, ids in read_blocks(todo, questions, corpus, cross, cfg):
             if i == min(todo):
-                say(f"first pair: {cross.tokenizer.decode(ids[0])}", flush=True)
-            write_run(parts[i], rescore(cross, block, ids, cfg, accelerator.autocast, bar))
-    if rank == 0:
-        # why not a barrier: it fails after 10 to 30 minutes; another device's last block may take longer
-        while not all(part.is_file() for part in parts):
-            time.sleep(0.1)
+                accelerator.print(f"first pair: {cross.tokenizer.decode(ids[0])}", flush=True)
+            write_run(files[i], rescore(rankings, ids, cross, cfg, accelerator.autocast, bar))
+
+    # join the blocks and measure
+    if main_process:
+        wait_for(files)
         seconds = time.perf_counter() - began
-        write_run(out, chain.from_iterable(map(iter_run, parts)))
-        before, after = (measure(path, questions, corpus, cfg) for path in (cfg.ranking, out))
+        write_run(out, chain.from_iterable(map(iter_run, files)))
+        before = measure(cfg.ranking, questions, corpus, cfg)
+        after = measure(out, questions, corpus, cfg)
         write_json(out.with_suffix(".metrics.json"), {"before": before, "after": after})
         report_regex_failures()
         if before:

@@ -17,12 +17,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from test_dpr import gold_ids  # noqa: E402
 from utils.data import Corpus, read_questions, read_run  # noqa: E402
-from utils.metrics import bootstrap_interval, mrr  # noqa: E402
+from utils.metrics import answer_scores, bootstrap_interval, gold_ids, mrr  # noqa: E402
 from utils.plumbing.config import UserError, friendly_errors  # noqa: E402
 from utils.plumbing.files import read_json  # noqa: E402
-from utils.predictions import answer_scores  # noqa: E402
 from utils.text import has_answer  # noqa: E402
 
 KS = (1, 5, 20, 100)

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 import doc2embedding
 from tests.processes import ENVIRONMENT, run
@@ -39,6 +40,7 @@ def encode(world, tmp_path, monkeypatch):
         keys["out"] = tmp_path / out
         flags = [part for key, value in keys.items() for part in (f"--{key}", str(value))]
         monkeypatch.setattr(sys, "argv", ["doc2embedding.py", *flags])
+        AcceleratorState._reset_state(True)  # why: it keeps the first mixed_precision of a process for ever
         doc2embedding.main()
         return keys["out"]
 
@@ -67,7 +69,7 @@ def test_row_i_is_the_vector_of_passage_i(world, encode, shard_size, batch_size)
     assert [len(s) for s in shards] == [min(shard_size, 60 - k) for k in range(0, 60, shard_size)]
     assert manifest["pair"] == "toy" and manifest["role"] == "passage"
     for row, vector in enumerate(np.concatenate(shards)):
-        ids = tokenize_passages(encoder, [(corpus[row].title, corpus[row].text)])
+        ids = tokenize_passages(encoder, [corpus[row]])
         with torch.no_grad():
             alone = encoder(**collate(encoder, ids))[0].numpy()
         assert np.abs(vector - alone).max() < 1e-5
@@ -237,12 +239,6 @@ def test_vectors_that_are_no_numbers_stop_it(world, encode, tmp_path):
     with pytest.raises(UserError, match="passage '1': its vector reaches .* use --dtype float32"):
         encode("f16", doc_encoder=large)
     assert np.isfinite(open_embeddings(encode("f32", doc_encoder=large, dtype="float32"))[0][0]).all()
-
-
-def test_dry_run_writes_nothing(encode, tmp_path, capsys):
-    """It says what the job would cost, and leaves no folder behind."""
-    encode(dry_run="true")
-    assert "dry run: encoding" in capsys.readouterr().out and not (tmp_path / "e").exists()
 
 
 def test_the_next_item_is_made_meanwhile():

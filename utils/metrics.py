@@ -16,7 +16,7 @@ KS = (1, 5, 20, 50, 100, 1000)
 HIT_ONLY = (50, 1000)  # hit@50 and hit@1000 are MS MARCO's R@50 and R@1000; DPR has no top-50 and no top-1000
 
 
-# ---------------------------------------------------------------------------------- of a list of questions
+# ---------------------------------------------------------------- of a list of questions
 def mean(values):
     assert len(values), "no questions: a mean over nothing has no value"
     return float(np.mean(values))
@@ -78,7 +78,7 @@ def positive_ranks(scores_QN, gold_Q):
     return (~below_QN).sum(axis=1)
 
 
-# ------------------------------------------------------------------------------- how far to trust a mean
+# ---------------------------------------------------------------- how far to trust a mean
 def bootstrap_interval(values_per_question, samples=1000, seed=0):
     """
     Return (low, high): the 95 % percentile bootstrap interval of the mean (Efron 1979).
@@ -117,7 +117,7 @@ def print_table(metrics, name):
         print(f"{metric:24} {value:6.1f}   {low:5.1f} - {high:5.1f}  {m['n']:7,}")
 
 
-# ------------------------------------------------------------------------------------------ of a ranking
+# ---------------------------------------------------------------- of a ranking
 def gold_ids(question):
     """Return the passage ids that a question lists as positives. An inline passage has none."""
     return {entry for entry in question["positives"] if isinstance(entry, str)}
@@ -176,7 +176,7 @@ def retrieval_metrics(ranked, corpus, ks, regex=False):
     return with_intervals(values)
 
 
-# -------------------------------------------------------------------------------------------- of answers
+# ---------------------------------------------------------------- of answers
 def answer_scores(examples, answers, top_docs):
     """
     Return {"EM@n", "F1@n": [one value a question]} over the questions that have answers.

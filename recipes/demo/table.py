@@ -12,12 +12,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from recipes.reader_baselines import title_answers  # noqa: E402
-from test_dpr import retrieval_metrics  # noqa: E402
-from utils.data import Corpus, read_questions, read_run  # noqa: E402
-from utils.metrics import with_intervals  # noqa: E402
+from utils.data import Corpus, iter_run, read_questions  # noqa: E402
+from utils.metrics import (  # noqa: E402
+    answer_scores,
+    one_question_at_a_time,
+    retrieval_metrics,
+    with_intervals,
+)
 from utils.plumbing.config import UserError, friendly_errors  # noqa: E402
 from utils.plumbing.files import read_json, write_json  # noqa: E402
-from utils.predictions import answer_scores  # noqa: E402
 from utils.reader_data import read_ranking  # noqa: E402
 
 KS = (1, 5, 20, 100)
@@ -47,7 +50,8 @@ def main(run_dir, data):
     corpus, questions = Corpus(f"{data}/corpus.tsv"), read_questions(f"{data}/test.jsonl")
     table = {}
     for name, path in RUNS.items():
-        table[name], _ = retrieval_metrics(questions, read_run(f"{run_dir}/{path}"), corpus, KS)
+        ranked = one_question_at_a_time(questions, iter_run(f"{run_dir}/{path}"))
+        table[name] = retrieval_metrics(ranked, corpus, KS)
     answers = reading(run_dir, data, corpus)
     write_json(Path(run_dir) / "table.json", table | answers)
     columns = [f"top-{k}" for k in KS] + ["MRR@10"]
