@@ -135,7 +135,7 @@ def stages(tree, world):
     }
     judge |= {"questions": sets["train"], "block": 7, "out": scores} | corpus
     yield "rerank", 1, "rerank.py", judge
-    gate = {"scores": scores, "negative_below": 0.5, "positive_above": 0.5}
+    gate = {"scores": scores, "negative_below": 0.293, "positive_above": 0.297}
     yield "denoise", 1, "mine_negatives.py", mine | gate | {"fill": "true", "mode": "denoise", "out": world / "denoise.jsonl"}
     yield (
         "pseudo",
