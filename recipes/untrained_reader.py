@@ -5,7 +5,7 @@ In:   a BERT, a folder or hub name
 Out:  a reader's folder, for answer.py and ask.py. Its outputs are drawn with seed 42
 Run:  python recipes/untrained_reader.py data/models/tinybert-4l runs/demo/untrained_reader
 Next: python answer.py --reader runs/demo/untrained_reader --questions data/demo/test.jsonl
-      --ranking runs/demo/test/test.run --corpus data/demo/corpus.tsv --depth 20 --out runs/demo/untrained.json
+      --ranking runs/demo/test/test.run --corpus data/demo/corpus.tsv --depth 20 --out runs/demo/new.json
 """
 
 import sys
