@@ -1,97 +1,196 @@
 """
-Retrieval metrics over questions, and how far to trust them. All are fractions, 0 to 1. No torch.
+Metrics of rankings and of answers, and how far to trust them. Every metric is a fraction, 0 to 1. No torch.
 
-A question is one list entry: `hits[q]` tells of each retrieved passage, best first, whether it is right;
-`ranks[q]` is the rank of the first right one, from 1, or 0 when there is none. A question without results
-counts as a miss, so the denominator is always the number of questions.
+hits: of each question a list of bool, whether its first, second ... passage is right. ranks: of each question
+the rank of its first right passage, from 1, or 0 where there is none. A question without results is a miss.
+
+Q questions · N passages
 """
 
 import numpy as np
+from tqdm import tqdm
+
+from utils.text import exact_match, f1, has_answer
+
+KS = (1, 5, 20, 50, 100, 1000)
+HIT_ONLY = (50, 1000)  # hit@50 and hit@1000 are MS MARCO's R@50 and R@1000; DPR has no top-50 and no top-1000
 
 
-def _mean(values):
+# ---------------------------------------------------------------------------------- of a list of questions
+def mean(values):
     assert len(values), "no questions: a mean over nothing has no value"
     return float(np.mean(values))
 
 
 def topk_accuracy(hits, ks):
     """
-    {k: share of questions with a hit among their first k}. hits: a list of bool per question, of any length.
+    Return {k: share of questions with a hit among their first k}. The RocketQA papers call it Recall@k.
 
-    topk_accuracy([[False, True], [False]], [1, 2]) is {1: 0.0, 2: 0.5}. Also Recall@k of the RocketQA papers.
+    topk_accuracy([[False, True], [False]], [1, 2]) is {1: 0.0, 2: 0.5}.
     """
     # differs: DPR's table is as long as the first question's list, so hits of longer lists fall off
-    return {k: _mean([any(one[:k]) for one in hits]) for k in ks}
+    accuracy = {}
+    for k in ks:
+        accuracy[k] = mean([any(passages[:k]) for passages in hits])
+    return accuracy
 
 
 def mrr(ranks, cutoff):
-    """Mean reciprocal rank; a rank beyond the cutoff counts 0. mrr([1, 4, 0, 11], 10) is (1 + 1/4) / 4."""
-    return _mean([1 / rank if 0 < rank <= cutoff else 0.0 for rank in ranks])
+    """Return the mean reciprocal rank. A rank beyond the cutoff counts 0: mrr([1, 4, 11], 10) is 1.25 / 3."""
+    reciprocal = [1 / rank if 0 < rank <= cutoff else 0.0 for rank in ranks]
+    return mean(reciprocal)
 
 
 def hit_at(ranks, k):
-    """Share of questions whose rank is in 1..k: what MS MARCO's script calls recall@k."""
-    return _mean([0 < rank <= k for rank in ranks])
+    """Return the share of questions whose rank is in 1..k. MS MARCO's script calls it recall@k."""
+    return mean([0 < rank <= k for rank in ranks])
 
 
 def ndcg(relevances, n_relevant, cutoff):
     """
-    Normalised discounted cumulative gain, gains 0 and 1 (Järvelin and Kekäläinen 2002; trec_eval's).
+    Return the normalised discounted cumulative gain, gains 0 and 1 (Järvelin and Kekäläinen 2002, trec_eval).
 
-    relevances: a list of bool per question, best first. n_relevant: per question, how many passages are
-    relevant in all, found or not; 0 gives 0.
+    relevances: hits by id. n_relevant: of each question how many passages are relevant in all; 0 gives 0.
     """
     values = []
-    for one, n in zip(relevances, n_relevant, strict=True):
-        gain = sum(1 / np.log2(i + 2) for i, relevant in enumerate(one[:cutoff]) if relevant)
-        ideal = sum(1 / np.log2(i + 2) for i in range(min(n, cutoff)))
+    for relevant, n in zip(relevances, n_relevant, strict=True):
+        gain = discounted(rank for rank, right in enumerate(relevant[:cutoff], 1) if right)
+        ideal = discounted(range(1, min(n, cutoff) + 1))
         values.append(gain / ideal if n else 0.0)
-    return _mean(values)
+    return mean(values)
+
+
+def discounted(ranks):
+    return sum(1 / np.log2(rank + 1) for rank in ranks)
 
 
 def positive_ranks(scores_QN, gold_Q):
     """
-    Rank of each question's positive among N passages, from 1: int array [Q]. DPR averages it to validate.
+    Return the rank of each question's positive among N passages, from 1: int array [Q]. DPR validates by it.
 
-    gold_Q: the column of the positive. Pessimistic: a passage with the positive's score counts as above it,
-    and so does a NaN; an encoder that maps everything to one point is last, not first.
+    gold_Q: the column of the positive. A passage with the same score counts as above it, and so does a NaN:
+    an encoder that maps everything to one point is last, not first.
     """
-    scores_QN, gold_Q = np.asarray(scores_QN), np.asarray(gold_Q)
+    scores_QN = np.asarray(scores_QN)
+    gold_Q = np.asarray(gold_Q)
     gold_Q1 = np.take_along_axis(scores_QN, gold_Q[:, None], axis=1)
-    return (~(scores_QN < gold_Q1)).sum(
-        axis=1
-    )  # why "not below": it counts the positive itself, ties and NaN
+    below_QN = scores_QN < gold_Q1  # False for a NaN
+    return (~below_QN).sum(axis=1)
 
 
+# ------------------------------------------------------------------------------- how far to trust a mean
 def bootstrap_interval(values_per_question, samples=1000, seed=0):
     """
-    (low, high): 95 % percentile bootstrap interval of the mean, by resampling questions (Efron 1979).
+    Return (low, high): the 95 % percentile bootstrap interval of the mean (Efron 1979).
 
     It says what another draw of questions would change, not another seed of the training.
     """
-    values, counts = np.unique(np.asarray(values_per_question, dtype=np.float64), return_counts=True)
+    values = np.asarray(values_per_question, dtype=np.float64)
+    values, counts = np.unique(values, return_counts=True)
     n = int(counts.sum())
     assert n, "no questions: nothing to resample"
-    # why: questions with equal values are alike, so drawing how often each value occurs is drawing questions,
-    # without a matrix of samples x questions
-    drawn = np.random.default_rng(seed).multinomial(n, counts / n, size=samples)
-    low, high = np.percentile(drawn @ values / n, [2.5, 97.5])
+
+    # draw n questions with replacement, `samples` times
+    # why multinomial: questions of equal value are alike, so it is enough to draw how often each value occurs
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(n, counts / n, size=samples)
+    means = drawn @ values / n
+    low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
 def with_intervals(values):
-    """{name: [a number a question]} -> {name: {"value", "low", "high", "n"}}: mean and bootstrap interval."""
+    """Return {name: {"value", "low", "high", "n"}} of {name: [a number a question]}."""
     metrics = {}
-    for name, per_question in values.items():
-        low, high = bootstrap_interval(per_question)
-        value, n = float(np.mean(per_question)), len(per_question)
-        metrics[name] = {"value": value, "low": low, "high": high, "n": n}
+    for name, numbers in values.items():
+        value = mean(numbers)
+        low, high = bootstrap_interval(numbers)
+        metrics[name] = {"value": value, "low": low, "high": high, "n": len(numbers)}
     return metrics
 
 
 def print_table(metrics, name):
-    """One line a metric, in percent."""
+    """Print one line a metric, in percent."""
     print(f"{name:24} {'%':>6}   95 % interval      n")
     for metric, m in metrics.items():
         value, low, high = (100 * m[key] for key in ("value", "low", "high"))
         print(f"{metric:24} {value:6.1f}   {low:5.1f} - {high:5.1f}  {m['n']:7,}")
+
+
+# ------------------------------------------------------------------------------------------ of a ranking
+def gold_ids(question):
+    """Return the passage ids that a question lists as positives. An inline passage has none."""
+    return {entry for entry in question["positives"] if isinstance(entry, str)}
+
+
+def one_question_at_a_time(questions, rankings):
+    """
+    Yield (question, ids of its passages, best first), with one question's ranking in memory.
+
+    rankings: an iterator of (qid, [(pid, score), ...]) in the order of the questions, such as iter_run(path).
+    A question that it lacks has no passages.
+    """
+    qid, hits = next(rankings, (None, []))
+    for question in tqdm(questions, "metrics", delay=2, leave=False, disable=None):
+        if question["qid"] != qid:
+            yield question, []
+            continue
+        yield question, [pid for pid, _ in hits]
+        qid, hits = next(rankings, (None, []))
+    assert qid is None, f"question {qid!r} of the ranking is not in the order of the questions"
+
+
+def metrics_of_question(question, pids, corpus, ks, regex):
+    """Return {metric: value} of one question: top-k if it has answers, the others if it has gold ids."""
+    values = {}
+    if question["answers"]:
+        # as in DPR, the answer must be in the text of a passage; titles are not searched
+        texts = (corpus[corpus.row(pid)].text for pid in pids)
+        hits = [has_answer(text, question["answers"], regex) for text in texts]
+        accuracy = topk_accuracy([hits], ks)
+        values |= {f"top-{k}": accuracy[k] for k in ks if k not in HIT_ONLY}
+    gold = gold_ids(question)
+    if gold:
+        relevant = [pid in gold for pid in pids]
+        rank = relevant.index(True) + 1 if any(relevant) else 0
+        if max(ks) >= 10:
+            values["MRR@10"] = mrr([rank], 10)
+            values["nDCG@10"] = ndcg([relevant], [len(gold)], 10)
+        for k in ks:
+            values[f"hit@{k}"] = hit_at([rank], k)
+    return values
+
+
+def retrieval_metrics(ranked, corpus, ks, regex=False):
+    """
+    Return {name: {"value", "low", "high", "n"}}: top-k, MRR@10, nDCG@10 and hit@k of a ranking.
+
+    ranked: (question, ids of its passages) of every question, as one_question_at_a_time yields them. ks: at
+    most the depth of the ranking. n: the number of questions with answers (top-k), or with gold ids (others).
+    """
+    values = {}
+    for question, pids in ranked:
+        metrics = metrics_of_question(question, pids, corpus, ks, regex)
+        for name, value in metrics.items():
+            values.setdefault(name, []).append(value)
+    return with_intervals(values)
+
+
+# -------------------------------------------------------------------------------------------- of answers
+def answer_scores(examples, answers, top_docs):
+    """
+    Return {"EM@n", "F1@n": [one value a question]} over the questions that have answers.
+
+    answers: of each question one dict with "text" for every n of top_docs, or None, which scores 0.
+    """
+    values = {}
+    for example, predictions in zip(examples, answers, strict=True):
+        gold = example["answers"]
+        if not gold:
+            continue
+        for n, prediction in zip(top_docs, predictions, strict=True):
+            em = exact_match(prediction["text"], gold) if prediction else False
+            overlap = f1(prediction["text"], gold) if prediction else 0.0
+            values.setdefault(f"EM@{n}", []).append(float(em))
+            values.setdefault(f"F1@{n}", []).append(float(overlap))
+    return values

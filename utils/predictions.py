@@ -2,25 +2,9 @@
 
 from pathlib import Path
 
-from utils.metrics import print_table, with_intervals
+from utils.metrics import answer_scores, print_table, with_intervals
 from utils.plumbing.config import UserError, need_out
 from utils.plumbing.files import write_json
-from utils.text import exact_match, f1
-
-
-def answer_scores(examples, answers, top_docs):
-    """
-    {"EM@n", "F1@n": [one value a question]} over the questions that have answers. answers: of each question
-    one dict with "text" for every n of top_docs, or None: no prediction scores 0.
-    """
-    values = {}
-    for example, predictions in zip(examples, answers, strict=True):
-        for n, prediction in zip(top_docs, predictions, strict=True):
-            for name, score in (("EM", exact_match), ("F1", f1)):
-                if example["answers"]:
-                    value = float(score(prediction["text"], example["answers"])) if prediction else 0.0
-                    values.setdefault(f"{name}@{n}", []).append(value)
-    return values
 
 
 def need_predictions_out(cfg, *inputs):
