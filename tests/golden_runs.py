@@ -135,8 +135,8 @@ def stages(tree, world):
     }
     judge |= {"questions": sets["train"], "block": 7, "out": scores} | corpus
     yield "rerank", 1, "rerank.py", judge
-    gate = {"scores": scores, "negative_below": 0.5, "positive_above": 0.5, "fill": "true"}
-    yield "denoise", 1, "mine_negatives.py", mine | gate | {"mode": "denoise", "out": world / "denoise.jsonl"}
+    gate = {"scores": scores, "negative_below": 0.5, "positive_above": 0.5}
+    yield "denoise", 1, "mine_negatives.py", mine | gate | {"fill": "true", "mode": "denoise", "out": world / "denoise.jsonl"}
     yield (
         "pseudo",
         1,
