@@ -1,7 +1,8 @@
 """
 Train a reader and its retriever together, from questions and answers alone (EMDR2, Singh et al. 2021).
 
-Nobody says which passages are right. The reader shows it: with a right passage the answer is likelier. A step:
+Nobody says which passages are right. The reader shows it: with a right passage the answer is likelier. A
+step:
 
 (1) Search the K best passages of each question, by vectors that may be some steps old.
 (2) Fusion-in-Decoder (FiD): a T5 encodes each passage by itself, its decoder reads all K at once and learns
@@ -102,8 +103,9 @@ def retriever_loss(log_prior_BK, log_likelihood_BKT, mask_BT, marginal):
     """
     Return how badly the passages together explain the answers, each with the weight that its prior gives it:
 
-        token     - sum_t log sum_k prior_k p(a_t | a_<t, q, z_k)  /  answer tokens       (as released [TR:100-107])
-        sequence  - log sum_k prior_k prod_t p(a_t | a_<t, q, z_k), mean over questions   (the paper's equation)
+        token     - sum_t log sum_k prior_k p(a_t | a_<t, q, z_k)  /  answer tokens       (as released
+        [TR:100-107]) sequence  - log sum_k prior_k prod_t p(a_t | a_<t, q, z_k), mean over questions   (the
+        paper's equation)
 
     With scores s and log_prior = log_softmax(s), d loss / d s = prior - posterior. The posterior is
     softmax(log_prior + log p(answer | k)): of the whole answer, or the mean of those of its tokens. So a

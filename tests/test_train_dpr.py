@@ -261,7 +261,9 @@ def one_graph(step, train, corpus, towers, excluded, cfg):
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("cache", [False, True])
 def test_gradient_equals_one_graph(world, shared, cache):
-    """Chunks of any size, cached or not, separate or shared towers: the gradient of the plain batch, scaled."""
+    """
+    Chunks of any size, cached or not, separate or shared towers: the gradient of the plain batch, scaled.
+    """
     for question_chunk, passage_chunk in ((1, 1), (3, 5), (99, 99)):
         changes = {"question_chunk": question_chunk, "passage_chunk": passage_chunk, "grad_cache": cache}
         changes |= {"shared_encoder": shared, "gradient_scale": 0.125, "dropout": 0.0}

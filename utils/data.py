@@ -132,7 +132,9 @@ def passage_of(entry, corpus):
 
 
 def passage_key(entry):
-    """Return what makes two entries the same passage: the corpus id, or title and text of an inline passage."""
+    """
+    Return what makes two entries the same passage: the corpus id, or title and text of an inline passage.
+    """
     if isinstance(entry, str):
         return entry
     return entry.get("title", ""), entry["text"]
