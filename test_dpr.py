@@ -144,7 +144,7 @@ def search(vectors_QD, shards, index, cfg, device):
         if index is None:
             hits = as_lists(*exact_topk(block_QD[valid_Q], shards, cfg.k, device=device))
         else:
-            hits = search_index(index, block_QD[valid_Q], shards, cfg.k, exact=cfg.index == "Flat")
+            hits = search_index(index, block_QD[valid_Q], shards, cfg.k)
         hits = iter(hits)
         for valid in valid_Q:
             yield next(hits) if valid else []

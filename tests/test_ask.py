@@ -86,7 +86,7 @@ def test_the_readers_answer_stands_first(world, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     pids = re.findall(r"^dense \d+ \| BM25 \S+ \| \S+ \| (\S+) \|", said, re.M)
     corpus = Corpus(world / "corpus.tsv")
-    passages = [corpus[corpus.row(pid)] for pid in pids]
+    passages = [corpus.passage(pid) for pid in pids]
     rows = tokenize_rows(reader.tokenizer, QUESTION, passages, 40)
     wanted = predict(reader, [passages], [rows], [4], 10, 1)[0][0]
     i = wanted["passage_idx"]
@@ -115,7 +115,7 @@ def test_fid_writes_its_answer_from_all_passages(world, tmp_path, monkeypatch, c
         say(world, monkeypatch, question, reader=tmp_path / "fid")
         said = capsys.readouterr().out
         pids = re.findall(r"^dense \d+ \| BM25 \S+ \| \S+ \| (\S+) \|", said, re.M)
-        passages = [corpus[corpus.row(pid)] for pid in pids]
+        passages = [corpus.passage(pid) for pid in pids]
         wanted = answer(fid, [tokenize_contexts(fid, question, passages)], 1)[0]
         assert len(pids) == 4 and said.startswith(f"answer: {wanted} | FiD over 4 passages\n")
         assert re.search(r"\| read \d+ ms\n", said)

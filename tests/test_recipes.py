@@ -218,7 +218,7 @@ def test_rocketqa_nq(rehearsal):
     for name in ("c", "d1", "d1_raw"):
         rows = lines(run / f"{name}.jsonl")
         for row in rows:
-            texts = [corpus[corpus.row(row[key][0])].text for key in ("positives", "negatives")]
+            texts = [corpus.passage(row[key][0]).text for key in ("positives", "negatives")]
             assert [has_answer(text, row["answers"]) for text in texts] == [True, False]
         negatives = [dict(scores[row["qid"]]).get(row["negatives"][0], 9) for row in rows]
         assert all(score < below for score in negatives) == (name == "d1")
@@ -270,7 +270,7 @@ def test_ance_tele_trivia(rehearsal):
     without = [row for row in rows if int(row["qid"][1:]) < 10]
     assert without and len(rows) >= 30
     for row in without:
-        assert has_answer(corpus[corpus.row(row["positives"][0])].text, row["answers"])
+        assert has_answer(corpus.passage(row["positives"][0]).text, row["answers"])
     assert "--question_tokens 64" in output and "top-20" in metrics_of(run, "m1")
 
 

@@ -142,7 +142,7 @@ def test_the_file(make, tmp_path, capsys):
     assert [row["qid"] for row in read_questions(tmp_path / "mss.jsonl")] == [row["qid"] for row in rows]
     for row in rows:
         (answer,), (pid,) = row["answers"], row["positives"]
-        passage = " ".join(corpus[corpus.row(pid)].text.split())
+        passage = " ".join(corpus.passage(pid).text.split())
         assert set(row) == {"qid", "question", "answers", "positives"}
         assert row["question"].count("[MASK]") == 1
         assert row["question"].replace("[MASK]", answer) in passage

@@ -294,7 +294,7 @@ def test_a_run_learns(world, tmp_path, monkeypatch):
     corpus = Corpus(world / "corpus.tsv")
     rng = np.random.default_rng(0)
     for name, questions, ids in (("train", 60, range(1, 41)), ("dev", 20, range(41, 61))):
-        texts = {str(i): corpus[corpus.row(str(i))].text for i in ids}
+        texts = {str(i): corpus.passage(str(i)).text for i in ids}
         red = [pid for pid in texts if " red" in texts[pid]]
         other = [pid for pid in texts if pid not in red]
         with open(tmp_path / f"{name}.jsonl", "w") as file:

@@ -26,9 +26,7 @@ NOT_OURS |= {errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EMFILE}
 
 
 class UserError(Exception):
-    """
-    A mistake of the user or in the user's files: printed as one line (what, where, the fix), no traceback.
-    """
+    """A mistake of the user: printed as one line (what, where, the fix), without a traceback."""
 
 
 # ---------------------------------------------------------------- errors
@@ -196,9 +194,7 @@ def typed(key, value, default, where):
 
 # ---------------------------------------------------------------- checks before any work
 def must_be_one_of(cfg, **allowed):
-    """
-    UserError unless each key has one of the values allowed: must_be_one_of(cfg, pooling=("cls", "mean")).
-    """
+    """UserError unless each key has an allowed value: must_be_one_of(cfg, pooling=("cls", "mean"))."""
     for key, values in allowed.items():
         if getattr(cfg, key) not in values:
             raise UserError(f"{key} must be one of {', '.join(map(str, values))}, got {getattr(cfg, key)!r}")
@@ -213,10 +209,9 @@ def at_least(cfg, least, *keys):
 
 def file_fault(path):
     """Return what keeps a file from being read, or ""."""
-    path = Path(path)
-    if path.is_file():
+    if Path(path).is_file():
         return ""
-    return "is a folder; name a file" if path.is_dir() else "no such file"
+    return "is a folder; name a file" if Path(path).is_dir() else "no such file"
 
 
 def model_fault(path, kind="model"):
