@@ -161,8 +161,8 @@ def in_batch_loss(q_QD, p_ND, positive_Q, excluded=None):
     """
     Return (the mean of -log softmax_n(q . p_n) at the positives, how many questions score highest there).
 
-    The paper's Eq. 2, without a temperature. q_QD, p_ND: vectors of the global batch. positive_Q: the column of
-    each question's positive. excluded: [2, E], pairs (question, column) taken out of the softmax.
+    The paper's Eq. 2, without a temperature. q_QD, p_ND: vectors of the global batch. positive_Q: the column
+    of each question's positive. excluded: [2, E], pairs (question, column) taken out of the softmax.
     """
     scores_QN = q_QD @ p_ND.T
     if excluded is not None and excluded.numel():

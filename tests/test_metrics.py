@@ -1,12 +1,18 @@
 """Metrics: the numbers of DPR's, RocketQA's and nanoDPR's own scripts, hand-made cases, a plain bootstrap."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.toy import COLOURS
+from utils import metrics
+from utils.data import Corpus
 from utils.metrics import bootstrap_interval, hit_at, mrr, ndcg, positive_ranks, topk_accuracy
+from utils.plumbing.config import ROOT
 from utils.text import has_answer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -16,19 +22,18 @@ def golden(name):
     return json.loads((GOLDEN / f"{name}.json").read_text())["cases"]
 
 
+def value(table):
+    return {name: metric["value"] for name, metric in table.items()}
+
+
+# ---------------------------------------------------------------- the originals' numbers
 def test_topk_accuracy_golden():
     """DPR's table, as far as it goes: to the length of the first question's list."""
     for case in golden("topk_accuracy"):
         ks = list(range(1, case["n_docs"] + 1))
-        ours = topk_accuracy([[bool(hit) for hit in one] for one in case["hits"]], ks)
+        ours = topk_accuracy([[bool(hit) for hit in hits] for hits in case["hits"]], ks)
         assert list(ours) == ks
         assert list(ours.values()) == pytest.approx(case["accuracies"], abs=1e-9)
-
-
-def test_topk_accuracy_counts_short_and_empty_lists():
-    """A question with few or no results stays in the denominator, and long lists are read to the end."""
-    hits = [[False], [], [False, False, True], [True]]
-    assert topk_accuracy(hits, [1, 3, 100]) == {1: 0.25, 3: 0.5, 100: 0.5}
 
 
 def first_ranks(qrels, run):
@@ -43,7 +48,7 @@ def first_ranks(qrels, run):
 
 
 def test_msmarco_golden():
-    """RocketQA's MS MARCO script: a query without results counts 0, and its recall@k is a hit rate."""
+    """RocketQA's MS MARCO script: a question without results counts 0, and its recall@k is a hit rate."""
     cases = [case for case in golden("msmarco_eval") if not case.get("reference_quirk")]
     assert len(cases) > 10
     for case in cases:
@@ -74,6 +79,13 @@ def test_positive_ranks_golden():
             assert ranks.mean() == pytest.approx(case["average_rank_1based"], abs=1e-8)
 
 
+# ---------------------------------------------------------------- by hand
+def test_topk_accuracy_counts_short_and_empty_lists():
+    """A question with few or no results stays in the denominator, and long lists are read to the end."""
+    hits = [[False], [], [False, False, True], [True]]
+    assert topk_accuracy(hits, [1, 3, 100]) == {1: 0.25, 3: 0.5, 100: 0.5}
+
+
 def test_positive_ranks_are_pessimistic():
     """A collapsed encoder (all scores equal) and a broken one (NaN) rank last, where a sort may say first."""
     assert positive_ranks(np.zeros((2, 5), np.float32), [0, 4]).tolist() == [5, 5]
@@ -98,13 +110,9 @@ def test_ndcg_by_hand():
 @pytest.mark.parametrize("kind", ["hits", "reciprocal ranks", "all different"])
 def test_bootstrap_is_the_plain_bootstrap(kind):
     """The same interval as drawing questions one by one with replacement, up to the noise of the draws."""
-    rng = np.random.default_rng(1)
-    n = 200
-    values = {
-        "hits": rng.random(n) < 0.3,
-        "reciprocal ranks": 1 / rng.integers(1, 12, n),
-        "all different": rng.random(n) ** 2,
-    }[kind]
+    rng, n = np.random.default_rng(1), 200
+    ranks = 1 / rng.integers(1, 12, n)
+    values = {"hits": ranks < 0.3, "reciprocal ranks": ranks, "all different": rng.random(n) ** 2}[kind]
     means = [rng.choice(values, n).mean() for _ in range(4000)]
     width = np.subtract(*np.percentile(means, [97.5, 2.5]))
     ours = bootstrap_interval(values, samples=4000)
@@ -127,3 +135,79 @@ def test_no_questions_is_not_a_score():
     for empty in (lambda: mrr([], 10), lambda: topk_accuracy([], [1]), lambda: bootstrap_interval([])):
         with pytest.raises(AssertionError, match="no questions"):
             empty()
+
+
+# ---------------------------------------------------------------- of a ranking, of answers
+@pytest.fixture
+def corpus(tmp_path):
+    """Sixty passages with the title paris: the things 1, 6, 11 ... are red, 2, 7 ... blue and so on."""
+    rows = "".join(f"{pid}\tthe thing is {COLOURS[(pid - 1) % 5]}\tparis\n" for pid in range(1, 61))
+    (tmp_path / "corpus.tsv").write_text(rows)
+    return Corpus(tmp_path / "corpus.tsv")
+
+
+def test_metrics_of_a_hand_made_ranking(corpus):
+    """A question without passages is a miss, a short list counts what it has, titles are not searched."""
+    ranked = [
+        ({"answers": ["Green"], "positives": ["3", "4"]}, ["1", "3"]),  # the answer and a positive at rank 2
+        ({"answers": ["red"], "positives": []}, ["1"]),  # the answer at rank 1, nothing to judge by id
+        ({"answers": ["red"], "positives": ["1"]}, []),
+        ({"answers": [], "positives": [{"title": "", "text": "inline"}]}, ["1"]),  # in no metric
+    ]
+    table = metrics.retrieval_metrics(ranked, corpus, ks=[1, 10])
+    counts = {"top-1": 3, "top-10": 3, "MRR@10": 2, "nDCG@10": 2, "hit@1": 2, "hit@10": 2}
+    assert {name: metric["n"] for name, metric in table.items()} == counts
+    wanted = {"top-1": 1 / 3, "top-10": 2 / 3, "MRR@10": 1 / 4, "hit@1": 0, "hit@10": 1 / 2}
+    wanted["nDCG@10"] = 1 / np.log2(3) / (1 + 1 / np.log2(3)) / 2
+    assert value(table) == pytest.approx(wanted)
+    for answer, regex, wanted in (
+        ("paris", False, [0, 0]),
+        (r"gr\w+n\b", False, [0, 0]),
+        (r"gr\w+n\b", True, [0, 1]),
+    ):
+        ranked = [({"answers": [answer], "positives": []}, ["1", "3"])]
+        assert list(value(metrics.retrieval_metrics(ranked, corpus, [1, 2], regex)).values()) == wanted
+
+
+def test_hits_at_50_and_1000_are_ms_marcos_recall(corpus):
+    """
+    A hit rate, however many positives: the first at rank 50 counts, at 51 not before 100. Accuracies stay
+    DPR's 1, 5, 20, 100.
+    """
+    at_50, at_51 = [str(pid) for pid in range(1, 61)], [str(pid) for pid in [60, *range(1, 60)]]
+    ranked = [(["50", "59"], at_50), (["50"], at_51), (["1"], [])]
+    ranked = [({"answers": ["red"], "positives": gold}, pids) for gold, pids in ranked]
+    table = value(metrics.retrieval_metrics(ranked, corpus, metrics.KS))
+    hits = {"hit@1": 0, "hit@5": 0, "hit@20": 0, "hit@50": 1 / 3, "hit@100": 2 / 3, "hit@1000": 2 / 3}
+    assert {name: table[name] for name in table if name.startswith("hit")} == pytest.approx(hits)
+    assert [name for name in table if name.startswith("top")] == ["top-1", "top-5", "top-20", "top-100"]
+
+
+def test_one_ranking_in_memory():
+    """Each question with its passages or none; the next ranking is read when its question is due."""
+    read = []
+
+    def rankings():
+        for qid, hits in (("a", [("7", 2.0), ("8", 1.0)]), ("c", [("9", 3.0)])):
+            read.append(qid)
+            yield qid, hits
+
+    ranked = metrics.one_question_at_a_time([{"qid": qid} for qid in "abc"], rankings())
+    assert next(ranked) == ({"qid": "a"}, ["7", "8"]) and read == ["a"]
+    assert list(ranked) == [({"qid": "b"}, []), ({"qid": "c"}, ["9"])]
+    with pytest.raises(AssertionError, match="'c' of the ranking is not in the order"):
+        list(metrics.one_question_at_a_time([{"qid": "a"}], rankings()))
+
+
+def test_answer_scores_by_hand():
+    """A value for each depth and question with answers; none is 0; one word of two is an F1 of 2/3."""
+    examples = [{"answers": ["red river"]}, {"answers": []}, {"answers": ["blue"]}]
+    answers = [[{"text": "Red River."}, {"text": "river"}], [None, None], [None, {"text": "green"}]]
+    scores = metrics.answer_scores(examples, answers, [1, 5])
+    assert scores == {"EM@1": [1, 0], "F1@1": [1, 0], "EM@5": [0, 0], "F1@5": [pytest.approx(2 / 3), 0]}
+
+
+def test_no_torch():
+    """Reading a ranking takes no second of importing torch."""
+    code = "import sys, utils.metrics; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -5,23 +5,20 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-import yaml
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 import rerank
-from test_dpr import retrieval_metrics
-from tests.processes import ENVIRONMENT, run
+from tests.processes import ENVIRONMENT, command, run
 from tests.toy import make_world, tokenizer
 from utils.cross_encoder import CrossEncoder, load_cross_encoder
 from utils.data import Corpus, iter_run, read_questions, read_run, write_run
+from utils.metrics import one_question_at_a_time, retrieval_metrics
 from utils.plumbing.config import ROOT, UserError
 from utils.plumbing.weights import save_encoder
-
-torch.set_num_threads(1)  # why: threads that wait for each other take seconds on a busy machine
-SMALL = {"depth": 7, "batch_size": 5, "block": 3}
 
 
 def save_cross(folder, words, seed=0):
@@ -47,32 +44,45 @@ def world(tmp_path_factory):
     return folder
 
 
-def arguments(world, out, keys):
+@pytest.fixture
+def keys(world):
     files = {"questions": "test.jsonl", "ranking": "test.run", "corpus": "corpus.tsv"}
-    files = {key: world / name for key, name in (files | {"cross_encoder": "cross_encoder"}).items()}
-    return files | SMALL | {"out": out} | keys
+    files |= {"cross_encoder": "cross_encoder"}
+    return {key: world / name for key, name in files.items()} | {"depth": 7, "batch_size": 5, "block": 3}
 
 
 @pytest.fixture
-def call(world, tmp_path, monkeypatch):
+def call(keys, tmp_path, monkeypatch):
     """call(out="a.run", key=value ...) runs the script in this process and returns the file it wrote."""
 
-    def call(out="a.run", **keys):
-        keys = arguments(world, tmp_path / out, keys)
-        flags = [part for key, value in keys.items() for part in (f"--{key}", str(value))]
-        monkeypatch.setattr(sys, "argv", ["rerank.py", *flags])
+    def call(out="a.run", **changes):
+        argv = command("rerank.py", keys | {"out": tmp_path / out} | changes)[1:]
+        monkeypatch.setattr(sys, "argv", argv)
         AcceleratorState._reset_state(True)  # why: it keeps the first mixed_precision of a process for ever
         rerank.main()
-        return keys["out"]
+        return tmp_path / out
 
     return call
+
+
+@pytest.fixture
+def pairs(monkeypatch):
+    """A list that gets the number of pairs of every call of `probabilities`."""
+    counts, score = [], rerank.probabilities
+
+    def counted(cross, ids, *rest):
+        counts.append(len(ids))
+        return score(cross, ids, *rest)
+
+    monkeypatch.setattr(rerank, "probabilities", counted)
+    return counts
 
 
 def scores_of(path):
     return {(qid, pid): score for qid, hits in iter_run(path) for pid, score in hits}
 
 
-# ------------------------------------------------------------------------------------------ scores
+# ---------------------------------------------------------------- scores
 def test_a_score_is_the_probability_of_the_pair_alone(world, call):
     """Each of the first `depth` pairs through transformers alone, without padding: the same P to 1e-6."""
     model = AutoModelForSequenceClassification.from_pretrained(world / "cross_encoder").eval()
@@ -85,25 +95,20 @@ def test_a_score_is_the_probability_of_the_pair_alone(world, call):
         assert {pid for pid, _ in hits} == {pid for pid, _ in given[qid][:7]}
         assert hits == sorted(hits, key=lambda hit: -hit[1])
         for pid, score in hits:
-            _, title, text = corpus[corpus.row(pid)]
-            pair = words(
-                questions[qid], f"{title} {text}", truncation=True, max_length=24, return_tensors="pt"
-            )
+            passage = corpus[corpus.row(pid)]
+            texts = questions[qid], f"{passage.title} {passage.text}"
+            pair = words(*texts, truncation=True, max_length=24, return_tensors="pt")
             cut += pair.input_ids.shape[1] == 24
             with torch.no_grad():
                 alone = model(**pair).logits.double().softmax(1)[0, 1].item()
             assert abs(score - alone) < 1e-6
-    assert cut > 5 and len({round(score, 3) for score in scores_of(call()).values()}) > 40
+    assert cut > 5 and len({round(score, 3) for hits in found.values() for _, score in hits}) > 40
 
 
 def test_order_ties_and_the_last_bit(world, call, monkeypatch):
     """Ties keep the given order, and 1 - 1e-15 stays under 1: the file reads back to the same float64."""
     made = [0.25, 1 - 1e-15, 0.25, 1.0, 1e-300, 0.25, 1 - 1e-15]
-    monkeypatch.setattr(
-        rerank,
-        "probabilities",
-        lambda cross, ids, *rest: torch.tensor(made * (len(ids) // 7), dtype=torch.float64).numpy(),
-    )
+    monkeypatch.setattr(rerank, "probabilities", lambda _, ids, *rest: np.array(made * (len(ids) // 7)))
     out = call()
     for qid, given in read_run(world / "test.run").items():
         pids = [pid for pid, _ in given]
@@ -111,28 +116,19 @@ def test_order_ties_and_the_last_bit(world, call, monkeypatch):
         assert read_run(out)[qid] == expected
 
 
-@pytest.mark.parametrize("keys", [{"block": 1}, {"block": 99}, {"batch_size": 1}, {"batch_size": 64}])
-def test_blocks_and_batches_do_not_matter(call, keys):
-    """However the pairs are cut, each keeps its probability to 1e-6."""
-    one, other = scores_of(call("a.run")), scores_of(call("b.run", **keys))
-    assert one.keys() == other.keys() and all(abs(one[pair] - other[pair]) < 1e-6 for pair in one)
+def test_blocks_batches_and_precision(call):
+    """However the pairs are cut, each keeps its probability to 1e-6; bf16 gives others, a hundredth away."""
+    one = scores_of(call("a.run"))
+    for keys in ({"block": 1}, {"block": 99}, {"batch_size": 1}, {"batch_size": 64}):
+        other = scores_of(call("b.run", **keys))
+        assert one.keys() == other.keys() and all(abs(one[pair] - other[pair]) < 1e-6 for pair in one)
+    half = scores_of(call("b.run", mixed_precision="bf16"))
+    assert 1e-5 < max(abs(one[pair] - half[pair]) for pair in one) < 0.05
 
 
-def test_bf16_is_near_and_not_the_same(call):
-    """mixed_precision reaches the model: other numbers, a hundredth away."""
-    one, other = scores_of(call("a.run")), scores_of(call("b.run", mixed_precision="bf16"))
-    assert 1e-5 < max(abs(one[pair] - other[pair]) for pair in one) < 0.05
-
-
-def test_two_processes_write_the_same_bytes_as_one(world, call, tmp_path):
+def test_two_processes_write_the_same_bytes_as_one(keys, call, tmp_path):
     """Block i belongs to process i modulo W and no batch crosses a block, so nothing differs."""
-    keys = yaml.safe_load((ROOT / "config/rerank.yaml").read_text())
-    keys |= {
-        k: v if isinstance(v, int) else str(v) for k, v in arguments(world, tmp_path / "two.run", {}).items()
-    }
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(keys))
-    done = run("rerank.py", {"config": tmp_path / "two.yaml"}, processes=2)
-    (tmp_path / "two.yaml").unlink()
+    done = run("rerank.py", keys | {"out": tmp_path / "two.run"}, processes=2)
     assert done.returncode == 0, done.stderr
     assert "42/42" in done.stderr and "70 pairs scored" in done.stdout  # the first has blocks 0 and 2 of 4
     one = call("one.run")
@@ -147,9 +143,9 @@ def test_the_run_is_never_in_memory(world, call, monkeypatch):
     read = []
 
     def counted(path):
-        for one in iter_run(path):
-            read.append(one[0])
-            yield one
+        for qid, hits in iter_run(path):
+            read.append(qid)
+            yield qid, hits
 
     monkeypatch.setattr(rerank, "iter_run", counted)
     seen, score = [], rerank.probabilities
@@ -163,7 +159,7 @@ def test_the_run_is_never_in_memory(world, call, monkeypatch):
     assert seen == [4, 6, 8, 10, 10]
 
 
-# ----------------------------------------------------------------------------------------- crashes
+# ---------------------------------------------------------------- crashes
 DIE = """
 import os, rerank
 write, calls = rerank.write_run, []
@@ -177,41 +173,21 @@ rerank.main()
 """
 
 
-def count_pairs(monkeypatch):
-    """A list that gets the number of pairs of every call of `probabilities`."""
-    pairs, score = [], rerank.probabilities
-
-    def counted(cross, ids, *rest):
-        pairs.append(len(ids))
-        return score(cross, ids, *rest)
-
-    monkeypatch.setattr(rerank, "probabilities", counted)
-    return pairs
-
-
-def test_killed_while_writing_a_part(world, call, tmp_path, monkeypatch, capsys):
+def test_killed_while_writing_a_part(keys, call, tmp_path, pairs, capsys):
     """SIGKILL in the third of four blocks: two are kept and not scored again, the end is the same."""
     out = tmp_path / "a.run"
-    flags = [part for key, value in arguments(world, out, {}).items() for part in (f"--{key}", str(value))]
-    argv = [sys.executable, "-c", DIE, *flags]
-    one_thread = ENVIRONMENT | {
-        "OMP_NUM_THREADS": "1"
-    }  # why: another number of threads changes the last bits
-    killed = subprocess.run(argv, cwd=ROOT, env=one_thread, capture_output=True, text=True)
+    argv = [sys.executable, "-c", DIE, *command("", keys | {"out": out})[2:]]
+    killed = subprocess.run(argv, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr
-    assert not out.exists()
-    assert [part.name for part in sorted((tmp_path / "a.run.parts").glob("*.run"))] == [
-        "00000.run",
-        "00001.run",
-    ]
-    pairs = count_pairs(monkeypatch)
+    parts = sorted(part.name for part in (tmp_path / "a.run.parts").glob("*.run"))
+    assert parts == ["00000.run", "00001.run"] and not out.exists()
     call()
     assert pairs == [21, 7] and "70 pairs, 42 of them done before" in capsys.readouterr().out
     assert out.read_bytes() == call("whole.run").read_bytes()
     assert not (tmp_path / "a.run.parts").exists()
 
 
-def test_a_crash_in_the_metrics_costs_no_score(call, tmp_path, monkeypatch):
+def test_a_crash_in_the_metrics_costs_no_score(call, tmp_path, monkeypatch, pairs):
     """The parts go last: when the metrics fail, the next call scores nothing and ends."""
 
     def crash(*args):
@@ -220,9 +196,9 @@ def test_a_crash_in_the_metrics_costs_no_score(call, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(UserError, match="no metrics"):
         patch.setattr(rerank, "measure", crash)
         call()
-    pairs = count_pairs(monkeypatch)
+    assert sum(pairs) == 70
     first = call().read_bytes()
-    assert not pairs and first == call("b.run").read_bytes()
+    assert sum(pairs) == 70 and first == call("b.run").read_bytes()
     assert (tmp_path / "a.metrics.json").read_text() == (tmp_path / "b.metrics.json").read_text()
 
 
@@ -255,13 +231,20 @@ def test_parts_of_another_job_are_refused(world, call, tmp_path, monkeypatch):
     assert (tmp_path / "b.run.parts" / "notes.txt").exists()
 
 
-# ----------------------------------------------------------------------------------------- metrics
+# ---------------------------------------------------------------- metrics
+def measured(world, path, depth):
+    """The metrics of a run cut at `depth`; its questions may be in any order."""
+    ranking = {qid: hits[:depth] for qid, hits in iter_run(path)}
+    questions = read_questions(world / "test.jsonl")
+    hits = ((q["qid"], ranking[q["qid"]]) for q in questions if q["qid"] in ranking)
+    ranked = one_question_at_a_time(questions, hits)
+    return retrieval_metrics(ranked, Corpus(world / "corpus.tsv"), [1, 5])
+
+
 def test_metrics_before_and_after(world, call, tmp_path, capsys):
     """Those of test_dpr.py on the ranking cut at `depth`, and on the file written; only k <= depth."""
     out = call()
-    questions, corpus = read_questions(world / "test.jsonl"), Corpus(world / "corpus.tsv")
-    cut = {qid: hits[:7] for qid, hits in iter_run(world / "test.run")}
-    expected = [retrieval_metrics(questions, run, corpus, [1, 5])[0] for run in (cut, read_run(out))]
+    expected = [measured(world, world / "test.run", 7), measured(world, out, 7)]
     metrics = json.loads((tmp_path / "a.metrics.json").read_text())
     assert [metrics["before"], metrics["after"]] == expected and expected[0] != expected[1]
     assert list(expected[0]) == ["top-1", "top-5", "hit@1", "hit@5"]
@@ -281,8 +264,7 @@ def test_other_orders_and_other_questions(world, call, tmp_path, capsys):
     assert list(found) == [qid for qid, _ in ranking if qid != "stranger"]
     said = capsys.readouterr().out
     assert "1 rankings left out" in said and "lacks 2 questions, such as q50" in said
-    questions, corpus = read_questions(world / "test.jsonl"), Corpus(world / "corpus.tsv")
-    expected = retrieval_metrics(questions, found, corpus, [1, 5])[0]
+    expected = measured(world, tmp_path / "a.run", 7)
     metrics = json.loads((tmp_path / "a.metrics.json").read_text())["after"]
     assert all(metrics[name]["value"] == pytest.approx(expected[name]["value"]) for name in expected)
     assert metrics["hit@5"]["n"] == 10
@@ -299,42 +281,9 @@ def test_unlabelled_questions(world, call, tmp_path, capsys):
     assert json.loads((tmp_path / "a.metrics.json").read_text()) == {"before": {}, "after": {}}
 
 
-# ---------------------------------------------------------------------------------------- refusals
-def test_bad_inputs_are_named_before_the_model_loads(world, call, tmp_path, monkeypatch):
-    """One sentence each, no model read, and nothing written."""
-    monkeypatch.setattr(rerank, "load_cross_encoder", None)
-    files = {
-        "ghost.run": "q50\t1\t1\t2.0\nq50\t999\t2\t1.0\n",
-        "order.run": "q50\t1\t1\t2.0\nq50\t2\t2\t3.0\n",
-        "none.run": "x\t1\t1\t2.0\n",
-        "lost.jsonl": '{"qid": "q50", "question": "who", "positives": ["999"]}\n',
-    }
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    for keys, message in (
-        ({"out": "x.tsv"}, "out must be the path of a .run file"),
-        ({"out": world / "test.run"}, "is an input too .ranking."),
-        ({"depth": 0}, "depth must be at least 1"),
-        ({"mixed_precision": "fp8"}, "mixed_precision must be one of no, fp16, bf16"),
-        ({"mixed_precision": "fp16"}, "fp16 needs a GPU"),
-        ({"ranking": tmp_path / "absent.run"}, "ranking: .*absent.run: no such file"),
-        ({"ranking": tmp_path / "ghost.run"}, "no passage has the id '999'"),
-        (
-            {"ranking": tmp_path / "order.run"},
-            "order.run:2: score 3.0 under rank 2 is not in descending order",
-        ),
-        ({"ranking": tmp_path / "none.run"}, "has none of the questions of"),
-        ({"questions": tmp_path / "lost.jsonl"}, "no passage has the id '999'"),
-    ):
-        with pytest.raises(UserError, match=message):
-            call(**keys)
-    assert {file.name for file in tmp_path.iterdir()} == set(files)
-
-
+# ---------------------------------------------------------------- models that cannot score
 def test_bad_models_are_named(world, call, tmp_path):
-    """A dual encoder, a folder that does not say its lengths, and weights with NaN: a sentence each."""
-    with pytest.raises(UserError, match="a cross-encoder is needed"):
-        call(cross_encoder=world / "doc_encoder")
+    """A folder that does not say its lengths, and weights with NaN: a sentence each."""
     cross = load_cross_encoder(world / "cross_encoder")
     cross.model.save_pretrained(tmp_path / "foreign")
     cross.tokenizer.save_pretrained(tmp_path / "foreign")
@@ -343,16 +292,7 @@ def test_bad_models_are_named(world, call, tmp_path):
     oslo = cross.tokenizer.convert_tokens_to_ids("oslo")
     cross.model.bert.embeddings.word_embeddings.weight.data[oslo] = float("nan")
     save_encoder(cross, tmp_path / "nan")
-    qid, pid = next(
-        (q, p) for q, hits in iter_run(world / "test.run") for p, _ in hits[:7] if 16 <= int(p) < 21
-    )
+    hits = [(qid, pid) for qid, hits in iter_run(world / "test.run") for pid, _ in hits[:7]]
+    qid, pid = next((qid, pid) for qid, pid in hits if 16 <= int(pid) < 21)  # the passages about oslo
     with pytest.raises(UserError, match=f"question '{qid}', passage '{pid}': the score is NaN; the weights"):
         call(cross_encoder=tmp_path / "nan")
-
-
-def test_dry_run_writes_nothing(call, tmp_path, capsys):
-    """It says what the job would cost, and leaves nothing behind."""
-    call(dry_run="true")
-    said = capsys.readouterr().out
-    assert "dry run: rescoring" in said and "70 pairs on this device" in said
-    assert not list(tmp_path.iterdir())

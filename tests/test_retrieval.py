@@ -1,183 +1,114 @@
-"""test_dpr.py on sixty toy passages: a plain sort ranks, a hand counts the metrics, and errors come early."""
+"""test_dpr.py on sixty toy passages: a plain sort ranks, a hand counts. Mistakes of four scripts."""
 
+import importlib
 import json
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate.state import AcceleratorState
 
 import test_dpr
-from tests.toy import make_world
+from tests.processes import command
+from tests.test_rerank import save_cross
+from tests.toy import make_world, tokenizer
 from utils.data import Corpus, read_questions, read_run, write_run
-from utils.encoder import embed, tokenize_passages, tokenize_questions
-from utils.plumbing.config import UserError
+from utils.encoder import embed, tokenize_questions
+from utils.plumbing.config import UserError, friendly_errors
 from utils.plumbing.embeddings import open_embeddings
-from utils.plumbing.files import read_json, sha256, write_json
+from utils.plumbing.files import read_json, write_json
 from utils.plumbing.weights import load_encoder
-from utils.text import has_answer
 
-ROOT = Path(__file__).parent.parent
+
+def call(patch, script, keys):
+    """Run a script in this process as its command line does."""
+    patch.setattr(sys, "argv", command(script, keys)[1:])
+    AcceleratorState._reset_state(True)  # why: it keeps the first mixed_precision of a process for ever
+    importlib.import_module(script.removesuffix(".py")).main()
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """The toy world and its embeddings, written as doc2embedding.py writes them."""
+    """The toy world, its embeddings in three shards, and a ranking."""
     folder = make_world(tmp_path_factory.mktemp("world"))
-    corpus = Corpus(folder / "corpus.tsv")
-    encoder = load_encoder(folder / "doc_encoder", "passage")
-    x_ND = embed(encoder, tokenize_passages(encoder, [corpus[i][1:] for i in range(60)]), 16, "passage")
-    (folder / "embeddings").mkdir()
-    for i in range(3):
-        np.save(folder / "embeddings" / f"{i:05d}.npy", x_ND[25 * i : 25 * i + 25].astype(np.float16))
-    manifest = {
-        "rows": 60,
-        "dim": x_ND.shape[1],
-        "dtype": "float16",
-        "shard_size": 25,
-        "encoder": "e",
-        "pair": "toy",
-        "role": "passage",
-        "corpus": corpus.sha256,
-        "shards": {f"{i:05d}.npy": sha256(folder / "embeddings" / f"{i:05d}.npy") for i in range(3)},
-        "complete": True,
-    }
-    write_json(folder / "embeddings" / "manifest.json", manifest)
+    keys = {"corpus": folder / "corpus.tsv", "doc_encoder": folder / "doc_encoder", "shard_size": 25}
+    with pytest.MonkeyPatch.context() as patch:
+        call(patch, "doc2embedding.py", keys | {"out": folder / "embeddings"})
+    save_cross(folder / "cross_encoder", tokenizer(folder))
+    write_run(folder / "test.run", [("q50", [("51", 2.0), ("1", 1.0)])])
     return folder
 
 
 @pytest.fixture
 def test(world, tmp_path, monkeypatch):
-    """Run test_dpr.py as its command line does; returns the ranking and the metrics of this run."""
+    """Run test_dpr.py as its command line does; returns the ranking and the metrics that it wrote."""
 
     def run(**keys):
-        keys = {
-            "questions": world / "test.jsonl",
-            "corpus": world / "corpus.tsv",
-            "embeddings": world / "embeddings",
-            "query_encoder": world / "query_encoder",
-            "out": tmp_path / "out" / "test.run",
-            "k": 20,
-        } | keys
-        monkeypatch.setattr(sys, "argv", ["test_dpr.py", *(f"--{k}={v}" for k, v in keys.items())])
-        test_dpr.main()
-        out = Path(keys["out"])
-        return read_run(out), read_json(out.with_suffix(".metrics.json"))
+        files = {"questions": "test.jsonl", "corpus": "corpus.tsv", "embeddings": "embeddings"}
+        files = {key: world / name for key, name in (files | {"query_encoder": "query_encoder"}).items()}
+        call(monkeypatch, "test_dpr.py", files | {"out": tmp_path / "out/test.run", "k": 20} | keys)
+        metrics = tmp_path / "out/test.metrics.json"
+        return read_run(tmp_path / "out/test.run"), read_json(metrics) if metrics.is_file() else None
 
     return run
 
 
-def test_the_ranking_is_a_plain_sort_of_the_inner_products(world, test):
-    """Question vectors times passage vectors, largest first: the whole of dense retrieval in three lines."""
-    ranking, _ = test(index="stream")
-    encoder, questions = (
-        load_encoder(world / "query_encoder", "question"),
-        read_questions(world / "test.jsonl"),
-    )
-    q_QD = embed(encoder, tokenize_questions(encoder, [q["question"] for q in questions]), 64, "question")
-    shards = [np.load(world / "embeddings" / f"{i:05d}.npy") for i in range(3)]
-    scores_QN = q_QD.astype(np.float64) @ np.concatenate(shards).astype(np.float64).T
+@pytest.fixture(scope="module")
+def x_ND(world):
+    """The stored vectors, in float64."""
+    return np.concatenate(open_embeddings(world / "embeddings")[0]).astype(np.float64)
+
+
+def assert_ranked_by(scores_QN, questions, ranking):
+    """Each question has the 20 best of its row, equal ones in the order of the corpus."""
     for question, scores_N in zip(questions, scores_QN, strict=True):
         best = np.argsort(-scores_N, kind="stable")[:20]
         assert [pid for pid, _ in ranking[question["qid"]]] == [str(row + 1) for row in best]
         np.testing.assert_allclose([s for _, s in ranking[question["qid"]]], scores_N[best], rtol=1e-5)
 
 
-def test_flat_writes_the_bytes_that_stream_writes(test, tmp_path):
-    """Two ways of exact search, one answer; HNSW on sixty passages finds nearly the same."""
-    test(index="stream")
-    streamed = (tmp_path / "out" / "test.run").read_bytes()
-    test(index="Flat")
-    assert (tmp_path / "out" / "test.run").read_bytes() == streamed
-    exact, (hnsw, _) = read_run(tmp_path / "out" / "test.run"), test(index="HNSW32")
-    shared = [len(dict(hnsw[qid]).keys() & dict(exact[qid]).keys()) for qid in exact]
-    assert np.mean(shared) > 19
+# ---------------------------------------------------------------- search
+def test_the_ranking_is_a_plain_sort_of_the_inner_products(world, test, x_ND):
+    """Question vectors times passage vectors, largest first: the whole of dense retrieval in three lines."""
+    encoder = load_encoder(world / "query_encoder", "question")
+    questions = read_questions(world / "test.jsonl")
+    q_QD = embed(encoder, tokenize_questions(encoder, [q["question"] for q in questions]), 64)
+    assert_ranked_by(q_QD.astype(np.float64) @ x_ND.T, questions, test(index="stream")[0])
 
 
-def test_metrics_are_those_counted_from_the_run(world, test):
-    """top-k: the colour is a word of the text; MRR@10 and hit@k: the rank of the one positive."""
-    ranking, metrics = test()
-    corpus, top5, reciprocal, hit20, gain = Corpus(world / "corpus.tsv"), [], [], [], []
-    for q in read_questions(world / "test.jsonl"):
-        pids = [pid for pid, _ in ranking[q["qid"]]]
-        texts = [corpus[int(pid) - 1].text.split() for pid in pids]
-        top5.append(any(q["answers"][0] in text for text in texts[:5]))
-        rank = pids.index(q["positives"][0]) + 1 if q["positives"][0] in pids else 999
-        reciprocal.append(1 / rank if rank <= 10 else 0)
-        hit20.append(rank <= 20)
-        gain.append(1 / np.log2(1 + rank) if rank <= 10 else 0)
-    for name, values in (("top-5", top5), ("MRR@10", reciprocal), ("hit@20", hit20), ("nDCG@10", gain)):
-        m = metrics[name]
-        assert m["value"] == pytest.approx(np.mean(values)) and m["n"] == 10
-        assert 0 <= m["low"] <= m["value"] <= m["high"] <= 1
-    assert "top-100" not in metrics  # k is 20
+def test_flat_writes_the_bytes_that_stream_writes(test, tmp_path, monkeypatch):
+    """Two ways of exact search, in any blocks of questions, one answer; HNSW finds nearly the same."""
+    exact, _ = test(index="stream")
+    streamed = (tmp_path / "out/test.run").read_bytes()
+    monkeypatch.setattr(test_dpr, "BLOCK", 3)
+    for index in ("stream", "Flat"):
+        test(index=index)
+        assert (tmp_path / "out/test.run").read_bytes() == streamed
+    hnsw, _ = test(index="HNSW32")
+    assert np.mean([len(dict(hnsw[qid]).keys() & dict(exact[qid]).keys()) for qid in exact]) > 19
 
 
-def test_metrics_of_a_hand_made_ranking(world):
-    """A missing question is a miss, a short list counts what it has, titles are not searched."""
-    corpus = Corpus(world / "corpus.tsv")  # passages 1-5: paris, river to garden, red blue green white black
-    questions = [
-        {"qid": "a", "answers": ["Green"], "positives": ["3", "4"]},  # first answer at rank 2, positives at 2
-        {"qid": "b", "answers": ["red"], "positives": []},  # answer at rank 1, nothing to judge by id
-        {"qid": "c", "answers": ["red"], "positives": ["1"]},  # not in the ranking
-        {"qid": "d", "answers": [], "positives": [{"title": "", "text": "inline"}]},  # in no metric
-    ]
-    results = {"a": [("1", 9.0), ("3", 8.0)], "b": [("1", 7.0)], "d": [("1", 1.0)]}
-    metrics, hits = test_dpr.retrieval_metrics(questions, results, corpus, ks=[1, 10])
-    assert hits == [[False, True], [True], [], [False]]
-    assert {name: m["n"] for name, m in metrics.items()} == {
-        "top-1": 3, "top-10": 3, "MRR@10": 2, "nDCG@10": 2, "hit@1": 2, "hit@10": 2,
-    }  # fmt: skip
-    ideal = 1 + 1 / np.log2(3)
-    expected = {"top-1": 1 / 3, "top-10": 2 / 3, "MRR@10": 1 / 4, "nDCG@10": 1 / np.log2(3) / ideal / 2}
-    assert {name: metrics[name]["value"] for name in expected} == pytest.approx(expected)
-    by_regex, _ = test_dpr.retrieval_metrics(
-        [{"qid": "a", "answers": [r"gr\w+n\b"], "positives": []}], results, corpus, [1, 10], regex=True
-    )
-    assert (by_regex["top-1"]["value"], by_regex["top-10"]["value"]) == (0, 1)
+def test_k_above_the_corpus_lists_every_passage_once(test):
+    """min(k, passages) lines a question; DPR and nanoDPR repeat the last passage instead."""
+    for index in ("Flat", "stream", "HNSW32"):
+        ranking, _ = test(k=1000, index=index)
+        assert all(len({pid for pid, _ in hits}) == len(hits) <= 60 for hits in ranking.values())
+        assert index == "HNSW32" or all(len(hits) == 60 for hits in ranking.values())
 
 
-def test_hits_at_50_and_1000_are_ms_marcos_recall(world):
-    """
-    A hit rate, however many positives: the first at rank 50 counts, at 51 not before 1000. A question that is
-    not in the run counts as 0. Accuracies stay DPR's 1, 5, 20, 100.
-    """
-    corpus = Corpus(world / "corpus.tsv")
-    at_50, at_51 = [str(pid) for pid in range(1, 61)], [str(pid) for pid in [60, *range(1, 60)]]
-    questions = [
-        {"qid": qid, "answers": ["red"], "positives": positives}
-        for qid, positives in (("a", ["50", "59"]), ("b", ["50"]), ("missing", ["1"]))
-    ]
-    results = {qid: [(pid, 0.0) for pid in pids] for qid, pids in (("a", at_50), ("b", at_51))}
-    metrics, _ = test_dpr.retrieval_metrics(questions, results, corpus, test_dpr.KS)
-    hits = {name: m["value"] for name, m in metrics.items() if name.startswith("hit")}
-    expected = {"hit@1": 0, "hit@5": 0, "hit@20": 0, "hit@50": 1 / 3, "hit@100": 2 / 3, "hit@1000": 2 / 3}
-    assert hits == pytest.approx(expected)
-    assert [name for name in metrics if name.startswith("top")] == ["top-1", "top-5", "top-20", "top-100"]
-    assert metrics["top-5"]["value"] == pytest.approx(2 / 3) and metrics["hit@1000"]["n"] == 3
-
-
-def test_lookahead_searches_with_the_stored_vector_of_the_positive(world, test, tmp_path, capsys):
+def test_lookahead_searches_with_the_stored_vector_of_the_positive(world, test, x_ND, tmp_path, capsys):
     """
     The neighbours of a question's positive by a plain sort of the fp16 vectors; the positive itself is first,
     as a layer norm made all vectors of one length. No encoder is read, and no accuracy is counted.
     """
-    (tmp_path / "out").mkdir()
-    write_json(tmp_path / "out" / "test.metrics.json", {})  # for the fixture; look-ahead writes none
     ranking, metrics = test(lookahead="true", query_encoder=tmp_path / "nowhere", index="stream")
-    shards = [np.load(world / "embeddings" / f"{i:05d}.npy") for i in range(3)]
-    x_ND = np.concatenate(shards).astype(np.float64)
-    for question in read_questions(world / "test.jsonl"):
-        scores_N = x_ND @ x_ND[int(question["positives"][0]) - 1]
-        assert ranking[question["qid"]][0][0] == question["positives"][0]
-        best = np.argsort(-scores_N, kind="stable")[:20]
-        assert [pid for pid, _ in ranking[question["qid"]]] == [str(row + 1) for row in best]
-        np.testing.assert_allclose([s for _, s in ranking[question["qid"]]], scores_N[best], rtol=1e-6)
-    assert metrics == {} and "no accuracy is counted" in capsys.readouterr().out
-    flat = test(lookahead="true", index="Flat")[0]
-    assert flat == ranking
+    questions = read_questions(world / "test.jsonl")
+    rows = [int(question["positives"][0]) - 1 for question in questions]
+    assert_ranked_by(x_ND[rows] @ x_ND.T, questions, ranking)
+    assert all(ranking[q["qid"]][0][0] == q["positives"][0] for q in questions)
+    assert metrics is None and "no accuracy is counted" in capsys.readouterr().out
+    assert test(lookahead="true", index="Flat")[0] == ranking
 
 
 def test_lookahead_leaves_out_questions_without_a_passage_id(world, test, tmp_path, capsys):
@@ -185,41 +116,30 @@ def test_lookahead_leaves_out_questions_without_a_passage_id(world, test, tmp_pa
     questions = read_questions(world / "test.jsonl")
     questions[0]["positives"] = []
     questions[1]["positives"] = [{"title": "", "text": "inline"}, "3"]
-    (tmp_path / "some.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
-    (tmp_path / "none.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions[:2]))
-    (tmp_path / "out").mkdir()
-    write_json(tmp_path / "out" / "test.metrics.json", {})
+    for name, some in (("some", questions), ("none", questions[:2])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(q) + "\n" for q in some))
     ranking, _ = test(lookahead="true", questions=tmp_path / "some.jsonl")
     assert list(ranking) == [q["qid"] for q in questions[2:]]
     assert "2 of 10 questions have no passage id" in capsys.readouterr().out
     with pytest.raises(UserError, match="none.jsonl: 2 of 2"):
         test(lookahead="true", questions=tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="leave out bm25_run"):
-        test(lookahead="true", dry_run="true")
 
 
-def test_question_tokens_overrides_the_stored_length(world, test, monkeypatch):
+def test_question_tokens_overrides_the_stored_length(test, monkeypatch):
     """ANCE-Tele trains with 32 tokens and tests TriviaQA with 64: the key is what tokenize_questions sees."""
     lengths, plain = [], test_dpr.tokenize_questions
 
     def spy(encoder, questions):
-        lengths.append(max(map(len, plain(encoder, questions))))
-        return plain(encoder, questions)
+        ids = plain(encoder, questions)
+        lengths.append(max(map(len, ids)))
+        return ids
 
     monkeypatch.setattr(test_dpr, "tokenize_questions", spy)
     rankings = [test(question_tokens=n)[0] for n in (0, 16, 5)]
-    assert lengths[:2] == [lengths[0]] * 2 and lengths[0] > 5 and lengths[2] == 5
+    assert lengths[0] == lengths[1] > 5 == lengths[2]
     assert rankings[0] == rankings[1] != rankings[2]
     with pytest.raises(UserError, match="at most 256 tokens"):
         test(question_tokens=257)
-
-
-def test_k_above_the_corpus_lists_every_passage_once(test):
-    """min(k, passages) lines a question; DPR and nanoDPR repeat the last passage instead."""
-    for index in ("Flat", "stream", "HNSW32"):
-        ranking, _ = test(k=1000, index=index)
-        assert all(len({pid for pid, _ in found}) == len(found) <= 60 for found in ranking.values())
-        assert index == "HNSW32" or all(len(found) == 60 for found in ranking.values())
 
 
 def test_hybrid_by_hand(world, test, tmp_path, capsys):
@@ -237,6 +157,27 @@ def test_hybrid_by_hand(world, test, tmp_path, capsys):
     assert f"lacks 1 questions, such as {qids[0]}" in capsys.readouterr().out
 
 
+# ---------------------------------------------------------------- what is counted and said
+def test_metrics_are_those_counted_from_the_run(world, test):
+    """top-k: the colour is a word of the text; MRR@10, hit@k, nDCG@10: the rank of the one positive."""
+    ranking, metrics = test()
+    corpus = Corpus(world / "corpus.tsv")
+    values = {"top-5": [], "MRR@10": [], "hit@20": [], "nDCG@10": []}
+    for q in read_questions(world / "test.jsonl"):
+        pids = [pid for pid, _ in ranking[q["qid"]]]
+        words = [corpus[int(pid) - 1].text.replace(".", "").split() for pid in pids]
+        rank = pids.index(q["positives"][0]) + 1 if q["positives"][0] in pids else 999
+        values["top-5"].append(any(q["answers"][0] in text for text in words[:5]))
+        values["MRR@10"].append(1 / rank if rank <= 10 else 0)
+        values["hit@20"].append(rank <= 20)
+        values["nDCG@10"].append(1 / np.log2(1 + rank) if rank <= 10 else 0)
+    for name, numbers in values.items():
+        m = metrics[name]
+        assert m["value"] == pytest.approx(np.mean(numbers)) and m["n"] == 10
+        assert 0 <= m["low"] <= m["value"] <= m["high"] <= 1
+    assert "top-20" in metrics and "top-100" not in metrics  # k is 20
+
+
 def test_a_question_whose_vector_is_nan_is_reported_and_the_others_answered(test, monkeypatch, capsys):
     """It counts as a miss: n stays 10."""
 
@@ -250,64 +191,17 @@ def test_a_question_whose_vector_is_nan_is_reported_and_the_others_answered(test
     for index in ("Flat", "stream"):
         ranking, metrics = test(index=index)
         assert "no result for 1 questions (NaN in their vectors): q53" in capsys.readouterr().out
-        assert ranking == {qid: found for qid, found in expected.items() if qid != "q53"}
+        assert ranking == {qid: hits for qid, hits in expected.items() if qid != "q53"}
         assert metrics["top-5"]["n"] == 10
 
 
-def test_other_formats_and_the_leak_count(world, test, tmp_path, capsys):
+def test_the_leak_count(world, test, tmp_path, capsys):
     """Two of the ten test questions are put into a training file, in capitals and with a question mark."""
     questions = read_questions(world / "test.jsonl")
     lines = [{"qid": str(i), "question": q["question"].upper() + " ?"} for i, q in enumerate(questions[:2])]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "out").mkdir()
-    write_json(tmp_path / "out" / "metrics.json", {"loss": 1.0})
-    ranking, _ = test(check_leak=tmp_path / "train.jsonl", trec="true", dpr_json="true")
+    test(check_leak=tmp_path / "train.jsonl")
     assert "leak: 2 of 10 test questions occur" in capsys.readouterr().out
-    pid, score = ranking["q50"][0]
-    first = (tmp_path / "out" / "test.trec").read_text().split("\n")[0].split()
-    assert first[:4] == ["q50", "Q0", pid, "1"] and float(first[4]) == score
-    entry = read_json(tmp_path / "out" / "test.json")[0]
-    assert entry["ctxs"][0]["id"] == pid
-    for found in entry["ctxs"]:
-        assert found["has_answer"] == has_answer(found["text"], entry["answers"])
-    assert read_json(tmp_path / "out" / "metrics.json")["loss"] == 1.0, (
-        "a trainer's file of that name is left alone"
-    )
-
-
-def test_mistakes_are_found_before_a_model_is_loaded(world, test, tmp_path, monkeypatch):
-    """Every check of a file comes first: here loading the model would fail the test."""
-    monkeypatch.setattr(test_dpr, "load_encoder", lambda *_: pytest.fail("the model was loaded"))
-    shutil.copytree(world / "embeddings", tmp_path / "damaged")
-    content = bytearray((tmp_path / "damaged" / "00001.npy").read_bytes())
-    content[-1] ^= 1
-    (tmp_path / "damaged" / "00001.npy").write_bytes(content)
-    (tmp_path / "corpus.tsv").write_text((world / "corpus.tsv").read_text().replace("red", "pink"))
-    (tmp_path / "other_encoder").mkdir()
-    (tmp_path / "folder.run").mkdir()
-    write_json(tmp_path / "other_encoder" / "encoder_inputs.json", {"role": "question", "pair": "another"})
-    (tmp_path / "bad.jsonl").write_text('{"qid": "1", "question": "q", "positives": ["999"]}\n')
-    (tmp_path / "bad.run").write_text("q50\t999\t1\t3.0\n")
-    for keys, why in (
-        ({"embeddings": tmp_path / "damaged"}, "00001.npy has another sha256"),
-        ({"corpus": tmp_path / "corpus.tsv"}, "another corpus"),
-        ({"query_encoder": tmp_path / "other_encoder"}, "pair another.*pair toy"),
-        ({"questions": tmp_path / "bad.jsonl"}, "999"),
-        ({"bm25_run": tmp_path / "bad.run"}, "999"),
-        ({"bm25_run": tmp_path / "none.run"}, "none.run: no such file"),
-        ({"k": 0}, "k must be at least 1"),
-        ({"match": "fuzzy"}, "string, regex"),
-        ({"out": tmp_path / "x.txt"}, ".run"),
-        ({"out": tmp_path / "folder.run"}, "out: .*folder.run is a folder; name a file"),
-        ({"bm25_run": tmp_path / "bad.run", "out": tmp_path / "bad.run"}, "is an input too .bm25_run."),
-        ({"questions": tmp_path / "bad.run", "out": tmp_path / "bad.run"}, "is an input too .questions."),
-        ({"questions": ""}, "questions: give a path, it is empty"),
-        ({"embeddings": ""}, "embeddings: give a path, it is empty"),
-        ({"question_tokens": 2}, "question_tokens must be at least 4, got 2"),
-    ):
-        with pytest.raises(UserError, match=why):
-            test(**keys)
-    assert not (tmp_path / "out").exists()
 
 
 def test_an_encoder_that_names_no_partner_is_pointed_out(world, tmp_path, capsys):
@@ -319,21 +213,132 @@ def test_an_encoder_that_names_no_partner_is_pointed_out(world, tmp_path, capsys
         assert capsys.readouterr().err.count("names its partner") == warned
 
 
-def test_the_command_line_ends_in_one_sentence(tmp_path):
-    """Exit code 2, one line on stderr with the file, no traceback."""
-    command = [sys.executable, "test_dpr.py", "--questions", str(tmp_path / "missing.jsonl")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "missing.jsonl" in done.stderr.strip().splitlines()[-1]
+# ---------------------------------------------------------------- mistakes
+CORRECT = {  # paths are in the folder `mistakes`
+    "doc2embedding": {"doc_encoder": "doc_encoder", "out": "new", "shard_size": 25},
+    "test_dpr": {"embeddings": "embeddings", "query_encoder": "query_encoder", "out": "new/x.run"},
+    "mine_negatives": {"run": "test.run", "out": "new/x.jsonl", "negatives": 2},
+    "rerank": {"ranking": "test.run", "cross_encoder": "cross_encoder", "out": "new/x.run"},
+}
+MISTAKES = [  # (script, keys, words of the one line on the screen)
+    ("doc2embedding", {"doc_encoder": "query_encoder"}, "a question encoder; a passage encoder is needed"),
+    ("doc2embedding", {"corpus": "none.tsv"}, "corpus: none.tsv: no such file"),
+    ("doc2embedding", {"corpus": "empty.tsv"}, "empty.tsv: 0 passages"),
+    ("doc2embedding", {"out": "test.run/e"}, "test.run is a file, not a folder"),
+    ("doc2embedding", {"mixed_precision": "fp16"}, "mixed_precision fp16 needs a GPU"),
+    ("doc2embedding", {"out": "embeddings", "dtype": "float32"}, "dtype was 'float16' there and is"),
+    ("doc2embedding", {"out": "embeddings", "shard_size": 8}, "shard_size was 25 there and is 8 now"),
+    ("doc2embedding", {"out": "embeddings", "mixed_precision": "bf16"}, "mixed_precision was 'no' there"),
+    ("doc2embedding", {"out": "embeddings", "corpus": "short.tsv"}, "rows was 60 there and is 1 now; corpus"),
+    ("doc2embedding", {"out": "embeddings", "doc_encoder": "other_encoder"}, "encoder was '"),
+    ("doc2embedding", {"out": "stray"}, "00003.npy is not from this job"),
+    ("doc2embedding", {"out": "noteless"}, "00002.npy is not from this job"),
+    ("doc2embedding", {"out": "unnamed"}, "00000.npy is not from this job"),
+    ("test_dpr", {"embeddings": "damaged"}, "00001.npy has another sha256"),
+    ("test_dpr", {"embeddings": "truncated"}, "00001.npy is missing or not a whole .npy file"),
+    ("test_dpr", {"embeddings": "unfinished"}, "not complete; repeat doc2embedding.py"),
+    ("test_dpr", {"embeddings": ""}, "embeddings: give a path, it is empty"),
+    ("test_dpr", {"corpus": "pink.tsv"}, "another corpus"),
+    ("test_dpr", {"query_encoder": "stranger"}, "stranger (pair another) was not trained with the passage"),
+    ("test_dpr", {"query_encoder": "a/b/c"}, "query_encoder: a/b/c: no such model folder"),
+    ("test_dpr", {"questions": "ghost.jsonl"}, "no passage has the id '999'"),
+    ("test_dpr", {"questions": "missing.jsonl"}, "questions: missing.jsonl: no such file"),
+    ("test_dpr", {"questions": "empty.tsv"}, "empty.tsv: no questions in it"),
+    ("test_dpr", {"questions": ""}, "questions: give a path, it is empty"),
+    ("test_dpr", {"bm25_run": "ghost.run"}, "no passage has the id '999'"),
+    ("test_dpr", {"bm25_run": "other.run"}, "other.run: has none of the questions of test.jsonl"),
+    ("test_dpr", {"bm25_run": "none.run"}, "bm25_run: none.run: no such file"),
+    ("test_dpr", {"bm25_run": "test.run", "lookahead": "true"}, "leave out bm25_run"),
+    ("test_dpr", {"k": 0}, "k must be at least 1"),
+    ("test_dpr", {"match": "fuzzy"}, "match must be one of string, regex"),
+    ("test_dpr", {"out": "x.txt"}, "out must be the path of a .run file"),
+    ("test_dpr", {"out": "folder.run"}, "out: folder.run is a folder; name a file"),
+    ("test_dpr", {"bm25_run": "test.run", "out": "test.run"}, "is an input too (bm25_run)"),
+    ("test_dpr", {"question_tokens": 2}, "question_tokens must be at least 4, got 2"),
+    ("mine_negatives", {"out": ""}, "out: give a path, it is empty"),
+    ("mine_negatives", {"run": ""}, "run: give a path, it is empty"),
+    ("mine_negatives", {"out": "."}, "out: . is a folder; name a file"),
+    ("mine_negatives", {"out": "test.jsonl/x.jsonl"}, "is a file, not a folder"),
+    ("mine_negatives", {"out": "test.jsonl"}, "is an input too (questions)"),
+    ("mine_negatives", {"negatives": 9, "depth": 5}, "negatives (9) must be at most depth (5)"),
+    ("mine_negatives", {"run": "other.run"}, "other.run: has none of the questions of"),
+    ("mine_negatives", {"questions": "ghost.jsonl"}, "no passage has the id '999'"),
+    ("mine_negatives", {"questions": "bare.jsonl"}, "no question is left"),
+    ("mine_negatives", {"mode": "pseudo_label"}, "give --scores, a .run of rerank.py"),
+    ("mine_negatives", {"scores": "test.run"}, "scores is for mode denoise or pseudo_label, not topk"),
+    ("mine_negatives", {"lookahead_run": "test.run", "mode": "denoise"}, "lookahead_run is for mode tele"),
+    ("mine_negatives", {"mode": "denoise", "fill": "true"}, "fill tops up what the scores leave"),
+    ("mine_negatives", {"mode": "teleport", "momentum": "test.run"}, "test.run:1: "),
+    ("mine_negatives", {"mode": "teleport", "momentum": "bare.jsonl"}, "bare.jsonl:1: 'negatives' must be"),
+    ("rerank", {"out": "x.tsv"}, "out must be the path of a .run file"),
+    ("rerank", {"out": "test.run"}, "is an input too (ranking)"),
+    ("rerank", {"depth": 0}, "depth must be at least 1"),
+    ("rerank", {"mixed_precision": "fp8"}, "mixed_precision must be one of no, fp16, bf16"),
+    ("rerank", {"mixed_precision": "fp16"}, "fp16 needs a GPU"),
+    ("rerank", {"ranking": "absent.run"}, "ranking: absent.run: no such file"),
+    ("rerank", {"ranking": "ghost.run"}, "no passage has the id '999'"),
+    ("rerank", {"ranking": "rising.run"}, "rising.run:2: score 3.0 under rank 2 is not in descending order"),
+    ("rerank", {"ranking": "other.run"}, "has none of the questions of"),
+    ("rerank", {"questions": "ghost.jsonl"}, "no passage has the id '999'"),
+    ("rerank", {"cross_encoder": "doc_encoder"}, "a cross-encoder is needed"),
+]  # fmt: skip
 
 
-def test_dry_run_writes_nothing(world, test, tmp_path, capsys):
-    """
-    Memory, disk and minutes are printed, from 16 questions and one block; no ranking, no metrics, no index.
-    """
-    before = sorted(world.rglob("*"))
-    with pytest.raises(UserError, match="no such file"):  # of the .run, which the fixture reads afterwards
-        test(dry_run="true")
-    shown = capsys.readouterr().out
-    assert all(word in shown for word in ("dry run: search", "memory", "disk", "minutes"))
-    assert not (tmp_path / "out").exists() and sorted(world.rglob("*")) == before
+def change_json(path, keys):
+    write_json(path, read_json(path) | keys)
+
+
+@pytest.fixture(scope="module")
+def mistakes(world, tmp_path_factory):
+    """A copy of the world with everything in it that can be wrong."""
+    folder = shutil.copytree(world, tmp_path_factory.mktemp("mistakes") / "world")
+    for name in ("damaged", "truncated", "unfinished", "stray", "noteless"):
+        shutil.copytree(folder / "embeddings", folder / name)
+    content = bytearray((folder / "damaged/00001.npy").read_bytes())
+    content[-1] ^= 1
+    (folder / "damaged/00001.npy").write_bytes(content)
+    (folder / "truncated/00001.npy").write_bytes(content[:-9])
+    change_json(folder / "unfinished/manifest.json", {"complete": False})
+    shutil.copy(folder / "stray/00000.npy", folder / "stray/00003.npy")
+    shutil.copy(folder / "stray/00000.json", folder / "stray/00003.json")
+    (folder / "noteless/00002.json").unlink()
+    for name in ("unnamed", "folder.run", "stranger"):
+        (folder / name).mkdir()
+    shutil.copy(folder / "embeddings/00000.npy", folder / "unnamed")
+    write_json(folder / "stranger/encoder_inputs.json", {"role": "question", "pair": "another"})
+    shutil.copytree(folder / "doc_encoder", folder / "other_encoder")
+    change_json(folder / "other_encoder/encoder_inputs.json", {"passage_tokens": 31})
+    texts = {
+        "empty.tsv": "",
+        "short.tsv": "1\tthe old river\tparis\n",
+        "pink.tsv": (folder / "corpus.tsv").read_text().replace("red", "pink"),
+        "ghost.jsonl": '{"qid": "q50", "question": "who", "answers": ["x"], "positives": ["999"]}\n',
+        "bare.jsonl": '{"qid": "q50", "question": "who"}\n',
+        "ghost.run": "q50\t1\t1\t2.0\nq50\t999\t2\t1.0\n",
+        "rising.run": "q50\t1\t1\t2.0\nq50\t2\t2\t3.0\n",
+        "other.run": "x\t1\t1\t2.0\n",
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    for name in ("short.tsv", "pink.tsv"):
+        Corpus(folder / name)  # why: their index is no file that the scripts below may be blamed for
+    return folder
+
+
+def content_of(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("script", "keys", "words"), MISTAKES)
+def test_a_mistake_is_one_line_before_any_work(script, keys, words, mistakes, monkeypatch, capsys):
+    """Exit code 2, one line on stderr, nothing written, and no model was loaded to find it."""
+    monkeypatch.chdir(mistakes)
+    if "cross_encoder" not in keys:
+        monkeypatch.setattr("rerank.load_cross_encoder", None)
+    monkeypatch.setattr("test_dpr.load_encoder", None)
+    common = {"corpus": "corpus.tsv"} | ({} if script == "doc2embedding" else {"questions": "test.jsonl"})
+    before = content_of(mistakes)
+    with pytest.raises(SystemExit) as stopped, friendly_errors():
+        call(monkeypatch, f"{script}.py", common | CORRECT[script] | keys)
+    assert stopped.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+    assert content_of(mistakes) == before
