@@ -118,7 +118,7 @@ def kl_loss(log_prior_BK, log_likelihood_BKT, mask_BT):
 
 # ---------------------------------------------------------------- gradients
 def reader_gradient(batch, reader, tokens, accelerator, cfg):
-    """(2) Add the gradient of the reader's loss to T5's .grad; return the loss and (3) each passage's log p."""
+    """(2) Add the gradient of the reader's loss to T5's .grad; return it and (3) log_likelihood_BKT."""
     # - log p(answer | question, all K passages); no score of the retriever enters it [EM:152-183]
     autocast = accelerator.autocast
     labels_BT = batch["labels_BT"].to(accelerator.device)
@@ -316,11 +316,9 @@ def main():
             index.refresh(step, models["doc_encoder"])  # (5)
         examples = index.retrieve(examples, models["query_encoder"], cfg.top_k)  # (1)
         if step == run.first:
-            passage = corpus[examples[0]["rows"][0]]
-            (ids,) = fid.tokenize_contexts(reader, examples[0]["question"], [passage])
-            run.say(
-                f"example context: {reader.tokenizer.decode(ids)}\nexample answer: {examples[0]['answer']}"
-            )
+            question, passage = examples[0], corpus[examples[0]["rows"][0]]
+            (ids,) = fid.tokenize_contexts(reader, question["question"], [passage])
+            run.say(f"example context: {reader.tokenizer.decode(ids)}\nexample answer: {question['answer']}")
         shown, hidden = training_step(step, examples, corpus, models, optimizer, run, cfg)  # (2) to (4)
         if learns:
             hidden["index_age"] = step - index.step
