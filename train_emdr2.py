@@ -1,29 +1,21 @@
 """
 Train a reader and its retriever together, from questions and answers alone (EMDR2, Singh et al. 2021).
 
-Nobody says which passages are right. The reader shows it: with a right passage the answer is likelier. A
-step:
-
+Nobody says which passages are right: the reader finds out, because they make the answer likelier. A step:
 (1) Search the K best passages of each question, by vectors that may be some steps old.
-(2) Fusion-in-Decoder (FiD): a T5 encodes each passage by itself, its decoder reads all K at once and learns
-    to write the answer.
+(2) Fusion-in-Decoder (FiD): T5 encodes each passage by itself, reads all at once and learns the answer.
 (3) Ask the reader, kept constant, how likely the answer is from each passage alone.
-(4) The two encoders turn their scores into a prior over the K passages, and learn to give weight to those
-    that explain the answer.
-(5) Every `refresh_every` steps the corpus is encoded again, by the encoder of now.
+(4) The encoders turn scores into a prior over the K passages, and learn to believe in those that explain it.
+(5) Every `refresh_every` steps encode the corpus again.
 
-In:   questions with answers, a corpus, the two encoders of train_dpr.py and the vectors that doc2embedding.py
-      made with them, any T5
+In:   questions with answers, a corpus, two encoders (train_dpr.py), their vectors (doc2embedding.py), any T5
 Out:  run_dir/{query_encoder,doc_encoder,reader}/ (best exact match on dev), checkpoints/, metrics.jsonl
 Run:  accelerate launch train_emdr2.py --config config/train_emdr2_nq.yaml
 Next: doc2embedding.py and test_dpr.py show what the retriever learned, answer.py what the reader learned
 
-`retriever_loss: none` is plain FiD with a frozen retriever, the baseline. config/train_emdr2_mss.yaml trains
-on masked sentences. A tag such as [EM:264] is a line of the released code, github.com/DevSinghSachan/emdr2:
+A tag such as [EM:264] is a line of the released code, github.com/DevSinghSachan/emdr2:
 EM megatron/model/emdr2_model.py · TR, DU tasks/openqa/e2eqa/{train_e2eqa,train_data_utils}.py
-
-Q questions of the global batch · B questions of a chunk · K passages each · N = B * K · T answer tokens
-L tokens of a context · D hidden
+B questions of a chunk · K passages each · N = B * K · T answer tokens · L tokens of a passage · D hidden
 """
 
 import math
@@ -37,7 +29,7 @@ from utils import encoder as encoding
 from utils import fid
 from utils.data import Corpus, read_questions
 from utils.distributed import chunk_seed, prefetch, sum_gradients, world
-from utils.live_index import LiveIndex
+from utils.live_index import LiveIndex, own_rows
 from utils.metrics import answer_scores, topk_accuracy
 from utils.plumbing.checkpoint import load_moments
 from utils.plumbing.config import UserError, at_least, friendly_errors, load_config, must_be_one_of, need_file
@@ -50,68 +42,60 @@ SHOWN = ("loss", "has", "ret", "entropy", "agree")  # of a step; the last three 
 
 # ---------------------------------------------------------------- data: a batch is a function of (seed, step)
 def load_questions(path, corpus):
-    """Return (the questions that have answers, what was left out); "own": rows that one never retrieves."""
+    """Return (the questions with answers, a line for the log); "own": rows that one never retrieves."""
     questions = read_questions(path, need=("answers",))
     kept = [question for question in questions if question["answers"]]
     for question in kept:
-        # why: a masked sentence would read its answer in the passage that it was cut from [EM:264-265]
-        # trap: a question that a person asked may name its right passages too, and is to find them
-        masked = "[MASK]" in question["question"]
-        ids = [entry for entry in question["positives"] if isinstance(entry, str)]
-        if masked and not ids:
-            raise UserError(f"{path}: {question['qid']}: a masked sentence needs the id of its own passage")
-        question["own"] = {corpus.row(pid) for pid in ids} if masked else set()
+        question["own"] = own_rows(question, path, corpus)
     left_out = len(questions) - len(kept)
-    return kept, f"{path}: {len(kept)} questions, {left_out} without an answer left out"
+    note = f"{path}: {len(kept)} questions, {left_out} without an answer left out"
+    return kept, note
 
 
 def draw_questions(step, train, cfg):
-    """Draw the global batch of a step: (its questions, for each one of its answers) [DU:128-134]."""
+    """Draw the global batch of a step: its questions, each with one of its answers as "answer" [DU:128]."""
     # an epoch is one permutation of the file, a step is a slice of it
     epoch, offset = divmod(step, len(train) // cfg.batch_size)
     rng = np.random.default_rng([cfg.seed, epoch])
     order = rng.permutation(len(train)).tolist()
     start = offset * cfg.batch_size
-    items = order[start : start + cfg.batch_size]
-
-    answers = []
-    for item in items:
+    examples = []
+    for item in order[start : start + cfg.batch_size]:
         rng = np.random.default_rng([cfg.seed, epoch, item, 1])
-        answers.append(str(rng.choice(train[item]["answers"])))
-    return [train[item] for item in items], answers
+        answer = str(rng.choice(train[item]["answers"]))
+        examples.append(train[item] | {"answer": answer})
+    return examples
 
 
-def tokenize_chunk(examples, rows, labels_BT, corpus, models, cfg):
-    """Return all that the models read of a chunk of B questions; rows: of each its K passages."""
-    contexts, passages, hits = [], [], 0
-    for example, question_rows in zip(examples, rows, strict=True):
-        retrieved = [corpus[row] for row in question_rows]
-        contexts += fid.tokenize_contexts(models["reader"], example["question"], retrieved)
-        passages += retrieved
-        hits += sum(has_answer(passage.text, example["answers"]) for passage in retrieved)
-    longest = int((labels_BT != fid.PAD).sum(1).max())
-    batch = {"contexts": contexts, "labels_BT": labels_BT[:, :longest], "hits": hits}
+def tokenize_chunk(examples, corpus, models, cfg):
+    """Return all that the models read of a chunk of B questions."""
+    reader = models["reader"]
+    questions = [example["question"] for example in examples]
+    answers = [example["answer"] for example in examples]
+    batch = {"labels_BT": fid.tokenize_answers(reader, answers), "contexts": [], "hits": 0}
+    all_passages = []
+    for example in examples:
+        passages = [corpus[row] for row in example["rows"]]
+        all_passages += passages
+        batch["contexts"] += fid.tokenize_contexts(reader, example["question"], passages)
+        batch["hits"] += sum(has_answer(passage.text, example["answers"]) for passage in passages)
     if cfg.retriever_loss != "none":
-        questions = [example["question"] for example in examples]
         batch["question_ids"] = encoding.tokenize_questions(models["query_encoder"], questions)
-        batch["passage_ids"] = encoding.tokenize_passages(models["doc_encoder"], passages)
+        batch["passage_ids"] = encoding.tokenize_passages(models["doc_encoder"], all_passages)
     return batch
 
 
 # ---------------------------------------------------------------- losses
 def retriever_loss(log_prior_BK, log_likelihood_BKT, mask_BT, marginal):
     """
-    Return how badly the passages together explain the answers, each with the weight that its prior gives it:
+    Return how badly all passages together explain the answers, weighted by the prior:
 
-        token     - sum_t log sum_k prior_k p(a_t | a_<t, q, z_k)  /  answer tokens       (as released
-        [TR:100-107]) sequence  - log sum_k prior_k prod_t p(a_t | a_<t, q, z_k), mean over questions   (the
-        paper's equation)
+        token     - sum_t log sum_k prior_k p(a_t | a_<t, q, z_k)  /  answer tokens       (released, [TR:100])
+        sequence  - log sum_k prior_k prod_t p(a_t | a_<t, q, z_k), mean over questions   (the paper)
 
     With scores s and log_prior = log_softmax(s), d loss / d s = prior - posterior. The posterior is
     softmax(log_prior + log p(answer | k)): of the whole answer, or the mean of those of its tokens. So a
     passage rises when the reader finds the answer likelier with it than the retriever had believed.
-
-    log_likelihood_BKT: log p of each answer token by passage k alone, constants. mask_BT: true at tokens.
     """
     assert marginal in ("token", "sequence"), marginal
     mask_BT = mask_BT.bool()
@@ -123,12 +107,8 @@ def retriever_loss(log_prior_BK, log_likelihood_BKT, mask_BT, marginal):
 
 
 def kl_loss(log_prior_BK, log_likelihood_BKT, mask_BT):
-    """
-    Return KL(preference || prior), mean over questions [TR:184-214]; later the loss of ART and Atlas (PDist).
-
-    The preference is a softmax over passages of the mean log p of the answer's tokens, whatever the prior
-    says. Here d loss / d s = prior - preference.
-    """
+    """Return KL(preference || prior), mean over questions [TR:184-214]; d loss / d s = prior - preference."""
+    # the preference is a softmax over passages of the mean log p of the answer, whatever the prior says
     mask_BT = mask_BT.bool()
     sums_BK = log_likelihood_BKT.masked_fill(~mask_BT[:, None], 0.0).sum(2)
     preference_BK = (sums_BK / mask_BT.sum(1, keepdim=True)).softmax(1)
@@ -138,12 +118,8 @@ def kl_loss(log_prior_BK, log_likelihood_BKT, mask_BT):
 
 # ---------------------------------------------------------------- gradients
 def reader_gradient(batch, reader, tokens, accelerator, cfg):
-    """
-    (2) Add the gradient of the reader's loss, - log p(answer | question, all K passages) / tokens, to .grad.
-
-    It ends in T5: a search chose the passages, and no score enters the decoder [EM:152-183]. Returns the loss
-    and (3) the log-likelihood_BKT of the answer from each passage alone, a constant [EM:187-210].
-    """
+    """(2) Add the gradient of the reader's loss to T5's .grad; return it and (3) log_likelihood_BKT."""
+    # - log p(answer | question, all K passages); no score of the retriever enters it [EM:152-183]
     autocast = accelerator.autocast
     labels_BT = batch["labels_BT"].to(accelerator.device)
     hidden_NLD, mask_NL = fid.encode_contexts(reader, batch["contexts"], cfg.passage_chunk, autocast)
@@ -154,42 +130,40 @@ def reader_gradient(batch, reader, tokens, accelerator, cfg):
     accelerator.backward(loss)
     if cfg.retriever_loss == "none":
         return loss.detach(), None
-    states = (hidden_BKLD, mask_BKL)
-    return loss.detach(), fid.document_log_likelihood(reader, *states, labels_BT, cfg.score_chunk, autocast)
+    # (3) log p(a_t | question, passage k alone), a constant [EM:187-210]
+    states, chunk = (hidden_BKLD, mask_BKL), cfg.score_chunk
+    log_BKT = fid.document_log_likelihood(reader, *states, labels_BT, chunk, autocast)
+    return loss.detach(), log_BKT
 
 
-def retriever_gradient(batch, likelihood_BKT, models, tokens, accelerator, cfg):
-    """
-    (4) Add the gradient of the retriever's loss to the .grad of both encoders; nothing here leads to T5.
-
-    Returns the chunk's part of [loss, entropy of the prior in nats, how often prior and posterior have the
-    same first passage], the means over the global batch.
-    """
-    # the prior, by the encoders of now, not by the scores of the search [EM:98-145]
+def retriever_gradient(batch, log_likelihood_BKT, models, tokens, accelerator, cfg):
+    """(4) Add the gradient of the retriever's loss to the .grad of both encoders; return numbers to show."""
+    # the prior, by the encoders of now; the scores of the search are old [EM:98-145]
     query, doc = models["query_encoder"], models["doc_encoder"]
     chunk, autocast = cfg.passage_chunk, accelerator.autocast
     q_BD = encoding.vectors_with_graph(query, batch["question_ids"], chunk, autocast)
     d_ND = encoding.vectors_with_graph(doc, batch["passage_ids"], chunk, autocast)
     d_BKD = d_ND.unflatten(0, (-1, cfg.top_k))
-    scores_BK = torch.einsum("bd,bkd->bk", q_BD, d_BKD) / (cfg.temperature or math.sqrt(query.dim))
+    temperature = cfg.temperature or math.sqrt(query.dim)
+    scores_BK = torch.einsum("bd,bkd->bk", q_BD, d_BKD) / temperature
     log_prior_BK = scores_BK.log_softmax(1)
 
-    # the loss [TR:100-178], a mean over questions or tokens; part, weight: of this chunk, of a question
+    # the loss [TR:100-178]; the share of this chunk, and the weight of a question, in the batch's mean
     mask_BT = (batch["labels_BT"] != fid.PAD).to(accelerator.device)
-    part = len(mask_BT) / cfg.batch_size
+    share = len(mask_BT) / cfg.batch_size
     weight_B1 = 1 / cfg.batch_size
     if cfg.retriever_loss == "kl":
-        loss = kl_loss(log_prior_BK, likelihood_BKT, mask_BT)
+        loss = kl_loss(log_prior_BK, log_likelihood_BKT, mask_BT)
     else:
-        loss = retriever_loss(log_prior_BK, likelihood_BKT, mask_BT, cfg.marginal)
+        loss = retriever_loss(log_prior_BK, log_likelihood_BKT, mask_BT, cfg.marginal)
         if cfg.marginal == "token":
-            part = mask_BT.sum() / tokens
+            share = mask_BT.sum() / tokens
             weight_B1 = mask_BT.sum(1, keepdim=True) / tokens
-    loss = loss * part
+    loss = loss * share
     (slope_BK,) = torch.autograd.grad(loss, scores_BK, retain_graph=True)  # weight * (prior - posterior)
     accelerator.backward(loss)
 
-    # what is shown
+    # what is shown: entropy in nats; how often prior and posterior have the same first passage
     prior_BK = log_prior_BK.detach().exp()
     posterior_BK = prior_BK - slope_BK / weight_B1
     agree_B = prior_BK.argmax(1) == posterior_BK.argmax(1)
@@ -197,34 +171,27 @@ def retriever_gradient(batch, likelihood_BKT, models, tokens, accelerator, cfg):
     return [loss.detach(), entropy / cfg.batch_size, agree_B.sum() / cfg.batch_size]
 
 
-def add_gradient(examples, answers, rows, corpus, models, accelerator, cfg, step):
-    """
-    (2) to (4) Add the gradient of both losses of the global batch to .grad; return the numbers to show.
-
-    rows: of every question the rows of its K passages.
-    """
-    # this device's share of the questions
-    rank, devices = world()
-    share = cfg.batch_size // devices
-    mine = slice(rank * share, rank * share + share)
-    labels_QT = fid.tokenize_answers(models["reader"], answers)
+def add_gradient(examples, corpus, models, accelerator, cfg, step):
+    """(2) to (4): add the gradient of both losses of the global batch to .grad; return numbers to show."""
     # differs: the losses are divided by the answer tokens of the global batch, theirs by those of a GPU
-    tokens = int((labels_QT != fid.PAD).sum())
-    examples, rows, labels_BT = examples[mine], rows[mine], labels_QT[mine]
+    answers = [example["answer"] for example in examples]
+    tokens = int((fid.tokenize_answers(models["reader"], answers) != fid.PAD).sum())
 
     def batch_of(start):
-        chunk = slice(start, start + cfg.question_chunk)
-        return tokenize_chunk(examples[chunk], rows[chunk], labels_BT[chunk], corpus, models, cfg)
+        chunk = mine[start : start + cfg.question_chunk]
+        return tokenize_chunk(chunk, corpus, models, cfg)
 
-    # why two graphs: the two losses have nothing in common, and the activations of T5 are gone before those
-    # of the encoders come
+    # the graphs of the two losses have nothing in common: T5's activations are gone before the encoders' come
+    rank, devices = world()
+    share = cfg.batch_size // devices
+    mine = examples[rank * share : rank * share + share]
     totals = 0.0
     for i, batch in enumerate(prefetch(batch_of, range(0, share, cfg.question_chunk))):
         torch.manual_seed(chunk_seed((cfg.seed, step, rank), i))  # the dropout masks
-        loss, likelihood_BKT = reader_gradient(batch, models["reader"], tokens, accelerator, cfg)  # (2), (3)
+        loss, likelihood_BKT = reader_gradient(batch, models["reader"], tokens, accelerator, cfg)
         numbers = [loss, batch["hits"] / cfg.top_k / cfg.batch_size]
         if cfg.retriever_loss != "none":
-            numbers += retriever_gradient(batch, likelihood_BKT, models, tokens, accelerator, cfg)  # (4)
+            numbers += retriever_gradient(batch, likelihood_BKT, models, tokens, accelerator, cfg)
         totals = totals + torch.tensor(numbers, device=accelerator.device)
     for model in models.values():
         sum_gradients(model.parameters())
@@ -233,16 +200,19 @@ def add_gradient(examples, answers, rows, corpus, models, accelerator, cfg, step
     return dict(zip(SHOWN, totals.tolist(), strict=False))
 
 
-def training_step(step, batch, corpus, models, optimizer, run, cfg):
-    """Learn from one batch: (questions, answers, rows of their passages); return the numbers to show."""
-    # set the learning rate: a linear rise, then a linear fall to min_lr_ratio
-    fall = max(cfg.min_lr_ratio, (run.total - step) / max(1, run.total - run.warmup))
-    lr = cfg.learning_rate * (step / run.warmup if step < run.warmup else fall)
+def training_step(step, examples, corpus, models, optimizer, run, cfg):
+    """Learn from one batch; return (numbers to show, numbers to write)."""
+    # set the learning rate: a linear rise, then a linear fall
+    fall = (run.total - step) / max(1, run.total - run.warmup)
+    factor = max(cfg.min_lr_ratio, fall)
+    if step < run.warmup:
+        factor = step / run.warmup
+    lr = cfg.learning_rate * factor
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]
 
     # forward and backward
-    shown = add_gradient(*batch, corpus, models, run.accelerator, cfg, step)
+    shown = add_gradient(examples, corpus, models, run.accelerator, cfg, step)
 
     # clip the gradient, and stop before a broken one changes the weights
     run.accelerator.unscale_gradients()
@@ -256,44 +226,40 @@ def training_step(step, batch, corpus, models, optimizer, run, cfg):
 
 
 # ---------------------------------------------------------------- evaluation
-def evaluate(dev, corpus, index, reader, query_encoder, accelerator, cfg):
+def evaluate(dev, corpus, index, models, accelerator, cfg):
     """Return {"em", "f1", "hit@k"...}: of the reader's answers, and of what the live index finds."""
-    depth = max(cfg.top_k, *cfg.eval_hits)
-    rows = index.retrieve(dev, query_encoder, depth)
-    read = [question_rows[: cfg.top_k] for question_rows in rows]
-    answers = fid.answer_all(reader, dev, read, corpus, cfg.eval_batch_size, accelerator)
-    scores = answer_scores(dev, answers, [cfg.top_k])
+    dev = index.retrieve(dev, models["query_encoder"], max(cfg.top_k, *cfg.eval_hits))
     hits = []
-    for example, question_rows in zip(dev, rows, strict=True):
-        hits.append([has_answer(corpus[row].text, example["answers"]) for row in question_rows])
-    metrics = {name.partition("@")[0].lower(): float(np.mean(values)) for name, values in scores.items()}
-    return metrics | {f"hit@{k}": share for k, share in topk_accuracy(hits, cfg.eval_hits).items()}
+    for example in dev:
+        hits.append([has_answer(corpus[row].text, example["answers"]) for row in example["rows"]])
+    rows = [example["rows"][: cfg.top_k] for example in dev]
+    answers = fid.answer_all(models["reader"], dev, rows, corpus, cfg.eval_batch_size, accelerator)
+    em, f1 = answer_scores(dev, answers, [cfg.top_k]).values()
+    metrics = {"em": float(np.mean(em)), "f1": float(np.mean(f1))}
+    for k, share in topk_accuracy(hits, cfg.eval_hits).items():
+        metrics[f"hit@{k}"] = share
+    return metrics
 
 
 # ---------------------------------------------------------------- main
 def load_models(run, cfg):
-    """Return (what learns: the reader and, unless retriever_loss is none, two encoders; both encoders)."""
+    """Return {"reader": ..., "query_encoder": ..., "doc_encoder": ...}."""
+    # differs: any Hugging Face T5 and our own DPR; theirs are a T5 and two BERTs pre-trained for this
+    lengths = {"reader_tokens": cfg.reader_tokens, "answer_tokens": cfg.answer_tokens}
+    models = {"reader": fid.load_fid(run.source("reader", cfg.reader), lengths, cfg.dropout)}
     learns = cfg.retriever_loss != "none"
-    encoders = {}
     for name, role in TOWERS.items():
-        start = getattr(cfg, name)
-        source = run.source(name, start) if learns else start
+        source = run.source(name, getattr(cfg, name)) if learns else getattr(cfg, name)
         encoder = load_encoder(source, role, dropout=cfg.dropout)
         if learns and encoder.projection:
             raise UserError(f"{name}: {source} has a projection on top, and would not be saved with it")
         encoder.inputs["role"] = role  # a shared encoder becomes two, which part from here on
-        encoders[name] = encoder.to(run.device).train()
-
-    # differs: any Hugging Face T5 and our own DPR; theirs are a T5 and two BERTs pre-trained for this
-    lengths = {"reader_tokens": cfg.reader_tokens, "answer_tokens": cfg.answer_tokens}
-    reader = fid.load_fid(run.source("reader", cfg.reader), lengths, cfg.dropout)
-    models = {"reader": reader.to(run.device).train()}
-    if learns:
-        models |= encoders
-    if cfg.gradient_checkpointing:
-        for model in models.values():
+        models[name] = encoder
+    for model in models.values():
+        model.to(run.device).train()
+        if cfg.gradient_checkpointing:
             model.model.activation_checkpointing_enable()
-    return models, encoders
+    return models
 
 
 def optimizer_of(models, run, cfg):
@@ -306,7 +272,7 @@ def optimizer_of(models, run, cfg):
     optimizer = torch.optim.AdamW(groups)
     if run.checkpoint:
         load_moments(run.checkpoint, optimizer)
-    run.weights = [parameter for model in models.values() for parameter in model.parameters()]
+    run.weights = list(torch.nn.ModuleDict(models).parameters())
     return run.accelerator.prepare(optimizer)
 
 
@@ -315,8 +281,7 @@ def main():
     cfg = load_config(__doc__, "config/train_emdr2_nq.yaml")
     must_be_one_of(cfg, retriever_loss=("emdr2", "kl", "none"), marginal=("token", "sequence"))
     at_least(cfg, 1, "top_k", "question_chunk", "passage_chunk", "score_chunk")
-    at_least(cfg, 2, "answer_tokens")
-    at_least(cfg, 8, "reader_tokens")
+    at_least(cfg, 2, "answer_tokens", "reader_tokens")
     if not cfg.eval_hits or min(cfg.eval_hits) < 1:
         raise UserError(f"eval_hits must name depths of at least 1, got {cfg.eval_hits}")
     need_file(cfg, "train", "corpus", optional=("dev",))
@@ -336,37 +301,38 @@ def main():
     index = LiveIndex(corpus, run, cfg)
 
     # models
-    models, encoders = load_models(run, cfg)
-    reader, query_encoder = models["reader"], encoders["query_encoder"]
-    optimizer = optimizer_of(models, run, cfg)
+    models = load_models(run, cfg)
+    reader = models["reader"]
+    trained = models if learns else {"reader": reader}
+    optimizer = optimizer_of(trained, run, cfg)
 
     def batch_of(step):
         return draw_questions(step, train, cfg)
 
     # the loop
     story = f"{cfg.batch_size} questions a step, {cfg.top_k} of {len(corpus):,} passages each"
-    for step, (examples, answers) in run.steps(len(train), batch_of, story):
+    for step, examples in run.steps(len(train), batch_of, story):
         if learns:
-            index.refresh(step, encoders["doc_encoder"])  # (5)
-        rows = index.retrieve(examples, query_encoder, cfg.top_k)  # (1)
+            index.refresh(step, models["doc_encoder"])  # (5)
+        examples = index.retrieve(examples, models["query_encoder"], cfg.top_k)  # (1)
         if step == run.first:
-            ids = fid.tokenize_contexts(reader, examples[0]["question"], [corpus[rows[0][0]]])
-            run.say(f"example context: {reader.tokenizer.decode(ids[0])}\nexample answer: {answers[0]}")
-        batch = (examples, answers, rows)
-        shown, hidden = training_step(step, batch, corpus, models, optimizer, run, cfg)  # (2) to (4)
+            question, passage = examples[0], corpus[examples[0]["rows"][0]]
+            (ids,) = fid.tokenize_contexts(reader, question["question"], [passage])
+            run.say(f"example context: {reader.tokenizer.decode(ids)}\nexample answer: {question['answer']}")
+        shown, hidden = training_step(step, examples, corpus, models, optimizer, run, cfg)  # (2) to (4)
         if learns:
             hidden["index_age"] = step - index.step
-            if step == run.first:
-                even = shown["entropy"] / math.log(max(2, cfg.top_k))  # 1: all passages have the same weight
-                run.say(f"entropy of the prior: {shown['entropy']:.3f} nats, {even:.2f} of the log of top_k")
-                if even > 0.95:
-                    run.say("warning: the prior hardly tells the passages apart: lower --temperature")
+        if learns and step == run.first:
+            even = shown["entropy"] / math.log(max(2, cfg.top_k))
+            run.say(f"entropy of the prior: {shown['entropy']:.3f} nats, {even:.2f} of the log of top_k")
+            if even > 0.95:
+                run.say("warning: the prior hardly tells the passages apart: lower --temperature")
         run.log(shown, hidden)
         evaluated = bool(dev) and run.time_to_evaluate()
         if evaluated:
-            metrics = evaluate(dev, corpus, index, reader, query_encoder, run.accelerator, cfg)
+            metrics = evaluate(dev, corpus, index, models, run.accelerator, cfg)
             run.dev(metrics, by="em", sign=1)
-        run.save(models | index.encoder, optimizer, evaluated)
+        run.save(trained | index.encoder, optimizer, evaluated)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,19 @@
 """
-FiD, the reader that writes: T5's encoder reads every passage by itself, together with the question. T5's
+FiD, the reader that writes: T5's encoder reads every passage by itself, together with the question. Its
 decoder looks at all of them at once and writes the answer (Izacard and Grave 2021, Sec. 3).
 
     "question: q title: t context: c"  x K  --encoder, each alone-->  hidden [K, L, D]
                                             --laid end to end------>  [K*L, D]  --decoder-->  answer
 
-The encoder's cost grows with K, not with K squared, and the decoder weighs evidence across passages. No class
-of its own is needed for that. A T5 takes any encoder states, so it gets K passages as one long input.
-Cross-attention knows no positions, so the order of the passages cannot matter.
+The encoder's cost grows with K, not with K squared, and the decoder weighs evidence across passages. No new
+class is needed: a T5 takes any encoder states, so it is given K passages as one long input. Cross-attention
+knows no positions, so the order of the passages cannot matter.
 
-The same states, read one passage at a time, give log p(answer | question, passage). This teaches the
-retriever of EMDR2 (Singh et al. 2021, Sec. 2). On disk a Fid is a plain T5 folder with `encoder_inputs.json`
-next to the weights. The losses are in train_emdr2.py.
+The same states, one passage at a time, give log p(answer | question, passage). That teaches the retriever of
+EMDR2 (Singh et al. 2021, Sec. 2). The losses are in train_emdr2.py.
 
 B questions · K passages each · N contexts, B*K · b contexts of a chunk · L tokens of a context · T answer
-tokens · D hidden · V words
+tokens · S all tokens of a question's contexts · D hidden · V words
 """
 
 from contextlib import nullcontext
@@ -30,29 +29,27 @@ from transformers.modeling_outputs import BaseModelOutput
 from utils.distributed import gather_items, prefetch, world
 from utils.encoder import batches_by_length
 from utils.plumbing.config import UserError
-from utils.plumbing.weights import check_complete, check_sizes, explain_load_errors, read_inputs, set_dropout
+from utils.plumbing.weights import check_sizes, explain_load_errors, load_complete, read_inputs, set_dropout
 
 PAD = -100  # the label that counts nowhere (torch's cross_entropy)
-DEFAULTS = {
+INPUTS = {
     "role": "fid",
     "pair": "",
     "reader_tokens": 256,  # differs: FiD reads 250 (Sec. 4)
     "answer_tokens": 32,  # from: EMDR2 tasks/openqa/e2eqa/train_data_utils.py:53-79
-    "token_types": "zeros",  # a T5 has none; utils.encoder.collate asks
+    "token_types": "zeros",  # a T5 has none; this is what utils.encoder.collate asks for
 }
 
 
 class Fid(nn.Module):
     """
-    model: a T5ForConditionalGeneration. Its `activation_checkpointing_enable()` takes less memory and more
-    time, and changes no number beyond rounding. inputs: a dict with
-      role            fid
+    model: a T5ForConditionalGeneration. inputs: what encoder_inputs.json next to the weights says, a dict:
       reader_tokens   maximum length of a context: question, title and passage together, </s> included
       answer_tokens   maximum length of an answer, </s> included
-      pair            an id shared with the two encoders that were trained together with this reader, or ""
+      role, pair      fid, and the id that it shares with the two encoders trained with it
     """
 
-    projection = None  # save_encoder asks; there is no layer on top
+    projection = None  # save_encoder asks: there is no layer on top
 
     def __init__(self, model, tokenizer, inputs):
         super().__init__()
@@ -62,28 +59,28 @@ class Fid(nn.Module):
 # ---------------------------------------------------------------- text -> token ids
 def word_pieces(fid, texts):
     """Return the id list of each text, without </s> and uncut."""
-    # verbose: the tokenizer would warn of texts that are too long before they are cut
+    # verbose: no warning of a length that is still to be cut
     words = fid.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return words.input_ids
 
 
 def with_eos(fid, ids, length):
-    """Return the ids with </s> at the end, together at most `length`; </s> is never cut away."""
+    """Cut the ids to `length` tokens, the last of which is </s>."""
     # why not the tokenizer's own truncation: its length is a state of the tokenizer, which threads share
     return ids[: length - 1] + [fid.tokenizer.eos_token_id]
 
 
 def prompt(question, title):
     """Return what stands before a passage's text (from: FiD src/data.py:13-17)."""
-    question = question.replace("[MASK]", "<extra_id_0>")  # what T5 calls the masked span of a sentence
+    question = question.replace("[MASK]", "<extra_id_0>")  # T5's name for a masked span
     return f"question: {question} title: {title} context:"
 
 
 def tokenize_contexts(fid, question, passages):
     """
-    Return an id list for each passage: `question: q title: t context: c </s>`, at most reader_tokens long.
+    Return one id list a passage, `question: q title: t context: c </s>`, cut to reader_tokens.
 
-    The end of the text is cut. The question stands first, so it is cut only where it alone is too long.
+    The question stands first, so it loses words only where it alone is too long.
     """
     texts = [f"{prompt(question, passage.title)} {passage.text}" for passage in passages]
     if not texts:
@@ -93,17 +90,13 @@ def tokenize_contexts(fid, question, passages):
 
 
 def text_budget(fid, question, title):
-    """Return how many tokens of a passage's text fit next to this question and title; may be negative."""
+    """Return how many tokens of a passage's text fit next to this question and title."""
     (ids,) = word_pieces(fid, [prompt(question, title)])
     return fid.inputs["reader_tokens"] - 1 - len(ids)
 
 
 def tokenize_answers(fid, answers):
-    """
-    Turn B strings into labels_BT (int64, on the CPU): the answer, </s>, then PAD.
-
-    An answer that is too long is cut to answer_tokens - 1 and </s>.
-    """
+    """Turn B strings into labels_BT, int64 on the CPU: the answer, cut, then </s>, then PAD."""
     length = fid.inputs["answer_tokens"]
     rows = [torch.tensor(with_eos(fid, ids, length)) for ids in word_pieces(fid, answers)]
     return pad_sequence(rows, batch_first=True, padding_value=PAD)
@@ -114,8 +107,7 @@ def encode_contexts(fid, ids, chunk, autocast=nullcontext):
     """
     Read N id lists, each by itself; return (hidden_NLD float, mask_NL bool), L the longest of all N.
 
-    `chunk` contexts are read at a time, those of like length together. With gradients on, the graphs of all N
-    live until backward.
+    `chunk` of them are read at a time. With gradients on, the graphs of all N live until backward.
     """
     longest = max(map(len, ids))
     rows = [None] * len(ids)
@@ -139,7 +131,7 @@ def log_likelihood(fid, hidden_bLD, mask_bL, labels_bT, autocast):
     decoder_ids_bT = fid.model.prepare_decoder_input_ids_from_labels(labels_bT)
     with autocast():
         output = fid.model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=hidden_bLD),
+            encoder_outputs=BaseModelOutput(hidden_bLD),
             attention_mask=mask_bL,
             decoder_input_ids=decoder_ids_bT,
             use_cache=False,
@@ -150,18 +142,14 @@ def log_likelihood(fid, hidden_bLD, mask_bL, labels_bT, autocast):
 
 
 def fused_log_likelihood(fid, hidden_BKLD, mask_BKL, labels_BT, autocast=nullcontext):
-    """
-    Return log p(a_t | a_<t, q, all K passages), what FiD learns from: log_BT in float32, 0 at PAD.
-
-    The decoder reads the states of a question's passages laid end to end, in one pass.
-    """
+    """Return log_BT, log p(a_t | a_<t, q, all K passages laid end to end): what FiD learns from."""
     return log_likelihood(fid, hidden_BKLD.flatten(1, 2), mask_BKL.flatten(1, 2), labels_BT, autocast)
 
 
 @torch.no_grad()
 def document_log_likelihood(fid, hidden_BKLD, mask_BKL, labels_BT, chunk, autocast=nullcontext):
     """
-    Return log p(a_t | a_<t, q, passage k), each passage alone: log_BKT in float32, 0 at PAD, no gradient.
+    Return log_BKT, log p(a_t | a_<t, q, passage k) from each passage alone, without a gradient.
 
     why in chunks: the logits of all passages are B*K*T*V numbers, gigabytes at 50 passages. Here `chunk`
     passages are scored at a time, those of like length together, and only B*K*T numbers stay.
@@ -169,7 +157,7 @@ def document_log_likelihood(fid, hidden_BKLD, mask_BKL, labels_BT, chunk, autoca
     # differs: EMDR2 encodes every passage once more for this (megatron/model/emdr2_model.py:187-210). Here
     # the states that FiD has just made serve again, dropout and all, which halves the cost
     B, K, _ = mask_BKL.shape
-    hidden_NLD = hidden_BKLD.detach().flatten(0, 1)
+    hidden_NLD = hidden_BKLD.flatten(0, 1)
     mask_NL = mask_BKL.flatten(0, 1)
     lengths = mask_NL.sum(1).tolist()
     order = sorted(range(B * K), key=lambda n: (-lengths[n], n))
@@ -191,21 +179,20 @@ def answer(fid, contexts, chunk, autocast=nullcontext):
     """
     Write the answer to each question: the likeliest token each time, as EMDR2 and FiD do, without dropout.
 
-    contexts: of each question the id lists of its passages, at least one; questions may have different
-    numbers of them. chunk: contexts in one forward pass. An answer ends at </s> or after answer_tokens.
+    contexts: of each question the id lists of its passages, one or more. chunk: contexts in a forward pass.
     """
     was_training = fid.training
     fid.eval()
     all_ids = [ids for question in contexts for ids in question]
     hidden_NLD, mask_NL = encode_contexts(fid, all_ids, chunk, autocast)
 
-    # lay the states of each question end to end: S = its contexts * L, padded to the longest question
+    # lay the contexts of each question end to end; questions may have different numbers of them
     counts = [len(question) for question in contexts]
-    hidden_BSD = pad_sequence([x.flatten(0, 1) for x in hidden_NLD.split(counts)], batch_first=True)
-    mask_BS = pad_sequence([x.flatten() for x in mask_NL.split(counts)], batch_first=True)
+    hidden_BSD = pad_sequence([x_KLD.flatten(0, 1) for x_KLD in hidden_NLD.split(counts)], batch_first=True)
+    mask_BS = pad_sequence([x_KL.flatten() for x_KL in mask_NL.split(counts)], batch_first=True)
     with autocast():
         ids_BT = fid.model.generate(
-            encoder_outputs=BaseModelOutput(last_hidden_state=hidden_BSD),
+            encoder_outputs=BaseModelOutput(hidden_BSD),
             attention_mask=mask_BS,
             max_new_tokens=fid.inputs["answer_tokens"],
         )
@@ -218,10 +205,10 @@ def answer_all(fid, examples, rows, corpus, chunk, accelerator):
     """
     Answer every example from the passages corpus[row] of its rows; each device writes its share.
 
-    Returns, on every device, [{"text": answer}] for each example, or [None] without passages: the form of
-    utils.metrics.answer_scores. chunk: contexts in one forward pass.
+    Returns on every device, for utils.metrics.answer_scores, [{"text": answer}] of each example, or [None]
+    where it has no passages. chunk: contexts in a forward pass.
     """
-    # groups of questions whose contexts fill a chunk, dealt out to the devices
+    # groups of questions whose contexts fill a chunk
     rank, devices = world()
     readable = [i for i, passages in enumerate(rows) if len(passages)]
     width = max(1, chunk // max(1, *map(len, rows)))
@@ -236,13 +223,12 @@ def answer_all(fid, examples, rows, corpus, chunk, accelerator):
         return contexts
 
     answers = {}
-    total = sum(map(len, groups))
-    with tqdm(total=total, desc="answers", delay=5, leave=False, disable=None) as bar:
+    progress = tqdm(total=len(groups), desc="answers", delay=5, leave=False, disable=None)
+    with progress:
         for group, contexts in zip(groups, prefetch(tokenize, groups), strict=True):
-            texts = answer(fid, contexts, chunk, accelerator.autocast)
-            for i, text in zip(group, texts, strict=True):
+            for i, text in zip(group, answer(fid, contexts, chunk, accelerator.autocast), strict=True):
                 answers[i] = {"text": text}
-            bar.update(len(group))
+            progress.update()
     answers = gather_items(answers)
     return [[answers.get(i)] for i in range(len(examples))]
 
@@ -252,34 +238,29 @@ def load_fid(path, inputs=None, dropout=0.0):
     """
     Load the FiD reader that train_emdr2.py wrote, or any T5 as its start (t5-base, google/flan-t5-small).
 
-    path: a folder or a hub name. inputs: what prevails over the lengths that are stored. UserError where the
-    path is not reachable, is something else than a T5, or lacks a weight.
+    path: a folder or a hub name. inputs: lengths that prevail over the stored ones. UserError where the path
+    is not reachable, is no T5, or lacks a weight.
     """
     path = str(path)
     stored = read_inputs(path, "reader")
     if stored.get("role", "fid") != "fid":
         raise UserError(f"{path}: this is a {stored['role']} encoder; a FiD reader (a T5) is needed here")
-
-    # the weights
     with explain_load_errors(path):
         config = AutoConfig.from_pretrained(path)
         if config.model_type != "t5":
             raise UserError(f"{path}: FiD reads with a T5, this is a {config.model_type}")
         tokenizer = AutoTokenizer.from_pretrained(path)
         # transformers warns of a v1.1 or Flan-T5 that it will NOT tie two weights: that is right, they differ
-        model, report = T5ForConditionalGeneration.from_pretrained(
-            path, output_loading_info=True, dtype=torch.float32
-        )
-    check_complete(path, report["missing_keys"])
+        model = load_complete(T5ForConditionalGeneration, path)
     set_dropout(model, dropout)
 
-    # how it writes: greedily, whatever generation_config.json in the folder asks (beams, samples)
+    # write greedily, whatever generation_config.json in the folder asks (beams, samples)
     names = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
     tokens = {name: getattr(config, name, None) for name in names}
     if None in tokens.values():
         raise UserError(f"{path}: config.json lacks one of {', '.join(names)}; T5's are 0, 1, 0")
     model.generation_config = GenerationConfig(**tokens)
 
-    fid = Fid(model, tokenizer, DEFAULTS | stored | (inputs or {}))
+    fid = Fid(model, tokenizer, INPUTS | stored | (inputs or {}))
     check_sizes(path, model, tokenizer, fid.inputs["reader_tokens"], "tokens a context")
     return fid

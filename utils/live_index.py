@@ -36,6 +36,18 @@ WINDOW = 8192  # passages tokenised and sorted by length together, as doc2embedd
 ALIKE = 0.98  # below this cosine two vectors come from different encoders; fp16 rounding leaves 0.999
 
 
+def own_rows(question, path, corpus):
+    """Return the rows that a question of the file `path` never retrieves: a set, mostly empty."""
+    # why: a masked sentence would read its answer in the passage that it was cut from [EM:264-265]
+    # trap: a question that a person asked may name its right passages too, and is to find them
+    if "[MASK]" not in question["question"]:
+        return set()
+    ids = [entry for entry in question["positives"] if isinstance(entry, str)]
+    if not ids:
+        raise UserError(f"{path}: {question['qid']}: a masked sentence needs the id of its own passage")
+    return {corpus.row(pid) for pid in ids}
+
+
 class LiveIndex:
     """
     corpus: utils.corpus.Corpus. run: utils.plumbing.run.Run. cfg: names `embeddings`, the first vectors, and
@@ -83,7 +95,7 @@ class LiveIndex:
         # why: to send 32 GB of rows takes seconds, and they are searched at every step
         device = self.run.device
         size = sum(shard.nbytes for shard in self.shards)
-        if self.copy_nD is None and device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2:
+        if self.copy_nD is None and device.type == "cuda" and 0 < size < torch.cuda.mem_get_info(device)[0] / 2:
             shape = (len(self.rows), self.shards[0].shape[1])
             self.copy_nD = torch.empty(shape, dtype=getattr(torch, self.dtype), device=device)
         first = 0
@@ -122,7 +134,7 @@ class LiveIndex:
 
     # ------------------------------------------------------------ search
     def retrieve(self, examples, query_encoder, k):
-        """Return of every question the rows of its k best passages: lists, the same on all devices."""
+        """Return the examples, each with "rows": its k best passages, the same on all devices."""
         # differs: without dropout, as in Atlas; EMDR2 searches with dropout in the question's vector
         ids = encoding.tokenize_questions(query_encoder, [example["question"] for example in examples])
         size, accelerator = self.cfg.encoding_batch_size, self.run.accelerator
@@ -134,7 +146,7 @@ class LiveIndex:
         retrieved = []
         for example, rows in zip(examples, rows_Qk.tolist(), strict=True):
             rows = [row for row in rows if row not in example["own"]]
-            retrieved.append(rows[:k])
+            retrieved.append(example | {"rows": rows[:k]})
         return retrieved
 
     def search(self, q_QD, k):
