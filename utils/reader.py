@@ -277,20 +277,16 @@ def load_reader(path, inputs=None, dropout=0.0, new_head=False):
 
 def open_model(path, config, new_head):
     """Return the DPRReader of a folder, or with new_head one on the weights of a plain BERT."""
-    how = {"output_loading_info": True, "dtype": torch.float32}
     if config.model_type == "dpr":
         if config.architectures and "DPRReader" not in config.architectures:
             raise UserError(f"{path}: holds a {config.architectures[0]}; a reader is a DPRReader")
-        model, report = DPRReader.from_pretrained(path, **how)
-        weights.check_complete(path, report["missing_keys"])
-        return model
+        return weights.load_complete(DPRReader, path)
     if not new_head:
         advice = "train_reader.py adds them"
         raise UserError(f"{path}: a {config.model_type} without the reader's outputs; {advice}")
     if config.model_type != "bert":
         raise UserError(f"{path}: a reader starts from a BERT, this is a {config.model_type}")
-    bert, report = AutoModel.from_pretrained(path, add_pooling_layer=False, **how)
-    weights.check_complete(path, report["missing_keys"])
+    bert = weights.load_complete(AutoModel, path, add_pooling_layer=False)
 
     # the outputs are drawn from N(0, 0.02) (from: DPR dpr/models/reader.py:31-44)
     settings = config.to_diff_dict() | {"projection_dim": 0, "initializer_range": 0.02}
