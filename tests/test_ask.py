@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from utils.reader_data import tokenize_rows
 
 import ask
 import doc2embedding
@@ -24,7 +25,6 @@ from utils.plumbing.embeddings import open_embeddings
 from utils.plumbing.files import write_json
 from utils.plumbing.weights import load_encoder, save_encoder
 from utils.reader import load_reader, predict
-from utils.reader_data import tokenize_rows
 
 torch.set_num_threads(1)
 QUESTION = "which colour has the tower of oslo"

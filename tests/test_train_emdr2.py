@@ -18,6 +18,7 @@ import yaml
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import RagSequenceForGeneration, RagTokenForGeneration
+from utils.index_worker import training_ended
 
 from tests.processes import ENVIRONMENT, begin, kill_tree, on_devices, run
 from tests.saved import Largest, Saved
@@ -47,7 +48,6 @@ from utils.fid import (
     tokenize_answers,
     tokenize_contexts,
 )
-from utils.index_worker import training_ended
 from utils.live_index import LiveIndex
 from utils.plumbing.config import ROOT, UserError, load_config
 from utils.plumbing.embeddings import open_embeddings

@@ -95,7 +95,11 @@ class LiveIndex:
         # why: to send 32 GB of rows takes seconds, and they are searched at every step
         device = self.run.device
         size = sum(shard.nbytes for shard in self.shards)
-        if self.copy_nD is None and device.type == "cuda" and 0 < size < torch.cuda.mem_get_info(device)[0] / 2:
+        if (
+            self.copy_nD is None
+            and device.type == "cuda"
+            and 0 < size < torch.cuda.mem_get_info(device)[0] / 2
+        ):
             shape = (len(self.rows), self.shards[0].shape[1])
             self.copy_nD = torch.empty(shape, dtype=getattr(torch, self.dtype), device=device)
         first = 0
