@@ -38,7 +38,7 @@ def iter_json_list(path):
     bar = {"total": Path(path).stat().st_size, "desc": f"reading {path}", "delay": 5, "disable": None}
     with open(path, "rb") as file, tqdm.wrapattr(file, "read", **bar) as blocks:
         if not file.read(64).lstrip().startswith(b"["):
-            fix = "is it jsonl already, or still compressed (gunzip)?"
+            fix = "is it empty, jsonl already, or compressed (gunzip)?"
             raise UserError(f"{path}: does not start with [, so it is no json list; {fix}")
         file.seek(0)
         try:
@@ -240,7 +240,7 @@ RANKINGS = {"trec": to_trec, "dpr_result": to_dpr_result, "from_dpr_result": fro
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("python -m prepare.convert", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("format", choices=[*QUESTIONS, *RANKINGS])
     parser.add_argument("files", nargs="+", metavar="IN... OUT")

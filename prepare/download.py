@@ -174,7 +174,7 @@ def download(name, out="data", force=False):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("python -m prepare.download", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("name", nargs="?", help="without it the command lists the names")
     parser.add_argument("--out", default="data", help="folder to write into")

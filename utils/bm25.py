@@ -79,7 +79,7 @@ def search_bm25(index, questions, k):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("python -m utils.bm25", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--corpus", required=True)
     parser.add_argument("--corpus_format", default="auto", help="auto, dpr, marco or beir")

@@ -151,6 +151,8 @@ def write_index(path, fmt, folder):
     first_ids = {0, 1}  # the ids count up from one of them, or from none
     empty_texts = 0
     digest = hashlib.sha256()
+
+    # one pass over the file
     for number, offset, text in read_lines(path, digest):
         if text in ("\n", "\r\n"):
             continue
@@ -165,15 +167,19 @@ def write_index(path, fmt, folder):
         offsets.append(offset)
         empty_texts += not passage.text.strip()
 
+    # where each passage begins, and where the last one ends
     rows = len(offsets)
     if rows == 0:
         raise UserError(f"{path}: 0 passages; is this the right file?")
     offsets.append(os.path.getsize(path))
     np.save(folder / "offsets.npy", np.frombuffer(offsets, np.int64))
+
+    # the table of ids, sorted by hash: a search by halves finds the row of an id
     first_id = min(first_ids, default=None)
     if first_id is None:
-        order = np.argsort(np.frombuffer(hashes, np.uint64), kind="stable")
-        hashes = np.frombuffer(hashes, np.uint64)[order]
+        hashes = np.frombuffer(hashes, np.uint64)
+        order = np.argsort(hashes, kind="stable")
+        hashes = hashes[order]
         twins = np.flatnonzero(hashes[1:] == hashes[:-1])
         if len(twins):
             first, second = order[twins[0] : twins[0] + 2].tolist()
