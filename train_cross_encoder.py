@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pairs
-from utils.data import Corpus, passage_of, read_training
+from utils.data import passage_of, read_training
 from utils.distributed import chunk_seed, gather_items, sum_gradients, world
 from utils.encoder import by_length, collate
 from utils.plumbing.config import UserError, at_least, friendly_errors, load_config, need_file
@@ -234,8 +234,8 @@ def main():
     need_file(cfg, "train", optional=("dev", "corpus"))
 
     # data
-    corpus = Corpus(cfg.corpus, cfg.corpus_format) if cfg.corpus else None
-    run = Run(cfg, corpus, files=("train", "dev"), weights=("init",))
+    run = Run(cfg, files=("train", "dev"), weights=("init",))
+    corpus = run.corpus
     _, pairs, train_note = read_pairs(cfg.train, corpus)
     dev, dev_pairs, dev_note = [], [], "no dev set: the last checkpoint is the best"
     if cfg.dev:

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from utils import encoder as encoding
-from utils.data import Corpus, passage_key, passage_of, read_training
+from utils.data import passage_key, passage_of, read_training
 from utils.distributed import gather_rows, sum_gradients, world
 from utils.grad_cache import grad_cache_step
 from utils.metrics import positive_ranks
@@ -297,8 +297,8 @@ def main():
         raise UserError("batch_size 1 with negatives 0 has nothing to tell apart: the loss would be 0")
 
     # data
-    corpus = Corpus(cfg.corpus, cfg.corpus_format) if cfg.corpus else None
-    run = Run(cfg, corpus, files=("train", "dev"), weights=("init",))
+    run = Run(cfg, files=("train", "dev"), weights=("init",))
+    corpus = run.corpus
     train, train_note = read_training(cfg.train, corpus)
     dev, dev_note = [], "no dev set: the last checkpoint is the best"
     if cfg.dev:

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_
 
 from utils import reader as reading
-from utils.data import Corpus
 from utils.distributed import chunk_seed, sum_gradients, world
 from utils.encoder import collate
 from utils.metrics import answer_scores
@@ -242,9 +241,9 @@ def main():
         need_value(cfg, "dev_run")
 
     # data
-    corpus = Corpus(cfg.corpus, cfg.corpus_format)
     files = ("train", "train_run", "dev", "dev_run", "gold")
-    run = Run(cfg, corpus, files, weights=("init",))
+    run = Run(cfg, files, weights=("init",))
+    corpus = run.corpus
     examples, train_note = reading.read_ranking(cfg.train, cfg.train_run, corpus, cfg.train_depth)
     dev, dev_note = [], "no dev set: the last checkpoint is the best"
     if cfg.dev:

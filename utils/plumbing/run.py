@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from utils.corpus import Corpus
 from utils.distributed import any_device, peak_memory, prefetch, start
 from utils.plumbing.checkpoint import load_moments, newest_checkpoint, publish, save_checkpoint
 from utils.plumbing.config import ROOT, UserError, at_least, must_be_one_of, need_folder, need_model
@@ -41,16 +42,17 @@ class Run:
     """
     What a trainer needs around its loop.
 
-    cfg: the settings. corpus: utils.corpus.Corpus or None. files, weights: keys of cfg that name files and
-    starting weights; their contents are part of the run's identity. UserError where run_dir holds a run and
-    `resume` is "never", or where settings or files differ and `resume` is "exact".
+    cfg: the settings. files, weights: keys of cfg that name files and starting weights; their contents are
+    part of the run's identity. UserError where run_dir holds a run and `resume` is "never", or where settings
+    or files differ and `resume` is "exact".
 
-    accelerator, device, main: of this process. checkpoint: the folder to resume from, or None. state:
-    {"step", "best", "best_step", "settings", "minutes"}, stored in every checkpoint. notes: lines for the
-    start of the log. After steps() has begun: first, last, total, warmup (numbers of steps).
+    corpus: of cfg.corpus, or None. accelerator, device, main: of this process. checkpoint: the folder to
+    resume from, or None. state: {"step", "best", "best_step", "settings", "minutes"}, stored in every
+    checkpoint. notes: lines for the start of the log. After steps() has begun: first, last, total, warmup
+    (numbers of steps).
     """
 
-    def __init__(self, cfg, corpus, files, weights):
+    def __init__(self, cfg, files, weights):
         self.cfg, self.dir = cfg, Path(cfg.run_dir)
         must_be_one_of(cfg, mixed_precision=("no", "fp16", "bf16"), tracker=("none", "wandb"))
         must_be_one_of(cfg, resume=("never", "exact", "changed"))
@@ -66,12 +68,14 @@ class Run:
         devices = self.accelerator.num_processes
         if cfg.batch_size % devices:
             raise UserError(f"batch_size {cfg.batch_size} is not shared by {devices} devices")
+        with self.accelerator.main_process_first():  # the first to open a corpus writes its index
+            self.corpus = Corpus(cfg.corpus, cfg.corpus_format) if cfg.corpus else None
 
         # the identity of the run: its settings, the contents of its files, the number of devices
         settings = {key: value for key, value in vars(cfg).items() if key not in FREE}
         content = {key: folder_hash(getattr(cfg, key)) for key in files}
         content |= {key: weights_hash(getattr(cfg, key)) for key in weights}
-        content["corpus"] = corpus.sha256 if corpus else ""
+        content["corpus"] = self.corpus.sha256 if self.corpus else ""
         settings |= {f"content of {key}": digest[:16] for key, digest in content.items()}
         settings["devices"] = devices
         self.fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
