@@ -193,7 +193,9 @@ def training_step(step, chunks, reader, optimizer, run, cfg):
     """Learn from one batch; return (numbers to show, numbers to write)."""
     # set the learning rate
     # from: DPR trains with a rate that hardly falls (100,000 epochs are planned, about 17 needed)
-    factor = step / run.warmup if step < run.warmup else 1.0
+    factor = 1.0
+    if step < run.warmup:
+        factor = step / run.warmup
     lr = cfg.learning_rate * factor
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -217,8 +219,8 @@ def training_step(step, chunks, reader, optimizer, run, cfg):
 # ---------------------------------------------------------------- evaluation
 def evaluate(dev, corpus, reader, accelerator, cfg):
     """Return {"em", "f1"} of the answers to the dev questions from their first test_depth passages."""
-    # differs: over the questions of all devices, and the highest exact match is the best. DPR compares the
-    # wrong way round, on the first device's share
+    # differs: the questions of all devices count, and the highest exact match is the best. DPR compares the
+    # wrong way round, and looks at the first device's share only
     top_docs = [cfg.test_depth]
     sizes = (cfg.max_answer_length, cfg.eval_batch_size)
     answers = reading.answer_all(reader, dev, corpus, top_docs, *sizes, accelerator)
@@ -248,7 +250,9 @@ def main():
     dev, dev_note = [], "no dev set: the last checkpoint is the best"
     if cfg.dev:
         dev, dev_note = reading.read_ranking(cfg.dev, cfg.dev_run, corpus, cfg.test_depth)
-    gold = reading.read_gold(cfg.gold) if cfg.gold else {}
+    gold = {}
+    if cfg.gold:
+        gold = reading.read_gold(cfg.gold)
 
     # model
     torch.manual_seed(cfg.seed)  # the new outputs, the same on every device
@@ -258,7 +262,7 @@ def main():
     reader.to(run.device).train()
     optimizer = run.optimizer({"reader": reader})
 
-    # what it learns from: passages in which its tokens stand for an answer
+    # what it learns from: the passages in which its tokens spell an answer
     train, rows_note = reading.find_training_rows(cfg.train, examples, corpus, reader, gold)
     run.notes += [train_note, rows_note, dev_note]
 
