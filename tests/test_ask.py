@@ -73,7 +73,7 @@ def test_the_readers_answer_stands_first(world, tmp_path, monkeypatch, capsys):
     say(world, monkeypatch, QUESTION, reader=tmp_path / "reader")
     printed = capsys.readouterr().out
     pids = [hit[3] for hit in re.findall(PASSAGE, printed, re.M)]
-    passages = [corpus[corpus.row(pid)] for pid in pids]
+    passages = [corpus.passage(pid) for pid in pids]
     wanted = predict(reader, [to_read(reader, QUESTION, passages)], [4], 10, 1)[0][0]
     i = wanted["passage_idx"]
     assert printed.startswith(f"answer: {wanted['text']} | span ") and wanted["text"] in passages[i].text
