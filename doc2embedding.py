@@ -90,6 +90,7 @@ def check_finite(vectors_nD, rows, corpus, cfg):
 
 # ---------------------------------------------------------------- main
 def main():
+    # read and check the settings
     cfg = load_config(__doc__, "config/doc2embedding.yaml")
     must_be_one_of(cfg, dtype=("float16", "float32"), mixed_precision=("no", "fp16", "bf16"))
     at_least(cfg, 1, "batch_size", "shard_size", "sort_window")

@@ -297,8 +297,11 @@ def check_settings(cfg):
 
 
 def main():
+    # read and check the settings
     cfg = load_config(__doc__, "config/mine_negatives.yaml")
     check_settings(cfg)
+
+    # read the questions
     questions = read_questions(cfg.questions)
     corpus = Corpus(cfg.corpus, cfg.corpus_format)
     unanswered = sum(not question["answers"] for question in questions)

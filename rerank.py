@@ -52,6 +52,8 @@ def read_inputs(cfg, corpus, say):
     for question in unranked.values():
         for pid in gold_ids(question):
             corpus.row(pid)
+
+    # read the run once: does the corpus have all its passages, and how much work is it?
     questions = {}
     sizes = []
     strangers = 0
@@ -65,6 +67,8 @@ def read_inputs(cfg, corpus, say):
         for pid, _ in hits[: cfg.depth]:
             corpus.row(pid)
             sizes[-1] += 1
+
+    # say what does not match
     if not questions:
         raise UserError(f"{cfg.ranking}: has none of the questions of {cfg.questions}")
     if strangers:
@@ -110,6 +114,8 @@ def rescore(rankings, ids, cross, cfg, autocast, bar):
     for i in np.flatnonzero(np.isnan(scores)):
         advice = "the weights are broken" if cfg.mixed_precision == "no" else "use --mixed_precision no"
         raise UserError(f"question {pairs[i][0]!r}, passage {pairs[i][1]!r}: the score is NaN; {advice}")
+
+    # sort each ranking anew; the sort is stable
     scores = iter(scores.tolist())
     rescored = []
     for qid, hits in rankings:
@@ -141,6 +147,7 @@ def print_both(before, after):
 
 # ---------------------------------------------------------------- main
 def main():
+    # read and check the settings
     cfg = load_config(__doc__, "config/rerank.yaml")
     must_be_one_of(cfg, match=("string", "regex"), mixed_precision=("no", "fp16", "bf16"))
     at_least(cfg, 1, "depth", "batch_size", "block")

@@ -180,6 +180,7 @@ def rankings(questions, results, bm25, corpus, cfg):
 
 # ---------------------------------------------------------------- main
 def main():
+    # read and check the settings
     cfg = load_config(__doc__, "config/test_dpr.yaml")
     check_settings(cfg)
 

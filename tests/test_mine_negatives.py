@@ -10,9 +10,10 @@ import pytest
 
 import mine_negatives
 from mine_negatives import Found, teleport
+from tests.processes import command
 from utils import bm25
 from utils.data import Corpus, read_questions, write_run
-from utils.plumbing.config import UserError, friendly_errors
+from utils.plumbing.config import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 ROWS = [
@@ -52,13 +53,17 @@ def write_json_lines(path, rows):
     return str(path)
 
 
+def question(qid, positives, answers=()):
+    return {"qid": qid, "question": "?", "answers": list(answers), "positives": positives}
+
+
 def mined(questions, corpus, cfg):
     """(the lines that mine() yields, its counts)."""
     counts = mine_negatives.Counter()
     return list(mine_negatives.mine(questions, corpus, cfg, counts)), +counts
 
 
-# ------------------------------------------------------------------------------------------------ RocketQA
+# ---------------------------------------------------------------- RocketQA
 ROCKETQA = json.loads((GOLDEN / "rocketqa_mining.json").read_text())["cases"]
 
 
@@ -70,15 +75,8 @@ def rocketqa(case, folder, **keys):
     for table, rows in ((gold, case.get("qrels", [])), (extra, case.get("qrels_addition", []))):
         for qid, pid in rows:
             table.setdefault(qid, []).append(pid)
-    questions = [
-        {
-            "qid": q,
-            "question": text,
-            "answers": case.get("answers", {}).get(q, []),
-            "positives": gold.get(q, []),
-        }
-        for q, text in case["queries"].items()
-    ]
+    answers = case.get("answers", {})
+    questions = [question(q, gold.get(q, []), answers.get(q, [])) for q in case["queries"]]
     falling = {q: [(pid, float(-i)) for i, pid in enumerate(pids)] for q, pids in case["run"].items()}
     write_run(folder / "x.run", falling.items())
     if extra:
@@ -168,15 +166,15 @@ def test_thresholds_are_strict_and_a_false_negative_is_stopped(corpus, tmp_path)
     scored = [("2", 0.95), ("3", 0.1), ("4", 0.0999999), ("1", 0.05), ("5", 0.01)]
     write_run(tmp_path / "s.run", [("q", scored)])
     cfg = config(tmp_path, mode="denoise", scores=str(tmp_path / "s.run"), negatives=3)
-    question = {"qid": "q", "question": "?", "answers": [], "positives": ["1"]}
-    assert [line["negatives"] for line in mined([question], corpus, cfg)[0]] == [["5"], ["4"]]
+    assert [line["negatives"] for line in mined([question("q", ["1"])], corpus, cfg)[0]] == [["5"], ["4"]]
     cfg = config(tmp_path, mode="denoise", scores=str(tmp_path / "s.run"), negatives=3, fill=True, depth=6)
-    assert [line["negatives"] for line in mined([question], corpus, cfg)[0]] == [["6"], ["5"], ["4"]]
+    lines, _ = mined([question("q", ["1"])], corpus, cfg)
+    assert [line["negatives"] for line in lines] == [["6"], ["5"], ["4"]]
     cfg = config(tmp_path, mode="pseudo_label", scores=str(tmp_path / "s.run"), positive_above=0.95)
-    lines, counts = mined([question | {"positives": []}], corpus, cfg)
+    lines, counts = mined([question("q", [])], corpus, cfg)
     assert lines == [] and counts["questions dropped, no positive"] == 1
     cfg = config(tmp_path, mode="pseudo_label", scores=str(tmp_path / "s.run"), depth=1)
-    assert mined([question | {"positives": []}], corpus, cfg)[0] == []  # passage 2 is second in the ranking
+    assert mined([question("q", [])], corpus, cfg)[0] == []  # passage 2 is second in the ranking
 
 
 def test_an_open_gate_takes_scored_passages_only(corpus, tmp_path):
@@ -184,8 +182,7 @@ def test_an_open_gate_takes_scored_passages_only(corpus, tmp_path):
     write_run(tmp_path / "x.run", [("q", ALL)])
     write_run(tmp_path / "s.run", [("q", [("3", 0.9), ("2", 0.8), ("1", 0.7)])])
     cfg = config(tmp_path, mode="denoise", scores=str(tmp_path / "s.run"), negative_below=2.0, negatives=3)
-    question = {"qid": "q", "question": "?", "answers": [], "positives": ["1"]}
-    assert [line["negatives"] for line in mined([question], corpus, cfg)[0]] == [["3"], ["2"]]
+    assert [line["negatives"] for line in mined([question("q", ["1"])], corpus, cfg)[0]] == [["3"], ["2"]]
 
 
 @pytest.mark.parametrize(
@@ -201,7 +198,7 @@ def test_scores_that_are_not_of_this_ranking_are_refused(corpus, tmp_path, score
     """A truncated, stale or foreign score file would open the gate without a word."""
     write_run(tmp_path / "x.run", [("a", ALL), ("b", ALL)])
     write_run(tmp_path / "s.run", scores)
-    questions = [{"qid": q, "question": "?", "answers": [], "positives": ["1"]} for q in "ab"]
+    questions = [question(qid, ["1"]) for qid in "ab"]
     cfg = config(tmp_path, mode="denoise", scores=str(tmp_path / "s.run"))
     with pytest.raises(UserError, match=message):
         mined(questions, corpus, cfg)
@@ -211,14 +208,14 @@ def test_draw_ends_and_is_fair():
     """
     Where fewer are allowed than wanted the original loops for ever; all of them come out, equally often.
     """
-    rng = random.Random(0)
-    assert sorted(mine_negatives.draw(list("abcdef"), "ace".__contains__, 4, rng)) == ["a", "c", "e"]
-    assert mine_negatives.draw([], "a".__contains__, 2, rng) == []
-    first = [mine_negatives.draw(list("abcdef"), "ace".__contains__, 1, rng)[0] for _ in range(3000)]
+    rng, letters = random.Random(0), list("abcdef")
+    draw, allowed = mine_negatives.draw_at_random, "ace".__contains__
+    assert sorted(draw(letters, allowed, 4, rng)) == ["a", "c", "e"] and draw([], allowed, 2, rng) == []
+    first = [draw(letters, allowed, 1, rng)[0] for _ in range(3000)]
     assert all(900 < first.count(letter) < 1100 for letter in "ace")
 
 
-# ----------------------------------------------------------------------------------------------- ANCE-Tele
+# ---------------------------------------------------------------- ANCE-Tele
 ANCE_TELE = json.loads((GOLDEN / "ance_tele_mining.json").read_text())["cases"]
 
 
@@ -303,7 +300,7 @@ def test_teleport_joins_its_three_sources_through_files(tmp_path):
         seed=case["seed"], lookahead_run=str(tmp_path / "lookahead_run.run"),
         momentum=write_json_lines(tmp_path / "last.jsonl", last),
     )  # fmt: skip
-    questions = [{"qid": q, "question": "?", "answers": [], "positives": case["qrels"][q]} for q in order]
+    questions = [question(qid, case["qrels"][qid]) for qid in order]
     lines, counts = mined(questions, corpus, cfg)
     assert [line["qid"] for line in lines] == order
     rng = random.Random(case["seed"])  # look-ahead has a generator of its own, which starts anew
@@ -324,54 +321,41 @@ def test_a_file_in_another_order_is_refused(corpus, tmp_path):
     """Nothing is lost without a word: a second file in another order, or of other questions, is an error."""
     write_run(tmp_path / "x.run", [("a", ALL), ("b", ALL)])
     write_run(tmp_path / "l.run", [("b", ALL), ("a", ALL)])
-    questions = [{"qid": q, "question": "?", "answers": [], "positives": ["1"]} for q in "ab"]
+    questions = [question(qid, ["1"]) for qid in "ab"]
     cfg = config(tmp_path, mode="teleport", lookahead_run=str(tmp_path / "l.run"))
     with pytest.raises(UserError, match="question 'a' is not in .* or not in its order"):
         mined(questions, corpus, cfg)
 
 
-# ----------------------------------------------------------------------------------------------------- DPR
+# ---------------------------------------------------------------- DPR
 @pytest.mark.parametrize(
-    ("question", "keys", "positives", "negatives"),
+    ("asked", "keys", "positives", "negatives"),
     [
         ({"answers": ["norway"], "positives": ["1"]}, {}, ["1"], ["2", "3"]),
         ({"answers": ["Akerselva"], "positives": ["1"]}, {}, ["1"], ["3", "4"]),
         ({"answers": ["Oslo"], "positives": ["1"]}, {"negatives": 5}, ["1"], ["3", "4", "5"]),
         ({"answers": [], "positives": ["1", "3"]}, {}, ["1", "3"], ["2", "4"]),
+        ({"answers": ["x"], "positives": ["4"]}, {"negatives": 5}, ["4"], ["1", "2", "3"]),  # 5 is its twin
         ({"answers": ["x"], "positives": [{"title": "?", "text": ROWS[1][1]}]}, {}, 0, ["1", "3"]),
+        ({"answers": [], "positives": [{"title": "?", "text": ROWS[1][1]}]}, {}, 0, ["1", "3"]),
         ({"answers": ["Peru"], "positives": []}, {"positives": "find"}, ["3"], ["1", "2"]),
         ({"answers": ["Peru"], "positives": ["4"]}, {"positives": "find"}, ["4"], ["1", "2"]),
-        (
-            {"answers": ["P.ru"], "positives": []},
-            {"positives": "find", "match": "regex"},
-            ["3"],
-            ["1", "2"],
-        ),
+        ({"answers": ["P.ru"], "positives": []}, {"positives": "find", "match": "regex"}, ["3"], ["1", "2"]),
         ({"answers": ["Peru"], "positives": []}, {}, [], ["1", "2"]),
         ({"answers": ["xyzzy"], "positives": []}, {"positives": "find"}, [], ["1", "2"]),
     ],
 )
-def test_topk(corpus, tmp_path, question, keys, positives, negatives):
+def test_topk(corpus, tmp_path, asked, keys, positives, negatives):
     """By hand: no passage with an answer and no positive (by id or text) is a negative; ranks decide."""
-    cfg = config(tmp_path, **keys)
-    found = mine_negatives.topk(question, Found([pid for pid, _ in ALL]), corpus, cfg, None)
-    assert found == (positives or question["positives"], negatives)
+    found = Found([pid for pid, _ in ALL])
+    chosen = mine_negatives.topk(asked, found, corpus, config(tmp_path, **keys), None)
+    assert chosen == (positives or asked["positives"], negatives)
 
 
 def test_nothing_is_dropped_silently(corpus, tmp_path):
     """What does not reach the output, question or ranking, is counted; depth limits what is looked at."""
-    questions = [
-        {
-            "qid": "gold",
-            "question": "?",
-            "answers": ["Peru"],
-            "positives": ["3"],
-            "negatives": ["old"],
-            "own": 7,
-        },
-        {"qid": "none", "question": "?", "answers": ["Peru"], "positives": [], "negatives": []},
-        {"qid": "unranked", "question": "?", "answers": ["Peru"], "positives": ["3"], "negatives": []},
-    ]
+    gold = question("gold", ["3"], ["Peru"]) | {"negatives": ["old"], "own": 7}
+    questions = [gold, question("none", [], ["Peru"]), question("unranked", ["3"], ["Peru"])]
     write_run(tmp_path / "x.run", [("none", ALL), ("gold", ALL), ("stranger", ALL)])
 
     def by_qid(**keys):
@@ -379,11 +363,8 @@ def test_nothing_is_dropped_silently(corpus, tmp_path):
         return {line["qid"]: line for line in lines}, counts
 
     examples, counts = by_qid(depth=1)
-    assert (
-        list(examples) == ["gold", "unranked"]
-        and examples["gold"]["negatives"] == ["1"]
-        and examples["gold"]["own"] == 7
-    )
+    assert list(examples) == ["gold", "unranked"]
+    assert examples["gold"]["negatives"] == ["1"] and examples["gold"]["own"] == 7
     assert counts == {
         "questions dropped, no positive": 1,
         "questions without a ranking": 1,
@@ -399,76 +380,14 @@ def test_nothing_is_dropped_silently(corpus, tmp_path):
 
 def test_mining_command(corpus, tmp_path, monkeypatch, capsys):
     """The rehearsal: BM25's ranking in, a training file out that the trainer's reader accepts."""
-    question = {"qid": "q", "question": "capital of norway oslo", "answers": ["Norway"], "positives": ["1"]}
-    (tmp_path / "q.jsonl").write_text(json.dumps(question) + "\n")
+    asked = question("q", ["1"], ["Norway"]) | {"question": "capital of norway oslo"}
     index = bm25.build_bm25(corpus, tmp_path / "index")
-    hits = bm25.search_bm25(index, [question["question"]], 5)[0]
+    hits = bm25.search_bm25(index, [asked["question"]], 5)[0]
     write_run(tmp_path / "x.run", [("q", [(corpus[row].id, score) for row, score in hits])])
-    argv = ["mine_negatives.py", "--questions", tmp_path / "q.jsonl", "--run", tmp_path / "x.run"]
-    argv += ["--corpus", corpus.path, "--out", tmp_path / "train.jsonl", "--negatives", "2"]
-    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+    keys = {"questions": write_json_lines(tmp_path / "q.jsonl", [asked]), "run": tmp_path / "x.run"}
+    keys |= {"corpus": corpus.path, "out": tmp_path / "train.jsonl", "negatives": 2}
+    monkeypatch.setattr(sys, "argv", command("mine_negatives.py", keys)[1:])
     mine_negatives.main()
     (mined,) = read_questions(tmp_path / "train.jsonl", need=("positives", "negatives"))
     assert mined["negatives"] == ["4", "5"] and mined["positives"] == ["1"]
     assert "1 lines written, 2 negatives" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        (["--out", ""], "out: give a path, it is empty"),
-        (["--run", ""], "run: give a path, it is empty"),
-        (["--out", "."], "out: . is a folder; name a file"),
-        (["--out", "{q}/x.jsonl"], "is a file, not a folder"),
-        (["--out", "{q}"], "is an input too (questions)"),
-        (["--negatives", "9", "--depth", "5"], "negatives (9) must be at most depth (5)"),
-        (["--run", "{other}"], "other.run: has none of the questions of"),
-        (["--mode", "pseudo_label"], "give --scores, a .run of rerank.py"),
-        (["--scores", "{run}"], "scores is for mode denoise or pseudo_label, not topk"),
-        (
-            ["--lookahead_run", "{run}", "--mode", "denoise"],
-            "lookahead_run is for mode teleport, not denoise",
-        ),
-        (["--mode", "denoise", "--fill", "true"], "fill tops up what the scores leave"),
-        (["--mode", "teleport", "--momentum", "{run}"], "x.run:1: "),
-        (["--mode", "teleport", "--momentum", "{q}"], "q.jsonl:1: 'negatives' must be a list of passages"),
-    ],
-)
-def test_what_would_be_ignored_or_lost_is_refused(corpus, tmp_path, monkeypatch, capsys, keys, message):
-    """
-    A key that the mode does not read, and an output that cannot be written, are found before the mining.
-    """
-    q = write_json_lines(tmp_path / "q.jsonl", [{"qid": "q", "question": "x", "positives": ["1"]}])
-    write_run(tmp_path / "x.run", [("q", ALL)])
-    write_run(tmp_path / "other.run", [("p", ALL)])
-    argv = [
-        "mine_negatives.py",
-        "--questions",
-        q,
-        "--run",
-        str(tmp_path / "x.run"),
-        "--corpus",
-        str(corpus.path),
-    ]
-    argv += ["--out", str(tmp_path / "train.jsonl")]
-    argv += [key.format(q=q, run=tmp_path / "x.run", other=tmp_path / "other.run") for key in keys]
-    monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(SystemExit) as stopped, friendly_errors():
-        mine_negatives.main()
-    assert stopped.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
-    assert not (tmp_path / "train.jsonl").exists()
-
-
-def test_mistakes_are_one_line(corpus, tmp_path, monkeypatch, capsys):
-    """An id that the corpus does not have: one line with the id, exit code 2, no output file."""
-    (tmp_path / "q.jsonl").write_text(
-        '{"qid": "q", "question": "x", "answers": ["y"], "positives": ["77"]}\n'
-    )
-    write_run(tmp_path / "x.run", [("q", ALL)])
-    argv = ["mine_negatives.py", "--questions", tmp_path / "q.jsonl", "--run", tmp_path / "x.run"]
-    argv += ["--corpus", corpus.path, "--out", tmp_path / "train.jsonl"]
-    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-    with pytest.raises(SystemExit) as stopped, friendly_errors():
-        mine_negatives.main()
-    assert stopped.value.code == 2 and not (tmp_path / "train.jsonl").exists()
-    assert "corpus.tsv: no passage has the id '77'" in capsys.readouterr().err.splitlines()[-1]
