@@ -36,7 +36,7 @@ RECIPES = {  # recipe: its variables; the longest first, because two run at a ti
         "READER_FLAGS": "--reader_tokens 48 --stop_after 3", "POSITIVES": "find",
     },
     "dpr_nq": {
-        "GOLD": "", "READER_FLAGS": "--reader_tokens 48 --batch_size 4 --stop_after 3 --workers 0",
+        "GOLD": "", "READER_FLAGS": "--reader_tokens 48 --batch_size 4 --stop_after 3",
     },
     "emdr2_nq": {
         "TRAIN_FLAGS": "--mixed_precision no --batch_size 8 --question_chunk 4 --top_k 4 --reader_tokens 48 "
