@@ -289,7 +289,7 @@ def evaluate(pool, encoders, accelerator, cfg):
 def main():
     # settings, checked before anything is loaded
     cfg = load_config(__doc__, "config/train_dpr_nq.yaml")
-    must_be_one_of(cfg, pooling=("cls", "mean"), token_types=("zeros", "segments"))
+    must_be_one_of(cfg, pooling=encoding.POOLINGS, token_types=encoding.TOKEN_TYPES)
     at_least(cfg, 1, "question_chunk", "passage_chunk")
     at_least(cfg, 4, "question_tokens", "passage_tokens")
     need_file(cfg, "train", optional=("dev", "corpus"))
