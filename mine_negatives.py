@@ -62,7 +62,7 @@ def positives_of(question, ranked, corpus, cfg):
     if cfg.positives == "given" or (cfg.positives == "find" and question["positives"]):
         return list(question["positives"])
     for pid in ranked:
-        if holds_answer(corpus[corpus.row(pid)], question, cfg):
+        if holds_answer(corpus.passage(pid), question, cfg):
             return [pid]
     return []
 
@@ -82,7 +82,7 @@ def wrong_for(question, positives, never, corpus, cfg):
     def wrong(pid):
         if pid in ids or not read:
             return pid not in ids
-        passage = corpus[corpus.row(pid)]
+        passage = corpus.passage(pid)
         return passage.text not in texts and not holds_answer(passage, question, cfg)
 
     return wrong

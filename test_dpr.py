@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from utils.data import Corpus, iter_jsonl, iter_run, read_questions, write_run
 from utils.encoder import embed, tokenize_questions
-from utils.faiss_index import build_index, search_index
 from utils.metrics import KS, gold_ids, one_question_at_a_time, print_table, retrieval_metrics
 from utils.plumbing.config import (
     UserError,
@@ -43,7 +42,7 @@ from utils.plumbing.config import (
 from utils.plumbing.embeddings import open_embeddings
 from utils.plumbing.files import sha256, write_json
 from utils.plumbing.weights import load_encoder
-from utils.search import as_lists, exact_topk, faiss, fetch
+from utils.search import as_lists, build_index, exact_topk, faiss, fetch, search_index
 from utils.text import report_regex_failures
 
 BLOCK = 16384  # questions searched at a time: MS MARCO's 502,939 x 1,000 hits would fill 100 GB
@@ -145,7 +144,7 @@ def search(vectors_QD, shards, index, cfg, device):
         if index is None:
             hits = as_lists(*exact_topk(block_QD[valid_Q], shards, cfg.k, device=device))
         else:
-            hits = search_index(index, block_QD[valid_Q], shards, cfg.k, exact=cfg.index == "Flat")
+            hits = search_index(index, block_QD[valid_Q], shards, cfg.k)
         hits = iter(hits)
         for valid in valid_Q:
             yield next(hits) if valid else []

@@ -1,334 +1,292 @@
 """
-Train DPR's extractive reader, and answer questions with it: exact match (Karpukhin et al. 2020, Sec. 6).
+Train DPR's extractive reader, which finds the answer to a question in passages (Karpukhin et al. 2020,
+Sec. 6).
 
-In:   question files with answers, a .run each (test_dpr.py, rerank.py) and the corpus; or DPR's result json
-Out:  training: run_dir/reader/ (best dev EM), checkpoints/, log.txt, metrics.jsonl
-      prediction: `out` (DPR's json), beside it .answers.json ({qid: answer}) and .metrics.json
+No span was ever labelled. A question is learned from one passage that holds its answer, next to others that
+do not. Every mention of the answer in that passage counts as right. To answer a question, the reader takes
+the passage of highest relevance, then the best span in it. GC-DPR and RocketQA use this reader as it is.
+
+In:   question files with answers (train, dev), a ranking of each (test_dpr.py, rerank.py), and the corpus
+Out:  run_dir/reader/ (best exact match on dev), checkpoints/, log.txt, metrics.jsonl
 Run:  accelerate launch train_reader.py --config config/train_reader_nq.yaml
-      accelerate launch train_reader.py --train "" --init runs/reader_nq/reader --test data/nq/test.jsonl
-      --test_run runs/dpr_nq/test/test.run --corpus data/nq/corpus.tsv --out runs/reader_nq/test.json
-Next: ask.py --reader
+Next: answer.py, ask.py --reader
 
-A question is learned from one passage with the answer, in which every mention of it is right, beside others
-without: no span was ever labelled. To answer, take the passage of highest relevance among the first n, then
-the best span in it. GC-DPR and RocketQA use this reader as it is.
-
-Differs from DPR: (1) no file is prepared: the answers are found in the passages at the start, and a report
-says which questions are dropped and why. (2) Padding takes no part in the softmax over passages nor in those
-over tokens; `padding_takes_part` restores that. (3) The loss is the mean over the batch; DPR sums over the
-questions of a GPU and takes the mean over GPUs: with its 16 on 8 GPUs, twice ours, so its clipping at 1.0 is
-our max_grad_norm 0.5. (4) The best checkpoint is that of the highest dev EM, over all devices; DPR compares
-the wrong way round, on the first device's share. (5) A predicted text is cut out of the passage, not decoded.
-(6) A positive passage has an answer before the cut; DPR redraws another where the drawn one has not.
-(7) Order, negatives and dropout are functions of (seed, step), so a killed run resumes to the same bits (on a
-CPU; a GPU's attention may add in another order). (8) torch's AdamW, whose epsilon is outside the bias
-correction.
-
-N questions · M passages a question · A answer spans · L tokens · b rows of one forward pass
+N questions · M passages a question · A mentions of the answers · L tokens · b rows of one forward pass
 """
-
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
+from torch.nn.utils import clip_grad_norm_
 
-from utils.data import Corpus
-from utils.distributed import gather_items, prefetch, start, sum_gradients, world
+from utils import reader as reading
+from utils.distributed import chunk_seed, sum_gradients, world
 from utils.encoder import collate
-from utils.estimate import dry_run
-from utils.grad_cache import chunk_seed
-from utils.plumbing.checkpoint import load_optimizer, make_optimizer
+from utils.metrics import answer_scores
 from utils.plumbing.config import (
-    UserError,
     at_least,
     friendly_errors,
     load_config,
     must_be_one_of,
     need_file,
-    need_model,
+    need_value,
 )
-from utils.plumbing.files import folder_hash, weights_hash
-from utils.plumbing.run import Run, need_start, plan
-from utils.predictions import answer_scores, need_predictions_out, write_predictions
-from utils.reader import load_reader, predict
-from utils.reader_data import (
-    find_spans,
-    find_training_rows,
-    read_gold,
-    read_ranking,
-    tokenize_rows,
-    word_pieces,
-)
+from utils.plumbing.run import Run
+from utils.reader import best_spans as best_spans  # a public name of this script too
 
-INPUTS = ("reader_tokens", "token_types")
-MAX_SPANS = 10  # mentions of the answers in a positive [DPR dpr/models/reader.py:114-274, max_n_answers]
-BLOCK = 16  # questions that are answered together, so that passages of like length meet
+MAX_SPANS = 10  # mentions in a positive (from: DPR dpr/models/reader.py:114-274, max_n_answers)
 
 
 # ---------------------------------------------------------------- data: a batch is a function of (seed, step)
 def draw_passages(example, item, epoch, corpus, reader, cfg):
-    """One question as {"ids": [positive, negatives...], "spans": [(begin, end), ...] in the positive}."""
+    """Return {"ids": sequences of a question, the positive first, "spans": the mentions in the positive}."""
+    # one positive, and as many negatives as fill up the softmax
     rng = np.random.default_rng([cfg.seed, epoch, item, 1])
-    negatives = rng.permutation(example["negatives"])[: cfg.passages_per_question - 1]
-    passages = [corpus[row] for row in [rng.choice(example["positives"]), *negatives]]
-    length = reader.inputs["reader_tokens"]
-    rows = tokenize_rows(reader.tokenizer, example["question"], passages, length)
-    spans = find_spans(*rows[0], word_pieces(reader.tokenizer, example["answers"]))
-    return {"ids": [ids for ids, _ in rows], "spans": spans[:MAX_SPANS]}
+    count = cfg.passages_per_question - 1
+    negatives = rng.permutation(example["negatives"])[:count]
+    positive = rng.choice(example["positives"])
+    passages = [corpus[row] for row in (positive, *negatives)]
+
+    # their token ids, and the mentions of the answers
+    sequences = reading.tokenize_rows(reader, example["question"], passages)
+    answers = reading.word_pieces(reader, example["answers"])
+    ids, first = sequences[0]
+    spans = reading.find_spans(ids, first, answers)
+    all_ids = [ids for ids, _ in sequences]
+    return {"ids": all_ids, "spans": spans[:MAX_SPANS]}
 
 
 def make_batch(step, train, corpus, reader, cfg):
-    """This device's share of the batch of a step, as chunks of questions."""
+    """Return this device's share of the batch of a step, as chunks of questions."""
+    # the questions: an epoch is one permutation of them, a step is a slice of it
+    steps_per_epoch = len(train) // cfg.batch_size
+    epoch, offset = divmod(step, steps_per_epoch)
+    rng = np.random.default_rng([cfg.seed, epoch])
+    order = rng.permutation(len(train)).tolist()
+
+    # the share of this device, and its passages
     rank, devices = world()
-    epoch, offset = divmod(step, len(train) // cfg.batch_size)
-    order = np.random.default_rng([cfg.seed, epoch]).permutation(len(train))
     share = cfg.batch_size // devices
-    first = offset * cfg.batch_size + rank * share
-    drawn = [
-        draw_passages(train[i], int(i), epoch, corpus, reader, cfg) for i in order[first : first + share]
-    ]
-    return [drawn[k : k + cfg.question_chunk] for k in range(0, share, cfg.question_chunk)]
+    start = offset * cfg.batch_size + rank * share
+    questions = []
+    for item in order[start : start + share]:
+        example = train[item]
+        question = draw_passages(example, item, epoch, corpus, reader, cfg)
+        questions.append(question)
+
+    chunks = []
+    for first in range(0, share, cfg.question_chunk):
+        last = first + cfg.question_chunk
+        chunks.append(questions[first:last])
+    return chunks
 
 
 # ---------------------------------------------------------------- loss and gradient
 def reader_loss(start_NL, end_NL, relevance_NM, begin_NA, end_NA, spans_NA):
     """
-    (loss summed over questions, how many positives have the highest relevance). Of a question:
+    Return (loss summed over questions, how many positives have the highest relevance). Of a question:
 
         - log sum_a  P_start(begin_a) P_end(end_a)  -  log P(passage 0 | all M)
 
-    with softmaxes over the tokens of the positive and over the passages (paper Eq. 3-5; DPR
+    with softmaxes over the tokens of the positive and over the passages (the paper's Eq. 3-5; DPR
     dpr/models/reader.py:72-111, 178-182).
 
-    start_NL, end_NL: logits of the positive passage; relevance_NM: its logit first; -inf takes no part.
-    begin_NA, end_NA: tokens of each mention, where spans_NA is true. Without one only relevance counts.
+    start_NL, end_NL: logits of the positive passage. relevance_NM: its logit first. A logit of -inf takes no
+    part. begin_NA, end_NA: tokens of each mention, where spans_NA is true. Without a mention only the
+    relevance counts.
     """
-    log_NA = start_NL.log_softmax(1).gather(1, begin_NA) + end_NL.log_softmax(1).gather(1, end_NA)
-    known_N = spans_NA.any(1)
-    log_NA = log_NA.masked_fill(~spans_NA, -torch.inf)[known_N]  # trap: a row of -inf has a NaN gradient
-    loss = -log_NA.logsumexp(1).sum() - relevance_NM.log_softmax(1)[:, 0].sum()
-    return loss, (relevance_NM.argmax(1) == 0).sum()
+    # the log probability of every mention
+    log_start_NA = start_NL.log_softmax(1).gather(1, begin_NA)
+    log_end_NA = end_NL.log_softmax(1).gather(1, end_NA)
+    log_NA = log_start_NA + log_end_NA
+    log_NA = log_NA.masked_fill(~spans_NA, -torch.inf)
+    has_span_N = spans_NA.any(1)
+    log_nA = log_NA[has_span_N]  # trap: a row of -inf has a NaN gradient
+    span_loss = -log_nA.logsumexp(1).sum()
+
+    # the log probability of the positive passage
+    log_NM = relevance_NM.log_softmax(1)
+    relevance_loss = -log_NM[:, 0].sum()
+    correct = (relevance_NM.argmax(1) == 0).sum()
+    return span_loss + relevance_loss, correct
 
 
 def logits_of(questions, reader, autocast, cfg):
     """
-    The (start_NL, end_NL, relevance_NM) of reader_loss for drawn questions. Rows are read sorted by length,
-    passage_chunk at a time; all activations stay, since a question's passages meet in its softmax.
+    Return (start_NL, end_NL, relevance_NM) of reader_loss for drawn questions.
+
+    Rows are read in order of length, passage_chunk at a time. All activations stay: the passages of a
+    question meet in its softmax.
     """
-    full = reader.inputs["reader_tokens"] if cfg.padding_takes_part else 0
-    width = cfg.passages_per_question if full else max(len(question["ids"]) for question in questions)
-    rows = [(n, m, ids) for n, question in enumerate(questions) for m, ids in enumerate(question["ids"])]
-    if full:  # passages that are not there, as sequences of padding
-        rows += [(n, m, []) for n, q in enumerate(questions) for m in range(len(q["ids"]), width)]
+    # differs: padding takes no part in the softmaxes over tokens and over passages; in DPR it does
+    device = next(reader.parameters()).device
+    N = len(questions)
+    M = max(len(question["ids"]) for question in questions)
+    L = max(len(question["ids"][0]) for question in questions)
+    relevance_NM = torch.full((N, M), -torch.inf, device=device)
+    start_NL = torch.full((N, L), -torch.inf, device=device)
+    end_NL = start_NL.clone()
+
+    # all rows, those of like length together
+    rows = []
+    for n, question in enumerate(questions):
+        for m, ids in enumerate(question["ids"]):
+            rows.append((n, m, ids))
     rows.sort(key=lambda row: len(row[2]))
-    longest, device = (
-        full or max(len(question["ids"][0]) for question in questions),
-        next(reader.parameters()).device,
-    )
-    start_NL, end_NL = (torch.full((len(questions), longest), -torch.inf, device=device) for _ in range(2))
-    relevance_NM = torch.full((len(questions), width), -torch.inf, device=device)
+
+    # read them, and put the logits where they belong
     for k in range(0, len(rows), cfg.passage_chunk):
-        part = rows[k : k + cfg.passage_chunk]
+        chunk = rows[k : k + cfg.passage_chunk]
+        places_n, places_m, ids = zip(*chunk, strict=True)
         with autocast():
-            start_bL, end_bL, relevance_b = reader(**collate(reader, [ids for *_, ids in part], full))
-        relevance_NM[[n for n, _, _ in part], [m for _, m, _ in part]] = relevance_b
-        for i, (n, m, ids) in enumerate(part):
-            if m == 0:
-                size = full or len(ids)
-                start_NL[n, :size], end_NL[n, :size] = start_bL[i, :size], end_bL[i, :size]
+            start_bL, end_bL, relevance_b = reader(**collate(reader, ids))
+        relevance_NM[places_n, places_m] = relevance_b
+        for i, (n, m, ids) in enumerate(chunk):
+            if m == 0:  # the positive
+                size = len(ids)
+                start_NL[n, :size] = start_bL[i, :size]
+                end_NL[n, :size] = end_bL[i, :size]
     return start_NL, end_NL, relevance_NM
 
 
+def span_tensors(questions, device):
+    """Return (begin_NA, end_NA, spans_NA) of reader_loss; a question with fewer mentions is padded."""
+    most = max(len(question["spans"]) for question in questions)
+    spans = []
+    is_span = []
+    for question in questions:
+        size = len(question["spans"])
+        padding = most - size
+        spans.append(question["spans"] + [(0, 0)] * padding)
+        is_span.append([True] * size + [False] * padding)
+    spans_NA2 = torch.tensor(spans, device=device)
+    begin_NA, end_NA = spans_NA2.unbind(2)
+    return begin_NA, end_NA, torch.tensor(is_span, device=device)
+
+
 def add_gradient(chunks, reader, accelerator, cfg, step):
-    """Add the gradient of the global batch's mean loss to .grad; returns the global (loss, correct)."""
-    totals, device = torch.zeros(2, device=accelerator.device), accelerator.device
+    """Add the gradient of the global batch's mean loss to .grad; return the global (loss, correct)."""
+    device = accelerator.device
+    totals = torch.zeros(2, device=device)
     for i, questions in enumerate(chunks):
-        torch.manual_seed(chunk_seed((cfg.seed, step, accelerator.process_index), i))  # the dropout masks
-        most = max(len(question["spans"]) for question in questions)
-        spans = [q["spans"] + [(0, 0)] * (most - len(q["spans"])) for q in questions]
-        spans_NA = torch.tensor(
-            [[a < len(q["spans"]) for a in range(most)] for q in questions], device=device
-        )
-        begin_NA, end_NA = torch.tensor(spans, device=device).unbind(2)
+        # differs: dropout is a function of (seed, step, device, chunk), so a killed run resumes to the same
+        # bits (on a CPU; a GPU's attention may add in another order)
+        seed = (cfg.seed, step, accelerator.process_index)
+        torch.manual_seed(chunk_seed(seed, i))
         logits = logits_of(questions, reader, accelerator.autocast, cfg)
-        loss, correct = reader_loss(*logits, begin_NA, end_NA, spans_NA)
+        spans = span_tensors(questions, device)
+        loss, correct = reader_loss(*logits, *spans)
+        # differs: the mean over the batch. DPR sums over the questions of a GPU and takes the mean over GPUs:
+        # with 16 questions on 8 GPUs twice ours, so its clipping at 1.0 is our max_grad_norm 0.5
         loss = loss / cfg.batch_size
-        accelerator.backward(loss)
+        accelerator.backward(loss)  # with fp16's loss scaler
         totals += torch.stack([loss.detach(), correct])
+
+    # sum over the devices
     sum_gradients(reader.parameters())
     if world()[1] > 1:
         dist.all_reduce(totals)
     return totals
 
 
+def training_step(step, chunks, reader, optimizer, run, cfg):
+    """Learn from one batch; return (numbers to show, numbers to write)."""
+    # set the learning rate
+    # from: DPR trains with a rate that hardly falls (100,000 epochs are planned, about 17 needed)
+    factor = 1.0
+    if step < run.warmup:
+        factor = step / run.warmup
+    lr = cfg.learning_rate * factor
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+    # forward and backward
+    totals = add_gradient(chunks, reader, run.accelerator, cfg, step)
+    loss, correct = totals.tolist()
+
+    # clip the gradient, and stop before a broken one changes the weights
+    run.accelerator.unscale_gradients()
+    norm = clip_grad_norm_(run.weights, cfg.max_grad_norm).item()
+    run.refuse_non_finite(loss, norm, lr)
+
+    # step the optimizer
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    shown = {"loss": loss, "acc": correct / cfg.batch_size, "lr": lr}
+    return shown, {"grad_norm": norm}
+
+
 # ---------------------------------------------------------------- evaluation
-def answer_all(examples, corpus, reader, accelerator, cfg, top_docs):
-    """What utils.reader.predict says of every example, on every device, each having answered its share."""
-    rank, devices = world()
-    blocks = [range(k, min(k + BLOCK, len(examples))) for k in range(0, len(examples), BLOCK)]
-    mine, answers = blocks[rank::devices], {}
-
-    def tokenized(block):
-        passages = [[corpus[row] for row in examples[i]["rows"].tolist()] for i in block]
-        length = reader.inputs["reader_tokens"]
-        pairs = zip((examples[i]["question"] for i in block), passages, strict=True)
-        return passages, [tokenize_rows(reader.tokenizer, *pair, length) for pair in pairs]
-
-    bar = tqdm(total=sum(map(len, mine)), desc="answers", delay=5, leave=False, disable=None)
-    with bar:
-        for block, (passages, rows) in zip(mine, prefetch(tokenized, mine), strict=True):
-            sizes = cfg.max_answer_length, cfg.eval_batch_size
-            found = predict(reader, passages, rows, top_docs, *sizes, accelerator.autocast)
-            answers |= zip(block, found, strict=True)
-            bar.update(len(block))
-    answers = gather_items(answers)
-    return [answers[i] for i in range(len(examples))]
-
-
 def evaluate(dev, corpus, reader, accelerator, cfg):
-    """{"em", "f1"} of the answers from the first test_depth passages."""
+    """Return {"em", "f1"} of the answers to the dev questions from their first test_depth passages."""
+    # differs: the questions of all devices count, and the highest exact match is the best. DPR compares the
+    # wrong way round, and looks at the first device's share only
     top_docs = [cfg.test_depth]
-    values = answer_scores(dev, answer_all(dev, corpus, reader, accelerator, cfg, top_docs), top_docs)
-    return {name.partition("@")[0].lower(): float(np.mean(value)) for name, value in values.items()}
-
-
-# ---------------------------------------------------------------- predict
-def answer_file(cfg, accelerator):
-    """Answer the test questions: two prediction files and a table of EM and F1."""
-    corpus = Corpus(cfg.corpus, cfg.corpus_format) if cfg.corpus else None
-    examples, corpus, note = read_ranking(cfg.test, cfg.test_run, corpus, cfg.test_depth)
-    # why: a `.cp` does not say how its inputs are built; before May 2021 DPR had zeros, then segments
-    how = {key: getattr(cfg, key) for key in INPUTS} if cfg.init.endswith(".cp") else {}
-    reader = load_reader(cfg.init, how).to(accelerator.device)
-    top_docs = sorted({n for n in cfg.eval_top_docs if 0 < n < cfg.test_depth} | {cfg.test_depth})
-    if cfg.dry_run:
-
-        def probe():
-            answer_all(examples[:4], corpus, reader, accelerator, cfg, top_docs)
-            return len(examples[:4])
-
-        disk = len(examples) * len(top_docs) * 1000
-        out = Path(cfg.out).parent
-        return dry_run("answering", [reader], probe, len(examples), "questions", out, disk)
-    began = time.time()
-    answers = answer_all(examples, corpus, reader, accelerator, cfg, top_docs)
-    seconds = time.time() - began
-    if not accelerator.is_main_process:
-        return
-    print(f"{note}\n{len(examples) / seconds:.1f} questions/s of up to {cfg.test_depth} passages")
-    write_predictions(cfg.out, examples, answers, top_docs)
+    sizes = (cfg.max_answer_length, cfg.eval_batch_size)
+    answers = reading.answer_all(reader, dev, corpus, top_docs, *sizes, accelerator)
+    scores = answer_scores(dev, answers, top_docs)
+    em = np.mean(scores[f"EM@{cfg.test_depth}"])
+    f1 = np.mean(scores[f"F1@{cfg.test_depth}"])
+    return {"em": float(em), "f1": float(f1)}
 
 
 # ---------------------------------------------------------------- main
 def main():
+    # settings, checked before anything is loaded
     cfg = load_config(__doc__, "config/train_reader_nq.yaml")
-    must_be_one_of(cfg, mixed_precision=("no", "fp16", "bf16"), tracker=("none", "wandb"))
-    must_be_one_of(cfg, resume=("never", "exact", "changed"), token_types=("zeros", "segments"))
-    at_least(cfg, 1, "train_depth", "test_depth", "max_answer_length", "eval_batch_size", "batch_size")
-    at_least(cfg, 1, "question_chunk", "passage_chunk", "epochs", "save_every", "log_every")
+    must_be_one_of(cfg, token_types=("zeros", "segments"))
+    at_least(cfg, 1, "train_depth", "test_depth", "max_answer_length", "question_chunk", "passage_chunk")
     at_least(cfg, 2, "passages_per_question")
     at_least(cfg, 8, "reader_tokens")
-    if bool(cfg.train) == bool(cfg.test):
-        raise UserError('give either train, or test with --train "" and the reader as init')
-    inputs = ("test", "test_run") if cfg.test else ("train", "train_run", "dev", "dev_run", "gold")
-    need_file(cfg, optional=(*inputs, "corpus"))
-    if cfg.test:
-        need_predictions_out(cfg, *inputs, "corpus")
-        need_model(cfg, "init")
-    else:
-        need_start(cfg, "init")
-    accelerator = start(cfg.mixed_precision)
-    if cfg.test:
-        return answer_file(cfg, accelerator)
-    if cfg.batch_size % accelerator.num_processes:
-        raise UserError(f"batch_size {cfg.batch_size} is not shared by {accelerator.num_processes} devices")
-    corpus = Corpus(cfg.corpus, cfg.corpus_format) if cfg.corpus else None
-    content = {key: folder_hash(getattr(cfg, key)) for key in inputs}
-    content["init"] = weights_hash(cfg.init)
-    run = Run(cfg, accelerator, content | {"corpus": corpus.sha256 if corpus else ""})
-    torch.manual_seed(cfg.seed)  # the new outputs, the same on every device
-    source = run.checkpoint / "reader" if run.checkpoint else cfg.init
-    how = {key: getattr(cfg, key) for key in INPUTS}
-    reader = load_reader(source, how, cfg.dropout, new_head=not run.checkpoint)
-    reader.to(accelerator.device).train()
-    gold = read_gold(cfg.gold) if cfg.gold else {}
-    found, train_corpus, depth_note = read_ranking(
-        cfg.train, cfg.train_run, corpus, cfg.train_depth, ("answers",)
-    )
-    train, train_note = find_training_rows(
-        cfg.train, found, train_corpus, reader.tokenizer, gold, cfg, world(), gather_items
-    )
-    dev, dev_corpus, dev_note = [], None, "no dev set: the last checkpoint is the best"
+    need_file(cfg, "train", "train_run", "corpus", optional=("dev", "dev_run", "gold"))
     if cfg.dev:
-        dev, dev_corpus, dev_note = read_ranking(cfg.dev, cfg.dev_run, corpus, cfg.test_depth, ("answers",))
-    per_epoch, _, last, warmup, late = plan(len(train), cfg)
-    optimizer = make_optimizer(reader.named_parameters(), cfg)
-    if run.checkpoint:
-        load_optimizer(run.checkpoint, optimizer)
-    optimizer = accelerator.prepare(optimizer)  # for fp16's loss scaler; gradients are summed by add_gradient
-    weights = list(reader.parameters())
-    size = sum(p.numel() for p in weights)
+        need_value(cfg, "dev_run")
 
-    if cfg.dry_run:
-        few = min(cfg.batch_size, 2 * cfg.question_chunk * accelerator.num_processes)
-        small = type(cfg)(**vars(cfg) | {"batch_size": few})
+    # data
+    files = ("train", "train_run", "dev", "dev_run", "gold")
+    run = Run(cfg, files, weights=("init",))
+    corpus = run.corpus
+    examples, train_note = reading.read_ranking(cfg.train, cfg.train_run, corpus, cfg.train_depth)
+    dev, dev_note = [], "no dev set: the last checkpoint is the best"
+    if cfg.dev:
+        dev, dev_note = reading.read_ranking(cfg.dev, cfg.dev_run, corpus, cfg.test_depth)
+    gold = {}
+    if cfg.gold:
+        gold = reading.read_gold(cfg.gold)
 
-        def probe():
-            batch = make_batch(0, train, train_corpus, reader, small)
-            add_gradient(batch, reader, accelerator, small, 0)
-            return few / cfg.batch_size
+    # model
+    torch.manual_seed(cfg.seed)  # the new outputs, the same on every device
+    how = {"reader_tokens": cfg.reader_tokens, "token_types": cfg.token_types}
+    source = run.source("reader", cfg.init)
+    reader = reading.load_reader(source, how, cfg.dropout, new_head=not run.checkpoint)
+    reader.to(run.device).train()
+    optimizer = run.optimizer({"reader": reader})
 
-        probe()  # fills .grad, which is no activation
-        return dry_run("training", [reader], probe, last, "steps", cfg.run_dir, 52 * size, 8 * size)
-    banner = (
-        f"{size / 1e6:.1f} M parameters, {accelerator.num_processes} x {accelerator.device.type}, precision "
-        f"{accelerator.mixed_precision} | {cfg.batch_size} questions a step, {cfg.passages_per_question} "
-        f"passages each | {per_epoch} steps an epoch, {len(train) % cfg.batch_size} questions left over; "
-        f"{last} in all"
-    )
-    if not run.start(last, size, [depth_note, train_note, dev_note, banner, *late]):
-        return
+    # what it learns from: the passages in which its tokens spell an answer
+    train, rows_note = reading.find_training_rows(cfg.train, examples, corpus, reader, gold)
+    run.notes += [train_note, rows_note, dev_note]
 
     def batch_of(step):
-        return make_batch(step, train, train_corpus, reader, cfg)
+        return make_batch(step, train, corpus, reader, cfg)
 
-    steps = range(run.first, last)
-    for step, chunks in zip(steps, prefetch(batch_of, steps), strict=True):  # the next is tokenised meanwhile
-        began = time.time()
+    # the loop
+    story = f"{cfg.batch_size} questions a step, {cfg.passages_per_question} passages each"
+    for step, chunks in run.steps(len(train), batch_of, story):
         if step == run.first:
-            ids, spans = chunks[0][0]["ids"][0], chunks[0][0]["spans"]
+            example = chunks[0][0]
+            ids = example["ids"][0]
             decode = reader.tokenizer.decode
+            spans = [ids[begin : end + 1] for begin, end in example["spans"]]
+            answers = " | ".join(map(decode, spans))
             run.say(f"example passage: {decode(ids)}")
-            run.say(f"example answers: {' | '.join(decode(ids[a : b + 1]) for a, b in spans)}")
-        # from: DPR trains with a rate that hardly falls (100,000 epochs are planned, about 17 needed)
-        lr = cfg.learning_rate * (step / warmup if step < warmup else 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        try:
-            loss, correct = add_gradient(chunks, reader, accelerator, cfg, step).tolist()
-        except torch.OutOfMemoryError:
-            raise UserError(
-                "out of GPU memory: lower --question_chunk if above 1 (same gradient, other dropout "
-                "masks), then --passages_per_question, or use --mixed_precision bf16"
-            ) from None
-        accelerator.unscale_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(weights, cfg.max_grad_norm).item()
-        run.refuse_non_finite(loss, norm, lr)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seconds = time.time() - began
-        run.step(
-            f"{cfg.batch_size / seconds:.1f} q/s",
-            {"loss": loss, "acc": correct / cfg.batch_size, "lr": lr},
-            {"grad_norm": norm, "seconds": seconds},
-        )
-        if dev and ((step + 1) % (cfg.eval_every or per_epoch) == 0 or step + 1 == last):
-            run.dev(evaluate(dev, dev_corpus, reader, accelerator, cfg), by="em", sign=1)
-        reader.inputs["pair"] = f"{run.fingerprint}-{step + 1}"  # tells these weights from an older copy
-        run.save({"reader": reader}, optimizer, evaluates=bool(dev))
+            run.say(f"example answers: {answers}")
+        shown, hidden = training_step(step, chunks, reader, optimizer, run, cfg)
+        run.log(shown, hidden)
+        evaluated = bool(dev) and run.time_to_evaluate()
+        if evaluated:
+            metrics = evaluate(dev, corpus, reader, run.accelerator, cfg)
+            run.dev(metrics, by="em", sign=1)
+        run.save({"reader": reader}, optimizer, evaluated)
 
 
 if __name__ == "__main__":

@@ -1,62 +1,35 @@
 """
-Doors to and from the original DPR: facebook/dpr-* on the hub, the `.cp` files of the released code, and the
-export.
+Turn checkpoints of the original DPR code (`.cp`) into folders that every stage reads; export our encoders.
 
-Weights of others are data, not programs: a `.cp` file is a pickle, which could run any code, so it is read by
-an unpickler that knows six harmless names and turns everything else into an inert object.
+Run: python -m prepare.checkpoints from_cp FILE.cp OUT_FOLDER --role question|passage|reader
+     python -m prepare.checkpoints to_hf_dpr ENCODER_FOLDER OUT_FOLDER
+
+Both write what facebook/dpr-* is on the hub, and encoder_inputs.json. A `.cp` does not tell everything:
+  heads        attention heads: --heads N, else config.json next to the file or in the folder that it names
+  tokenizer    tokenizer.json next to the file, else what the file names (a folder, a hub name)
+  lengths      sequence_length where the file has it, else DPR's own: 256 tokens, 350 for a reader
+  token types  zeros, as in DPR until May 2021; edit encoder_inputs.json where a model learned with segments
 """
 
+import argparse
 import pickle
-import sys
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import (
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
-    DPRConfig,
-    DPRContextEncoder,
-    DPRQuestionEncoder,
-    DPRReader,
-)
+from transformers import AutoTokenizer, DPRConfig, DPRContextEncoder, DPRQuestionEncoder, DPRReader
 
 from utils.plumbing.config import UserError, friendly_errors, memory_is_full
-from utils.plumbing.files import atomic_folder
+from utils.plumbing.files import atomic_folder, read_json, write_json
+from utils.plumbing.weights import check_complete, check_sizes, load_encoder, read_inputs
 
-
-def check_complete(path, missing):
-    missing = [key for key in missing if "position_ids" not in key and not key.startswith("pooler.")]
-    if missing:
-        raise UserError(
-            f"{path}: {len(missing)} weights are missing, such as {missing[0]}: not this architecture"
-        )
-
-
-def from_hf_dpr(path, role, config):
-    """
-    facebook/dpr-* -> (BertModel, projection or None). The two towers have different class and key names.
-    """
-    wanted, name = {
-        "question": (DPRQuestionEncoder, "question_encoder"),
-        "passage": (DPRContextEncoder, "ctx_encoder"),
-    }[role]
-    if config.architectures and wanted.__name__ not in config.architectures:
-        raise UserError(f"{path}: holds a {config.architectures[0]}; a {role} encoder is a {wanted.__name__}")
-    model, found = wanted.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
-    check_complete(path, found["missing_keys"])
-    inner = getattr(model, name)
-    skipped = ("model_type", "architectures", "projection_dim")
-    plain = BertConfig(**{k: v for k, v in config.to_diff_dict().items() if k not in skipped})
-    # trap: putting the new config on the old BertModel switches its attention mask off without a word
-    bert = BertModel(plain, add_pooling_layer=False)
-    bert.load_state_dict(inner.bert_model.state_dict())
-    return bert, inner.encode_proj if config.projection_dim else None
-
-
-# The only names that a DPR checkpoint needs; anything else becomes an inert object, so that nothing in it can
-# run.
+# role -> Hugging Face's class, the prefix of the weights in a .cp, their prefix in the class
+MODELS = {
+    "question": (DPRQuestionEncoder, "question_model.", "question_encoder."),
+    "passage": (DPRContextEncoder, "ctx_model.", "ctx_encoder."),
+    "reader": (DPRReader, "encoder.", "span_predictor.encoder."),
+}
+BERT_HEADS = {768: 12, 1024: 16}  # attention heads of BERT base and large, by hidden size
+# a .cp is a pickle, which could run any code; these are the only names in it that are looked up
 SAFE_NAMES = {
     ("collections", "OrderedDict"),
     ("torch._utils", "_rebuild_tensor_v2"),
@@ -67,11 +40,9 @@ SAFE_NAMES = {
 }
 
 
-class _Inert(dict):
-    """
-    Stands for every class that the restricted unpickler does not know (omegaconf's, argparse's, an
-    attacker's).
-    """
+# ---------------------------------------------------------------- a pickle as data
+class Inert(dict):
+    """Stands for every class that is not in SAFE_NAMES (omegaconf's, argparse's, an attacker's)."""
 
     def __init__(self, *_):
         super().__init__()
@@ -83,14 +54,12 @@ class _Inert(dict):
         pass
 
 
-class _RestrictedPickle:
-    """
-    A stand-in for the pickle module, as torch.load takes one: same format, but only SAFE_NAMES are looked up.
-    """
+class RestrictedPickle:
+    """Stands for the pickle module, as torch.load takes one: the same format, but only SAFE_NAMES."""
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
-            return super().find_class(module, name) if (module, name) in SAFE_NAMES else _Inert
+            return super().find_class(module, name) if (module, name) in SAFE_NAMES else Inert
 
     @classmethod
     def load(cls, file, **options):
@@ -98,92 +67,151 @@ class _RestrictedPickle:
 
 
 def read_cp(path):
-    """What torch.save wrote, as a dict with "model_dict"; nothing in the file can run."""
+    """Return (the weights, the settings of their encoder) of a `.cp`, two dicts; nothing in it can run."""
     try:
-        # why not weights_only: DPR's 2021 files hold an omegaconf object, which torch's own safe loader
-        # refuses
-        saved = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_RestrictedPickle)
-        return saved | {"model_dict": saved["model_dict"]}
+        # why not weights_only: DPR's 2021 files hold an omegaconf object, which torch's own loader refuses
+        saved = torch.load(path, map_location="cpu", weights_only=False, pickle_module=RestrictedPickle)
+        return dict(saved["model_dict"]), dict(saved.get("encoder_params") or {})
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:
         if memory_is_full(error):
             raise
-        raise UserError(f"{path}: not a DPR checkpoint, or truncated: {error}") from None
+        raise UserError(f"{path}: not a DPR checkpoint, or truncated: {first_line(error)}") from None
 
 
-def sizes(weights):
-    """The settings of a BERT, from the shapes of its weights."""
-    words_VD = weights["embeddings.word_embeddings.weight"]
-    return {
-        "vocab_size": words_VD.shape[0],
-        "hidden_size": words_VD.shape[1],
-        "num_hidden_layers": 1
-        + max(int(key.split(".")[2]) for key in weights if key.startswith("encoder.layer.")),
-        "num_attention_heads": max(1, words_VD.shape[1] // 64),  # 64 a head, as in every released BERT
-        "intermediate_size": weights["encoder.layer.0.intermediate.dense.weight"].shape[0],
-        "max_position_embeddings": weights["embeddings.position_embeddings.weight"].shape[0],
-    }
+def first_line(error):
+    return str(error).strip().partition("\n")[0]
 
 
-def cp_tokenizer(path, saved):
-    """The tokenizer beside a checkpoint, or the one that it names."""
-    parameters = saved.get("encoder_params") or {}
-    here = Path(path).parent
-    named = here if (here / "tokenizer.json").is_file() else parameters.get("pretrained_model_cfg")
-    return AutoTokenizer.from_pretrained(str(named or "bert-base-uncased"))
+# ---------------------------------------------------------------- the two commands
+def from_cp(path, out, role, heads=0):
+    """Write one model of a `.cp` into a new folder; role: question | passage | reader."""
+    weights, settings = read_cp(path)
+    model_class, prefix, inner = MODELS[role]
+    if f"{prefix}embeddings.word_embeddings.weight" not in weights:
+        kind = "reader" if role == "reader" else "bi-encoder"
+        raise UserError(f"{path}: no weights under {prefix}embeddings.*: not a {kind} checkpoint")
+
+    # the weights, under the names of Hugging Face's class
+    named = {}
+    for key, value in weights.items():
+        name = key.removeprefix(prefix)
+        if name.startswith("qa_"):  # the outputs of a reader
+            named[f"span_predictor.{name}"] = value
+        elif name.startswith("encode_proj."):
+            named[f"{inner}{name}"] = value
+        elif key.startswith(prefix):
+            named[f"{inner}bert_model.{name}"] = value
+    model = model_class(cp_config(path, named, inner, settings, heads))
+    try:
+        report = model.load_state_dict(named, strict=False)  # position_ids and a pooler are left over
+    except RuntimeError as error:
+        raise UserError(f"{path}: its weights are damaged (get it again): {first_line(error)}") from error
+    check_complete(path, report.missing_keys)
+
+    # how its inputs are built
+    length = settings.get("sequence_length") or (350 if role == "reader" else 256)
+    inputs = {"role": role, "pair": "", "token_types": "zeros"}
+    if role == "reader":
+        inputs["reader_tokens"] = length
+    else:
+        inputs |= {"question_tokens": length, "passage_tokens": length, "pooling": "cls"}
+    tokenizer = cp_tokenizer(path, settings)
+    check_sizes(path, model, tokenizer, length, "tokens a text")
+    write_folder(out, model, tokenizer, inputs)
 
 
-def from_cp(path, role):
-    """
-    A checkpoint of the original DPR code -> (BertModel, tokenizer, projection or None); sizes from the
-    weights.
-    """
-    saved, prefix = read_cp(path), {"question": "question_model.", "passage": "ctx_model."}[role]
-    weights = {k[len(prefix) :]: v for k, v in saved["model_dict"].items() if k.startswith(prefix)}
-    if not weights:
-        raise UserError(f"{path}: no weights under {prefix}*: not a bi-encoder checkpoint")
-    model, projection = BertModel(BertConfig(**sizes(weights)), add_pooling_layer=False), None
-    if "encode_proj.weight" in weights:
-        projection = nn.Linear(model.config.hidden_size, weights["encode_proj.weight"].shape[0])
-        projection.load_state_dict({k: weights.pop(f"encode_proj.{k}") for k in ("weight", "bias")})
-    check_complete(path, model.load_state_dict(weights, strict=False).missing_keys)
-    return model, cp_tokenizer(path, saved), projection
-
-
-def reader_from_cp(path):
-    """A reader checkpoint of the original DPR code -> (DPRReader, tokenizer); sizes from the weights."""
-    saved = read_cp(path)
-    weights, bert = saved["model_dict"], "span_predictor.encoder.bert_model."
-    inner = {k.removeprefix("encoder."): v for k, v in weights.items() if k.startswith("encoder.")}
-    if "embeddings.word_embeddings.weight" not in inner:
-        raise UserError(f"{path}: no weights under encoder.embeddings.*: not a reader checkpoint")
-    named = {f"{bert}{k}": v for k, v in inner.items()}
-    named |= {f"span_predictor.{k}": v for k, v in weights.items() if k.startswith("qa_")}
-    model = DPRReader(DPRConfig(**sizes(inner) | {"projection_dim": 0}))
-    check_complete(path, model.load_state_dict(named, strict=False).missing_keys)
-    return model, cp_tokenizer(path, saved)
-
-
-def export_hf_dpr(folder, role, out):
-    """Write our tower as DPRQuestionEncoder / DPRContextEncoder, for code that expects facebook/dpr-*."""
-    from utils.plumbing.weights import load_encoder  # not at the top: weights.py imports this file
-
+def to_hf_dpr(folder, out, role=None):
+    """Write one of our encoders as a class of facebook/dpr-*; a folder that is both towers needs a role."""
+    role = role or read_inputs(folder, "encoder").get("role", "shared")
+    if role not in ("question", "passage"):
+        raise UserError(f"{folder}: its role is {role}; add --role question or --role passage")
     encoder = load_encoder(folder, role)
+    if encoder.projection:
+        raise UserError(f"{folder}: is one of the DPR classes already")
     if encoder.inputs["pooling"] != "cls" or encoder.inputs["token_types"] != "zeros":
         raise UserError(f"{folder}: the DPR classes know only pooling cls with token_types zeros")
-    config = DPRConfig(**encoder.model.config.to_diff_dict() | {"projection_dim": 0})
-    model = {"question": DPRQuestionEncoder, "passage": DPRContextEncoder}[role](config)
-    getattr(model, "question_encoder" if role == "question" else "ctx_encoder").bert_model = encoder.model
+    model_class, _, inner = MODELS[role]
+    settings = encoder.model.config.to_diff_dict()
+    model = model_class(DPRConfig(**settings | {"projection_dim": 0}))
+    getattr(model, inner.rstrip(".")).bert_model = encoder.model
+    write_folder(out, model, encoder.tokenizer, encoder.inputs | {"role": role})
+
+
+def cp_config(path, named, inner, settings, heads):
+    """Return the DPRConfig of a `.cp`: sizes from its weights, the rest from a config.json."""
+    stored = {}
+    for folder in (settings.get("pretrained_model_cfg"), Path(path).parent):
+        file = Path(folder or path, "config.json")
+        if file.is_file():
+            stored = read_json(file)
+
+    # trap: no weight tells the number of heads, and another number gives other vectors without an error
+    bert = f"{inner}bert_model."
+    vocabulary, hidden = named[f"{bert}embeddings.word_embeddings.weight"].shape
+    heads = heads or stored.get("num_attention_heads") or BERT_HEADS.get(hidden)
+    if not heads:
+        fault = f"nothing tells how many attention heads share its {hidden} dimensions"
+        raise UserError(f"{path}: {fault}; add --heads N, or put its config.json next to it")
+    if hidden % heads or stored.get("hidden_size", hidden) != hidden:
+        raise UserError(f"{path}: {heads} attention heads or config.json do not fit its {hidden} dimensions")
+
+    layers = [int(key.split(".layer.")[1].split(".")[0]) for key in named if ".layer." in key]
+    sizes = {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "num_hidden_layers": 1 + max(layers),
+        "num_attention_heads": heads,
+        "intermediate_size": len(named[f"{bert}encoder.layer.0.intermediate.dense.weight"]),
+        "max_position_embeddings": len(named[f"{bert}embeddings.position_embeddings.weight"]),
+        "projection_dim": len(named.get(f"{inner}encode_proj.weight", [])),
+    }
+    return DPRConfig(**stored | sizes)
+
+
+def cp_tokenizer(path, settings):
+    """Return the tokenizer next to a `.cp`, else the one that it names."""
+    name = settings.get("pretrained_model_cfg") or "bert-base-uncased"
+    folder = Path(path).parent
+    if (folder / "tokenizer.json").is_file():
+        name = folder
+    try:
+        return AutoTokenizer.from_pretrained(str(name))
+    except (OSError, ValueError) as error:
+        places = "tokenizer.json is looked for beside it, then on the hub under the name that it gives"
+        raise UserError(f"{path}: its tokenizer cannot be loaded ({places}): {first_line(error)}") from error
+
+
+def write_folder(out, model, tokenizer, inputs):
+    """Write a model, its tokenizer and encoder_inputs.json into the new folder `out`."""
     with atomic_folder(out) as temporary:
         model.save_pretrained(temporary)
-        encoder.tokenizer.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        write_json(temporary / "encoder_inputs.json", inputs)
+    print(f"{out}: {model.config.num_attention_heads} attention heads, {inputs}")
 
 
-if __name__ == "__main__":  # python -m prepare.checkpoints runs/demo/doc_encoder passage runs/demo/hf_dpr_ctx
+def main():
+    parser = argparse.ArgumentParser("python -m prepare.checkpoints", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("command", choices=("from_cp", "to_hf_dpr"))
+    parser.add_argument("source", help="a .cp file, or the folder of an encoder")
+    parser.add_argument("out", help="a new folder")
+    parser.add_argument("--role", choices=MODELS)
+    parser.add_argument("--heads", type=int, default=0)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args()
+    if Path(args.out).exists():
+        raise UserError(f"{args.out}: is there already; name a new folder")
+    if args.command == "to_hf_dpr":
+        to_hf_dpr(args.source, args.out, args.role)
+    elif args.role:
+        from_cp(args.source, args.out, args.role, args.heads)
+    else:
+        raise UserError("from_cp needs --role question, --role passage or --role reader")
+
+
+if __name__ == "__main__":
     with friendly_errors():
-        if len(sys.argv) != 4 or sys.argv[2] not in ("question", "passage"):
-            raise UserError(
-                "usage: python -m prepare.checkpoints FOLDER question|passage OUT (writes Hugging Face DPR)"
-            )
-        export_hf_dpr(*sys.argv[1:])
+        main()

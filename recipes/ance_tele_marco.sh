@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# ANCE-Tele on MS MARCO passages (Sun et al. 2022): recipes/ance_tele_nq.sh with one encoder for questions and passages,
-# a negative being what nobody judged relevant, and other numbers. From coCondenser, pre-trained on this corpus.
+# ANCE-Tele on MS MARCO passages (Sun et al. 2022): the commands of recipes/ance_tele_nq.sh, with other numbers. One
+# encoder takes questions and passages. A negative is what nobody judged relevant. coCondenser was pre-trained on this
+# corpus.
 # Expected after episode 3, MRR@10 / R@1000 of 6,980 dev questions: 39.1 / 98.4 (README of ANCE-Tele's code, OpenMatch's
-# model card), here MRR@10 and hit@1000, on RocketQA's corpus with titles: not comparable with numbers without them.
-# Ours: not run. Time: not measured.
+# model card). Here they are MRR@10 and hit@1000. The corpus has RocketQA's titles: do not compare with numbers of the
+# corpus without titles. Ours: not run. Time: not measured.
 set -euo pipefail
 export DATA=${DATA:-data/msmarco} RUN=${RUN:-runs/ance_tele_marco} FORMAT=${FORMAT:-marco}
 export START=${START:-Luyu/co-condenser-marco}

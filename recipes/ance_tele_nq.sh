@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# ANCE-Tele on Natural Questions (Sun et al. 2022): three episodes. In each, the last model finds negatives near the
-# question (ANN) and near its positive (look-ahead), the last file is kept (momentum), and a new model is trained on all
-# of them from the start: coCondenser, never the last model. Episodes 1 and 2 stop early, on the schedule of 40 epochs.
+# ANCE-Tele on Natural Questions (Sun et al. 2022), in three episodes. In each, the last model finds negatives near the
+# question (ANN) and near its positive (look-ahead); the negatives of the last episode are kept (momentum). A new model
+# learns from all of them. It starts from coCondenser, never from the last model. Episodes 1 and 2 stop early, on the
+# schedule of 40 epochs.
 #
 # Expected after episode 3, top-5 / 20 / 100 of 3,610 test questions (README of ANCE-Tele's code): 77.0 / 84.9 / 89.7
 # Ours: not run. Time: not measured. Disk: 13 GB corpus + 33 GB of vectors for each of four models.
 #
-# Also TriviaQA and MS MARCO, by ance_tele_trivia.sh and ance_tele_marco.sh: their variables are the difference.
+# TriviaQA and MS MARCO: ance_tele_trivia.sh and ance_tele_marco.sh run this file with other variables.
 # Smaller: DATA, RUN, START, TRAIN_FLAGS="--batch_size 32 --mixed_precision no", ENCODE_FLAGS="", LAUNCH=python. Files
-# in DATA: corpus.tsv, train.jsonl (positives as passage ids), test.jsonl. A killed run goes on where it was.
+# in DATA: corpus.tsv, train.jsonl (positives as passage ids), test.jsonl. A recipe that was stopped continues where it
+# was.
 DATA=${DATA:-data/nq}
 SET=${SET:-nq}                                     # in the names of DPR's files
 TRAIN=${TRAIN:-$DATA/train_ids.jsonl}              # the training questions, positives as passage ids
@@ -29,8 +31,8 @@ ENCODE_FLAGS=${ENCODE_FLAGS---mixed_precision fp16}
 LAUNCH=${LAUNCH:-accelerate launch} FORMAT=${FORMAT:-auto}
 . "$(dirname "$0")/stage.sh"
 
-# Data: DPR's. --ids: look-ahead needs the vector of the positive, so its place in the corpus; dpr_nq.sh's train.jsonl
-# has texts instead. It also keeps the questions for which DPR names no passage: they take the first with the answer.
+# Data: DPR's. why --ids: look-ahead searches with the positive's vector, so it needs the passage's id; the train.jsonl
+# of dpr_nq.sh has texts instead. Questions without a passage are kept: they take the first passage with the answer.
 if [ ! -f $DATA/corpus.tsv ]; then
     python -m prepare.download psgs_w100.tsv --out $DATA
     mv $DATA/psgs_w100.tsv $DATA/corpus.tsv

@@ -1,13 +1,12 @@
 """
-Rankings of the same questions side by side, and what each gains over the first one, question by question; or
-the answers of two readers, EM and F1.
+Compare rankings of the same questions, or the answers of two readers: what each gains over the first one.
 
 Run: python recipes/compare.py data/nq/corpus.tsv data/nq/test.jsonl runs/x/d0/test.run runs/x/d1/test.run
      python recipes/compare.py data/nq/corpus.tsv data/nq/test.jsonl runs/fid.answers.json runs/x.answers.json
 
-Both intervals are 95 % bootstrap over the questions. That of a gain is narrower than two separate ones
-suggest, because most questions are right or wrong under both systems, and only those that change count
-(paired test).
+All intervals are 95 % bootstrap over the questions. A gain is taken question by question (a paired test). Its
+interval is narrower than the two separate ones suggest: most questions are right or wrong in both systems,
+and only those that change count.
 """
 
 import sys
@@ -26,42 +25,59 @@ from utils.text import has_answer  # noqa: E402
 KS = (1, 5, 20, 100)
 
 
+def first_rank(hits):
+    """Return the rank of the first passage that is a hit, from 1; 0 where none is."""
+    return next((rank for rank, hit in enumerate(hits, 1) if hit), 0)
+
+
+def answers_per_question(path, questions):
+    """Return {"EM", "F1": array [Q]} of a file {qid: answer}; a question that is not in it scores 0."""
+    answers = read_json(path)
+    if not any(question["qid"] in answers for question in questions):
+        raise UserError(f"{path}: these are answers to other questions; no qid of it is in the question file")
+    texts = [answers.get(question["qid"]) for question in questions]
+    values = answer_scores(questions, [[{"text": text} if text else None] for text in texts], [1])
+    return {metric.partition("@")[0]: np.array(numbers) for metric, numbers in values.items()}
+
+
 def per_question(path, questions, corpus):
-    """{metric: array [Q]} of one .run, or of {qid: answer}; a k beyond the depth of the run is left out."""
+    """
+    Return {metric: array [Q]} of one .run or .answers.json, a number a question.
+
+    top-k is for questions with answers, MRR@10 for those with passage ids. A k beyond the run's depth is left
+    out.
+    """
     if str(path).endswith(".answers.json"):
-        found = read_json(path)
-        if not any(q["qid"] in found for q in questions):
-            raise UserError(
-                f"{path}: these are answers to other questions; no qid of it is in the question file"
-            )
-        texts = [[{"text": text} if (text := found.get(q["qid"])) else None] for q in questions]
-        values = answer_scores(questions, texts, [1])
-        return {metric.partition("@")[0]: np.array(one) for metric, one in values.items()}
-    found, values = read_run(path), {}
-    depth = max(map(len, found.values()))
+        return answers_per_question(path, questions)
+    rankings = read_run(path)
+    depth = max(map(len, rankings.values()))
+    values = {}
     for question in questions:
-        pids, gold = [pid for pid, _ in found.get(question["qid"], [])], gold_ids(question)
-        if question["answers"]:
-            texts = (corpus[corpus.row(pid)].text for pid in pids)
-            first = next((i for i, t in enumerate(texts, 1) if has_answer(t, question["answers"])), depth + 1)
+        pids = [pid for pid, _ in rankings.get(question["qid"], [])]
+        answers, gold = question["answers"], gold_ids(question)
+        if answers:
+            texts = (corpus.passage(pid).text for pid in pids)
+            rank = first_rank(has_answer(text, answers) for text in texts)
             for k in KS:
-                values.setdefault(f"top-{k}", []).append(first <= k) if k <= depth else None
+                if k <= depth:
+                    values.setdefault(f"top-{k}", []).append(0 < rank <= k)
         if gold:
-            rank = next((i for i, pid in enumerate(pids, 1) if pid in gold), 0)
+            rank = first_rank(pid in gold for pid in pids)
             values.setdefault("MRR@10", []).append(mrr([rank], 10))
-    return {metric: np.array(one, dtype=float) for metric, one in values.items()}
+    return {metric: np.array(numbers, dtype=float) for metric, numbers in values.items()}
 
 
 def cell(values, signed=False):
-    low, high = (100 * x for x in bootstrap_interval(values))
-    return f"{100 * values.mean():{'+' if signed else ''}.1f} ({low:.1f} to {high:.1f})"
+    """Return `12.3 (10.1 to 14.5)`, in percent; with a sign where asked."""
+    low, high = (100 * bound for bound in bootstrap_interval(values))
+    mean = 100 * values.mean()
+    return f"{mean:+.1f} ({low:.1f} to {high:.1f})" if signed else f"{mean:.1f} ({low:.1f} to {high:.1f})"
 
 
 def main(corpus, questions, *runs):
     questions = read_questions(questions)
-    corpus = (
-        Corpus(corpus) if any(q["answers"] for q in questions) else None
-    )  # the ids are enough for MS MARCO
+    # why not always: without answers, as on MS MARCO, the ids are enough
+    corpus = Corpus(corpus) if any(question["answers"] for question in questions) else None
     print(f"n = {len(questions)} questions; percent (95 % interval); second lines: the gain over {runs[0]}")
     baseline = {}
     for run in runs:

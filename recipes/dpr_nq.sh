@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # DPR on Natural Questions from the official files (Karpukhin et al. 2020, Table 2, "Single", NQ column).
-# Expected: top-20 / top-100 of 78.4 / 85.4 (paper), 79.97 / 85.87 (released checkpoint); then the reader's exact match,
-# 41.5 (paper, Table 4). Ours: not run (README).
-# Time: not measured here; DPR's own: about a day on 8 V100. Disk: 13 GB corpus + 33 GB vectors + 8 GB checkpoints.
+# Expected: top-20 / top-100 of 78.4 / 85.4 (paper), 79.97 / 85.87 (released checkpoint). The reader's exact match: 41.5
+# (paper, Table 4). Ours: not run (docs/replication.md).
+# Time: not measured here; DPR's own training took about a day on 8 V100. Disk: 13 GB for the corpus, 33 GB for the
+# vectors, 8 GB for checkpoints.
 #
-# On GPUs `accelerate launch` starts one process a device; GPU-less machines with several processes: torchrun.
+# `accelerate launch` starts one process for each GPU. Several processes without a GPU: LAUNCH="torchrun ..." (README).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,7 +17,7 @@ LAUNCH=${LAUNCH:-accelerate launch}
 TRAIN_FLAGS=${TRAIN_FLAGS:-}
 READER_INIT=${READER_INIT:-bert-base-uncased}
 READER_FLAGS=${READER_FLAGS:-}
-GOLD=${GOLD-$DATA/gold_train.json} # DPR's gold pages of the training questions; GOLD= for none
+GOLD=${GOLD-$DATA/gold_train.json}                 # DPR's gold pages of the training questions; GOLD= for none
 
 # Data: 21,015,324 passages; 58,880 training and 6,515 dev questions with a BM25 negative each; 3,610 test questions.
 if [ ! -f $DATA/corpus.tsv ]; then
@@ -52,5 +53,5 @@ fi
 $LAUNCH train_reader.py --config config/train_reader_nq.yaml --run_dir $RUN/reading --init $READER_INIT \
     --train $DATA/train.jsonl --train_run $RUN/train/train.run --dev $DATA/dev.jsonl --dev_run $RUN/dev/dev.run \
     --gold "$GOLD" --corpus $DATA/corpus.tsv --resume exact $READER_FLAGS
-$LAUNCH train_reader.py --config config/train_reader_nq.yaml --train "" --init $RUN/reading/reader \
-    --test $DATA/test.jsonl --test_run $RUN/test/test.run --corpus $DATA/corpus.tsv --out $RUN/test/reader.json
+$LAUNCH answer.py --reader $RUN/reading/reader --questions $DATA/test.jsonl --ranking $RUN/test/test.run \
+    --corpus $DATA/corpus.tsv --depth 100 --out $RUN/test/reader.json

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# EMDR2 on Natural Questions (Singh et al. 2021): from a trained retriever and a T5 to both, trained together. Needs what
+# EMDR2 on Natural Questions (Singh et al. 2021): a trained retriever and a T5, trained on together. It needs what
 # recipes/dpr_nq.sh left: an encoder for questions, one for passages, and the vectors.
 #
 # Published exact match, dev / test (the paper's table, in the repository of its code), base size, 50 passages read:
 #   FiD, DPR's retriever and a T5 reader, not trained together    47.3 / 48.3    (the nearest to what starts here)
 #   FiD, MSS retriever and reader, not trained together           38.5 / 40.1    (what EMDR2 starts from)
 #   EMDR2                                                         50.4 / 52.5
-# Ours: not run. Time: not measured. Disk: 13 GB corpus + 33 GB of vectors each for the retriever before and after +
-# 23 GB of checkpoints; REFRESH=async: 99 GB more, two finished folders of vectors and one in progress.
+# Ours: not run. Time: not measured. Disk: 13 GB for the corpus, 33 GB of vectors each for the retriever before and
+# after, 23 GB of checkpoints. REFRESH=async takes 99 GB more: two finished folders of vectors and one in progress.
 #
-# REFRESH=sync stops the training every 500 steps to encode the passages anew. The paper does it beside the training, on
-# other devices; no step waits, and the vectors are older. Two commands at the same time, on one node, the second once
-# the corpus is there:
+# REFRESH=sync stops the training every 500 steps to encode the passages anew. The paper does that on other devices,
+# while the training goes on: no step waits, and the vectors are older. It takes two commands at the same time, on one
+# node. Start the second once the corpus exists:
 #   REFRESH=async CUDA_VISIBLE_DEVICES=0,1,2,3 bash recipes/emdr2_nq.sh
-#   CUDA_VISIBLE_DEVICES=4,5,6,7 python -m utils.index_worker --run_dir runs/emdr2_nq --launch "accelerate launch" \
-#     --corpus data/nq/corpus.tsv --mixed_precision fp16
+#   CUDA_VISIBLE_DEVICES=4,5,6,7 bash recipes/emdr2_worker.sh runs/emdr2_nq data/nq/corpus.tsv
 #
-# Smaller: DATA, RUN, RETRIEVER, READER=google/flan-t5-small, TRAIN_FLAGS="--top_k 10 --mixed_precision no", LAUNCH=python.
-# Files in DATA: corpus.tsv, train_qa.jsonl, dev_qa.jsonl, test.jsonl, all with answers. A killed run goes on where it was.
+# Smaller: DATA, RUN, RETRIEVER, READER=google/flan-t5-small, READ=10, TRAIN_FLAGS="--top_k 10 --mixed_precision no",
+# ANSWER_FLAGS="--mixed_precision no", LAUNCH=python. Files in DATA: corpus.tsv, train_qa.jsonl, dev_qa.jsonl,
+# test.jsonl, all with answers. A recipe that was stopped continues where it was.
 DATA=${DATA:-data/nq}
 TRAIN=${TRAIN:-$DATA/train_qa.jsonl}
 DEV=${DEV-$DATA/dev_qa.jsonl}                      # chooses the best checkpoint; "": the last
@@ -29,8 +29,10 @@ REFRESH=${REFRESH:-sync}                           # sync | async | none
 BASELINE=${BASELINE:-false}                        # true: also FiD over the retriever as it is
 MSS=${MSS:-false}                                  # true: begin with the paper's pre-training, on masked sentences
 SPAN_FLAGS=${SPAN_FLAGS:-}
-DEPTH=${DEPTH:-100}                                # passages retrieved for a test question; the reader takes top_k of them
+DEPTH=${DEPTH:-100}                                # passages retrieved for a test question
+READ=${READ:-50}                                   # so many of them are read
 TRAIN_FLAGS=${TRAIN_FLAGS:-}
+ANSWER_FLAGS=${ANSWER_FLAGS---mixed_precision bf16}
 ENCODE_FLAGS=${ENCODE_FLAGS---mixed_precision fp16}
 LAUNCH=${LAUNCH:-accelerate launch} FORMAT=${FORMAT:-auto}
 . "$(dirname "$0")/stage.sh"
@@ -56,11 +58,11 @@ train() { # RUN_DIR CONFIG TRAIN DEV [FLAGS]: from RETRIEVER and READER
         --embeddings $RETRIEVER/embeddings --reader $READER --resume exact $TRAIN_FLAGS "${@:5}"
 }
 answer() { # RUN_DIR RANKING: the test questions, from the passages that a retriever found -> RUN_DIR/answers*.json
-    stage $1/answers.metrics.json $LAUNCH train_emdr2.py --config $CONFIG --train "" --dev "" --reader $1/reader \
-        --test $DATA/test.jsonl --test_run $2 $CORPUS --out $1/answers.json $TRAIN_FLAGS
+    stage $1/answers.metrics.json $LAUNCH answer.py --reader $1/reader --questions $DATA/test.jsonl --ranking $2 \
+        $CORPUS --depth $READ --out $1/answers.json $ANSWER_FLAGS
 }
 
-COMPARE="python recipes/compare.py $DATA/corpus.tsv $DATA/test.jsonl" # both, and the gain of the second
+COMPARE="python recipes/compare.py $DATA/corpus.tsv $DATA/test.jsonl" # two files, and the gain of the second
 
 encode $RETRIEVER
 
@@ -79,11 +81,12 @@ if [ $BASELINE = true ]; then
     answer $RUN/fid $RETRIEVER/test.run
 fi
 
-# EMDR2, and after: what its retriever finds, and exact match.
+# EMDR2. After it: what its retriever finds, exact match, and the curves of the training.
 train $RUN $CONFIG $TRAIN "$DEV" --refresh $REFRESH
 encode $RUN
 search $RUN $DATA/test.jsonl $DEPTH test
 answer $RUN $RUN/test.run
+stage $RUN/curves.png python -m recipes.plot $RUN
 stage $RUN/compare.txt write $RUN/compare.txt $COMPARE $RETRIEVER/test.run $RUN/test.run
 cat $RUN/compare.txt
 if [ $BASELINE = true ]; then

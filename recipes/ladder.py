@@ -1,5 +1,5 @@
 """
-The ladder's table: every system of recipes/ladder.sh on the same test questions, and what each rung gains.
+Write the ladder's table: every system of recipes/ladder.sh on the same questions, and what each rung gains.
 
 In:  one folder of recipes/ladder.sh, or several (other seeds of the first); its data folder
 Out: RUN/table.json, which recipes/plot.py draws, and RUN/table.md; both of the first folder, also printed
@@ -7,9 +7,8 @@ Run: python recipes/ladder.py runs/ladder_small runs/ladder_small/data
      python recipes/ladder.py runs/ladder_small runs/ladder_small_seed2 runs/ladder_small/data
      python recipes/ladder.py best runs/ladder_small
 
-The last one prints the dual encoders by their MRR in the pool of the dev questions' passages, best first. A
-row of which a file is missing says "not run". Percent, 95 % bootstrap intervals over the questions; gains are
-paired.
+The last command prints the dual encoders by their MRR on the dev questions, best first. A row of which a file
+is missing says "not run". Numbers are percent with 95 % bootstrap intervals; gains are paired by question.
 """
 
 import json
@@ -21,7 +20,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recipes.compare import KS, cell, per_question  # noqa: E402
+from recipes.compare import KS, per_question  # noqa: E402
 from utils.data import Corpus, iter_jsonl, read_questions  # noqa: E402
 from utils.metrics import with_intervals  # noqa: E402
 from utils.plumbing.config import UserError, friendly_errors  # noqa: E402
@@ -59,44 +58,39 @@ Cost: minutes of the row's own stages (mining, training, encoding, test); in all
 built on, each once. GB: the largest process of its own stages, on the host.
 """
 
-# runs: rankings, of which a later one replaces what it knows. answers: a file, or "". over: rows that it is
-# measured against. own: outputs of its own stages. after: what it is built on, keys of `costs`
-Row = namedtuple("Row", "key name system runs answers over own after")
+# A row of the table. over: rows that it is measured against. own: outputs of its own stages. after: what it
+# is built on, keys of the costs. runs: rankings, of which a later one replaces what it knows. answers: a
+# file, or ""
+Row = namedtuple("Row", "key name system over own after runs answers")
 
 
-def choose(run_dir):
-    """[(name, MRR)] of the trained dual encoders on dev, of the weights that each kept; the best first."""
+def best_first(run_dir):
+    """Return [(name, MRR)] of the trained dual encoders on dev, of the weights that each kept, best first."""
     found = []
     for name in DUAL:
         if (run_dir / name / "metrics.json").is_file():
-            step = read_json(run_dir / name / "metrics.json")["best_step"]
+            kept = read_json(run_dir / name / "metrics.json")["best_step"]
             rows = [row for _, row in iter_jsonl(run_dir / name / "metrics.jsonl")]
-            found += [(name, row["mrr"]) for row in rows if row["step"] == step and "mrr" in row]
+            found += [(name, row["mrr"]) for row in rows if row["step"] == kept and "mrr" in row]
     if not found:
         raise UserError(f"{run_dir}: no dual encoder that was evaluated on dev; run recipes/ladder.sh first")
-    return sorted(found, key=lambda one: -one[1])  # of equals, the lower rung
+    return sorted(found, key=lambda pair: -pair[1])  # of equals, the lower rung
 
 
-def ladder(run_dir):
-    """(rows in order, costs) of a folder; costs: {key: (outputs of its stages, keys that it is built on)}."""
+def rows_of(run_dir):
+    """Return the rows of the table, in order."""
     first = (run_dir / "m0").resolve().name  # where the encoders start from: cloze or untrained
     best = (run_dir / "best.txt").read_text().split()[0] if (run_dir / "best.txt").is_file() else "best"
-    rows, costs = [], {
-        "negatives": "data/bm25_train.run data/bm25_dev.run data/train.jsonl data/dev.jsonl | ",
-        "start": "data/cloze.jsonl cloze/metrics.json | negatives",
-        "vectors": f"{first}/embeddings/manifest.json | ",
-        "c": "d0/train.metrics.json c.jsonl c/metrics.json | d0",
-    }  # fmt: skip
-    costs = {key: tuple(part.split() for part in text.split("|")) for key, text in costs.items()}
+    rows = []
 
     def row(key, name, system, over, own, after, runs, answers=""):
-        rows.append(Row(key, name, system, runs.split(), answers, over.split(), own.split(), after.split()))
-        costs[key] = rows[-1].own, rows[-1].after
+        rows.append(Row(key, name, system, over.split(), own.split(), after.split(), runs.split(), answers))
 
     def encoder(key, name, system, over, own="", after="start", answers=""):
-        own = f"{own} {key}/metrics.json {key}/embeddings/manifest.json {key}/test.metrics.json"
+        own += f" {key}/metrics.json {key}/embeddings/manifest.json {key}/test.metrics.json"
         row(key, name, system, over, own, after, f"{key}/test.run", answers)
 
+    # retrievers
     row("bm25", "BM25", "BM25", "", "data/bm25_test.run", "", "data/bm25_test.run")
     encoder("untrained", "untrained encoder", "no questions", "", "untrained/doc_encoder", "")
     if first == "cloze":
@@ -104,7 +98,8 @@ def ladder(run_dir):
     encoder("inbatch", "DPR, in-batch negatives only", "DPR", first)
     encoder("d0", "DPR + BM25 negative = RocketQA M_D0", "DPR", "inbatch")
     encoder("gc", "GC-DPR, larger batch", "GC-DPR", "d0")
-    for n, last in ((1, "m0"), (2, "m1"), (3, "m2")):
+    for n in (1, 2, 3):
+        last = f"m{n - 1}"
         own = f"{last}/ann.metrics.json {last}/lookahead.run m{n}.jsonl"
         over, after = ("d0", "start vectors") if n == 1 else (last, last)
         encoder(f"m{n}", f"ANCE-Tele, episode {n}", "ANCE-Tele", over, own, after)
@@ -112,93 +107,113 @@ def ladder(run_dir):
     own = "d1/unlabelled.metrics.json d1/unlabelled_ce.metrics.json pseudo.jsonl"
     encoder("d2", "RocketQA M_D2", "RocketQA", "d1 d0_long", own, "d1 c")
     encoder("d0_long", "DPR, the control of M_D2", "DPR", "d0")
-    for key, model in (("d0_ce", "d0"), ("best_ce", best)):
+
+    # what reorders their rankings
+    for key, name, model in (("d0_ce", "DPR", "d0"), ("best_ce", "best retriever", best)):
         own, runs = f"{model}/test_ce.metrics.json", f"{model}/test.run {model}/test_ce.run"
-        name = "best retriever" if key == "best_ce" else "DPR"
         row(key, f"{name} ({model}) + cross-encoder", "+ cross-encoder", model, own, f"{model} c", runs)
-    own, run, over = f"{best}/hybrid.metrics.json", f"{best}/hybrid.run", f"{best} bm25"
-    row("hybrid", f"best retriever ({best}) + BM25", "+ BM25", over, own, over, run)
+    own, runs, over = f"{best}/hybrid.metrics.json", f"{best}/hybrid.run", f"{best} bm25"
+    row("hybrid", f"best retriever ({best}) + BM25", "+ BM25", over, own, over, runs)
+
+    # readers
     own = f"{best}/questions.metrics.json {best}/dev.metrics.json "
     own += "reading/metrics.json reading/answers.metrics.json"
-    run, answers = f"{best}/test.run", "reading/answers.answers.json"
-    row("reading", f"extractive reader on {best}", "reader", "", own, best, run, answers)
+    runs, answers = f"{best}/test.run", "reading/answers.answers.json"
+    row("reading", f"extractive reader on {best}", "reader", "", own, best, runs, answers)
     own, answers = "emdr2/fid/metrics.json emdr2/fid/answers.metrics.json", "emdr2/fid/answers.answers.json"
     row("fid", "FiD, its retriever (d0) frozen", "FiD", "", own, "d0", "d0/test.run", answers)
     own, answers = "emdr2/answers.metrics.json", "emdr2/answers.answers.json"
     encoder("emdr2", "EMDR2 from d0", "EMDR2", "fid", own, "d0", answers)
-    return rows, costs
+    return rows
 
 
-def values_of(row, run_dir, questions, corpus):
-    """{metric: array [Q]} of a row, a number a question; {} where one of its files is missing."""
-    values = {}
-    if not all((run_dir / path).is_file() for path in row.runs + [row.answers] * bool(row.answers)):
-        return values
-    for path in row.runs + [row.answers] * bool(row.answers):
-        # a later ranking has the first passages in another order: top-k stays what it was for every larger k
-        values |= per_question(run_dir / path, questions, corpus)
-    return values
+def costs_of(run_dir, rows):
+    """Return {key: (outputs of its stages, keys that it is built on)} of the rows and what they share."""
+    first = (run_dir / "m0").resolve().name
+    shared = {
+        "negatives": ("data/bm25_train.run data/bm25_dev.run data/train.jsonl data/dev.jsonl", ""),
+        "start": ("data/cloze.jsonl cloze/metrics.json", "negatives"),
+        "vectors": (f"{first}/embeddings/manifest.json", ""),
+        "c": ("d0/train.metrics.json c.jsonl c/metrics.json", "d0"),
+    }
+    costs = {key: (own.split(), after.split()) for key, (own, after) in shared.items()}
+    return costs | {row.key: (row.own, row.after) for row in rows}
+
+
+def all_of(key, costs):
+    """Return the outputs of everything that `key` is built on, its own among them, each once."""
+    outputs, parents = costs.get(key, ([], []))
+    return {*outputs}.union(*(all_of(parent, costs) for parent in parents))
 
 
 def measured(run_dir):
-    """[(output, seconds, MB)] of recipes/measured.py."""
+    """Return [(output, seconds, MB)] of recipes/measured.py."""
     path = run_dir / "peaks.tsv"
     lines = [line.split("\t") for line in path.read_text().splitlines()] if path.is_file() else []
     return [(output, float(seconds), float(megabytes)) for output, _, seconds, megabytes in lines]
 
 
 def cost(outputs, run_dir, lines):
-    """(minutes, peak in GB) of the stages behind `outputs`; Nones when one that is there was not measured."""
-    there = [output for output in outputs if (run_dir / output).exists()]
-    found = [[line for line in lines if line[0].endswith(f"/{output}")] for output in there]
-    if not there or not all(found):
-        return None, None
-    found = [line for some in found for line in some]
-    return sum(seconds for _, seconds, _ in found) / 60, max(megabytes for *_, megabytes in found) / 1000
+    """Return (minutes, peak in GB) of some stages; Nones when one that was run was not measured."""
+    seconds, megabytes = 0.0, []
+    for output in outputs:
+        if (run_dir / output).exists():
+            mine = [line for line in lines if line[0].endswith(f"/{output}")]
+            if not mine:
+                return None, None
+            seconds += sum(line[1] for line in mine)
+            megabytes += [line[2] for line in mine]
+    return (seconds / 60, max(megabytes) / 1000) if megabytes else (None, None)
 
 
-def all_of(key, costs):
-    """The outputs of everything that `key` is built on, its own among them, each once."""
-    outputs, parents = costs.get(key, ([], []))
-    return {*outputs}.union(*(all_of(parent, costs) for parent in parents))
+def values_of(row, run_dir, questions, corpus):
+    """Return {metric: array [Q]} of a row, a number a question; {} where one of its files is missing."""
+    paths = [run_dir / path for path in [*row.runs, row.answers] if path]
+    values = {}
+    if all(path.is_file() for path in paths):
+        for path in paths:
+            # a later ranking has the first passages in another order: top-k stays for every larger k
+            values |= per_question(path, questions, corpus)
+    return values
 
 
 def table_of(run_dir, questions, corpus):
-    """({key: {metric: array [Q]}}, the table's rows as dicts) of one folder."""
-    (rows, costs), lines, values, table = ladder(run_dir), measured(run_dir), {}, []
+    """Return ({key: {metric: array [Q]}}, the table's rows as dicts) of one folder."""
+    rows = rows_of(run_dir)
+    costs, lines = costs_of(run_dir, rows), measured(run_dir)
+    values, table = {}, []
     for row in rows:
-        values[row.key] = found = values_of(row, run_dir, questions, corpus)
-        trained = next((run_dir / one for one in row.own if one.endswith("/metrics.json")), None)
-        steps = read_json(trained)["step"] if found and trained and trained.is_file() else None
-        minutes, peak = cost(row.own, run_dir, lines) if found else (None, None)
-        in_all, _ = cost(sorted(all_of(row.key, costs)), run_dir, lines) if found else (None, None)
-        about = {"key": row.key, "name": row.name, "system": row.system, "over": row.over}
-        about |= {"ranking": row.runs[-1], "n": len(questions), "metrics": with_intervals(found)}
-        about |= {"updates": steps, "minutes": minutes, "minutes_in_all": in_all, "peak_gb": peak}
-        table.append(about)
+        values[row.key] = values_of(row, run_dir, questions, corpus)
+        steps = minutes = peak = in_all = None
+        if values[row.key]:
+            minutes, peak = cost(row.own, run_dir, lines)
+            in_all, _ = cost(sorted(all_of(row.key, costs)), run_dir, lines)
+            for output in row.own:
+                if output.endswith("/metrics.json") and (run_dir / output).is_file():
+                    steps = read_json(run_dir / output)["step"]
+        entry = {"key": row.key, "name": row.name, "system": row.system, "over": row.over}
+        entry |= {"ranking": row.runs[-1], "n": len(questions), "metrics": with_intervals(values[row.key])}
+        entry |= {"updates": steps, "minutes": minutes, "minutes_in_all": in_all, "peak_gb": peak}
+        table.append(entry)
     return values, table
 
 
 def gains_of(table, values):
-    """[{"row", "over", "metrics"}]: each row against those before it, question by question."""
-    names, gains = {row["key"]: row["name"] for row in table}, []
+    """Return [{"row", "over", "metrics"}]: each row against those before it, question by question."""
+    names = {row["key"]: row["name"] for row in table}
+    gains = []
     for row in table:
+        mine = values[row["key"]]
         for over in row["over"]:
-            mine, theirs = values[row["key"]], values.get(over, {})
+            theirs = values.get(over, {})
             both = {m: mine[m] - theirs[m] for m in GAINS if m in mine and m in theirs}
             if both:
-                metrics = {m: one | {"cell": cell(both[m], True)} for m, one in with_intervals(both).items()}
-                gains.append({"row": row["name"], "over": names[over], "metrics": metrics})
+                gains.append({"row": row["name"], "over": names[over], "metrics": with_intervals(both)})
     return gains
 
 
-def markdown(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def notes_of(run_dir, data, table, corpus):
-    """What differs between the rows: sentences, with the numbers of this run."""
+    """Return what differs between the rows: sentences, with the numbers of this run."""
     counts = {}
     for name in ("labelled", "unlabelled"):
         path = data / f"{name}.jsonl"
@@ -214,48 +229,59 @@ def notes_of(run_dir, data, table, corpus):
 
 
 def over_seeds(tables):
-    """{key: {"n", metric: {"mean", "low", "high"}}} over the folders that ran the row; low, high: range."""
-    found = {}
+    """Return {key: {"n", metric: {"mean", "low", "high"}}} over the folders that ran the row; a range."""
+    seeds = {}
     for row in tables[0]:
-        same = [other["metrics"] for table in tables for other in table if other["key"] == row["key"]]
-        same = [metrics for metrics in same if metrics]
-        found[row["key"]] = {"n": len(same)}
-        for metric in METRICS:
-            if numbers := [metrics[metric]["value"] for metrics in same if metric in metrics]:
-                low, mean, high = min(numbers), float(np.mean(numbers)), max(numbers)
-                found[row["key"]][metric] = {"mean": mean, "low": low, "high": high}
-    return found
+        key = row["key"]
+        metrics = [other["metrics"] for table in tables for other in table if other["key"] == key]
+        metrics = [values for values in metrics if values]
+        seeds[key] = {"n": len(metrics)}
+        for name in METRICS:
+            numbers = [values[name]["value"] for values in metrics if name in values]
+            if numbers:
+                mean = float(np.mean(numbers))
+                seeds[key][name] = {"mean": mean, "low": min(numbers), "high": max(numbers)}
+    return seeds
 
 
-def percent(metrics, metric, middle="value"):
-    """`12.3 (10.1–14.5)`, or – where the row has no such metric."""
-    if metric not in metrics:
+# ---------------------------------------------------------------- markdown
+def markdown(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def percent(metrics, name, middle="value", form="{:.1f} ({:.1f}–{:.1f})"):
+    """Return `12.3 (10.1–14.5)`, or – where there is no such metric."""
+    if name not in metrics:
         return "–"
-    return "{:.1f} ({:.1f}–{:.1f})".format(*(100 * metrics[metric][key] for key in (middle, "low", "high")))
+    return form.format(*(100 * metrics[name][key] for key in (middle, "low", "high")))
 
 
 def page(result):
-    """The table, the notes and the gains as markdown."""
-    head = ["", *METRICS, "n", "updates", "minutes", "in all", "GB", "seeds"]
+    """Return the table, the notes, the seeds and the gains as markdown."""
+    rows, seeds = result["rows"], result["seeds"]
     body = []
-    for row in result["rows"]:
-        numbers = [row["minutes"], row["minutes_in_all"], row["peak_gb"]]
-        cells = [percent(row["metrics"], metric) for metric in METRICS]
+    for row in rows:
+        costs = [row["minutes"], row["minutes_in_all"], row["peak_gb"]]
+        cells = [percent(row["metrics"], name) for name in METRICS]
         cells += [f"{row['n']:,}", str(row["updates"] or "–")]
-        cells += ["not measured" if number is None else f"{number:.1f}" for number in numbers]
-        cells += [str(result["seeds"][row["key"]]["n"])]
+        cells += ["not measured" if number is None else f"{number:.1f}" for number in costs]
+        cells += [str(seeds[row["key"]]["n"])]
         body.append([row["name"], *(cells if row["metrics"] else [NOT_RUN] * len(cells))])
+    head = ["", *METRICS, "n", "updates", "minutes", "in all", "GB", "seeds"]
     text = markdown(head, body) + "\n" + "".join(f"- {note}\n" for note in result["notes"])
-    if any(one["n"] > 1 for one in result["seeds"].values()):
-        names = {row["key"]: row["name"] for row in result["rows"]}
-        body = [
-            [names[key], str(one["n"]), *(percent(one, metric, "mean") for metric in METRICS)]
-            for key, one in result["seeds"].items() if one["n"] > 1
-        ]  # fmt: skip
+
+    body = []
+    for row in rows:
+        over = seeds[row["key"]]
+        if over["n"] > 1:
+            body.append([row["name"], str(over["n"]), *(percent(over, name, "mean") for name in METRICS)])
+    if body:
         text += "\nMean over seeds (lowest–highest):\n\n" + markdown(["", "seeds", *METRICS], body)
+
     body = []
     for gain in result["gains"]:
-        cells = [gain["metrics"][m]["cell"] if m in gain["metrics"] else "–" for m in GAINS]
+        cells = [percent(gain["metrics"], name, form="{:+.1f} ({:.1f} to {:.1f})") for name in GAINS]
         body.append([f"{gain['row']} over {gain['over']}", *cells])
     return text + "\nGains, paired by question, first seed:\n\n" + markdown(["", *GAINS], body)
 
@@ -263,11 +289,11 @@ def page(result):
 def main(*arguments):
     *folders, data = map(Path, arguments)
     questions, corpus = read_questions(data / "test.jsonl"), Corpus(data / "corpus.tsv")
-    made = [table_of(folder, questions, corpus) for folder in folders]
-    values, table = made[0]
+    tables = [table_of(folder, questions, corpus) for folder in folders]
+    values, table = tables[0]
     result = {"questions": len(questions), "passages": len(corpus), "rows": table}
     result |= {"notes": notes_of(folders[0], data, table, corpus), "gains": gains_of(table, values)}
-    result["seeds"] = over_seeds([table for _, table in made])
+    result["seeds"] = over_seeds([rows for _, rows in tables])
     size = f"{len(questions):,} questions, {len(corpus):,} passages"
     text = f"{size}; percent (95 % bootstrap interval).\n\n{page(result)}"
     print(text, end="")
@@ -284,6 +310,7 @@ if __name__ == "__main__":
         if len(sys.argv) < 3:
             raise UserError("usage: python recipes/ladder.py RUN [RUN ...] DATA, or: best RUN")
         if sys.argv[1] == "best":
-            print("".join(f"{name}\t{mrr:.4f}\n" for name, mrr in choose(Path(sys.argv[2]))), end="")
+            encoders = best_first(Path(sys.argv[2]))
+            print("".join(f"{name}\t{mrr:.4f}\n" for name, mrr in encoders), end="")
         else:
             main(*sys.argv[1:])

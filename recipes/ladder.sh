@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
-# The ladder: BM25, DPR, GC-DPR, ANCE-Tele, RocketQA, a reader, FiD and EMDR2 on one corpus, from the same weights, into
-# one table and one picture (recipes/ladder.py, recipes/plot.py). A killed run goes on where it was. Time: 90 minutes on
-# two CPU cores (results/ladder_small).
+# The ladder: BM25, DPR, GC-DPR, ANCE-Tele, RocketQA, a reader, FiD and EMDR2 on one corpus, from the same weights. It
+# ends with one table and one picture (recipes/ladder.py, recipes/plot.py). A ladder that was stopped continues where it
+# was. Time: 90 minutes on two CPU cores (results/ladder_small).
 #
-# Every third training question loses its label. All encoders learn from the others, RocketQA gives the third
-# pseudo-labels, readers need answers alone and take all. The dev questions choose checkpoints and the best retriever;
-# the test questions fill the table. Real NQ: SIZE=full TITLES=true DATA=data/nq, a folder with corpus.tsv and
-# {train,dev,test}.jsonl, with answers and positives as passage ids.
+# Every third training question loses its label. All encoders learn from the others. RocketQA gives the third
+# pseudo-labels. Readers need only answers and learn from all questions. The dev questions choose checkpoints and the
+# best retriever; the test questions fill the table. Real NQ: SIZE=full TITLES=true DATA=data/nq, a folder with
+# corpus.tsv and {train,dev,test}.jsonl, with answers and with positives as passage ids.
 #
-# Other seeds: SEED=2, in its own RUN; with RUNGS="dpr ance rocket" EPISODES=1 only these. The table counts them.
-# T5= (none): the rows of FiD and EMDR2 say "not run". All variables can be set from outside. One GPU is large enough for
-# several small models: after RUNGS=dpr LEG=true, run RUNGS=gc, RUNGS=ance and RUNGS=rocket side by side with LEG=true,
-# which ends before what needs all of them, then the whole without it. Its minutes are then those of busy devices.
+# All variables can be set from outside. SEED=2 (or 3 ...) trains with another seed in its own RUN, and the table says
+# how many seeds a row has; RUNGS="dpr ance rocket" EPISODES=1 runs only these. T5= (none): the rows of FiD and EMDR2
+# say "not run". One GPU is large enough for several small models: after RUNGS=dpr LEG=true, run RUNGS=gc, RUNGS=ance
+# and RUNGS=rocket at the same time, with LEG=true, which ends before the stages that need all of them. Then run the
+# whole without LEG. The minutes of its table are then those of busy devices.
 set -euo pipefail
 SIZE=${SIZE:-small} SEED=${SEED:-1} BATCH=${BATCH:-32} SCORED=${SCORED:-16} TEST_DEPTH=${TEST_DEPTH:-100}
 DPR_CONFIG=${DPR_CONFIG:-config/train_dpr_demo.yaml} READER_CONFIG=${READER_CONFIG:-config/train_reader_demo.yaml}
-START=${START:-data/models/tinybert-4l}            # of all encoders, the cross-encoder, the extractive reader
+START=${START:-data/models/tinybert-4l}            # of all encoders, cross-encoder and extractive reader
 T5=${T5-data/models/flan-t5-small}                 # of FiD and EMDR2; with a hub: google/flan-t5-small
 RUNGS=${RUNGS:-dpr gc ance rocket reader emdr2}
 FLAGS="--passage_tokens 96 --question_tokens 32 --seed $SEED ${FLAGS:-}"    # to all trainings of dual encoders
@@ -26,16 +27,17 @@ case $SIZE in
 small) # the demo's 10,033 passages and 970 questions, on two CPU cores
     DATA=${DATA:-data/demo} TITLES=${TITLES:-true} EPOCHS=${EPOCHS:-3} GC_BATCH=${GC_BATCH:-128}
     CLOZE=${CLOZE:-true}                           # a thousand questions are few: first the corpus itself teaches
-    # its 80 updates leave the cross-encoder between 0.14 and 0.87: the paper's 0.1 and 0.9 would let nothing through
+    # after 80 updates the cross-encoder's scores lie between 0.14 and 0.87: nothing would pass the paper's 0.1 and 0.9
     BELOW=${BELOW:-0.2} ABOVE=${ABOVE:-0.8}
-    ENCODE_FLAGS=${ENCODE_FLAGS-}
+    ENCODE_FLAGS=${ENCODE_FLAGS-} ANSWER_FLAGS=${ANSWER_FLAGS-} READER_DEPTH=${READER_DEPTH:-3} READ=${READ:-8}
     EMDR2_FLAGS="$EMDR2 --top_k 8 --reader_tokens 112 --answer_tokens 12 --batch_size 16 --question_chunk 2
         --passage_chunk 16 --score_chunk 16 --stop_after 30 --warmup 4 --refresh_every 15 --mixed_precision no
         --encoding_batch_size 64 --eval_batch_size 32 ${EMDR2_FLAGS:-}" ;;
 full) # 61,703 passages and 16,402 questions of NQ, on a GPU
     DATA=${DATA:-data/nq_small} EPOCHS=${EPOCHS:-4} GC_BATCH=${GC_BATCH:-512} CLOZE=${CLOZE:-false}
     TITLES=${TITLES:-false}                        # blank: in nq_small a title tells the positives (docs/log.md)
-    ENCODE_FLAGS=${ENCODE_FLAGS---mixed_precision fp16}
+    ENCODE_FLAGS=${ENCODE_FLAGS---mixed_precision fp16} ANSWER_FLAGS=${ANSWER_FLAGS---mixed_precision bf16}
+    READER_DEPTH=${READER_DEPTH:-20} READ=${READ:-20} # passages that the extractive reader, and FiD, answer from
     FLAGS="--mixed_precision bf16 --question_chunk 256 --passage_chunk 256 $FLAGS"
     CROSS_FLAGS="--mixed_precision bf16 $CROSS_FLAGS"
     READER_FLAGS="--mixed_precision bf16 --reader_tokens 192 --passages_per_question 6 --batch_size 8 --question_chunk 8
@@ -47,7 +49,8 @@ full) # 61,703 passages and 16,402 questions of NQ, on a GPU
 esac
 FROM=$DATA RUN=${RUN:-runs/ladder_$SIZE$([ $SEED = 1 ] || echo _seed$SEED)}
 export BELOW=${BELOW:-0.1} ABOVE=${ABOVE:-0.9}
-export RUN DATA=$RUN/data DEV=$RUN/data/dev.jsonl ENCODE_FLAGS LAUNCH=${LAUNCH:-python} FORMAT=${FORMAT:-auto}
+export RUN DATA=$RUN/data DEV=$RUN/data/dev.jsonl ENCODE_FLAGS ANSWER_FLAGS READ
+export LAUNCH=${LAUNCH:-python} FORMAT=${FORMAT:-auto}
 export MEASURE="python recipes/measured.py $RUN/peaks.tsv"
 . "$(dirname "$0")/stage.sh"
 mkdir -p $DATA
@@ -63,7 +66,7 @@ train() { # NAME FLAGS...: a dual encoder on the labelled questions, its vectors
     evaluate $1
 }
 
-# Data. An untitled corpus is a copy.
+# Data. A corpus without titles is a copy; the other files are links.
 [ $FROM != data/demo ] || stage $FROM/test.jsonl python recipes/demo/prepare.py
 [ $START != data/models/tinybert-4l ] || stage $START python recipes/demo/prepare.py
 [ "$T5" != data/models/flan-t5-small ] || stage $T5 python recipes/demo/flan_t5.py
@@ -79,7 +82,7 @@ done
 stage $DATA/labelled.jsonl write $DATA/labelled.jsonl awk 'NR % 3' $FROM/train.jsonl
 stage $DATA/unlabelled.jsonl write $DATA/unlabelled.jsonl unlabelled
 
-# BM25: the first row, and everybody's first negatives.
+# BM25: the first row, and the first negatives of every system.
 bm25() { # NAME QUESTIONS
     stage $DATA/bm25_$1.run python -m utils.bm25 --questions $2 $CORPUS --out $DATA/bm25_$1.run --index $RUN/bm25
 }
@@ -92,7 +95,7 @@ bm25 test $DATA/test.jsonl
 mine train $DATA/labelled.jsonl 30
 mine dev $FROM/dev.jsonl 5
 
-# Where all dual encoders start, ANCE-Tele's M_0: the weights as they are, or after sentences of the corpus.
+# Where all dual encoders start (ANCE-Tele's M_0): the weights as they are, or after sentences of the corpus.
 stage $RUN/untrained/doc_encoder python recipes/untrained.py --config $DPR_CONFIG --init $START \
     --run_dir $RUN/untrained $FLAGS
 evaluate untrained
@@ -106,7 +109,7 @@ if [ $CLOZE = true ]; then
 fi
 stage $RUN/m0 ln -s $first $RUN/m0
 
-# DPR, then GC-DPR with as many updates and as many looks at the dev questions.
+# DPR, then GC-DPR with as many updates and as many evaluations on the dev questions.
 lines=$(wc -l <$DATA/train.jsonl)
 [ $lines -ge $GC_BATCH ] || { echo "error: GC_BATCH is $GC_BATCH, $lines questions have a label" >&2 && exit 2; }
 updates() { # BATCH UPDATES: the flags for so many
@@ -116,7 +119,7 @@ updates() { # BATCH UPDATES: the flags for so many
 if wants dpr; then train inbatch --negatives 0; train d0; fi
 if wants gc; then train gc --grad_cache true $(updates $GC_BATCH $((lines / BATCH * EPOCHS))); fi
 
-# ANCE-Tele and RocketQA are their own recipes. The control of M_D2: its updates, without its pseudo-labels.
+# ANCE-Tele and RocketQA are their own recipes. d0_long is the control of M_D2: its updates, not its pseudo-labels.
 if wants ance; then
     START=$BASE CONFIG=$DPR_CONFIG TRAIN=$DATA/train.jsonl POSITIVES=given NEGATIVES="1 1 1" STOP_AFTER="0 0 0" \
         TRAIN_FLAGS="$DUAL --rotate_negatives true" bash recipes/ance_tele_nq.sh
@@ -130,7 +133,7 @@ fi
 
 [ "${LEG:-false}" = false ] || exit 0
 
-# The best retriever by the dev questions' MRR; with the cross-encoder, with BM25, with a reader.
+# The best retriever by the dev questions' MRR, then with the cross-encoder, with BM25 and with a reader.
 stage $RUN/best.txt write $RUN/best.txt python recipes/ladder.py best $RUN
 read -r best _ <$RUN/best.txt
 if wants rocket; then rescore $RUN/$best $DATA/test.jsonl $SCORED test; fi
@@ -138,14 +141,15 @@ search $RUN/$best $DATA/test.jsonl $TEST_DEPTH hybrid --bm25_run $DATA/bm25_test
 if wants reader; then
     search $RUN/$best $DATA/questions.jsonl 50 questions
     search $RUN/$best $DEV 50 dev
-    READER="train_reader.py --config $READER_CONFIG $CORPUS ${READER_FLAGS:-}"
-    stage $RUN/reading/metrics.json $LAUNCH $READER --run_dir $RUN/reading --init $START --seed $SEED --resume exact \
-        --train $DATA/questions.jsonl --train_run $RUN/$best/questions.run --dev $DEV --dev_run $RUN/$best/dev.run
-    stage $RUN/reading/answers.metrics.json $LAUNCH $READER --init $RUN/reading/reader --train "" \
-        --test $DATA/test.jsonl --test_run $RUN/$best/test.run --out $RUN/reading/answers.json
+    stage $RUN/reading/metrics.json $LAUNCH train_reader.py --config $READER_CONFIG --run_dir $RUN/reading $CORPUS \
+        --train $DATA/questions.jsonl --train_run $RUN/$best/questions.run --dev $DEV --dev_run $RUN/$best/dev.run \
+        --init $START --seed $SEED --resume exact ${READER_FLAGS:-}
+    stage $RUN/reading/answers.metrics.json $LAUNCH answer.py --reader $RUN/reading/reader $CORPUS \
+        --questions $DATA/test.jsonl --ranking $RUN/$best/test.run --depth $READER_DEPTH \
+        --out $RUN/reading/answers.json $ANSWER_FLAGS
 fi
 
-# FiD over M_D0's retriever as it is, then EMDR2 from there.
+# FiD with M_D0's retriever as it is, then EMDR2 from the same start.
 if wants emdr2 && [ -n "$T5" ]; then
     RETRIEVER=$RUN/d0 READER=$T5 CONFIG=config/train_emdr2_nq.yaml TRAIN=$DATA/questions.jsonl BASELINE=true \
         REFRESH=sync TRAIN_FLAGS="$EMDR2_FLAGS --seed $SEED" RUN=$RUN/emdr2 bash recipes/emdr2_nq.sh

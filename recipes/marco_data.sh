@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # MS MARCO passages as RocketQA and ANCE-Tele use them -> $1/corpus.tsv (id, title, text), train.jsonl, test.jsonl.
-# Questions and judgements are MS MARCO's (test: dev small); the titles are RocketQA's: put para.txt and para.title.txt
-# of its data there first (wget_data.sh in its repository). A passage without a title gets "-", as in theirs.
+# Questions and judgements are MS MARCO's (test: dev small). The titles are RocketQA's: first put para.txt and
+# para.title.txt of its data into $1 (wget_data.sh in its repository). A passage without a title gets "-", as in theirs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATA=$1

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# RocketQA on MS MARCO passages (Qu et al. 2021): the steps of recipes/rocketqa_nq.sh, read that one first. Differs:
-# nothing has an answer, so a negative is what nobody judged relevant; step 1 draws negatives from the whole corpus;
-# four negatives for each positive; where M_C leaves too few, unchecked ones from below fill up; 40, 10 and 10 epochs.
+# RocketQA on MS MARCO passages (Qu et al. 2021): the steps of recipes/rocketqa_nq.sh, which is to be read first. Here
+# questions have no answers, so a negative is what nobody judged relevant. Step 1 draws negatives from the whole corpus.
+# Each positive gets four negatives; where M_C leaves fewer, unchecked ones from further down are added. The three
+# trainings take 40, 10 and 10 epochs.
 #
 # Expected, MRR@10 / R@50 / R@1000 of 6,980 dev questions (README of RocketQA's released code; hit@50, hit@1000 here):
 #   M_D0 33.32 / 83.95 / 97.21     M_D1 36.38 / 84.63 / 97.44     M_D2 37.02 / 85.46 / 97.85
-# on 8,841,823 passages with titles, which MS MARCO's own file does not have: not comparable with numbers without them.
+# on 8,841,823 passages with titles, which MS MARCO's own file does not have: do not compare with numbers without them.
 # Ours: not run. Time: not measured.
 #
 # Variables and files as in rocketqa_nq.sh; train.jsonl needs positives only. On a corpus with a header, FORMAT=auto.
@@ -25,19 +26,19 @@ ENCODE_FLAGS=${ENCODE_FLAGS---mixed_precision fp16}
 LAUNCH=${LAUNCH:-accelerate launch} FORMAT=${FORMAT:-marco}
 . "$(dirname "$0")/stage.sh"
 
-# Data: recipes/marco_data.sh, and from RocketQA's data (its wget_data.sh) the unlabelled questions and, where it is
-# there, qrels.train.addition.tsv: positives that were found by literal match.
+# Data: recipes/marco_data.sh. From RocketQA's data (its wget_data.sh): the unlabelled questions and, if you have it,
+# qrels.train.addition.tsv, positives that were found by literal match.
 if [ ! -f $DATA/unlabelled.jsonl ]; then
     if [ ! -f $DATA/orcas_yahoo_nq.query.txt ]; then
         echo "$DATA/orcas_yahoo_nq.query.txt is missing: take it from RocketQA's data (its wget_data.sh)" >&2
         exit 2
     fi
-    python -m utils.data convert msmarco $DATA/orcas_yahoo_nq.query.txt $DATA/unlabelled.jsonl
+    python -m prepare.convert msmarco $DATA/orcas_yahoo_nq.query.txt $DATA/unlabelled.jsonl
 fi
 bash recipes/marco_data.sh $DATA
 EXCLUDE=
 if [ -f $DATA/qrels.train.addition.tsv ]; then
-    stage $DATA/additions.jsonl python -m utils.data convert msmarco $DATA/msmarco/queries.train.tsv \
+    stage $DATA/additions.jsonl python -m prepare.convert msmarco $DATA/msmarco/queries.train.tsv \
         $DATA/qrels.train.addition.tsv $DATA/additions.jsonl
     EXCLUDE="--exclude $DATA/additions.jsonl"
 fi
@@ -52,19 +53,19 @@ evaluate() { # NAME: alone, and rescored by the cross-encoder
     rescore $RUN/$1 $DATA/test.jsonl $SCORED test
 }
 
-# Step 1. M_D0: random passages, and all of a batch of 4,096 questions.
+# Step 1. M_D0 learns from random passages and all passages of a batch of 4,096 questions.
 stage $RUN/d0.jsonl python recipes/random_negatives.py $DATA/corpus.tsv $FORMAT $DATA/train.jsonl $RUN/d0.jsonl
 train d0 40
 encode $RUN/d0
 search $RUN/d0 $DATA/train.jsonl $DEPTH train
 
-# Step 2. M_C: the judged passages against four drawn from the retrieved ones.
+# Step 2. M_C learns to tell a judged passage from four that are drawn from the retrieved ones.
 stage $RUN/c.jsonl python mine_negatives.py --mode denoise --questions $DATA/train.jsonl $CORPUS \
     --run $RUN/d0/train.run --negatives 4 --depth $DEPTH $EXCLUDE --out $RUN/c.jsonl
 stage $RUN/c/metrics.json $LAUNCH train_cross_encoder.py --config $CROSS_CONFIG --run_dir $RUN/c --init $CROSS_START \
     --train $RUN/c.jsonl $CORPUS --resume exact $CROSS_FLAGS
 
-# Step 3. M_D1: the best-ranked passages that M_C calls irrelevant.
+# Step 3. M_D1's negatives: the best-ranked passages that M_C calls irrelevant.
 rescore $RUN/d0 $DATA/train.jsonl $SCORED train
 denoise() { # NAME BELOW
     stage $RUN/$1.jsonl python mine_negatives.py --mode denoise --questions $DATA/train.jsonl $CORPUS \
@@ -88,7 +89,7 @@ evaluate d0
 evaluate d1
 evaluate d2
 
-# Optional: M_D1 without denoising, the gate open for every score. The paper's point is that this hurts.
+# Optional: M_D1 without denoising: every score passes. The paper's point is that this hurts.
 if [ "${ABLATION:-false}" = true ]; then
     denoise d1_raw 2
     train d1_raw 10

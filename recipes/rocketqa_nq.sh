@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# RocketQA on Natural Questions (Qu et al. 2021): one dual encoder, trained three times from the same weights and with
-# the same config. Only the file changes, and that is the paper: M_D0 finds hard negatives, the cross-encoder M_C throws
-# the false ones out (M_D1), then both label questions that nobody has labelled (M_D2). X.jsonl is what trained X/.
+# RocketQA on Natural Questions (Qu et al. 2021): one dual encoder, trained three times from the same weights with the
+# same config. Only the training file changes, and that is the paper. M_D0 finds hard negatives. The cross-encoder M_C
+# removes the false ones; M_D1 learns from the rest. Then M_D1 and M_C label questions that nobody has labelled; M_D2
+# learns from these too. X.jsonl is the file that X/ was trained on.
 #
 # Expected, top-5 / 20 / 100 of 3,610 test questions (README of RocketQA's released code):
 #   M_D0 68.89 / 80.83 / 87.40     M_D1 73.16 / 83.10 / 88.64     M_D2 73.32 / 83.38 / 88.64
 # Ours: not run. Time: not measured. Disk: 13 GB corpus + 33 GB of vectors for each of the three.
 #
-# The same file on other data and weights, smaller: DATA, RUN, START, CROSS_START, TRAIN_FLAGS="--batch_size 32
-# --mixed_precision no --layer_norm_epsilon 0" (0 unless START is an ERNIE), CROSS_FLAGS likewise, ENCODE_FLAGS="",
-# LAUNCH=python. Files in DATA: corpus.tsv, train.jsonl (with one negative or more), test.jsonl, unlabelled.jsonl (qid,
-# question). A killed run goes on where it was.
+# Smaller, on other data and weights: DATA, RUN, START, CROSS_START, TRAIN_FLAGS="--batch_size 32 --mixed_precision no
+# --layer_norm_epsilon 0" (0 unless START is an ERNIE), CROSS_FLAGS likewise, ENCODE_FLAGS="", LAUNCH=python. Files in
+# DATA: corpus.tsv, train.jsonl (one negative or more a question), test.jsonl, unlabelled.jsonl (qid, question).
+# A recipe that was stopped continues where it was.
 DATA=${DATA:-data/nq}
 RUN=${RUN:-runs/rocketqa_nq}
 START=${START:-nghuyong/ernie-2.0-base-en}         # both towers, in every step
@@ -60,18 +61,18 @@ evaluate() { # NAME: alone, and rescored by the cross-encoder
     [[ " $RESCORED " != *" $1 "* ]] || rescore $RUN/$1 $DATA/test.jsonl $SCORED test
 }
 
-# Step 1. M_D0: positives against BM25's negatives and all passages of a batch of 1,024 questions.
+# Step 1. M_D0 learns from BM25's negatives and all passages of a batch of 1,024 questions.
 train d0 $DATA/train.jsonl
 encode $RUN/d0
 search $RUN/d0 $DATA/train.jsonl $DEPTH train
 
-# Step 2. M_C: the first passage with the answer against one drawn from those without it.
+# Step 2. M_C learns to tell the first passage with the answer from one that is drawn from those without.
 stage $RUN/c.jsonl python mine_negatives.py --mode denoise --questions $DATA/train.jsonl $CORPUS \
     --run $RUN/d0/train.run --positives $POSITIVES --match_title true --negatives 1 --depth $DEPTH --out $RUN/c.jsonl
 stage $RUN/c/metrics.json $LAUNCH train_cross_encoder.py --config $CROSS_CONFIG --run_dir $RUN/c --init $CROSS_START \
     --train $RUN/c.jsonl $CORPUS --resume exact $CROSS_FLAGS
 
-# Step 3. M_D1: the best-ranked passage without the answer that M_C, too, calls irrelevant.
+# Step 3. M_D1's negative: the best-ranked passage without the answer that M_C, too, calls irrelevant.
 rescore $RUN/d0 $DATA/train.jsonl $SCORED train
 denoise() { # NAME BELOW
     stage $RUN/$1.jsonl python mine_negatives.py --mode denoise --questions $DATA/train.jsonl $CORPUS \
@@ -95,7 +96,7 @@ evaluate d0
 evaluate d1
 evaluate d2
 
-# Optional: M_D1 without denoising, the gate open for every score. The paper's point is that this hurts.
+# Optional: M_D1 without denoising: every score passes. The paper's point is that this hurts.
 if [ "${ABLATION:-false}" = true ]; then
     denoise d1_raw 2
     train d1_raw $RUN/d1_raw.jsonl

@@ -1,16 +1,16 @@
-# Sourced by the recipes of RocketQA and ANCE-Tele: how a stage is run once, and the three stages that repeat.
-# Needs: DATA, RUN, LAUNCH, FORMAT, ENCODE_FLAGS. MEASURE: a command that runs what follows it and notes its cost under the
-# stage's output (recipes/measured.py PEAKS); empty: none.
+# Sourced by the recipes of RocketQA, ANCE-Tele and EMDR2: how a stage is run once, and the stages that they share.
+# Needs: DATA, RUN, LAUNCH, FORMAT, ENCODE_FLAGS. MEASURE: a command that runs a stage and notes what it cost
+# (recipes/measured.py PEAKS); empty: none.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export HF_HUB_DISABLE_TELEMETRY=1
 case "$DATA$RUN" in *" "*) echo "DATA and RUN cannot have spaces in them" >&2 && exit 2 ;; esac
 mkdir -p $RUN
 
-# stage OUTPUT COMMAND...: run the command unless OUTPUT is there. Every script writes its output whole or not at all
-# and goes on where it was killed, and so does a recipe. Vectors are there when their manifest says so. trap: what is
-# there is not compared with the variables or with the files it was made from: give other variables another RUN, and
-# delete what depends on a file that you replace.
+# stage OUTPUT COMMAND...: run the command unless OUTPUT exists. Every script writes its output whole or not at all and
+# continues where it was killed, and so does a recipe. Vectors exist when their manifest says that they are complete.
+# trap: an existing OUTPUT is not compared with the variables, nor with the files that it was made from. Give other
+# variables another RUN, and delete what depends on a file that you replace.
 stage() {
     local output=$1 began=$SECONDS
     shift
@@ -45,7 +45,7 @@ rescore() {
         --cross_encoder $RUN/c/cross_encoder --out $1/$4_ce.run
 }
 
-# write OUTPUT COMMAND...: what it prints, whole or not at all
+# write OUTPUT COMMAND...: write what the command prints, whole or not at all
 write() {
     "${@:2}" >$1.tmp
     mv $1.tmp $1

@@ -1,11 +1,11 @@
 """
-Starting weights -> query_encoder/ and doc_encoder/ that build their inputs as the training will.
+Save starting weights as a query_encoder/ and a doc_encoder/ that build their inputs as the training will.
 
-The demo's "untrained" row, and ANCE-Tele's M_0: the first negatives are those of the language model itself.
+They are the demo's "untrained" row, and ANCE-Tele's M_0: its first negatives are those of a language model.
 
 Run: python recipes/untrained.py --config config/train_dpr_demo.yaml --run_dir runs/demo/untrained
-Takes every key of train_dpr.py, so that a recipe hands both the same flags; read are init, run_dir and the
-inputs'.
+     It takes every key of train_dpr.py, so a recipe hands both the same flags; it reads init, run_dir and
+     what says how inputs are built.
 """
 
 import sys
@@ -13,15 +13,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from train_dpr import INPUTS  # noqa: E402
 from utils.plumbing.config import friendly_errors, load_config  # noqa: E402
 from utils.plumbing.weights import load_encoder, save_encoder  # noqa: E402
+
+INPUTS = ("question_tokens", "passage_tokens", "pooling", "token_types")
 
 
 def main():
     cfg = load_config(__doc__, "config/train_dpr_nq.yaml")
     inputs = {key: getattr(cfg, key) for key in INPUTS} | {"role": "shared"}
-    query_encoder, doc_encoder = Path(cfg.run_dir) / "query_encoder", Path(cfg.run_dir) / "doc_encoder"
+    query_encoder = Path(cfg.run_dir) / "query_encoder"
+    doc_encoder = Path(cfg.run_dir) / "doc_encoder"
     if not query_encoder.exists():
         encoder = load_encoder(cfg.init, "passage", inputs, layer_norm_epsilon=cfg.layer_norm_epsilon)
         save_encoder(encoder, query_encoder)

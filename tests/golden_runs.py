@@ -1,10 +1,13 @@
 """
-The bits of every script: toy runs of all stages with 1 and 2 processes, and one sha256 for each thing they wrote.
+The bits of every script: toy runs of all stages with 1 and 2 processes, and one sha256 for each thing they
+wrote.
 
 Run: python -m tests.golden_runs runs/golden/new.json
-     python -m tests.golden_runs runs/golden/old.json --tree ../another_checkout --against runs/golden/new.json
-A refactoring is right when two checkouts give the same file on the same machine. It compares weights, vectors,
-rankings, training files, answers, and metrics.jsonl; not seconds, and not the `pair` ids, which name the settings.
+     python -m tests.golden_runs runs/golden/old.json --tree ../another_checkout --against
+     runs/golden/new.json
+A refactoring is right when two checkouts give the same file on the same machine. It compares weights,
+vectors, rankings, training files, answers, and metrics.jsonl; not seconds, and not the `pair` ids, which name
+the settings.
 """
 
 import argparse
@@ -48,7 +51,13 @@ def stages(tree, world):
     cross = sets | corpus | COMMON | {"init": world / "bert", "pair_tokens": 40, "chunk": 5}
     runs = {"train_run": world / "found_train.run", "dev_run": world / "found_dev.run"}
     reader = sets | corpus | COMMON | runs | {"init": world / "bert", "reader_tokens": 48, "train_depth": 12}
-    reader |= {"gold": "", "passages_per_question": 4, "test_depth": 6, "question_chunk": 3, "passage_chunk": 5}
+    reader |= {
+        "gold": "",
+        "passages_per_question": 4,
+        "test_depth": 6,
+        "question_chunk": 3,
+        "passage_chunk": 5,
+    }
     emdr2 = sets | corpus | COMMON | {"batch_size": 6, "reader": world / "t5", "top_k": 4, "temperature": 0.0}
     emdr2 |= {
         "reader_tokens": 48,
@@ -135,8 +144,13 @@ def stages(tree, world):
     }
     judge |= {"questions": sets["train"], "block": 7, "out": scores} | corpus
     yield "rerank", 1, "rerank.py", judge
-    gate = {"scores": scores, "negative_below": 0.5, "positive_above": 0.5, "fill": "true"}
-    yield "denoise", 1, "mine_negatives.py", mine | gate | {"mode": "denoise", "out": world / "denoise.jsonl"}
+    gate = {"scores": scores, "negative_below": 0.293, "positive_above": 0.297}
+    yield (
+        "denoise",
+        1,
+        "mine_negatives.py",
+        mine | gate | {"fill": "true", "mode": "denoise", "out": world / "denoise.jsonl"},
+    )
     yield (
         "pseudo",
         1,
@@ -189,7 +203,9 @@ def content(path):
 
 
 def hashes(world):
-    """{path: sha256} of all that the stages wrote, but for checkpoints' state, logs and copies of settings."""
+    """
+    {path: sha256} of all that the stages wrote, but for checkpoints' state, logs and copies of settings.
+    """
     found = {}
     for path in sorted(world.rglob("*")):
         name = str(path.relative_to(world))

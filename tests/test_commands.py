@@ -1,7 +1,4 @@
-"""
-Commands are code: every one in README, recipes, configs and docstrings names scripts, files and flags that
-exist.
-"""
+"""Commands are code: each one in README, docs, recipes, configs and docstrings names what exists."""
 
 import re
 
@@ -10,58 +7,62 @@ import yaml
 
 from utils.plumbing.config import ROOT
 
-TEXTS = [
-    ROOT / "README.md",
-    *ROOT.glob("docs/*.md"),
-    *ROOT.glob("recipes/**/*.sh"),
-    *ROOT.glob("config/*.yaml"),
-    *(p for p in ROOT.glob("*.py")),
-    *ROOT.glob("utils/*.py"),
-    *ROOT.glob("recipes/**/*.py"),
-    *ROOT.glob("tests/bench/*.py"),
-]
-
+TEXTS = [ROOT / "README.md"]
+for pattern in (
+    "docs/*.md",
+    "results/demo/*.md",
+    "results/ladder_small/*.md",
+    "recipes/**/*.sh",
+    "config/*.yaml",
+):
+    TEXTS += ROOT.glob(pattern)
+for pattern in ("*.py", "utils/**/*.py", "prepare/*.py", "recipes/**/*.py", "tests/bench/*.py"):
+    TEXTS += ROOT.glob(pattern)
+OURS = ("utils", "prepare", "recipes")
 
 COMMAND = re.compile(
     r"(?:^|[\s`(])("
     r"(?:accelerate launch|torchrun|\.venv/bin/python|python3?) (?:--?\w\S* |[\d.]+ )*"  # launcher flags
     r"(?:[\w/]*\b\w+\.py\b|-m [\w.]+)[^`#]*"
-    r"|bash \S+\.sh|make \w+)"
+    r"|(?:[A-Z_0-9]+=\S+ )*bash \S+\.sh|make \w+)"
 )
 
 
 def commands():
-    """
-    (file, command) for every line that runs python, accelerate, torchrun, bash or make in one of our texts.
-    """
-    found = []
+    """(file, command) for every line that runs python, accelerate, torchrun, bash or make in our texts."""
     for path in TEXTS:
-        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
-        for line in text.splitlines():
-            for part in re.split(r"[`;]", line):
-                for match in COMMAND.finditer(part):
-                    found.append((path.relative_to(ROOT), match[1].strip()))
-    return found
+        # why not the log: it records what was run, with names of its day
+        text = "" if path.name == "log.md" else path.read_text(encoding="utf-8").replace("\\\n", " ")
+        for piece in re.split(r"[\n`;]", text):
+            for match in COMMAND.finditer(piece):
+                if path.suffix == ".md" or not match[1].startswith("make "):  # elsewhere "make" is a word
+                    yield path.relative_to(ROOT), match[1].strip()
 
 
-FOUND = commands()
+FOUND = list(commands())
 
 
-def test_there_are_commands():
-    """The walk finds the commands that it is meant to guard."""
-    assert len(FOUND) > 40 and any(str(path) == "README.md" for path, _ in FOUND)
-
-
-def schema_keys(script):
-    """The keys a script takes: those of the yaml that it hands to load_config, or of its argparse."""
+def keys_of(script):
+    """The keys that a script takes: those of its full yaml, or of its argparse."""
     text = (ROOT / script).read_text(encoding="utf-8")
-    schema = re.search(r'load_config\([^)]*"(config/[\w]+\.yaml)"', text)
-    if schema and "argparse" not in text:
-        return {*yaml.safe_load((ROOT / schema[1]).read_text()), "config", "help", "debug"}
-    flags = set(re.findall(r'add_argument\(\s*f?"--(\w+)"', text)) | {"help", "debug"}
+    full = re.search(r'load_config\([^)]*"(config/\w+\.yaml)"', text)
+    if full and "argparse" not in text:
+        return {*yaml.safe_load((ROOT / full[1]).read_text()), "config", "help", "debug"}
+    flags = {*re.findall(r'add_argument\(\s*f?"--(\w+)"', text), "help", "debug"}
     if 'f"--{name}"' in text:  # flags made in a loop
-        flags |= set(re.findall(r'"(\w+)"', text)) | set(re.findall(r"(\w+)=\d", text))
-    return flags | schema_keys("prepare/convert.py") if script == "utils/data.py" else flags
+        flags |= {*re.findall(r'"(\w+)"', text), *re.findall(r"(\w+)=\d", text)}
+    return flags
+
+
+def check_bash(path, command):
+    """The recipe exists, and reads every variable that is set in front of it, itself or in what it calls."""
+    *settings, _, script = command.split()
+    script = next(place / script for place in (ROOT, ROOT / path.parent) if (place / script).is_file())
+    text = script.read_text()
+    called = [ROOT / "recipes" / name for name in {*re.findall(r"\w+\.sh\b", text)}]
+    text += "".join(recipe.read_text() for recipe in called if recipe.is_file())
+    for name in {setting.partition("=")[0] for setting in settings} - {"CUDA_VISIBLE_DEVICES"}:
+        assert re.search(rf"\$\{{?{name}\b", text), f"{path}: {script.name} has no {name}"
 
 
 @pytest.mark.parametrize(("path", "command"), FOUND, ids=[f"{p}-{i}" for i, (p, _) in enumerate(FOUND)])
@@ -71,20 +72,48 @@ def test_the_command_exists(path, command):
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), command
         return
-    if words[0] == "bash":
-        assert (ROOT / words[1]).is_file() or (ROOT / path.parent / words[1]).is_file(), command
+    if "bash" in words:
+        check_bash(path, command)
         return
     at = next(i for i, word in enumerate(words) if word == "-m" or word.endswith(".py"))
-    script = words[at] if words[at] != "-m" else words[at + 1].replace(".", "/") + ".py"
-    if words[at] == "-m" and not script.startswith("utils/"):
-        return  # pytest, venv, pip
+    script = words[at]
+    if script == "-m":
+        if words[at + 1].partition(".")[0] not in OURS:
+            return  # pytest, venv, pip
+        script = words[at + 1].replace(".", "/") + ".py"
     assert (ROOT / script).is_file(), f"{path}: {command}"
     for flag, value in zip(words[at + 1 :], [*words[at + 2 :], ""], strict=False):
         if flag.startswith("--"):
             key, _, joined = flag[2:].partition("=")
-            assert key in schema_keys(script), f"{path}: {script} has no flag {flag}"
+            assert key in keys_of(script), f"{path}: {script} has no flag {flag}"
             if key == "config" and value != "..." and not value.startswith("$"):
                 assert (ROOT / (joined or value)).is_file(), f"{path}: {value}"
+
+
+def test_there_are_commands():
+    """The walk finds the commands that it is meant to guard."""
+    assert len(FOUND) > 60 and any(str(path) == "README.md" for path, _ in FOUND)
+
+
+def test_every_path_in_the_documents_exists():
+    """Links, and files of ours that are named in backticks or in the README's tree."""
+    for path in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("results/*/README.md")]:
+        text = path.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (path.parent / target).exists(), f"{path}: {target}"
+        if path.name in ("log.md", "README.md") and path.parent.parent == ROOT / "results":
+            continue  # what was run is told in the names of its day
+        for target in re.findall(r"\b((?:utils|prepare|recipes|config|tests|docs)/[\w/]+\.\w+)", text):
+            assert path.name == "log.md" or (ROOT / target).exists(), f"{path}: {target}"
+    tree = re.search(r"```\n(train_dpr\.py .*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    scripts = set(re.findall(r"^(\w+\.py)", tree, re.M))
+    assert scripts == {path.name for path in ROOT.glob("*.py")}, "the tree has every script"
+
+
+def test_the_readme_is_short():
+    """A front page: 110 to 130 lines, at most 120 numbers."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 130 and len(re.findall(r"\b\d[\d.,]*\b", text)) <= 120
 
 
 def test_no_path_of_a_machine_and_no_stub():
@@ -96,11 +125,3 @@ def test_no_path_of_a_machine_and_no_stub():
         assert not re.search(r"/(work|home|root)/\w", text), path
         assert not re.search(r"\b(TODO|FIXME|XXX|NotImplementedError)\b", text), path
         assert not re.search(r"(?<![\w.])eval\(|pickle\.load\(|except:", text), path
-
-
-def test_the_readme_is_whole():
-    """No place holder is left, and every file that it links to exists."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "@@" not in text
-    for target in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (ROOT / target).exists(), target

@@ -1,6 +1,7 @@
-"""Mistakes in a config end in one line that names the key, the file and the nearest right name."""
+"""Settings: what a yaml and the command line may say; a mistake ends in one line with the right name."""
 
 import importlib
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -20,24 +21,63 @@ from utils.plumbing.config import (
 )
 from utils.plumbing.files import folder_hash, weights_hash
 
-SCHEMA = "config/train_dpr_nq.yaml"
+FULL = "config/train_dpr_nq.yaml"
 
 
-def test_the_schema_is_the_default_and_overrides_win():
-    """--key value and --key=value override the yaml; a bare flag of a boolean key means true."""
-    cfg = load_config(
-        "doc", SCHEMA, ["--batch_size", "64", "--learning_rate=1e-4", "--grad_cache", "--dev", ""]
-    )
-    assert (cfg.batch_size, cfg.learning_rate, cfg.grad_cache, cfg.dev) == (64, 1e-4, True, "")
+FULLS = [f"config/train_{name}_nq.yaml" for name in ("dpr", "cross_encoder", "reader", "emdr2")]
+VARIANTS = [path for path in ROOT.glob("config/train_*.yaml") if f"config/{path.name}" not in FULLS]
 
 
-def test_scientific_notation_in_yaml_is_a_number(tmp_path):
-    """PyYAML reads 2e-5 as a string; we do not."""
-    text = (ROOT / SCHEMA).read_text().replace("learning_rate: 2.0e-5", "learning_rate: 2e-5")
-    (tmp_path / "x.yaml").write_text(text)
-    assert load_config("doc", SCHEMA, ["--config", str(tmp_path / "x.yaml")]).learning_rate == 2e-5
+# ---------------------------------------------------------------- what is read
+def test_the_yaml_is_the_default_a_variant_changes_it_and_a_flag_wins(tmp_path):
+    """--key value, --key=value, a bare boolean flag; 2e-5, which PyYAML reads as a string, is a number."""
+    (tmp_path / "x.yaml").write_text("learning_rate: 2e-5\nseed: 7\n")
+    argv = ["--config", str(tmp_path / "x.yaml"), "--batch_size", "64", "--warmup=1e-1", "--grad_cache"]
+    cfg = load_config("doc", FULL, [*argv, "--dev", ""])
+    assert (cfg.learning_rate, cfg.seed, cfg.epochs) == (2e-5, 7, 40)
+    assert (cfg.batch_size, cfg.warmup, cfg.grad_cache, cfg.dev) == (64, 0.1, True, "")
 
 
+@pytest.mark.parametrize("path", VARIANTS, ids=lambda path: path.stem)
+def test_a_variant_holds_only_what_differs_and_says_why(path):
+    """Every key of it differs from the full yaml that its heading names; all but paths have a comment."""
+    text = path.read_text(encoding="utf-8")
+    full = next(name for name in FULLS if name in text)
+    base = yaml.safe_load((ROOT / full).read_text(encoding="utf-8"))
+    cfg = vars(load_config("", full, ["--config", str(path)]))
+    for key in yaml.safe_load(text):
+        assert cfg[key] != base[key], f"{key} is that of {full}"
+        explained = re.search(rf"^{key}: .*\S\s+# \S", text, re.M)
+        assert explained or isinstance(base[key], str), f"{key} has no comment"
+
+
+def test_gc_dpr_is_nine_lines_and_every_full_yaml_has_a_comment_a_key():
+    """The config of GC-DPR *is* its lesson; a full yaml explains every key of its script."""
+    assert len((ROOT / "config/train_gcdpr_nq.yaml").read_text().splitlines()) == 9 and len(VARIANTS) >= 13
+    for path in set(ROOT.glob("config/*.yaml")) - set(VARIANTS):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            assert not re.match(r"\w+:", line) or re.search(r"\s# \S", line), f"{path.name}: {line}"
+
+
+def test_help_shows_the_docstring_and_every_key(capsys):
+    """--help prints both with their comments, and leaves."""
+    with pytest.raises(SystemExit) as leave:
+        load_config("What it does.", FULL, ["--help"])
+    shown = capsys.readouterr().out
+    assert leave.value.code == 0 and "What it does." in shown
+    assert all(f"{key}:" in shown for key in yaml.safe_load((ROOT / FULL).read_text()))
+
+
+def test_what_a_run_was_made_from_has_a_name(tmp_path, monkeypatch):
+    """Path("") is the folder one stands in, and no dev set; hub names that begin alike are two models."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    assert folder_hash("") == folder_hash("no-such/hub-name") == "" != folder_hash(".")
+    names = ("Luyu/co-condenser-wiki", "Luyu/co-condenser-marco")
+    assert len({weights_hash(name)[:16] for name in names}) == 2
+
+
+# ---------------------------------------------------------------- mistakes
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -54,62 +94,20 @@ def test_scientific_notation_in_yaml_is_a_number(tmp_path):
         (["--seed", "-1"], ["seed must be at least 0, got -1"]),
         (["--learning_rate", "-2e-5"], ["learning_rate must be at least 0"]),
         (["--learning_rate", "nan"], ["learning_rate must be at least 0, got nan"]),
+        ("epoch: 3", ["x.yaml: unknown key 'epoch'", "did you mean 'epochs'"]),
+        ("seed: one", ["x.yaml: seed must be of type int", "'one'"]),
+        ("a: [1", ["x.yaml: not valid yaml"]),
+        ("seed: {a: 1}", ["x.yaml: expected flat `key: value` lines"]),
     ],
 )
-def test_mistakes_on_the_command_line(argv, words):
-    """The message holds what is wrong and what would be right."""
+def test_mistakes_are_named(tmp_path, argv, words):
+    """On the command line (a list) or in a yaml (its text): what is wrong, where, and what would be right."""
+    if isinstance(argv, str):
+        (tmp_path / "x.yaml").write_text(argv)
+        argv = ["--config", str(tmp_path / "x.yaml")]
     with pytest.raises(UserError) as error:
-        load_config("doc", SCHEMA, argv)
+        load_config("doc", FULL, argv)
     assert all(word in str(error.value) for word in words), str(error.value)
-
-
-def test_mistakes_in_a_yaml(tmp_path):
-    """An unknown key names the nearest; a missing one and broken yaml name the file."""
-    values = yaml.safe_load((ROOT / SCHEMA).read_text())
-    path = tmp_path / "x.yaml"
-    for change, word in (({"epoch": 3}, "epochs"), ({"seed": "one"}, "seed")):
-        path.write_text(yaml.safe_dump(values | change))
-        with pytest.raises(UserError, match=word):
-            load_config("doc", SCHEMA, ["--config", str(path)])
-    del values["seed"]
-    path.write_text(yaml.safe_dump(values))
-    with pytest.raises(UserError, match="seed.*missing"):
-        load_config("doc", SCHEMA, ["--config", str(path)])
-    path.write_text("a: [1")
-    with pytest.raises(UserError, match="x.yaml"):
-        load_config("doc", SCHEMA, ["--config", str(path)])
-
-
-def test_help_lists_every_key(capsys):
-    """--help prints the docstring and the schema with its comments, and leaves."""
-    with pytest.raises(SystemExit) as leave:
-        load_config("What it does.", SCHEMA, ["--help"])
-    shown = capsys.readouterr().out
-    assert leave.value.code == 0 and "What it does." in shown
-    assert all(f"{key}:" in shown for key in yaml.safe_load((ROOT / SCHEMA).read_text()))
-
-
-def test_all_configs_of_a_script_have_its_keys_in_its_order():
-    """`diff config/a.yaml config/b.yaml` teaches only when both have the same keys in the same order."""
-    others = [*ROOT.glob("config/train_dpr_*.yaml"), *ROOT.glob("config/train_gcdpr_*.yaml")]
-    assert len(others) >= 8
-    for other in others:
-        load_config("", SCHEMA, ["--config", str(other)])
-        first, second = (list(yaml.safe_load(p.read_text())) for p in (ROOT / SCHEMA, other))
-        assert first == second, other.name
-
-
-def test_nothing_has_no_hash(tmp_path, monkeypatch):
-    """Path("") is the folder one stands in: a run without a dev set must not depend on what lies there."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("x")
-    assert folder_hash("") == folder_hash("no-such/hub-name") == "" != folder_hash(".")
-
-
-def test_a_hub_name_is_an_identity():
-    """A run started from one hub model does not go on from another, however alike their names begin."""
-    names = ("Luyu/co-condenser-wiki", "Luyu/co-condenser-marco")
-    assert len({weights_hash(name)[:16] for name in names}) == 2
 
 
 def test_paths_that_cannot_be(tmp_path, monkeypatch):
@@ -118,16 +116,13 @@ def test_paths_that_cannot_be(tmp_path, monkeypatch):
         (tmp_path / "run" / name).mkdir(parents=True)
         (tmp_path / "run" / name / "config.json").write_text("{}")
     (tmp_path / "file").write_text("x")
+    inside = "run: is no model, but the folder of doc_encoder, query_encoder; name"
     for need, value, message in (
         (need_file, "", "key: give a path, it is empty"),
         (need_file, tmp_path, "key: .* is a folder; name a file"),
         (need_file, tmp_path / "none", "key: .*none: no such file"),
         (need_model, "", "key: give a path, it is empty"),
-        (
-            need_model,
-            tmp_path / "run",
-            "run: is no model, but the folder of doc_encoder, query_encoder; name",
-        ),
+        (need_model, tmp_path / "run", inside),
         (need_model, tmp_path / "run" / "reader", "key: .*reader: no such model folder"),
         (need_model, "runs/nowhere/reader", "key: runs/nowhere/reader: no such model folder"),
         (need_model, tmp_path / "file", "key: .*file: is a file; name the folder"),
@@ -145,20 +140,19 @@ def test_paths_that_cannot_be(tmp_path, monkeypatch):
         need_folder(SimpleNamespace(key=str(tmp_path / "run" / "new")), "key")
 
 
+TRAINERS = ("train_dpr", "train_cross_encoder", "train_reader", "train_emdr2")
+
+
 @pytest.mark.parametrize(
     ("script", "key"),
     [
+        *((name, "run_dir") for name in TRAINERS),
+        *((name, "init") for name in TRAINERS[:3]),
+        *(("train_emdr2", key) for key in ("reader", "doc_encoder", "embeddings")),
+        *(("test_dpr", key) for key in ("query_encoder", "embeddings")),
         ("doc2embedding", "doc_encoder"),
-        ("test_dpr", "query_encoder"),
         ("rerank", "cross_encoder"),
-        ("train_dpr", "init"),
-        ("train_cross_encoder", "init"),
-        ("train_reader", "init"),
-        ("train_emdr2", "reader"),
-        ("train_emdr2", "doc_encoder"),
-        *((f"train_{name}", "run_dir") for name in ("dpr", "cross_encoder", "reader", "emdr2")),
-        ("test_dpr", "embeddings"),
-        ("train_emdr2", "embeddings"),
+        ("answer", "reader"),
     ],
 )
 def test_a_wrong_folder_is_found_before_the_corpus_is_read(tmp_path, monkeypatch, script, key):
@@ -166,14 +160,12 @@ def test_a_wrong_folder_is_found_before_the_corpus_is_read(tmp_path, monkeypatch
     module = importlib.import_module(script)
     monkeypatch.setattr(module, "Corpus", lambda *_: pytest.fail("the corpus was opened"))
     (tmp_path / "file").write_text("x")
-    known = yaml.safe_load((ROOT / f"config/{script}{'_nq' if 'train' in script else ''}.yaml").read_text())
-    files = "questions corpus ranking train dev gold train_run dev_run".split()
-    keys = {name: tmp_path / "file" for name in files if name in known}
-    keys |= {
-        name: "bert-base-uncased" for name in ("query_encoder", "doc_encoder", "reader") if name in known
-    }
-    keys |= {name: tmp_path / "x.run" for name in ("out",) if name in known}
-    keys |= {name: tmp_path / "run" for name in ("run_dir",) if name in known}
+    full = yaml.safe_load((ROOT / f"config/{script}{'_nq' if 'train' in script else ''}.yaml").read_text())
+    values = dict.fromkeys("questions corpus ranking train dev gold train_run dev_run".split(), "file")
+    values |= {"out": "x.json" if script == "answer" else "x.run", "run_dir": "run"}
+    keys = {name: tmp_path / value for name, value in values.items() if name in full}
+    keys |= {name: 1 for name in ("depth",) if name in full}
+    keys |= {name: "bert-base-uncased" for name in ("query_encoder", "doc_encoder", "reader") if name in full}
     faults = {"run_dir": (tmp_path / "file", "is a file, not a folder"), "embeddings": ("", "give a path")}
     keys[key], why = faults.get(key, (tmp_path / "nowhere", "no such model folder"))
     monkeypatch.setattr("sys.argv", [script, *(f"--{name}={value}" for name, value in keys.items())])
@@ -181,7 +173,8 @@ def test_a_wrong_folder_is_found_before_the_corpus_is_read(tmp_path, monkeypatch
         module.main()
 
 
-FULL = "the memory is full: lower the batch sizes or the chunks, on a GPU use --mixed_precision bf16"
+MEMORY = "error: the memory is full: lower the batch sizes or the chunks, on a GPU use --mixed_precision bf16"
+NO_ROOM = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
 
 
 @pytest.mark.parametrize(
@@ -192,16 +185,10 @@ FULL = "the memory is full: lower the batch sizes or the chunks, on a GPU use --
         (OSError(28, "No space left on device"), "error: the disk is full; free some"),
         (shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")]), "error: the disk is full"),
         (OSError("64000 requested and 20416 written"), "error: the disk is full"),  # numpy's
-        (
-            torch.OutOfMemoryError("CUDA out of memory. Tried to"),
-            "error: the memory is full: lower the batch",
-        ),
-        (
-            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
-            "error: the memory is full: lower the batch",
-        ),
-        (MemoryError("Unable to allocate 9 GiB\nfor"), f"error: {FULL} (Unable to allocate 9 GiB)\n"),
-        (MemoryError(), f"error: {FULL}\n"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to"), MEMORY),
+        (NO_ROOM, MEMORY),
+        (MemoryError("Unable to allocate 9 GiB\nfor"), f"{MEMORY} (Unable to allocate 9 GiB)\n"),
+        (MemoryError(), f"{MEMORY}\n"),
         (KeyboardInterrupt(), "stopped by Ctrl-C"),
     ],
 )
@@ -209,19 +196,15 @@ def test_faults_of_the_machine_are_one_line(capsys, error, line):
     """A folder that cannot be written, a full disk, a full GPU: the place and the fix, no traceback."""
     with pytest.raises(SystemExit) as stopped, friendly_errors():
         raise error
-    said = capsys.readouterr().err
-    assert said.startswith(line) and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(line) and printed.count("\n") == 1
     assert stopped.value.code == (130 if isinstance(error, KeyboardInterrupt) else 2)
 
 
 def test_faults_of_ours_keep_their_traceback():
-    """Only what the user or the machine did is made a sentence of."""
-    for error in (
-        ValueError("x"),
-        OSError("a socket"),
-        BrokenPipeError(32, "Broken pipe"),
-        FileNotFoundError(2, "No such file or directory", "x"),
-        OSError(39, "Directory not empty", ".x.tmp", None, "x"),
-    ):
+    """Only what the user or the machine did becomes a sentence."""
+    lost = FileNotFoundError(2, "No such file or directory", "x")
+    kept = OSError(39, "Directory not empty", ".x.tmp", None, "x")
+    for error in (ValueError("x"), OSError("a socket"), BrokenPipeError(32, "Broken pipe"), lost, kept):
         with pytest.raises(type(error)), friendly_errors():
             raise error

@@ -1,4 +1,4 @@
-"""The demo's own pieces: its questions hold what they promise, and its weights are converted right."""
+"""The demo's own pieces: its questions hold what they promise, its weights are converted right, its table."""
 
 import json
 
@@ -8,28 +8,20 @@ import pytest
 from recipes.demo.check_questions import LEAST, faults_of
 from recipes.demo.inverse_cloze import main as inverse_cloze
 from recipes.demo.prepare import dequantise
-from utils.data import iter_jsonl
+from recipes.demo.table import title_scores
+from utils.data import Corpus, iter_jsonl
 from utils.plumbing.config import ROOT
 
-
-def splits():
-    return {
-        name: [row for _, row in iter_jsonl(ROOT / "recipes" / "demo" / f"{name}.jsonl")] for name in LEAST
-    }
+SPLITS = {name: [row for _, row in iter_jsonl(ROOT / f"recipes/demo/{name}.jsonl")] for name in LEAST}
 
 
 def test_the_committed_questions():
-    """
-    Enough of them, no repeats, no passage in two splits, answers not in the question (no corpus needed for
-    these).
-    """
-    titles, texts = set(), set()
-    for name, rows in splits().items():
-        assert len(rows) >= LEAST[name]
-        for row in rows:
-            assert set(row) == {"title", "question", "answers"} and row["answers"] and row["question"].strip()
-            assert row["title"] not in titles and row["question"].lower() not in texts
-            titles.add(row["title"]), texts.add(row["question"].lower())
+    """Enough of them, no repeats, no passage in two splits (no corpus is needed for these)."""
+    rows = [row for split in SPLITS.values() for row in split]
+    assert all(len(SPLITS[name]) >= least for name, least in LEAST.items())
+    assert all(set(row) == {"title", "question", "answers"} and row["answers"] for row in rows)
+    for texts in ([row["title"] for row in rows], [row["question"].lower().strip() for row in rows]):
+        assert len({*texts}) == len(rows) and all(texts)
 
 
 def test_the_check_against_the_corpus():
@@ -37,9 +29,7 @@ def test_the_check_against_the_corpus():
     corpus = ROOT / "data" / "demo" / "corpus.tsv"
     if not corpus.is_file():
         pytest.skip("no demo corpus here: `make demo` fetches it, the tests download nothing")
-    from utils.data import Corpus
-
-    faults, share = faults_of(splits(), {p.title: p.text for p in Corpus(corpus)})
+    faults, share = faults_of(SPLITS, {passage.title: passage.text for passage in Corpus(corpus)})
     assert faults == [] and share >= 1 / 3
 
 
@@ -53,8 +43,7 @@ def test_the_check_finds_every_kind_of_fault():
         {"title": "Eel", "question": "what is long", "answers": ["eel"]},
         {"title": "Otter", "question": "What swims and is not a fish?", "answers": ["otter"]},
     ]
-    faults, _ = faults_of({"train": rows, "dev": [], "test": []}, passages)
-    text = "\n".join(faults)
+    text = "\n".join(faults_of({"train": rows, "dev": [], "test": []}, passages)[0])
     for words in (
         "train.jsonl:2: an answer stands",
         "train.jsonl:3: the first answer 'noon'",
@@ -68,14 +57,21 @@ def test_the_check_finds_every_kind_of_fault():
 
 def test_inverse_cloze_takes_the_sentence_out(tmp_path):
     """A sentence becomes the question and leaves its passage; a passage of one sentence is left out."""
-    (tmp_path / "corpus.tsv").write_text(
-        "id\ttext\ttitle\n1\tThe otter swims well. The owl of St. Ives flies. It is grey.\tA\n2\tOne.\tB\n"
-    )
+    sentences = ["The otter swims well.", "The owl of St. Ives flies.", "It is grey."]
+    text = f"id\ttext\ttitle\n1\t{' '.join(sentences)}\tA\n2\tOne.\tB\n"
+    (tmp_path / "corpus.tsv").write_text(text)
     inverse_cloze(tmp_path / "corpus.tsv", tmp_path / "out.jsonl")
     (row,) = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    sentences = ["The otter swims well.", "The owl of St. Ives flies.", "It is grey."]
     sentences.remove(row["question"])
     assert row["positives"] == [{"title": "A", "text": " ".join(sentences)}] and row["qid"] == "cloze-1"
+
+
+def test_the_title_as_an_answer(tmp_path):
+    """Without its brackets; a question without a passage scores 0."""
+    (tmp_path / "corpus.tsv").write_text("id\ttext\ttitle\n1\tIt flies.\tOwl (bird)\n")
+    ranked = [({"answers": ["owl"]}, ["1"]), ({"answers": ["eel"]}, ["1"]), ({"answers": ["owl"]}, [])]
+    scores = title_scores(ranked, Corpus(tmp_path / "corpus.tsv"))
+    assert scores["EM@1"]["value"] == pytest.approx(1 / 3) and scores["EM@1"]["n"] == 3
 
 
 def test_dequantised_weights_are_those_of_the_graph():
@@ -83,20 +79,15 @@ def test_dequantised_weights_are_those_of_the_graph():
     from onnx import TensorProto, helper, numpy_helper
 
     stored = np.array([[1, 2], [3, 4], [5, 6]], dtype=np.int8)
-    tensors = {
-        "w_quantized": stored,
-        "w_scale": np.array(0.5, dtype=np.float32),
-        "w_zero_point": np.array(1, dtype=np.int8),
-        "bert.bias": np.array([7.0], dtype=np.float32),
-    }
+    scale, zero = np.array(0.5, dtype=np.float32), np.array(1, dtype=np.int8)
+    tensors = {"w_quantized": stored, "w_scale": scale, "w_zero_point": zero}
+    tensors["bert.bias"] = np.array([7.0], dtype=np.float32)
     nodes = [
         helper.make_node("DequantizeLinear", ["w_quantized", "w_scale", "w_zero_point"], ["w"], name="dq"),
         helper.make_node("MatMul", ["x", "w"], ["y"], name="/bert/layer/dense/MatMul"),
     ]
-    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("x", "y")]
-    graph = helper.make_graph(
-        nodes, "g", values[:1], values[1:], [numpy_helper.from_array(a, n) for n, a in tensors.items()]
-    )
-    weights = dequantise(graph)
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy")
+    stored_tensors = [numpy_helper.from_array(array, name) for name, array in tensors.items()]
+    weights = dequantise(helper.make_graph(nodes, "g", [x], [y], stored_tensors))
     assert np.array_equal(weights["bert.layer.dense.weight"], ((stored - 1.0) * 0.5).T)
     assert np.array_equal(weights["bert.bias"], [7.0])

@@ -4,12 +4,10 @@ import gzip
 import hashlib
 import http.server
 import io
-import multiprocessing
 import os
 import re
 import tarfile
 import threading
-import time
 import types
 
 import pytest
@@ -28,25 +26,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server.requests.append((self.path, self.headers.get("Range")))
         if self.path not in server.files:
             self.send_response(404)
-            self.send_header("Content-Type", "text/html")
             self.end_headers()
             self.wfile.write(b"<html>not here</html>")
             return
         body, begin = server.files[self.path], 0
-        if server.ranges and (wanted := self.headers.get("Range")):
-            begin = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
+        if server.ranges:
+            begin = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
             if begin >= len(body):
                 self.send_response(416)
-                self.send_header("Content-Range", f"bytes */{len(body)}")
                 self.end_headers()
                 return
         self.send_response(206 if begin else 200)
-        self.send_header("Content-Type", server.kind)
         self.send_header("Content-Length", str(len(body) - begin))
         if begin:
             self.send_header("Content-Range", f"bytes {begin}-{len(body) - 1}/{len(body)}")
         self.end_headers()
-        time.sleep(server.delay)
         rest = body[begin:]
         if server.closes > 0:
             server.closes -= 1
@@ -62,8 +56,6 @@ def server(monkeypatch):
     """A server on 127.0.0.1; serve(name, path, body, published) makes `name` downloadable from it."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files, server.requests, server.closes, server.ranges = {}, [], 0, True
-    server.delay = 0
-    server.kind = "application/octet-stream"
     monkeypatch.setattr(download, "URLS", {})
     monkeypatch.setattr(download, "HASHES", {})
     monkeypatch.setattr(download, "TRIES", 3)
@@ -97,10 +89,11 @@ def test_resumes_where_the_server_broke_off(server, tmp_path, capsys):
     server.closes = 5  # more often than TRIES, but every try gets some further
     path = download.download("a.csv", tmp_path)
     assert path.read_bytes() == CONTENT
-    starts = [0]
-    for _ in range(5):
-        starts.append(starts[-1] + (len(CONTENT) - starts[-1]) // 2)
-    assert [wanted for _, wanted in server.requests] == [None, *(f"bytes={start}-" for start in starts[1:])]
+    begin = 0
+    for _, wanted in server.requests:  # each begins at the last byte that it has, and gets half of the rest
+        assert wanted == f"bytes={begin}-"
+        begin += (len(CONTENT) - begin) // 2 - 1
+    assert len(server.requests) == 6
     assert "verified" in capsys.readouterr().out and names(tmp_path) == ["a.csv", "a.csv.source.json"]
 
 
@@ -108,16 +101,14 @@ def test_gives_up_and_goes_on_later(server, tmp_path):
     """After TRIES without progress only the .part is left; the same command goes on from there."""
     server.serve("a.csv", "/a.csv", CONTENT, sha(CONTENT))
     server.closes = 100
-    with pytest.raises(UserError, match="gave up after 3 tries.*run the command again"):
-        server.files["/a.csv"], whole = CONTENT[:1], CONTENT  # one byte: half of it is no progress
-        download.HASHES.clear()
+    (tmp_path / "a.csv.part").write_bytes(CONTENT[:-1])  # half of two bytes is no progress
+    with pytest.raises(UserError, match="closed at .* of .* bytes.; run the command again to go on"):
         download.download("a.csv", tmp_path)
-    assert names(tmp_path) == []
-    server.files["/a.csv"] = whole
+    assert names(tmp_path) == ["a.csv.part"] and len(server.requests) == 3
     (tmp_path / "a.csv.part").write_bytes(CONTENT[:1000])  # as a power cut leaves it
     server.closes = 0
     download.download("a.csv", tmp_path)
-    assert server.requests[-1][1] == "bytes=1000-" and (tmp_path / "a.csv").read_bytes() == CONTENT
+    assert server.requests[-1][1] == "bytes=999-" and (tmp_path / "a.csv").read_bytes() == CONTENT
 
 
 def test_server_without_ranges(server, tmp_path):
@@ -128,7 +119,7 @@ def test_server_without_ranges(server, tmp_path):
 
 
 def test_complete_part_of_unknown_size(server, tmp_path):
-    """A part that was complete when the power failed: the server adds nothing (416), and it is taken."""
+    """A part that was complete when the power failed is taken; one that is longer than the file is not."""
     server.serve("a.csv", "/a.csv", CONTENT)
     (tmp_path / "a.csv.part").write_bytes(CONTENT)
     assert download.download("a.csv", tmp_path).read_bytes() == CONTENT
@@ -136,16 +127,19 @@ def test_complete_part_of_unknown_size(server, tmp_path):
     assert download.download("a.csv", tmp_path, force=True).read_bytes() == CONTENT
 
 
-def test_404_and_html(server, tmp_path):
-    """A missing file, and a login page in place of the file: named, nothing written."""
+def test_not_the_file(server, tmp_path):
+    """A missing file; a login page or nothing in place of a file without a published hash."""
     server.serve("a.csv", "/a.csv", b"")
     del server.files["/a.csv"]
-    with pytest.raises(UserError, match=r"HTTP 404 .*text/html"):
+    with pytest.raises(UserError, match="HTTP 404 .*is the name still right"):
         download.download("a.csv", tmp_path)
-    server.files["/a.csv"], server.kind = b"<html>please log in</html>", "text/html"
-    with pytest.raises(UserError, match="got HTML .HTTP 200"):
-        download.download("a.csv", tmp_path)
-    assert names(tmp_path) == [] and len(server.requests) == 2  # and no second try
+    assert names(tmp_path) == [] and len(server.requests) == 1  # and no second try
+    server.ranges = False
+    for body in (b"\n<!DOCTYPE html>please log in", b"<html>", b""):
+        server.files["/a.csv"] = body
+        with pytest.raises(UserError, match="is empty or a web page; is a login page between"):
+            download.download("a.csv", tmp_path)
+        assert names(tmp_path) == ["a.csv.bad"]
 
 
 def test_wrong_content(server, tmp_path):
@@ -177,18 +171,13 @@ def test_gzip_is_unpacked(server, tmp_path, capsys):
     assert "is complete (unverified" in capsys.readouterr().out and len(server.requests) == 1
 
 
-@pytest.mark.parametrize("damage", ["truncated", "checksum", "html", "bomb"])
+@pytest.mark.parametrize("damage", ["truncated", "checksum", "none"])
 def test_broken_gzip(server, tmp_path, damage):
-    """A gzip that is cut, damaged, none at all, or swells without end leaves no half file under its name."""
+    """A gzip that is cut, damaged, or none at all leaves no half file under its name."""
     packed = gzip.compress(CONTENT)
-    body = {
-        "truncated": packed[:-1000],
-        "checksum": packed[:-8] + b"\0" * 8,
-        "html": b"<html>",
-        "bomb": gzip.compress(bytes(10_000_000)),
-    }[damage]
+    body = {"truncated": packed[:-1000], "checksum": packed[:-8] + b"\0" * 8, "none": b"no gzip"}[damage]
     server.serve("a.tsv", "/a.tsv.gz", body)
-    with pytest.raises(UserError, match="broken archive|20 times"):
+    with pytest.raises(UserError, match="broken archive.*run the command again"):
         download.download("a.tsv", tmp_path)
     assert names(tmp_path) == ["a.tsv.bad"]
 
@@ -210,35 +199,31 @@ def tar(*members):
 
 def test_tar_is_unpacked(server, tmp_path):
     """A tar.gz becomes a folder, all of it or nothing."""
-    server.serve(
-        "m",
-        "/m.tar.gz",
-        tar(("collection.tsv", tarfile.REGTYPE, CONTENT), ("d/q.tsv", tarfile.REGTYPE, b"q")),
-    )
+    members = tar(("collection.tsv", tarfile.REGTYPE, CONTENT), ("d/q.tsv", tarfile.REGTYPE, b"q"))
+    server.serve("m", "/m.tar.gz", members)
     folder = download.download("m", tmp_path)
-    assert (folder / "collection.tsv").read_bytes() == CONTENT and (
-        folder / "d" / "q.tsv"
-    ).read_bytes() == b"q"
+    assert (folder / "collection.tsv").read_bytes() == CONTENT
+    assert (folder / "d" / "q.tsv").read_bytes() == b"q"
     assert folder.stat().st_mode & 0o055 == 0o055  # others on the machine may read it
     download.download("m", tmp_path)
     assert len(server.requests) == 1 and names(tmp_path) == ["m", "m.source.json"]
+    download.download("m", tmp_path, force=True)
+    assert len(server.requests) == 2 and names(tmp_path) == ["m", "m.source.json"]
 
 
 @pytest.mark.parametrize(
     "member",
     [
         ("../../evil", tarfile.REGTYPE, b"x"),
-        ("/evil", tarfile.REGTYPE, b"x"),
         ("link", tarfile.SYMTYPE, "/etc/passwd"),
         ("hard", tarfile.LNKTYPE, "../../evil"),
         ("device", tarfile.CHRTYPE, ""),
-        ("big", tarfile.REGTYPE, bytes(30_000_000)),
     ],
 )
 def test_evil_tar(server, tmp_path, member):
-    """A member outside the folder, a link, a device or a bomb is refused by name, and nothing is unpacked."""
+    """A member outside the folder, a link out of it or a device is refused by name; nothing is unpacked."""
     server.serve("m", "/m.tar.gz", tar(("fine", tarfile.REGTYPE, b"x"), member))
-    with pytest.raises(UserError, match=f"member '{member[0]}'"):
+    with pytest.raises(UserError, match=f"broken archive: '{member[0]}'"):
         download.download("m", tmp_path / "out")
     assert names(tmp_path / "out") == ["m.bad"] and names(tmp_path) == ["out"]
 
@@ -257,36 +242,16 @@ def test_stale_file_of_another_tool(server, tmp_path):
 
 
 def test_disk_too_small(server, tmp_path, monkeypatch):
-    """The need is compared with the free space before the first byte."""
+    """The need is compared with the free space first; of a packed file it is the unpacked size too."""
+    packed = gzip.compress(CONTENT)
     server.serve("a.csv", "/a.csv", CONTENT)
-    monkeypatch.setattr("utils.plumbing.files.shutil.disk_usage", lambda _: types.SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match="needs 0.0 GB .* are free"):
-        download.download("a.csv", tmp_path)
+    server.serve("a.tsv", "/a.tsv.gz", packed)
+    for name, free in (("a.csv", 1000), ("a.tsv", 2 * len(packed))):
+        usage = types.SimpleNamespace(free=free)
+        monkeypatch.setattr("utils.plumbing.files.shutil.disk_usage", lambda _, usage=usage: usage)
+        with pytest.raises(UserError, match=f"{name}.* needs 0.0 GB .* are free"):
+            download.download(name, tmp_path)
     assert names(tmp_path) == []
-
-
-def test_room_to_unpack_is_asked_for_too(server, tmp_path, monkeypatch):
-    """The unpacked size of a packed file, three times as much, is part of the need."""
-    server.serve("a.tsv", "/a.tsv.gz", gzip.compress(CONTENT))
-    room = 2 * len(gzip.compress(CONTENT))
-    monkeypatch.setattr("utils.plumbing.files.shutil.disk_usage", lambda _: types.SimpleNamespace(free=room))
-    with pytest.raises(UserError, match="a.tsv.gz needs 0.0 GB .* are free"):
-        download.download("a.tsv", tmp_path)
-    assert names(tmp_path) == []
-
-
-def test_two_processes_at_once(server, tmp_path):
-    """Two downloads of one file: the second waits, finds it complete, and both succeed with one request."""
-    server.serve("a.tsv", "/a.tsv.gz", gzip.compress(CONTENT))
-    server.delay = 0.3
-    context = multiprocessing.get_context("fork")
-    both = [context.Process(target=download.download, args=("a.tsv", tmp_path)) for _ in range(2)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(timeout=30)
-    assert [p.exitcode for p in both] == [0, 0] and len(server.requests) == 1
-    assert (tmp_path / "a.tsv").read_bytes() == CONTENT and names(tmp_path) == ["a.tsv", "a.tsv.source.json"]
 
 
 def test_names():

@@ -2,16 +2,20 @@
 Gradient cache against three oracles: the original code's numbers, plain autograd, and a count of saved bytes.
 """
 
+import gc
+import itertools
 import json
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
-import utils.grad_cache
 from tests.saved import Saved
 from tests.toy import INPUTS, bert, tokenizer
 from train_dpr import in_batch_loss
+from utils.data import Passage
+from utils.distributed import chunk_seed
 from utils.encoder import Encoder, collate, tokenize_passages, tokenize_questions
 from utils.grad_cache import grad_cache_step
 
@@ -67,7 +71,8 @@ def world(tmp_path_factory):
         ("", "green"),
         ("rome", "new tower"),
     ]
-    return towers, questions, tokenize_passages(towers["passage"], texts)
+    passages = [Passage("", title, text) for title, text in texts]
+    return towers, questions, tokenize_passages(towers["passage"], passages)
 
 
 def gradients(world, question_chunk, passage_chunk, cached, repeat=1, seed=(7,)):
@@ -116,14 +121,58 @@ def test_dropout_is_replayed(world):
     assert not close(other_step, wanted, 0.1), "another step must draw other masks"
 
 
-def test_without_the_replay_it_is_wrong(world, monkeypatch):
-    """Negative control: forget the seed between the passes, and the gradient is off by more than a tenth."""
-    set_dropout(world, 0.1)
-    _, wanted = gradients(world, 3, 2, cached=False)
-    fresh = iter(range(10**6))
-    monkeypatch.setattr(utils.grad_cache, "chunk_seed", lambda seed, i: next(fresh))
-    _, got = gradients(world, 3, 2, cached=True)
-    assert not close(got, wanted, 0.1)
+def linear(chunks, noise):
+    """One cached step of a linear encoder whose "dropout" is noise() -> (gradient, vectors of all passes)."""
+    weight_DD = torch.eye(4, requires_grad=True)
+    passes = []
+
+    def encode(x_bD):
+        passes.append((x_bD @ weight_DD) * noise(x_bD.shape))
+        return passes[-1]
+
+    grad_cache_step(encode, chunks, lambda vectors: (torch.cat(vectors).square().sum(),), (7,))
+    return weight_DD.grad, passes
+
+
+def test_without_a_replay_the_gradient_is_another():
+    """Negative control: noise that does not come from torch's seeded generator differs between the passes."""
+    chunks = [torch.ones(2, 4), torch.ones(3, 4)]
+    own = torch.Generator().manual_seed(0)
+    gradient, passes = linear(chunks, lambda shape: torch.rand(shape))
+    assert all(torch.equal(first, second) for first, second in zip(passes[:2], passes[2:], strict=True))
+    other, passes = linear(chunks, lambda shape: torch.rand(shape, generator=own))
+    assert not torch.equal(passes[0], passes[2]) and not close(gradient, other, 0.1)
+
+
+def test_every_chunk_has_masks_of_its_own():
+    """
+    The same chunk twice in a step, and the same rows on two devices or in two steps: other vectors each time.
+    """
+    _, passes = linear([torch.ones(2, 4)] * 2, torch.rand)
+    assert not torch.equal(passes[0], passes[1])
+    grid = itertools.product(range(2), range(5), range(3), range(5))  # seed, step, device, chunk
+    seeds = [chunk_seed(cell[:3], cell[3]) for cell in grid]
+    assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**63 for seed in seeds)
+    assert chunk_seed((1, 2, 3), 4) == chunk_seed((1, 2, 3), 4)
+
+
+def test_one_graph_lives_at_a_time_and_none_is_returned():
+    """When the cached step encodes a chunk, the graph of the chunk before it is gone; the loss has none."""
+    weight_DD = torch.eye(4, requires_grad=True)
+    graphs, alive = [], []
+
+    def encode(x_bD):
+        gc.collect()
+        alive.append(sum(graph() is not None for graph in graphs))
+        vectors_bD = x_bD @ weight_DD
+        if vectors_bD.requires_grad:
+            graphs.append(weakref.ref(vectors_bD))
+        return vectors_bD
+
+    chunks = [torch.ones(2, 4)] * 3
+    loss, *_ = grad_cache_step(encode, chunks, lambda vectors: (torch.cat(vectors).sum(),), (0,))
+    assert len(graphs) == 3 and alive == [0] * 6
+    assert not loss.requires_grad
 
 
 def test_activation_memory_does_not_grow_with_the_batch(world):

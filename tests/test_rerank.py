@@ -96,7 +96,7 @@ def test_a_score_is_the_probability_of_the_pair_alone(world, call):
         assert {pid for pid, _ in hits} == {pid for pid, _ in given[qid][:7]}
         assert hits == sorted(hits, key=lambda hit: -hit[1])
         for pid, score in hits:
-            passage = corpus[corpus.row(pid)]
+            passage = corpus.passage(pid)
             texts = questions[qid], f"{passage.title} {passage.text}"
             pair = words(*texts, truncation=True, max_length=24, return_tensors="pt")
             cut += pair.input_ids.shape[1] == 24

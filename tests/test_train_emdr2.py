@@ -18,6 +18,7 @@ import yaml
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import RagSequenceForGeneration, RagTokenForGeneration
+from utils.index_worker import training_ended
 
 from tests.processes import ENVIRONMENT, begin, kill_tree, on_devices, run
 from tests.saved import Largest, Saved
@@ -47,7 +48,6 @@ from utils.fid import (
     tokenize_answers,
     tokenize_contexts,
 )
-from utils.index_worker import training_ended
 from utils.live_index import LiveIndex
 from utils.plumbing.config import ROOT, UserError, load_config
 from utils.plumbing.embeddings import open_embeddings
@@ -790,7 +790,7 @@ def test_it_answers_dprs_result_file_without_a_corpus(world, tmp_path, monkeypat
     """The passages come with the questions; a reader that wants their neighbours is refused."""
     corpus, entries = Corpus(world / "corpus.tsv"), []
     for question in map(json.loads, (world / "train.jsonl").read_text().splitlines()):
-        passage = corpus[corpus.row(question["positives"][0])]
+        passage = corpus.passage(question["positives"][0])
         ctxs = [{"title": passage.title, "text": passage.text}]
         entries.append({key: question[key] for key in ("question", "answers")} | {"ctxs": ctxs})
     (tmp_path / "test.json").write_text(json.dumps(entries))

@@ -53,8 +53,9 @@ def bert(vocab_size, seed=0, hidden=32, layers=2):
 
 def passages():
     """
-    Sixty (id, title, text): every city has every thing, in some colour. Ids are 1..60. why of 8 lengths: where all
-    texts have one length, sorting by length changes no order, and a batch put back in a wrong order looks right.
+    Sixty (id, title, text): every city has every thing, in some colour. Ids are 1..60. why of 8 lengths:
+    where all texts have one length, sorting by length changes no order, and a batch put back in a wrong order
+    looks right.
     """
     rows = []
     for i, city in enumerate(CITIES):

@@ -3,11 +3,9 @@ BM25, the baseline of every table and the source of DPR's first hard negatives (
 
 In:  a corpus, a question file      Out: a .run; the index is kept, and used again for the same corpus
 Run: python -m utils.bm25 --corpus data/nq/corpus.tsv --questions data/nq/test.jsonl --out runs/bm25/test.run
-Differs from Lucene (Pyserini, the paper's BM25): no stemmer, words of one letter are dropped.
 """
 
 import argparse
-import errno
 import shutil
 import sys
 from pathlib import Path
@@ -20,19 +18,17 @@ from utils.data import Corpus, read_questions, write_run
 from utils.plumbing.config import UserError, friendly_errors, need_out
 from utils.plumbing.files import atomic_folder, read_json, write_json
 
-SETTINGS = {
-    "k1": 0.9,
-    "b": 0.4,
-    "stopwords": "english",
-}  # from: Karpukhin et al. 2020, Sec. 5.1 (Lucene's b and k1)
+# from: Karpukhin et al. 2020, Sec. 5.1 (Lucene's b and k1)
+SETTINGS = {"k1": 0.9, "b": 0.4, "stopwords": "english"}
 
 
 def tokens(texts):
+    # differs: Lucene (Pyserini, the paper's BM25) stems its words and keeps those of one letter
     return bm25s.tokenize(texts, stopwords=SETTINGS["stopwords"], show_progress=False)
 
 
 def build_bm25(corpus, folder):
-    """The BM25 index of title + text, saved as `folder`; read from there when it is of this very corpus."""
+    """Return the BM25 index of title + text: the one in `folder` if it is of this corpus, else a new one."""
     folder = Path(folder)
     want = {"corpus": corpus.sha256, "rows": len(corpus), **SETTINGS}
     if folder.exists():
@@ -41,17 +37,17 @@ def build_bm25(corpus, folder):
         try:
             if read_json(folder / "bm25.json") == want:
                 return bm25s.BM25.load(folder, show_progress=False)
-        except (UserError, OSError, ValueError, EOFError, LookupError) as error:
-            if getattr(error, "errno", None) not in (None, errno.ENOENT):
-                raise  # no right to read it, too many open files: the index may be whole
+        # why no other OSError: after "too many open files" the index may be whole
+        except (UserError, FileNotFoundError, ValueError, EOFError, LookupError) as error:
             print(f"{folder}: damaged ({error}), it is built again", file=sys.stderr)
-        shutil.rmtree(folder)  # of another corpus or other settings
-    index = bm25s.BM25(k1=SETTINGS["k1"], b=SETTINGS["b"])
+        shutil.rmtree(folder)
+
     passages = tqdm(corpus, "BM25 index", total=len(corpus), delay=5, disable=None)
-    found = tokens(f"{p.title} {p.text}" for p in passages)
-    if not found.vocab:
+    words = tokens(f"{passage.title} {passage.text}" for passage in passages)
+    if not words.vocab:
         raise UserError(f"{corpus.path}: no passage has a word that BM25 can index")
-    index.index(found, show_progress=False)
+    index = bm25s.BM25(k1=SETTINGS["k1"], b=SETTINGS["b"])
+    index.index(words, show_progress=False)
     with atomic_folder(folder) as building:
         index.save(building, show_progress=False)
         write_json(building / "bm25.json", want)
@@ -60,28 +56,31 @@ def build_bm25(corpus, folder):
 
 def search_bm25(index, questions, k):
     """
-    The best k passages of every question (a string): [[(row, score), ...], ...], best first.
+    Return the best k passages of every question (a string): [[(row, score), ...], ...], the best first.
 
-    Equal scores keep the order of the corpus. A passage without a word of the question (score 0) is not
-    returned, so a list may be short.
+    Equal scores keep the order of the corpus. A passage without a word of the question (score 0) is left out.
     """
     results = []
     for question in tqdm(questions, "BM25 search", delay=5, disable=None):
-        found = tokens([question])
-        words = [list(found.vocab)[i] for i in found.ids[0]]  # a word said twice counts twice
-        scores = index.get_scores_from_ids([index.vocab_dict[w] for w in words if w in index.vocab_dict])
+        # the scores of all passages; a word that is asked twice counts twice
+        words = tokens([question])
+        names = list(words.vocab)
+        asked = [names[i] for i in words.ids[0]]
+        scores = index.get_scores_from_ids([index.vocab_dict[w] for w in asked if w in index.vocab_dict])
+
+        # the best k; of passages as good as the k-th, the first in the corpus
         rows = np.flatnonzero(scores > 0)
-        if len(rows) > k:  # why >= : the corpus order decides between passages as good as the k-th, not numpy
-            rows = rows[scores[rows] >= np.partition(scores[rows], -k)[-k]]
+        if len(rows) > k:
+            kth_best = np.partition(scores[rows], -k)[-k]
+            rows = rows[scores[rows] >= kth_best]
         rows = rows[np.argsort(-scores[rows], kind="stable")][:k]
         results.append(list(zip(rows.tolist(), scores[rows].tolist(), strict=True)))
     return results
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser("python -m utils.bm25", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--corpus", required=True)
     parser.add_argument("--corpus_format", default="auto", help="auto, dpr, marco or beir")
     parser.add_argument("--questions", required=True)
@@ -93,11 +92,14 @@ def main():
     if args.k < 1:
         raise UserError(f"--k must be 1 or more, got {args.k}")
     need_out(args, "out", "questions", "corpus")
-    questions, corpus = read_questions(args.questions), Corpus(args.corpus, args.corpus_format)
+    questions = read_questions(args.questions)
+    corpus = Corpus(args.corpus, args.corpus_format)
     index = build_bm25(corpus, args.index or f"{args.corpus}.bm25")
-    results = search_bm25(index, [q["question"] for q in questions], args.k)
-    pids = [[(corpus[row].id, score) for row, score in hits] for hits in results]
-    write_run(args.out, [(q["qid"], hits) for q, hits in zip(questions, pids, strict=True)])
+
+    results = search_bm25(index, [question["question"] for question in questions], args.k)
+    qids = [question["qid"] for question in questions]
+    ranking = [[(corpus[row].id, score) for row, score in hits] for hits in results]
+    write_run(args.out, zip(qids, ranking, strict=True))
     empty = sum(not hits for hits in results)
     print(f"{args.out}: {len(questions)} questions, {empty} of them without a passage")
 

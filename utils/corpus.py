@@ -1,205 +1,253 @@
 """
-A corpus of any size, read from disk one passage at a time: 21M passages are never a python list.
+A corpus of any size, read from disk one passage at a time: 21M passages never become a python list.
 
-The first opening streams the file once and writes where each passage begins to `<path>.index/` (8 bytes a
-passage); afterwards `corpus[row]` is one read of the file, and all processes share the index through the
-page cache.
+The first opening reads the file once and writes where each passage begins to `<path>.index/`, 8 bytes each.
+After that `corpus[row]` is one read of the file, and all processes share the index through the page cache.
+trap: of several processes one must be the first: `with accelerator.main_process_first(): Corpus(path)`.
 """
 
 import csv
 import hashlib
-import itertools
+import json
 import os
-import tempfile
-import weakref
+import re
+import shutil
 from array import array
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
-from utils.lines import DECODER, read_lines
 from utils.plumbing.config import UserError, file_fault
 from utils.plumbing.files import atomic_folder, read_json, write_json
 
 csv.field_size_limit(2**31 - 1)  # trap: csv refuses fields of more than 131,072 characters
 
 
+# ---------------------------------------------------------------- a line
+def read_lines(path, digest=None):
+    """
+    Yield (number, byte offset, text with its line end) of every line of a utf-8 file, in constant memory.
+
+    A line ends at \\n only: U+2028 is text. A byte-order mark is skipped. `digest` is fed every byte.
+    """
+    if fault := file_fault(path):
+        raise UserError(f"{path}: {fault}")
+    end = 0
+    size = os.path.getsize(path)
+    bar = tqdm(desc=f"reading {path}", total=size, unit="B", unit_scale=True, delay=5, disable=None)
+    with bar, open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if number == 1 and line.startswith(b"\x1f\x8b"):
+                raise UserError(f"{path}: is compressed; unpack it first: gunzip {path}")
+            if digest:
+                digest.update(line)
+            bar.update(len(line))
+            begin = end
+            end += len(line)
+            if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+                begin = 3
+                line = line[3:]
+            try:
+                text = line.decode()
+                bad = line.find(0)
+            except UnicodeDecodeError as error:
+                bad = error.start
+            if bad >= 0:
+                fault = f"byte {begin + bad} of the file is no utf-8 text"
+                raise UserError(f"{path}:{number}: {fault}; convert it (iconv), or get it again")
+            yield number, begin, text
+
+
+def not_json(constant):
+    raise ValueError(f"{constant} is not json")
+
+
+def load_json(text):
+    """Return the value in a line of json. ValueError says what is wrong."""
+    value = json.loads(text, parse_constant=not_json)  # trap: python's json accepts NaN
+    # trap: it also accepts half of a character that is written as two; every tokenizer fails at it
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
+    return value
+
+
+# ---------------------------------------------------------------- a passage
 class Passage(NamedTuple):
-    """One passage; `id` is "" when it came inline in a training file."""
+    """One passage. `id` is "" when the passage came inline in a training file."""
 
     id: str
     title: str
     text: str
 
 
-def continuation(path, number, lines):
-    """The lines that a csv record takes beyond its first, line `number`, while a quoted field stays open."""
-    for _, _, text in lines:
-        columns = text.split("\t")
-        if len(columns) == 3 and columns[0] and " " not in columns[0]:
-            break  # why: this is the next row; csv would swallow it, and all others up to the next quote
-        yield text
-    raise UserError(
-        f'{path}:{number}: a quote opened on this line is never closed; remove it or double it ("")'
-    )
+def split_csv(line):
+    """Return the columns of a line in DPR's csv quoting. ValueError says what is wrong."""
+    try:
+        columns = next(csv.reader([line + "\n"], delimiter="\t"))
+    except csv.Error:
+        raise ValueError("a carriage return in a field without quotes; put the field into quotes") from None
+    # differs: general csv lets a field go on over several lines; no line of psgs_w100.tsv does
+    if columns[-1].endswith("\n"):
+        raise ValueError('a quote opened on this line is never closed on it; remove it or double it ("")')
+    return columns
 
 
-def parse(text, fmt, more=()):
-    """The passage in a record; `more` yields the lines after its first one. ValueError says what is wrong."""
+def parse(text, fmt):
+    """Return the Passage in a line. ValueError says what is wrong."""
+    line = text.rstrip("\r\n")
     if fmt == "beir":
-        entry = DECODER.decode(text)
-        columns = (
-            [entry.get("_id"), entry.get("text"), entry.get("title") or ""] if type(entry) is dict else [0]
-        )
+        entry = load_json(line)
+        if not isinstance(entry, dict):
+            entry = {}
+        columns = [entry.get("_id"), entry.get("text"), entry.get("title") or ""]
         if not all(isinstance(column, str) for column in columns):
             raise ValueError('expected {"_id": "...", "title": "...", "text": "..."}')
-    elif fmt == "dpr" and ('"' in text or "\r" in text):
-        try:
-            columns = next(csv.reader(itertools.chain([text], more), delimiter="\t"))
-        except csv.Error:
-            raise ValueError(
-                "a carriage return in a field without quotes; put the field into quotes"
-            ) from None
+    elif fmt == "dpr" and ('"' in line or "\r" in line):
+        columns = split_csv(line)
     else:
-        columns = text.rstrip("\r\n").split("\t")
-    if fmt == "marco" and len(columns) in (2, 3):  # MS MARCO's collection.tsv has no titles, RocketQA's has
-        columns = [columns[0], columns[-1], columns[1] if len(columns) == 3 else ""]
+        columns = line.split("\t")
+
+    # MS MARCO has the title before the text: its collection.tsv has no titles, RocketQA's has
+    if fmt == "marco" and len(columns) in (2, 3):
+        title = columns[1] if len(columns) == 3 else ""
+        columns = [columns[0], columns[-1], title]
+
     if len(columns) != 3:
         names = "id, title, text" if fmt == "marco" else "id, text, title"
         raise ValueError(f"expected 3 columns ({names}), got {len(columns)}")
     pid, body, title = columns
-    if not pid or any(c in pid for c in "\t\r\n"):
+    if not pid or "\t" in pid or "\r" in pid:
         raise ValueError(f"{pid!r} cannot be a passage id")
     return Passage(pid, title, body)
 
 
 def is_header(path, passage):
-    """Whether the first line names the columns, whatever it calls the id; UserError for another order."""
+    """Return whether the first line names the columns. UserError when it names them in another order."""
     names = [name.strip().lower() for name in (passage.id, passage.text, passage.title)]
-    if names[0] != "id" and not {"text", "title"} <= {*names}:
+    if names[0] != "id" and not {"text", "title"} <= set(names):
         return False
-    if "title" in names[:2] or "text" in names[::2]:
+    if "title" in names[:2] or "text" in (names[0], names[2]):
         raise UserError(f"{path}:1: the columns are {', '.join(names)}; write them as id, text, title")
     return True
 
 
-def read_row(fd, offsets, row, fmt):
-    begin, end = offsets[row : row + 2].tolist()
-    return parse(os.pread(fd, end - begin, begin).decode(), fmt)  # why pread: forks share no file position
-
-
+# ---------------------------------------------------------------- the index
 def id_hash(pid):
+    """Return 64 bits of a passage id. Two of 21M ids would share them with a chance of 1 in 100,000."""
     return int.from_bytes(hashlib.blake2b(pid.encode(), digest_size=8).digest(), "little")
 
 
-def build_index(path, fmt, folder):
+def write_index(path, fmt, folder):
     """
-    Stream the corpus once into `folder`. Returns what meta.json says of it.
+    Read the corpus once and write its index into `folder`. Return what meta.json says about the file.
 
     offsets.npy: int64 [rows + 1], in bytes. Unless the ids just count up from 0 or 1, also hashes.npy, uint64
     [rows], the sorted hashes of the ids, and rows.npy, int64 [rows], the row of each hash.
     """
-    offsets, hashes, first, empty, digest = array("q"), array("Q"), None, 0, hashlib.sha256()
-    lines = read_lines(path, digest)
-    for number, offset, text in lines:
+    offsets = array("q")
+    hashes = array("Q")
+    first_ids = {0, 1}  # the ids count up from one of them, or from none
+    empty_texts = 0
+    digest = hashlib.sha256()
+
+    # one pass over the file
+    for number, offset, text in read_lines(path, digest):
         if text in ("\n", "\r\n"):
             continue
         try:
-            passage = parse(text, fmt, continuation(path, number, lines))
+            passage = parse(text, fmt)
         except ValueError as error:
             raise UserError(f"{path}:{number}: {error}") from None
         if number == 1 and fmt == "dpr" and is_header(path, passage):
             continue
-        row = len(offsets)
-        if row == 0 and passage.id in ("0", "1"):
-            first = int(passage.id)
-        if first is not None and passage.id != str(first + row):
-            hashes.extend(id_hash(str(first + r)) for r in range(row))
-            first = None
-        if first is None:
-            hashes.append(id_hash(passage.id))
+        first_ids = {first for first in first_ids if passage.id == str(first + len(offsets))}
+        hashes.append(id_hash(passage.id))
         offsets.append(offset)
-        empty += not passage.text.strip()
+        empty_texts += not passage.text.strip()
+
+    # where each passage begins, and where the last one ends
     rows = len(offsets)
     if rows == 0:
         raise UserError(f"{path}: 0 passages; is this the right file?")
     offsets.append(os.path.getsize(path))
-    offsets = np.frombuffer(offsets, np.int64)
-    np.save(folder / "offsets.npy", offsets)
-    if first is None:
+    np.save(folder / "offsets.npy", np.frombuffer(offsets, np.int64))
+
+    # the table of ids, sorted by hash: a search by halves finds the row of an id
+    first_id = min(first_ids, default=None)
+    if first_id is None:
         hashes = np.frombuffer(hashes, np.uint64)
         order = np.argsort(hashes, kind="stable")
         hashes = hashes[order]
-        with open(path, "rb") as file:
-            for i in np.flatnonzero(hashes[1:] == hashes[:-1]):
-                a, b = order[i : i + 2].tolist()
-                pid = read_row(file.fileno(), offsets, a, fmt).id
-                if pid == read_row(file.fileno(), offsets, b, fmt).id:
-                    raise UserError(f"{path}: id {pid!r} is there twice, as passages {a + 1} and {b + 1}")
+        twins = np.flatnonzero(hashes[1:] == hashes[:-1])
+        if len(twins):
+            first, second = order[twins[0] : twins[0] + 2].tolist()
+            with open(path, "rb") as file:
+                file.seek(offsets[first])
+                pid = parse(file.readline().decode(), fmt).id
+            raise UserError(f"{path}: id {pid!r} is there twice, as passages {first + 1} and {second + 1}")
         np.save(folder / "hashes.npy", hashes)
         np.save(folder / "rows.npy", order)
-    return {"rows": rows, "first_id": first, "empty_texts": empty, "sha256": digest.hexdigest()}
+    return {"rows": rows, "first_id": first_id, "empty_texts": empty_texts, "sha256": digest.hexdigest()}
 
 
 def load_index(folder, want):
-    """(meta, offsets, hashes, rows), memory-mapped; None when it is absent, broken or of another file."""
+    """Return (meta, {name: array}), memory-mapped; None if it is absent, broken or of another file."""
     try:
         meta = read_json(folder / "meta.json")
-        names = ["offsets"] if meta["first_id"] is not None else ["offsets", "hashes", "rows"]
-        arrays = [np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in names]
-        lengths = [meta["rows"] + 1, meta["rows"], meta["rows"]]
-        fresh = all(meta[key] == value for key, value in want.items()) and arrays[0][-1] == meta["size"]
-    except (UserError, OSError, ValueError, TypeError, LookupError):
+        lengths = {"offsets": meta["rows"] + 1}
+        if meta["first_id"] is None:
+            lengths |= {"hashes": meta["rows"], "rows": meta["rows"]}
+        arrays = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in lengths}
+        fresh = all(meta[key] == value for key, value in want.items())
+    except (UserError, OSError, ValueError, TypeError, LookupError, EOFError):
         return None
-    whole = [len(array) for array in arrays] == lengths[: len(arrays)]
-    return (meta, *arrays, *[None] * (3 - len(arrays))) if fresh and whole else None
+    whole = {name: len(values) for name, values in arrays.items()} == lengths
+    return (meta, arrays) if fresh and whole and arrays["offsets"][-1] == meta["size"] else None
 
 
 class Corpus:
     """
-    corpus[row] -> Passage, corpus.row(pid) -> row, len(corpus), corpus.sha256 (of the file).
+    corpus[row] -> Passage, corpus.passage(pid) -> Passage, corpus.row(pid) -> row, len(corpus), corpus.sha256
+    (of the file), corpus.empty_texts (how many passages have no text). It can be pickled and forked.
 
     fmt: "dpr" (id, text, title; csv quoting; header optional), "marco" (id, title, text or id, text; raw),
-    "beir" (jsonl), "auto" (.jsonl is beir, else dpr). corpus.empty_texts counts passages without text.
-    May be pickled, forked, and opened by many processes at once.
+    "beir" (jsonl), "auto" (.jsonl is beir, all else dpr).
     """
 
     def __init__(self, path, fmt="auto"):
-        self.path, self.fmt = Path(path), fmt
+        self.path = Path(path)
+        self.fmt = fmt
         if fmt not in ("auto", "dpr", "marco", "beir"):
             raise UserError(f"the corpus format must be auto, dpr, marco or beir, got {fmt!r}")
         if fault := file_fault(path):
             raise UserError(f"{path}: {fault}")
-        kind = fmt if fmt != "auto" else "beir" if self.path.suffix == ".jsonl" else "dpr"
-        stat, folder = self.path.stat(), Path(f"{path}.index")
-        want = {"version": 2, "fmt": kind, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        loaded = load_index(folder, want) or self.make_index(folder, want)
-        self.meta, self.offsets, self.hashes, self.rows = loaded
-        self.sha256, self.empty_texts = self.meta["sha256"], self.meta["empty_texts"]
-        self.fd = os.open(self.path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self.fd)
+        if fmt == "auto":
+            fmt = "beir" if self.path.suffix == ".jsonl" else "dpr"
 
-    def make_index(self, folder, want):
-        try:
-            temporary = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent)
-        except OSError:
-            why = f"its index belongs beside it, and {folder.parent} cannot be written"
-            raise UserError(f"{self.path}: {why}; link the corpus (ln -s) into a writable folder") from None
-        with temporary:
-            new = Path(temporary.name) / "new"
-            with atomic_folder(new) as building:
-                write_json(building / "meta.json", want | build_index(self.path, want["fmt"], building))
-            loaded = load_index(new, want)  # why: mapped before the rename, so that no twin can take it away
-            if loaded is None:
-                raise UserError(f"{self.path}: changed while it was being read; run the command again")
-            if load_index(folder, want) is None:
-                with suppress(OSError):  # a stale index moves out of the way
-                    os.rename(folder, Path(temporary.name) / "old")
-                with suppress(OSError):  # a twin was faster
-                    os.rename(new, folder)
-        return loaded
+        # open the index, or build it
+        stat = self.path.stat()
+        want = {"version": 2, "fmt": fmt, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        folder = Path(f"{path}.index")
+        if load_index(folder, want) is None:
+            self.build_index(folder, want)
+        index = load_index(folder, want)
+        if index is None:
+            raise UserError(f"{path}: changed while it was being read; run the command again")
+        self.meta, self.arrays = index
+        self.sha256 = self.meta["sha256"]
+        self.empty_texts = self.meta["empty_texts"]
+        self.file = open(self.path, "rb", buffering=0)
+
+    def build_index(self, folder, want):
+        """Write the index into `folder`, in the place of one that is broken or of another file."""
+        if not os.access(folder.parent, os.W_OK):
+            why = f"its index belongs next to it, and {folder.parent} cannot be written"
+            raise UserError(f"{self.path}: {why}; link the corpus (ln -s) into a writable folder")
+        with atomic_folder(folder) as building:
+            write_json(building / "meta.json", want | write_index(self.path, want["fmt"], building))
+            shutil.rmtree(folder, ignore_errors=True)
 
     def __reduce__(self):
         return Corpus, (str(self.path), self.fmt)
@@ -210,19 +258,25 @@ class Corpus:
     def __getitem__(self, row):
         if not 0 <= row < len(self):  # trap: -1 is FAISS's "nothing found", never the last passage
             raise IndexError(f"{self.path}: row {row} of {len(self)}")
-        return read_row(self.fd, self.offsets, row, self.meta["fmt"])
+        begin, end = self.arrays["offsets"][row : row + 2].tolist()
+        line = os.pread(self.file.fileno(), end - begin, begin)  # why pread: forks share no file position
+        return parse(line.decode(), self.meta["fmt"])
 
     def row(self, pid):
-        """The row of a passage id; UserError when the corpus has no such passage."""
-        first = self.meta["first_id"]
-        if first is not None:
-            row = int(pid) - first if pid.isascii() and pid.isdigit() else -1
-            if 0 <= row < len(self) and str(row + first) == pid:
-                return row
-        else:
+        """Return the row of a passage id. UserError when the corpus has no such passage."""
+        row = -1
+        first_id = self.meta["first_id"]
+        if first_id is None:
             value = np.uint64(id_hash(pid))
-            begin, end = (np.searchsorted(self.hashes, value, side) for side in ("left", "right"))
-            for row in self.rows[begin:end].tolist():
-                if self[row].id == pid:
-                    return row
+            place = np.searchsorted(self.arrays["hashes"], value)
+            if place < len(self) and self.arrays["hashes"][place] == value:
+                row = int(self.arrays["rows"][place])
+        elif pid.isascii() and pid.isdigit() and pid == str(int(pid)):  # "01" is not "1"
+            row = int(pid) - first_id
+        if 0 <= row < len(self):
+            return row
         raise UserError(f"{self.path}: no passage has the id {pid!r}; was that id made with another corpus?")
+
+    def passage(self, pid):
+        """Return the Passage of a passage id. UserError when the corpus has no such passage."""
+        return self[self.row(pid)]

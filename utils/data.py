@@ -1,70 +1,100 @@
 """
-The on-disk formats, which nothing else knows: question files (jsonl), rankings (.run), corpora (corpus.py).
+The files that pass between stages: question files (jsonl), rankings (.run), corpora (utils/corpus.py).
 
-A question file has one example a line: {"qid", "question", "answers": [], "positives": [], "negatives": []},
-all but `qid` and `question` optional; a passage is a corpus id or an inline {"title", "text"}. A .run has the
-lines `qid \\t pid \\t rank \\t score`, ranks from 1, best first.
+A question file has one example a line: {"qid", "question", "answers": [], "positives": [], "negatives": []}.
+All but `qid` and `question` are optional. A passage is a corpus id or an inline {"title", "text"}. A .run has
+the lines `qid \\t pid \\t rank \\t score`: ranks begin at 1, the best passage comes first.
 Other formats become these: python -m prepare.convert FORMAT IN... OUT
 """
 
-import json
 import math
 import sys
 import unicodedata
 
 from utils.corpus import Corpus as Corpus
-from utils.corpus import Passage
-from utils.lines import iter_jsonl, read_lines
-from utils.plumbing.config import UserError, friendly_errors
+from utils.corpus import Passage, load_json, read_lines
+from utils.plumbing.config import UserError
 from utils.plumbing.files import atomic_file
 
 
+# ---------------------------------------------------------------- question files
+def iter_jsonl(path):
+    """Yield (line number, dict) of every line of a jsonl file but blank ones, in constant memory."""
+    for number, _, text in read_lines(path):
+        if not text.strip():
+            continue
+        if number == 1 and text.lstrip().startswith("["):
+            fix = f"convert it: python -m prepare.convert dpr_json {path} OUT.jsonl"
+            raise UserError(f"{path}: is one json list, expected one object a line; {fix}")
+        try:
+            entry = load_json(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}:{number}: not a json object on one line: {error}") from None
+        if not isinstance(entry, dict):
+            raise UserError(f"{path}:{number}: expected a json object, got {text.strip()[:40]}")
+        yield number, entry
+
+
 def blank(answer):
-    """True when DPR's tokenizer finds nothing in it: such an answer would match every passage."""
-    return all(unicodedata.category(c)[0] in "ZC" for c in answer)
+    """Return whether DPR's tokenizer finds nothing in an answer, which then would match every passage."""
+    return all(unicodedata.category(character)[0] in "ZC" for character in answer)
+
+
+def is_string(entry):
+    return isinstance(entry, str)
 
 
 def check_passage(entry):
+    """Return whether an entry of `positives` or `negatives` is a corpus id or a passage."""
     if isinstance(entry, dict):
-        return isinstance(entry.get("text"), str) and isinstance(entry.get("title", ""), str)
-    return isinstance(entry, str) and entry != ""
+        return is_string(entry.get("text")) and is_string(entry.get("title", ""))
+    return is_string(entry) and entry != ""
 
 
 def read_questions(path, need=(), repeats=False):
     """
-    The examples of a question file as dicts; absent lists become [], keys of your own are kept.
+    Return the examples of a question file as dicts. Absent lists become []; keys of your own are kept.
 
-    need: lists that every line must have (may be empty) and that may not be empty everywhere, such as
-    ("answers",). repeats: a qid may come back. Blank answers are removed, and counted in one warning.
+    need: lists that every line must have, such as ("answers",); some may be empty, but not all of them.
+    repeats: a qid may come back. Blank answers are left out and counted in one warning.
     UserError names file:line.
     """
-    questions, seen, blanks = [], {}, 0
-    for number, q in iter_jsonl(path):
+    questions = []
+    line_of = {}
+    blanks = 0
+    for number, question in iter_jsonl(path):
         where = f"{path}:{number}"
+
+        # two strings
         for key in ("qid", "question"):
-            if not isinstance(q.get(key), str) or not q[key].strip():
-                raise UserError(f"{where}: {key!r} must be a string with something in it, got {q.get(key)!r}")
-        if "\t" in q["qid"] or "\n" in q["qid"]:
-            raise UserError(f"{where}: a qid cannot hold tabs or line breaks, got {q['qid']!r}")
-        if seen.setdefault(q["qid"], number) != number and not repeats:
-            raise UserError(
-                f"{where}: qid {q['qid']!r} is already on line {seen[q['qid']]}; qids must differ"
-            )
+            value = question.get(key)
+            if not is_string(value) or not value.strip():
+                raise UserError(f"{where}: {key!r} must be a string with something in it, got {value!r}")
+        qid = question["qid"]
+        if "\t" in qid or "\n" in qid:
+            raise UserError(f"{where}: a qid cannot hold tabs or line breaks, got {qid!r}")
+        if qid in line_of and not repeats:
+            raise UserError(f"{where}: qid {qid!r} is already on line {line_of[qid]}; qids must differ")
+        line_of[qid] = number
+
+        # three lists
         for key in ("answers", "positives", "negatives"):
-            if key in need and key not in q:
+            if key in need and key not in question:
                 raise UserError(f"{where}: {key!r} is missing; this step needs it (an empty list is allowed)")
+            entries = question.setdefault(key, [])
             kind = "strings" if key == "answers" else 'corpus ids (strings) or {"title", "text"} objects'
-            fits = (lambda a: isinstance(a, str)) if key == "answers" else check_passage
-            if not isinstance(q.setdefault(key, []), list) or not all(map(fits, q[key])):
-                raise UserError(f"{where}: {key!r} must be a list of {kind}, got {str(q[key])[:60]!r}")
-        answers = [a for a in q["answers"] if not blank(a)]
-        blanks += len(q["answers"]) - len(answers)
-        q["answers"] = answers
-        questions.append(q)
+            fits = is_string if key == "answers" else check_passage
+            if not isinstance(entries, list) or not all(map(fits, entries)):
+                raise UserError(f"{where}: {key!r} must be a list of {kind}, got {str(entries)[:60]!r}")
+        answers = [answer for answer in question["answers"] if not blank(answer)]
+        blanks += len(question["answers"]) - len(answers)
+        question["answers"] = answers
+        questions.append(question)
+
     if not questions:
         raise UserError(f"{path}: no questions in it")
     for key in need:
-        if not any(q[key] for q in questions):
+        if not any(question[key] for question in questions):
             raise UserError(f"{path}: no question has any {key}; this step needs some")
     if blanks:
         print(f"warning: {path}: {blanks} blank answers left out", file=sys.stderr)
@@ -73,112 +103,99 @@ def read_questions(path, need=(), repeats=False):
 
 def read_training(path, corpus):
     """
-    (the questions of `path` that have a positive passage, a line that says what was left out). corpus: where
-    passage ids must be found, or None. UserError for an id that is not there, and when no question is left.
+    Return (the questions of `path` that have a positive passage, a line that says what was left out).
+
+    corpus: where the passage ids are looked up, or None. UserError for an id that is not there.
     """
     examples = read_questions(path, repeats=True)  # why: RocketQA has one line for each negative
     kept = [example for example in examples if example["positives"]]
-    for example in kept:
-        for entry in example["positives"] + example["negatives"]:
-            if isinstance(entry, str):
-                if corpus is None:
-                    raise UserError(
-                        f"{path}: question {example['qid']} names passage {entry!r}, but corpus is empty"
-                    )
-                corpus.row(entry)
     if not kept:
         raise UserError(f"{path}: none of its {len(examples)} questions has a positive passage")
+    for example in kept:
+        for pid in filter(is_string, example["positives"] + example["negatives"]):
+            if corpus is None:
+                fault = f"question {example['qid']} names passage {pid!r}, but corpus is empty"
+                raise UserError(f"{path}: {fault}")
+            corpus.row(pid)
     bare = sum(not example["negatives"] for example in kept)
     note = f"{path}: {len(kept)} questions, {len(examples) - len(kept)} without a positive left out"
     return kept, f"{note}, {bare} have no negative of their own"
 
 
 def passage_of(entry, corpus):
-    """The Passage that an entry of `positives` or `negatives` means; an inline one gets the id ""."""
+    """Return the Passage that an entry of `positives` or `negatives` names. An inline one gets the id ""."""
     if isinstance(entry, dict):
         return Passage("", entry.get("title", ""), entry["text"])
     if corpus is None:
         raise UserError(f"passage {entry!r} is named by its id: give the corpus too")
-    return corpus[corpus.row(entry)]
+    return corpus.passage(entry)
 
 
 def passage_key(entry):
-    """Return what makes two entries the same passage: the corpus id, or title and text of an inline passage."""
+    """
+    Return what makes two entries the same passage: the corpus id, or title and text of an inline passage.
+    """
     if isinstance(entry, str):
         return entry
     return entry.get("title", ""), entry["text"]
 
 
-def ranked(results):
-    """(qid, pid, rank, score as text) of every line; `results` is [(qid, [(pid, score), ...]), ...]."""
-    for qid, hits in results:
-        for rank, (pid, score) in enumerate(hits, 1):
-            if not math.isfinite(score):
-                raise UserError(
-                    f"question {qid!r}: the score of passage {pid!r} is {score}; check the vectors"
-                )
-            yield qid, pid, rank, repr(float(score))  # why repr: it reads back to the same bits
-
-
+# ---------------------------------------------------------------- rankings
 def write_run(path, results):
-    """Write [(qid, [(pid, score), ...]), ...], best first, in the .run format (RocketQA's own)."""
+    """Write [(qid, [(pid, score), ...]), ...], the best passage first, as a .run (RocketQA's format)."""
     with atomic_file(path) as file:
-        for qid, pid, rank, score in ranked(results):
-            file.write(f"{qid}\t{pid}\t{rank}\t{score}\n")
-
-
-def write_trec(path, results, tag="run"):
-    """The same in TREC's six columns, `qid Q0 pid rank score tag`, for trec_eval."""
-    with atomic_file(path) as file:
-        for qid, pid, rank, score in ranked(results):
-            if len(f"{qid} {pid}".split()) != 2:
-                raise UserError(f"{path}: TREC's columns end at spaces; {qid!r} or {pid!r} holds one")
-            file.write(f"{qid} Q0 {pid} {rank} {score} {tag}\n")
-
-
-def write_dpr_json(path, questions, results, corpus, hits):
-    """DPR's result json, the input of its reader. hits: per question, one bool per passage found."""
-    with atomic_file(path) as file:
-        for i, (q, (_, found), has) in enumerate(zip(questions, results, hits, strict=True)):
-            ctxs = [
-                {**corpus[corpus.row(pid)]._asdict(), "score": repr(float(score)), "has_answer": bool(hit)}
-                for (pid, score), hit in zip(found, has, strict=True)
-            ]
-            entry = {"question": q["question"], "answers": q["answers"], "ctxs": ctxs}
-            file.write(("[\n" if i == 0 else ",\n") + json.dumps(entry, indent=4, ensure_ascii=False))
-        file.write("\n]\n")
+        for qid, hits in results:
+            for rank, (pid, score) in enumerate(hits, 1):
+                if not math.isfinite(score):
+                    fault = f"the score of passage {pid!r} is {score}; check the vectors"
+                    raise UserError(f"question {qid!r}: {fault}")
+                file.write(
+                    f"{qid}\t{pid}\t{rank}\t{float(score)!r}\n"
+                )  # why !r: it reads back to the same bits
 
 
 def iter_run(path):
-    """(qid, [(pid, score), ...]), best first, of every question of a .run, validated, in constant memory."""
-    qid, hits, pids, done = None, [], set(), set()
+    """
+    Yield (qid, [(pid, score), ...]) of every question of a .run, the best passage first, in constant memory.
+
+    UserError names the first line that is wrong: nothing is sorted or left out.
+    """
+    qid = None
+    hits = []
+    pids = set()
+    finished = set()
     for number, _, text in read_lines(path):
-        where, columns = f"{path}:{number}", text.rstrip("\r\n").split("\t")
+        where = f"{path}:{number}"
         try:
-            this, pid, rank, score = columns[0], columns[1], int(columns[2]), float(columns[3])
-        except (ValueError, IndexError):
-            this = None
-        if this is None or len(columns) != 4:
-            raise UserError(f"{where}: expected `qid \\t pid \\t rank \\t score`, got {text.strip()[:60]!r}")
-        if this != qid:
+            line_qid, pid, rank, score = text.rstrip("\r\n").split("\t")
+            rank = int(rank)
+            score = float(score)
+        except ValueError:
+            expected = "expected `qid \\t pid \\t rank \\t score`"
+            raise UserError(f"{where}: {expected}, got {text.strip()[:60]!r}") from None
+
+        # the next question begins
+        if line_qid != qid:
             if hits:
                 yield qid, hits
-            done.add(qid)
-            qid, hits, pids = this, [], set()
-            if qid in done:
-                raise UserError(
-                    f"{where}: question {qid!r} comes back; keep its lines together (sort the file)"
-                )
+            finished.add(qid)
+            qid = line_qid
+            hits = []
+            pids = set()
+            if qid in finished:
+                fault = f"question {qid!r} comes back; keep its lines together (sort the file)"
+                raise UserError(f"{where}: {fault}")
+
+        # the next passage of the question
+        fault = ""
         if pid in pids:
-            raise UserError(f"{where}: passage {pid!r} is ranked twice for question {qid!r}")
-        if rank != len(hits) + 1:
-            raise UserError(
-                f"{where}: expected rank {len(hits) + 1} for question {qid!r}, got {rank}; sort by rank"
-            )
-        if not math.isfinite(score) or (hits and score > hits[-1][1]):
-            raise UserError(
-                f"{where}: score {score} under rank {rank} is not in descending order; sort by score"
-            )
+            fault = f"passage {pid!r} is ranked twice for question {qid!r}"
+        elif rank != len(hits) + 1:
+            fault = f"expected rank {len(hits) + 1} for question {qid!r}, got {rank}; sort by rank"
+        elif not math.isfinite(score) or (hits and score > hits[-1][1]):
+            fault = f"score {score} under rank {rank} is not in descending order; sort by score"
+        if fault:
+            raise UserError(f"{where}: {fault}")
         hits.append((pid, score))
         pids.add(pid)
     if not hits:
@@ -186,35 +203,31 @@ def iter_run(path):
     yield qid, hits
 
 
-def aligned_reader(path, items, other):
-    """
-    (take, check) for a file in the order of another, of which one question is in memory. items: (qid, value),
-    read from `path`. take(qid) gives its value, or None; check() raises UserError when an item was never
-    asked for, so that nothing is lost.
-    """
-    ahead = [next(items, None)]
-
-    def take(qid):
-        if ahead[0] is None or ahead[0][0] != qid:
-            return None
-        value, ahead[0] = ahead[0][1], next(items, None)
-        return value
-
-    def check():
-        if ahead[0] is not None:
-            where = f"{path}: question {ahead[0][0]!r} is not in {other}, or not in its order"
-            raise UserError(f"{where}; both must come from one question file")
-
-    return take, check
-
-
 def read_run(path):
-    """A .run as {qid: [(pid, score), ...]}, best first; UserError names the first line that is wrong."""
+    """Return a .run as {qid: [(pid, score), ...]}, the best passage first."""
     return dict(iter_run(path))
 
 
-if __name__ == "__main__":  # python -m prepare.convert ...
-    from prepare.convert import main  # not needed by anyone who only reads
+def aligned_reader(path, items, other):
+    """
+    Read a file that lists its questions in the same order as `other`, with one question in memory.
 
-    with friendly_errors():
-        main(sys.argv[1:])
+    items: the (qid, value) pairs of `path`. Return two functions: take(qid) gives the value of a question, or
+    None if the file skips it; check() raises UserError if a value was never taken.
+    """
+    upcoming = next(items, None)
+
+    def take(qid):
+        nonlocal upcoming
+        if upcoming is None or upcoming[0] != qid:
+            return None
+        value = upcoming[1]
+        upcoming = next(items, None)
+        return value
+
+    def check():
+        if upcoming is not None:
+            where = f"{path}: question {upcoming[0]!r} is not in {other}, or not in its order"
+            raise UserError(f"{where}; both must come from one question file")
+
+    return take, check

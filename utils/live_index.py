@@ -1,192 +1,250 @@
 """
-The vectors of the passages while the encoder that made them goes on learning: EMDR2's index.
+The vectors of the passages while the encoder that makes them goes on learning: EMDR2's index.
 
-Each device holds its slice of the rows and searches it exactly; the best of all slices are merged on every
-device. A refresh replaces all rows by those of a newer encoder, either made here by all devices while
-training waits (sync), or taken over from a folder that utils/index_worker.py wrote meanwhile (async).
+Each device holds a slice of the vectors and searches it exactly; the best of all slices are merged. Every
+`refresh_every` steps the vectors are made again, as the key `refresh` says:
 
-why an exact search: vectors that change every 500 steps leave no time to train an index, and the retrieved
-set is what the loss is taken over.
+    sync   here, by all devices, while training waits
+    async  on other devices, by recipes/emdr2_worker.sh. The trainer saves its passage encoder as
+           run_dir/refresh/step_XXXXXXXX/doc_encoder. The worker puts `embeddings` next to it. Both get these
+           names only when they are complete.
+    none   never
 
-Q questions · D dimensions · k results · K candidates · n rows of this device · W devices · N passages
+why an exact search: vectors that change every 500 steps leave no time to train an index, and the loss is
+taken over the passages that are found. A tag such as [EM:264] is explained in train_emdr2.py.
+
+Q questions · D dimensions · k results · n rows of this device · W devices · K candidates, W * k · N passages
 """
 
+import copy
 import functools
+import shutil
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from utils.distributed import gather_rows, prefetch, world
-from utils.encoder import embed, tokenize_passages
-from utils.index_worker import finished, folder_of, vectors
-from utils.plumbing.config import UserError
+from utils import encoder as encoding
+from utils.distributed import gather_items, prefetch, world
+from utils.plumbing.config import UserError, at_least, must_be_one_of, need_value
 from utils.plumbing.embeddings import open_embeddings
-from utils.plumbing.weights import load_encoder
+from utils.plumbing.weights import load_encoder, save_encoder
 from utils.search import exact_topk, fetch
 
 BLOCK = 16384  # rows that are sent to the GPU at a time
 WINDOW = 8192  # passages tokenised and sorted by length together, as doc2embedding.py's sort_window
-ALIKE = 0.98  # cosine under which two vectors of a passage are of two encoders; rounding to fp16 leaves 0.999
+ALIKE = 0.98  # below this cosine two vectors come from different encoders; fp16 rounding leaves 0.999
+
+
+def own_rows(question, path, corpus):
+    """Return the rows that a question of the file `path` never retrieves: a set, mostly empty."""
+    # why: a masked sentence would read its answer in the passage that it was cut from [EM:264-265]
+    # trap: a question that a person asked may name its right passages too, and is to find them
+    if "[MASK]" not in question["question"]:
+        return set()
+    ids = [entry for entry in question["positives"] if isinstance(entry, str)]
+    if not ids:
+        raise UserError(f"{path}: {question['qid']}: a masked sentence needs the id of its own passage")
+    return {corpus.row(pid) for pid in ids}
 
 
 class LiveIndex:
     """
-    corpus: utils.corpus.Corpus. folder: embeddings of it (doc2embedding.py), made by a passage encoder that
-    `check` then proves to be the right one. step: of training, whose encoder made the rows (0: the start).
+    corpus: utils.corpus.Corpus. run: utils.plumbing.run.Run. cfg: names `embeddings`, the first vectors, and
+    `doc_encoder`, which must have made them.
 
-    Device r of W holds the rows [N * r // W, N * (r + 1) // W) as views of the memory maps until the first
-    refresh, then in memory; a GPU with room for twice as much has a copy and searches that. UserError when
-    the folder is incomplete, damaged, or made from another corpus.
+    step: of training, whose encoder made the vectors (0: the start). encoder: {"index_encoder": that encoder}
+    after the first refresh. A checkpoint keeps it, so that a resumed run has the same vectors.
 
-    Every device makes the same calls in the same order: a search waits for all of them.
+    Device r of W holds the rows [N * r // W, N * (r + 1) // W), in the files until the first refresh, then in
+    memory. All devices make the same calls in the same order: a search waits for all of them.
     """
 
-    def __init__(self, corpus, folder, accelerator):
-        self.corpus, self.device, (rank, devices) = corpus, accelerator.device, world()
+    def __init__(self, corpus, run, cfg):
+        must_be_one_of(cfg, refresh=("sync", "async", "none"))
+        at_least(cfg, 1, "refresh_every", "encoding_batch_size")
+        need_value(cfg, "embeddings")
+        rank, devices = world()
+        self.corpus, self.run, self.cfg = corpus, run, cfg
         self.rows = range(len(corpus) * rank // devices, len(corpus) * (rank + 1) // devices)
         self.copy_nD = None
-        self.load(folder, 0, verify=rank == 0)  # why one: every device would hash all 32 GB of Wikipedia
+        self.encoder = {}
+        # why on one device: every device would hash all 32 GB of Wikipedia
+        self.load(cfg.embeddings, 0, verify=rank == 0, query_encoder=cfg.query_encoder)
+        if not run.state.get("index_step"):
+            self.check(load_encoder(cfg.doc_encoder, "passage").to(run.device))
 
-    def load(self, folder, step, verify=False):
-        """
-        Take over the embeddings in `folder`, made by the encoder of `step`; no row is copied. verify: compare
-        the shards with their hashes. UserError unless they are complete and of this corpus.
-        """
-        shards, manifest = open_embeddings(folder, self.corpus.sha256, verify, rows=len(self.corpus))
-        begin, end, self.shards = self.rows.start, self.rows.stop, []
+    def load(self, folder, step, **how):
+        """Take over the embeddings in `folder`, made by the encoder of `step`; no row is copied."""
+        shards, manifest = open_embeddings(folder, self.corpus.sha256, rows=len(self.corpus), **how)
+        self.folder = folder
+        self.step = step
+        self.dtype = manifest["dtype"]
+        self.shards = []
+        first = 0
         for shard in shards:
-            part_nD = shard[max(0, begin) : max(0, end)]
-            self.shards += [part_nD] if len(part_nD) else []
-            begin, end = begin - len(shard), end - len(shard)
-        self.origin, self.step, self.dtype = str(folder), step, manifest["dtype"]
-        self._copy()
+            begin = max(0, self.rows.start - first)
+            end = max(0, self.rows.stop - first)
+            if len(shard[begin:end]):
+                self.shards.append(shard[begin:end])
+            first += len(shard)
+        self.send()
 
-    def search(self, q_QD, k):
+    def send(self):
+        """Copy the rows to the GPU, where that leaves as much room again for training."""
+        # why: to send 32 GB of rows takes seconds, and they are searched at every step
+        device = self.run.device
+        size = sum(shard.nbytes for shard in self.shards)
+        if (
+            self.copy_nD is None
+            and device.type == "cuda"
+            and 0 < size < torch.cuda.mem_get_info(device)[0] / 2
+        ):
+            shape = (len(self.rows), self.shards[0].shape[1])
+            self.copy_nD = torch.empty(shape, dtype=getattr(torch, self.dtype), device=device)
+        first = 0
+        for shard in self.shards if self.copy_nD is not None else []:
+            for block_nD in np.split(shard, range(BLOCK, len(shard), BLOCK)):
+                self.copy_nD[first : first + len(block_nD)] = torch.from_numpy(block_nD.copy())
+                first += len(block_nD)
+
+    def tokenize(self, encoder, rows):
+        return encoding.tokenize_passages(encoder, [self.corpus[row] for row in rows])
+
+    def check(self, encoder):
         """
-        The k passages of the largest inner product for every question, best first, ties in corpus order:
-        (scores_Qk float32, rows_Qk int64), numpy, the same on every device and for every W; k = min(k, N).
+        UserError unless `encoder` made these rows: eight of each slice are encoded again, and compared.
 
-        q_QD: numpy float32, the same questions on every device (trap: each device searches its slice for all
-        of them). UserError for NaN and for a dimension that does not fit.
-        """
-        scores_Qk = np.full((len(q_QD), k), -np.inf, np.float32)
-        rows_Qk = np.full((len(q_QD), k), -1)
-        if self.shards:  # fewer passages than devices leave some without
-            found_Qk, local_Qk = exact_topk(
-                q_QD, self.shards, k, device=str(self.device), resident_ND=self.copy_nD
-            )
-            scores_Qk[:, : found_Qk.shape[1]] = found_Qk
-            rows_Qk[:, : found_Qk.shape[1]] = local_Qk + self.rows.start
-
-        def of_all(x_Qk):  # [Q, W * k]
-            x_WQk = gather_rows(torch.from_numpy(x_Qk).to(self.device)).cpu().numpy()
-            return np.concatenate(x_WQk.reshape(-1, *x_Qk.shape), axis=1)
-
-        scores_QK, rows_QK = of_all(scores_Qk), of_all(rows_Qk)
-        best_Qk = np.lexsort((rows_QK, -scores_QK))[:, : min(k, len(self.corpus))]
-        return np.take_along_axis(scores_QK, best_Qk, 1), np.take_along_axis(rows_QK, best_Qk, 1)
-
-    def check(self, encoder, accelerator):
-        """
-        UserError unless `encoder` (a passage encoder) made these rows: eight of each slice are encoded again,
-        and the cosine of each pair must exceed 0.98. why: with the vectors of another encoder training runs
-        as ever, only worse (EMDR2 issue 8: 2.6 points of exact match, unnoticed until its author looked).
+        why: with the vectors of another encoder training runs as ever, only worse (EMDR2 issue 8: 2.6 points
+        of exact match, unnoticed until its author looked).
         """
         if not self.shards:
             return
+        fault = f"{self.folder}: these vectors"
+        advice = "repeat doc2embedding.py with this encoder"
         local = np.unique(np.linspace(0, len(self.rows) - 1, 8).astype(int))
-        rows = local + self.rows.start
         stored_nD = fetch(self.shards, local).astype(np.float32)
-        what, advice = f"{self.origin}: these vectors", "repeat doc2embedding.py with this encoder"
         if stored_nD.shape[1] != encoder.dim:
-            raise UserError(
-                f"{what} have {stored_nD.shape[1]} dimensions, doc_encoder {encoder.dim}; {advice}"
-            )
-        fresh_nD = embed(encoder, self._tokenize(encoder, rows), len(rows), "passage", accelerator.autocast)
+            dimensions = f"have {stored_nD.shape[1]} dimensions, doc_encoder {encoder.dim}"
+            raise UserError(f"{fault} {dimensions}; {advice}")
+        rows = local + self.rows.start
+        fresh_nD = encoding.embed(encoder, self.tokenize(encoder, rows), 8, self.run.accelerator.autocast)
         lengths_n = np.linalg.norm(stored_nD, axis=1) * np.linalg.norm(fresh_nD, axis=1)
         cosine_n = (stored_nD * fresh_nD).sum(1) / np.maximum(lengths_n, 1e-12)
         for i in np.flatnonzero(~(cosine_n > ALIKE)):  # trap: a comparison with NaN is false
-            raise UserError(
-                f"{what} are not those of doc_encoder (passage {self.corpus[rows[i]].id!r}: cosine "
-                f"{cosine_n[i]:.3f} with what it gives now); {advice}, or name the folder that it made"
-            )
+            passage = f"passage {self.corpus[rows[i]].id!r}: cosine {cosine_n[i]:.3f} with what it gives now"
+            advice += ", or name the folder that it made"
+            raise UserError(f"{fault} are not those of doc_encoder ({passage}); {advice}")
 
-    def refresh(self, encoder, step, batch_size, autocast):
+    # ------------------------------------------------------------ search
+    def retrieve(self, examples, query_encoder, k):
+        """Return the examples, each with "rows": its k best passages, the same on all devices."""
+        # differs: without dropout, as in Atlas; EMDR2 searches with dropout in the question's vector
+        ids = encoding.tokenize_questions(query_encoder, [example["question"] for example in examples])
+        size, accelerator = self.cfg.encoding_batch_size, self.run.accelerator
+        q_QD = encoding.embed_on_devices(query_encoder, ids, size, accelerator)
+
+        # find some more, because a question's own passages are left out [EM:389-391]
+        spare = max(len(example["own"]) for example in examples)
+        _, rows_Qk = self.search(q_QD.cpu().numpy(), k + spare)
+        retrieved = []
+        for example, rows in zip(examples, rows_Qk.tolist(), strict=True):
+            rows = [row for row in rows if row not in example["own"]]
+            retrieved.append(example | {"rows": rows[:k]})
+        return retrieved
+
+    def search(self, q_QD, k):
         """
-        Replace the rows by those of `encoder` as it is after `step`; every device encodes its slice,
-        `batch_size` passages in one forward pass. The same bits for the same encoder and W; without dropout,
-        without a draw of the random generators. UserError names a passage whose vector is no number.
+        Find the k passages of the largest inner product for every question, best first, ties in corpus order.
 
-        Stored in the type of the folder, in place: there is no second copy of the rows.
+        Returns (scores_Qk float32, rows_Qk int64), numpy, the same on every device and for every W; k is at
+        most N. q_QD: numpy float32, the same questions on every device.
+        """
+        scores_Qk = np.zeros((len(q_QD), 0), np.float32)
+        rows_Qk = np.zeros((len(q_QD), 0), np.int64)
+        if self.shards:  # with fewer passages than devices some hold none
+            device = str(self.run.device)
+            scores_Qk, rows_Qk = exact_topk(q_QD, self.shards, k, device=device, resident_ND=self.copy_nD)
+
+        # the best of all devices
+        hits = gather_items({world()[0]: (scores_Qk, rows_Qk + self.rows.start)})
+        scores_QK = np.concatenate([scores for scores, _ in hits.values()], axis=1)
+        rows_QK = np.concatenate([rows for _, rows in hits.values()], axis=1)
+        best_Qk = np.lexsort((rows_QK, -scores_QK))[:, :k]
+        return np.take_along_axis(scores_QK, best_Qk, 1), np.take_along_axis(rows_QK, best_Qk, 1)
+
+    # ------------------------------------------------------------ refresh
+    def refresh(self, step, doc_encoder):
+        """Before a step: bring the vectors up to date, as cfg.refresh says."""
+        # differs: vectors of `sync` are 0 to refresh_every - 1 steps old. EMDR2's are 500 to 1000 steps old:
+        # it refreshes on other devices, and waits for late vectors; `async` never waits
+        due = step > 0 and step % self.cfg.refresh_every == 0
+        make_now = due and self.cfg.refresh == "sync"
+        if self.run.checkpoint and step == self.run.first:
+            self.restore(make_now)
+        if make_now:
+            self.make_rows(doc_encoder, step)
+        if self.cfg.refresh == "async":
+            if due and self.run.main:
+                self.hand_over(step, doc_encoder)
+            self.take_over(step)
+        self.run.state["index_step"] = self.step
+
+    def restore(self, make_now):
+        """In a resumed run: get back the vectors that it had, and begin the exchange with the worker anew."""
+        if self.run.main:
+            shutil.rmtree(self.run.dir / "refresh", ignore_errors=True)
+        folder = self.run.checkpoint / "index_encoder"
+        if folder.is_dir() and not make_now:
+            encoder = load_encoder(folder, "passage").to(self.run.device)
+            self.make_rows(encoder, self.run.state["index_step"])
+
+    def make_rows(self, encoder, step):
+        """
+        Replace the rows by those of `encoder` as it is at `step`, without dropout; each device makes its own.
+
+        They are stored in the type of the folder, and in place: there is no second copy. UserError names a
+        passage whose vector is no number.
         """
         if self.shards and isinstance(self.shards[0], np.memmap):
             self.shards = [np.empty((len(self.rows), encoder.dim), self.dtype)]
-        windows = [self.rows[k : k + WINDOW] for k in range(0, len(self.rows), WINDOW)]
-        bar = tqdm(total=len(self.rows), desc="refresh", delay=5, leave=False, disable=None)
-        with bar:
-            tokenized = prefetch(functools.partial(self._tokenize, encoder), windows)
+        windows = [self.rows[start : start + WINDOW] for start in range(0, len(self.rows), WINDOW)]
+        tokenized = prefetch(functools.partial(self.tokenize, encoder), windows)
+        size, autocast = self.cfg.encoding_batch_size, self.run.accelerator.autocast
+        with tqdm(total=len(self.rows), desc="refresh", delay=5, leave=False, disable=None) as bar:
             for rows, ids in zip(windows, tokenized, strict=True):
-                try:
-                    fresh_nD = embed(encoder, ids, batch_size, "passage", autocast, bar)
-                except torch.OutOfMemoryError:
-                    raise UserError(
-                        f"the GPU's memory is full: lower --encoding_batch_size (now {batch_size})"
-                    ) from None
-                with np.errstate(over="ignore"):  # why: the error below says it better
-                    stored_nD = fresh_nD.astype(self.dtype)
-                for i in np.flatnonzero(~np.isfinite(stored_nD).all(1)):
-                    raise UserError(
-                        f"{self.corpus.path}: passage {self.corpus[rows[i]].id!r}: after step {step} its "
-                        f"vector holds NaN or infinity, or more than {self.dtype} can; training diverged: "
-                        "lower learning_rate"
-                    )
-                self.shards[0][rows.start - self.rows.start : rows.stop - self.rows.start] = stored_nD
-        self.origin, self.step = f"{self.corpus.path} after the refresh at step {step}", step
-        self._copy()
+                fresh_nD = encoding.embed(encoder, ids, size, autocast, bar)
+                largest_n = np.abs(fresh_nD).max(axis=1)
+                for i in np.flatnonzero(~(largest_n <= np.finfo(self.dtype).max)):
+                    where = f"{self.corpus.path}: passage {self.corpus[rows[i]].id!r}: after step {step}"
+                    fault = f"its vector holds NaN or infinity, or more than {self.dtype} can"
+                    raise UserError(f"{where} {fault}; training diverged: lower learning_rate")
+                begin = rows.start - self.rows.start
+                self.shards[0][begin : begin + len(rows)] = fresh_nD
+        self.step = step
+        self.encoder = {"index_encoder": copy.deepcopy(encoder).cpu()}
+        self.send()
 
-    def follow(self, run_dir):
-        """Take over the newest embeddings that a worker has completed; True where they are newer."""
-        newest = torch.zeros((), dtype=torch.long, device=self.device)
-        if world()[0] == 0:
-            newest += finished(run_dir)
-        if world()[1] > 1:
-            dist.all_reduce(newest)  # one device looks, so that all change over at the same step
-        if newest <= self.step:
-            return False
-        self.load(vectors(run_dir, int(newest)), int(newest))
-        return True
+    def hand_over(self, step, doc_encoder):
+        """Save the passage encoder for the worker, unless it is at work; keep only what is in use."""
+        exchange = self.run.dir / "refresh"
+        self.run.say(f"step {step}: the vectors in use are those of step {self.step}")
+        if list(exchange.glob("step_*/.embeddings")):
+            return
+        for folder in exchange.glob("step_*"):
+            if folder.name != f"step_{self.step:08d}":
+                shutil.rmtree(folder)
+        save_encoder(doc_encoder, exchange / f"step_{step:08d}" / "doc_encoder")
 
-    def restore(self, run_dir, step, doc_encoder, batch_size, accelerator):
-        """
-        The rows that a run had made at `step`: a worker's embeddings, or its export encoded again. 0: those
-        of the folder, which `doc_encoder` must have made.
-        """
-        if step and vectors(run_dir, step).is_dir():
-            return self.load(vectors(run_dir, step), step)
-        source = folder_of(run_dir, step) / "doc_encoder" if step else doc_encoder
-        encoder = load_encoder(source, "passage").to(self.device)
-        if step:
-            self.refresh(encoder, step, batch_size, accelerator.autocast)
-        else:
-            self.check(encoder, accelerator)
-
-    def _copy(self):
-        """Bring the copy on the GPU up to date; only where it leaves as much room again for training."""
-        # why: to send 32 GB of rows to the GPU takes seconds, and they are searched at every step
-        if self.copy_nD is None and self.device.type == "cuda" and self.shards:
-            room = torch.cuda.mem_get_info(self.device)[0] / 2
-            if sum(shard.nbytes for shard in self.shards) < room:
-                size, dtype = (len(self.rows), self.shards[0].shape[1]), getattr(torch, self.dtype)
-                self.copy_nD = torch.empty(size, dtype=dtype, device=self.device)
-        if self.copy_nD is not None:
-            at = 0
-            for shard in self.shards:
-                for part_nD in np.split(shard, range(BLOCK, len(shard), BLOCK)):
-                    self.copy_nD[at : at + len(part_nD)] = torch.from_numpy(part_nD.copy())
-                    at += len(part_nD)
-
-    def _tokenize(self, encoder, rows):
-        passages = [self.corpus[row] for row in rows]
-        return tokenize_passages(encoder, [(passage.title, passage.text) for passage in passages])
+    def take_over(self, step):
+        """Use the vectors that the worker has completed, if they are newer than those in use."""
+        complete = sorted(self.run.dir.glob("refresh/step_*/embeddings"))
+        newest = int(complete[-1].parent.name.removeprefix("step_")) if complete else 0
+        newest = gather_items({world()[0]: newest})[0]  # one device looks: all change over at the same step
+        if newest > self.step:
+            folder = self.run.dir / "refresh" / f"step_{newest:08d}"
+            encoder = load_encoder(folder / "doc_encoder", "passage").to(self.run.device)
+            self.load(folder / "embeddings", newest)
+            self.check(encoder)
+            self.encoder = {"index_encoder": encoder.cpu()}
+            self.run.say(f"step {step}: the vectors of step {newest} are in use")

@@ -145,7 +145,7 @@ def metrics_of_question(question, pids, corpus, ks, regex):
     values = {}
     if question["answers"]:
         # as in DPR, the answer must be in the text of a passage; titles are not searched
-        texts = (corpus[corpus.row(pid)].text for pid in pids)
+        texts = (corpus.passage(pid).text for pid in pids)
         hits = [has_answer(text, question["answers"], regex) for text in texts]
         accuracy = topk_accuracy([hits], ks)
         values |= {f"top-{k}": accuracy[k] for k in ks if k not in HIT_ONLY}

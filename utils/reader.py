@@ -1,33 +1,226 @@
 """
-The extractive reader: one BERT reads question and passage together, says how likely the answer is in this
-passage, and where it begins and ends (Karpukhin et al. 2020, Sec. 6).
+The extractive reader: one BERT reads question and passage together. It says how likely this passage is the
+right one, and where in it the answer begins and ends (Karpukhin et al. 2020, Sec. 6).
 
-On disk it is a Hugging Face DPRReader, the class of facebook/dpr-reader-*, with `encoder_inputs.json` beside
-the weights. Shared by train_reader.py and ask.py; the loss and the choice of passages to learn from are in
-train_reader.py.
+In this order: questions with their rankings, the reader's inputs, what it learns from, the model, its
+answers. The loss is in train_reader.py. On disk a reader is a Hugging Face DPRReader, the class of
+facebook/dpr-reader-*, with `encoder_inputs.json` next to the weights.
 
-B sequences · L tokens, padded to the longest of the batch · S tokens of one passage
+B sequences · L tokens, padded to the longest of the batch · S tokens of one passage · W widths of a span
 """
 
+import re
+from collections import Counter
 from contextlib import nullcontext
 
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer, DPRConfig, DPRReader
 
-from prepare.checkpoints import check_complete, reader_from_cp
+from utils.data import iter_run, read_questions
+from utils.distributed import gather_items, prefetch, world
 from utils.encoder import batches_by_length
+from utils.plumbing import weights
 from utils.plumbing.config import UserError
-from utils.plumbing.weights import check_sizes, explain_load_errors, read_inputs, set_dropout
+from utils.plumbing.files import read_json
+from utils.text import has_answer
 
 # from: DPR README (encoder.sequence_length=350) and the June 2020 code of the released readers: segments of 0
 DPR_READER = {"reader_tokens": 350, "token_types": "zeros"}
+# from: DPR dpr/data/reader_data.py:220-317: positives kept where no gold page is known; ten negatives for
+# each positive, within these bounds
+MAX_POSITIVES, NEGATIVES = 20, (50, 150)
+PATTERN = re.compile(r"\\[sdwb]|\.\*|\(\?:|\w\|\w|\[\^?\w-\w")  # what plain answers hardly ever hold
+BLOCK = 16  # questions that are answered together, so that passages of like length meet
 
 
+# ---------------------------------------------------------------- questions and their rankings
+def read_ranking(path, run, corpus, depth, need=("answers",)):
+    """
+    Read a question file and its ranking: (examples, a note that says how deep the ranking is).
+
+    An example is {"qid", "question", "answers", "rows"}. rows: where its first `depth` passages are in the
+    corpus. need: as in read_questions.
+    """
+    examples = {}
+    patterns = []
+    for question in read_questions(path, need=need):
+        example = {key: question[key] for key in ("qid", "question", "answers")}
+        examples[question["qid"]] = example | {"rows": np.zeros(0, dtype=np.int64)}
+        patterns += [answer for answer in question["answers"][:1] if PATTERN.search(answer)]
+    if 20 * len(patterns) > len(examples):
+        raise UserError(
+            f"{path}: {len(patterns)} of {len(examples)} questions have a regular expression as answer, such "
+            f"as {patterns[0]!r} (CuratedTREC?); a reader learns, and is scored on, plain answers only"
+        )
+
+    # the passages of each question, best first
+    for qid, hits in iter_run(run):
+        if qid in examples:
+            rows = [corpus.row(pid) for pid, _ in hits[:depth]]
+            examples[qid]["rows"] = np.array(rows)
+    examples = list(examples.values())
+    return examples, depth_note(path, run, examples, depth)
+
+
+def depth_note(path, run, examples, depth):
+    """Return a sentence on how many passages the questions have, with a warning where they are too few."""
+    depths = [len(example["rows"]) for example in examples if len(example["rows"])]
+    without = [example["qid"] for example in examples if not len(example["rows"])]
+    if not depths:
+        raise UserError(f"{run}: has passages for none of the questions of {path}")
+    note = f"{path}: {len(examples)} questions"
+    if without:
+        note += f", {len(without)} of them without passages, such as {without[0]}"
+    note += f"; passages each: {min(depths)} or more, median {np.median(depths):g}"
+    short = sum(size < depth for size in depths)
+    if short:
+        note += f"\nwarning: {run}: {short} questions have passages, but fewer than the {depth} asked for"
+    return note
+
+
+# ---------------------------------------------------------------- text -> token ids
+def word_pieces(reader, texts):
+    """Return id lists without special tokens, uncut."""
+    # why not verbose: the warning that some are too long for a BERT is premature
+    how = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    return reader.tokenizer(texts, **how).input_ids
+
+
+def tokenize_rows(reader, question, passages, cut=True):
+    """
+    Return a sequence (ids, first) for each passage: `[CLS] question [SEP] title [SEP] passage`.
+
+    The ids are cut to reader_tokens, without a [SEP] at the end; the passage begins at ids[first] (from: DPR
+    dpr/data/reader_data.py:256-272, 530-533).
+    """
+    titles = [passage.title for passage in passages]
+    texts = [passage.text.strip() for passage in passages]
+    question_ids, *ids = word_pieces(reader, [question, *titles, *texts])
+    title_ids = ids[: len(titles)]
+    text_ids = ids[len(titles) :]
+
+    cls, sep = reader.tokenizer.cls_token_id, reader.tokenizer.sep_token_id
+    length = reader.inputs["reader_tokens"] if cut else None
+    sequences = []
+    for title, text in zip(title_ids, text_ids, strict=True):
+        head = [cls, *question_ids, sep, *title, sep]
+        sequences.append(((head + text)[:length], len(head)))
+    return sequences
+
+
+def find_spans(ids, first, answers):
+    """Return (begin, end), the end included, of every mention of an answer in the passage ids[first:]."""
+    spans = []
+    for answer in answers:
+        if not answer:  # trap: an answer of no tokens would be everywhere
+            continue
+        size = len(answer)
+        for begin in range(first, len(ids) - size + 1):
+            if ids[begin] == answer[0] and ids[begin : begin + size] == answer:
+                spans.append((begin, begin + size - 1))
+    return spans
+
+
+# ---------------------------------------------------------------- what a reader learns from
+def read_gold(path):
+    """Return {question: title of its gold page, in lower case} of DPR's nq-*_gold_info.json."""
+    titles = {}
+    try:
+        for entry in read_json(path)["data"]:
+            title = entry["title"].lower()
+            titles |= {entry[key]: title for key in ("question", "question_tokens") if key in entry}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not DPR's gold passages, {{'data': [...]}}: {error!r}") from None
+    return titles
+
+
+def training_rows(example, corpus, reader, gold):
+    """
+    Return (status, rows of positives, rows of negatives, whether the positives are of the gold page).
+
+    status: "kept", or why the question is dropped. A positive holds an answer as word pieces within the first
+    reader_tokens of the input. Where some are of the gold page, only these count. A negative holds no answer
+    at all (from: DPR dpr/data/reader_data.py:220-317).
+    """
+    length = reader.inputs["reader_tokens"]
+    rows = example["rows"]
+    answers = example["answers"]
+    passages = [corpus[row] for row in rows.tolist()]
+
+    # the passages that hold an answer, and the places where its mentions end
+    holding = [i for i, passage in enumerate(passages) if has_answer(passage.text, answers)]
+    texts = [passages[i] for i in holding]
+    sequences = tokenize_rows(reader, example["question"], texts, cut=False)
+    pieces = word_pieces(reader, answers) if holding else []
+    ends = {}
+    for i, (ids, first) in zip(holding, sequences, strict=True):
+        ends[i] = [end for _, end in find_spans(ids, first, pieces)]
+
+    # positives and negatives
+    # differs: a positive has an answer before the cut; DPR draws another one where the drawn one has none
+    positives = [i for i in holding if min(ends[i], default=length) < length]
+    page = gold.get(example["question"])
+    of_gold = [i for i in positives if passages[i].title.lower() == page]
+    positives = of_gold or positives[:MAX_POSITIVES]
+    fewest, most = NEGATIVES
+    limit = min(max(10 * len(positives), fewest), most)
+    negatives = [i for i in range(len(rows)) if i not in ends][:limit]
+
+    # the first reason to drop the question
+    status = "kept"
+    if not passages:
+        status = "without passages"
+    elif not answers:
+        status = "without answers"
+    elif not holding:
+        status = "with no answer in any passage"
+    elif not any(ends.values()):
+        status = "with no answer as word pieces in a row"
+    elif not positives:
+        status = f"with answers only beyond {length} tokens"
+    return status, rows[positives], rows[negatives], bool(of_gold)
+
+
+def find_training_rows(path, examples, corpus, reader, gold):
+    """
+    Return (the examples to learn from, with "positives" and "negatives", a report on those that are dropped).
+
+    Each device searches its share of the examples, and gets the results of all.
+    """
+    # differs: no file is prepared; the answers are found in the passages when a training starts
+    rank, devices = world()
+    found = {}
+    for i in tqdm(range(rank, len(examples), devices), "finding answers", delay=5, disable=None):
+        found[i] = training_rows(examples[i], corpus, reader, gold)
+    found = gather_items(found)
+
+    kept, dropped, with_gold = [], Counter(), 0
+    for i, example in enumerate(examples):
+        status, positives, negatives, of_gold = found[i]
+        with_gold += of_gold
+        if status == "kept":
+            kept.append(example | {"positives": positives, "negatives": negatives})
+        else:
+            dropped[status] += 1
+
+    reasons = ", ".join(f"{n} {status}" for status, n in dropped.most_common())
+    report = f"{path}: {len(kept)} of {len(examples)} questions kept, dropped: {reasons or 'none'}"
+    if not kept:
+        raise UserError(f"{report}; nothing to learn from")
+    bare = sum(not len(example["negatives"]) for example in kept)
+    report += f"; {bare} kept without a negative"
+    if gold:
+        report += f"; {with_gold} with positives of the gold page"
+    return kept, report
+
+
+# ---------------------------------------------------------------- the model
 class Reader(nn.Module):
     """
-    model: a DPRReader. inputs: dict with
+    model: a DPRReader. inputs: a dict with
       role            reader
       reader_tokens   maximum length of question, title and passage together, special tokens included
       token_types     zeros (DPR's released readers) | segments (question 0, title and passage 1)
@@ -42,49 +235,112 @@ class Reader(nn.Module):
         self.continues_V = np.array([word.startswith("##") for word in words])  # piece of the word before it
 
     def forward(self, input_ids, attention_mask, token_type_ids):
-        """[B, L] integer tensors -> (start_BL, end_BL, relevance_B) logits in float32, padding included."""
-        parts = self.model.span_predictor
-        hidden_BLD = parts.encoder.bert_model(
+        """Turn [B, L] integer tensors into logits in float32: (start_BL, end_BL, relevance_B)."""
+        predictor = self.model.span_predictor
+        hidden_BLD = predictor.encoder.bert_model(
             input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
         ).last_hidden_state
-        start_BL, end_BL = parts.qa_outputs(hidden_BLD).float().unbind(2)
-        return start_BL, end_BL, parts.qa_classifier(hidden_BLD[:, 0]).float()[:, 0]
+        start_BL, end_BL = predictor.qa_outputs(hidden_BLD).float().unbind(2)
+        relevance_B1 = predictor.qa_classifier(hidden_BLD[:, 0]).float()
+        return start_BL, end_BL, relevance_B1[:, 0]
 
 
+def load_reader(path, inputs=None, dropout=0.0, new_head=False):
+    """
+    Load the reader in a folder that train_reader.py wrote, or in facebook/dpr-reader-* or a copy.
+
+    new_head: training starts here. Then a plain BERT will do, and the three outputs are drawn from torch's
+    generator; otherwise no weight may be missing. inputs: overrides what is stored.
+    """
+    path = str(path)
+    stored = weights.read_inputs(path, "reader")
+    role = stored.get("role", "reader")
+    if role != "reader" and not new_head:
+        raise UserError(f"{path}: this is a {role} encoder; a reader is needed here")
+    with weights.explain_load_errors(path):
+        config = AutoConfig.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = open_model(path, config, new_head)
+    weights.set_dropout(model, dropout)
+
+    # how its inputs are built: as given, else as stored, else as DPR does
+    how = {"role": "reader", "pair": ""} | DPR_READER
+    for key in DPR_READER:
+        how[key] = stored.get(key, how[key])
+    if stored.get("role") == "reader":
+        how["pair"] = stored.get("pair", "")
+    reader = Reader(model, tokenizer, how | (inputs or {}))
+    length = reader.inputs["reader_tokens"]
+    weights.check_sizes(path, model, tokenizer, length, "tokens a passage")
+    return reader
+
+
+def open_model(path, config, new_head):
+    """Return the DPRReader of a folder, or with new_head one on the weights of a plain BERT."""
+    if config.model_type == "dpr":
+        if config.architectures and "DPRReader" not in config.architectures:
+            raise UserError(f"{path}: holds a {config.architectures[0]}; a reader is a DPRReader")
+        return weights.load_complete(DPRReader, path)
+    if not new_head:
+        advice = "train_reader.py adds them"
+        raise UserError(f"{path}: a {config.model_type} without the reader's outputs; {advice}")
+    if config.model_type != "bert":
+        raise UserError(f"{path}: a reader starts from a BERT, this is a {config.model_type}")
+    bert = weights.load_complete(AutoModel, path, add_pooling_layer=False)
+
+    # the outputs are drawn from N(0, 0.02) (from: DPR dpr/models/reader.py:31-44)
+    settings = config.to_diff_dict() | {"projection_dim": 0, "initializer_range": 0.02}
+    for key in ("model_type", "architectures"):
+        settings.pop(key, None)
+    model = DPRReader(DPRConfig(**settings))
+    model.span_predictor.encoder.bert_model.load_state_dict(bert.state_dict())
+    return model
+
+
+# ---------------------------------------------------------------- answers
 @torch.no_grad()
 def read(reader, ids, batch_size, autocast=nullcontext):
-    """Id lists -> [(start logits, end logits, relevance)] as numpy and float, in the given order."""
-    was_training, found = reader.training, [None] * len(ids)
+    """Return (start logits, end logits, relevance) of each id list in the given order, as numpy and float."""
+    was_training = reader.training
     reader.eval()
-    for rows, batch in batches_by_length(reader, ids, batch_size):
+    logits = [None] * len(ids)
+    for places, batch in batches_by_length(reader, ids, batch_size):
         with autocast():
-            logits = reader(**batch)
-        for i, *one in zip(rows, *(part.cpu().numpy() for part in logits), strict=True):
-            found[i] = one[0][: len(ids[i])], one[1][: len(ids[i])], float(one[2])
+            outputs = reader(**batch)
+        start_bL, end_bL, relevance_b = (output.cpu().numpy() for output in outputs)
+        for i, place in enumerate(places):
+            size = len(ids[place])  # the rest is padding
+            logits[place] = (start_bL[i, :size], end_bL[i, :size], float(relevance_b[i]))
     reader.train(was_training)
-    return found
+    return logits
 
 
 def best_spans(start_S, end_S, continues_S, max_answer_length, top_spans):
     """
-    [(first, last, score)] of up to `top_spans` answers in the tokens of one passage, best first, both ends
-    included. score = start + end logit of a span of up to max_answer_length tokens; it is then widened to
-    whole words. A span inside or around one already chosen is passed over; equal scores: the earlier one.
+    Return up to `top_spans` answers in the tokens of one passage: [(first, last, score)], best first.
 
-    continues_S: whether a token is a piece of the word before it.
+    Both ends are included. The score is start plus end logit of a span of up to max_answer_length tokens; the
+    span is then widened to whole words. A span inside or around one already chosen is passed over. Of equal
+    scores the earlier one wins. continues_S: whether a token is a piece of the word before it.
     """
-    size, widths = len(start_S), min(max_answer_length, len(start_S))
+    # the score of every span, by its first token and its width
+    size = len(start_S)
+    widths = min(max_answer_length, size)
     scores_SW = np.full((size, widths), -np.inf)
     for width in range(widths):
         scores_SW[: size - width, width] = start_S[: size - width] + end_S[width:]
+
     chosen = []
     for cell in np.argsort(-scores_SW, axis=None, kind="stable"):
         first, width = divmod(int(cell), widths)
-        last, score = first + width, float(scores_SW[first, width])
+        last = first + width
+        score = float(scores_SW[first, width])
         if len(chosen) == top_spans or score == -np.inf:
             break
+        # pass over what lies inside or around a better span
         if any(first <= a and b <= last or a <= first and last <= b for a, b, _ in chosen):
             continue
+        # widen to whole words
         while first and continues_S[first]:
             first -= 1
         while last + 1 < size and continues_S[last + 1]:
@@ -93,90 +349,89 @@ def best_spans(start_S, end_S, continues_S, max_answer_length, top_spans):
     return chosen
 
 
-def predict(reader, passages, rows, top_docs, max_answer_length, batch_size, autocast=nullcontext):
-    """
-    For each question one answer per n of top_docs: the best span of the passage of highest relevance among
-    the first n, as the dict {"text", "score", "relevance_score", "passage_idx", "passage"} of DPR's
-    prediction files; None where no passage has any text. The two scores are never added up (DPR
-    train_extractive_reader.py:407-472). passages: of each question, best first; rows: their tokenize_rows().
-    UserError that names the question where a logit is not finite.
-    """
-    found = iter(read(reader, [ids for one in rows for ids, _ in one], batch_size, autocast))
-    answers = []
-    for texts, one in zip(passages, rows, strict=True):
-        logits = [next(found) for _ in one]
-        for (ids, first), parts in zip(one, logits, strict=True):
-            if not all(np.isfinite(part).all() for part in parts):
-                question = reader.tokenizer.decode(ids[1:first]).split(reader.tokenizer.sep_token)[0].strip()
-                raise UserError(
-                    f"question {question!r}: the reader's logits are not finite; its weights are damaged, or "
-                    "too large for fp16 (then --mixed_precision no)"
-                )
-        usable = [i for i, (ids, first) in enumerate(one) if len(ids) > first]
-        best = [max((i for i in usable if i < n), key=lambda i: logits[i][2], default=None) for n in top_docs]
-        spans = {
-            i: span_text(reader, texts[i], *one[i], *logits[i], max_answer_length) for i in {*best} - {None}
-        }
-        answers.append([spans[i] | {"passage_idx": i} if i is not None else None for i in best])
-    return answers
-
-
-def span_text(reader, passage, ids, first, start_L, end_L, relevance, max_answer_length):
-    """The best span of one passage, its text sliced from the passage."""
+def span_text(reader, passage, sequence, logits, max_answer_length):
+    """Return the best span of one passage as {"text", "score", "relevance_score", "passage"}."""
+    ids, first = sequence
+    start_L, end_L, relevance = logits
     continues_S = reader.continues_V[ids[first:]]
-    a, b, score = best_spans(start_L[first:], end_L[first:], continues_S, max_answer_length, 1)[0]
-    text = passage.text.strip()
+    spans = best_spans(start_L[first:], end_L[first:], continues_S, max_answer_length, 1)
+    begin, end, score = spans[0]
+
     # differs: DPR decodes the tokens, so that its answers are in lower case and "U.S." reads "u. s.". Under
     # transformers 5 "don't" would even be "don ' t", which exact match counts as wrong.
+    text = passage.text.strip()
     how = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
     offsets = reader.tokenizer(text, **how).offset_mapping
-    answer = text[offsets[a][0] : offsets[b][1]]
+    answer = text[offsets[begin][0] : offsets[end][1]]
     return {"text": answer, "score": score, "relevance_score": relevance, "passage": text}
 
 
-def load_reader(path, inputs=None, dropout=0.0, new_head=False):
-    """
-    The reader in a folder that train_reader.py wrote, in facebook/dpr-reader-* or a copy, or in a reader
-    `.cp` of the original DPR. new_head: training starts here, so a plain BERT will do, and the three outputs
-    are drawn from torch's generator; otherwise no weight may be missing. inputs: overrides what is stored.
-    """
-    path, known = str(path), read_inputs(path, "reader")
-    if known.get("role", "reader") != "reader" and not new_head:
-        raise UserError(f"{path}: this is a {known['role']} encoder; a reader is needed here")
-    with explain_load_errors(path):
-        if path.endswith(".cp"):
-            model, tokenizer = reader_from_cp(path)
-        else:
-            config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-            if config.model_type == "dpr":
-                if config.architectures and "DPRReader" not in config.architectures:
-                    raise UserError(f"{path}: holds a {config.architectures[0]}; a reader is a DPRReader")
-                model, found = DPRReader.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
-                check_complete(path, found["missing_keys"])
-            else:
-                model = from_bert(path, config, new_head)
-    set_dropout(model, dropout)
-    kept = {key: known[key] for key in DPR_READER if key in known}
-    if known.get("role") == "reader":
-        kept["pair"] = known.get("pair", "")
-    reader = Reader(model, tokenizer, {"role": "reader", "pair": ""} | DPR_READER | kept | (inputs or {}))
-    check_sizes(path, model, tokenizer, reader.inputs["reader_tokens"], "tokens a passage")
-    return reader
+def to_read(reader, question, passages):
+    """Return what predict() takes of a question: {"question", "passages", "sequences"}."""
+    sequences = tokenize_rows(reader, question, passages)
+    return {"question": question, "passages": passages, "sequences": sequences}
 
 
-def from_bert(path, config, new_head):
-    """A DPRReader on the weights of a plain BERT, its outputs drawn from N(0, 0.02) (DPR reader.py:31-44)."""
-    if not new_head:
-        raise UserError(
-            f"{path}: a {config.model_type} without the reader's outputs; train_reader.py adds them"
-        )
-    if config.model_type != "bert":
-        raise UserError(f"{path}: a reader starts from a BERT, this is a {config.model_type}")
-    bert, found = AutoModel.from_pretrained(
-        path, output_loading_info=True, dtype=torch.float32, add_pooling_layer=False
-    )
-    check_complete(path, found["missing_keys"])
-    same = {k: v for k, v in config.to_diff_dict().items() if k not in ("model_type", "architectures")}
-    model = DPRReader(DPRConfig(**same | {"projection_dim": 0, "initializer_range": 0.02}))
-    model.span_predictor.encoder.bert_model.load_state_dict(bert.state_dict())
-    return model
+def predict(reader, questions, top_docs, max_answer_length, batch_size, autocast=nullcontext):
+    """
+    Return one answer for every n of top_docs to each question, from the first n of its passages.
+
+    The passage of highest relevance is taken, then the best span in it; the two scores are never added up
+    (from: DPR train_extractive_reader.py:407-472). An answer is a dict as in DPR's prediction files, of
+    span_text() and "passage_idx", or None where no passage has any text. questions: of to_read(), best
+    passage first.
+    """
+    ids = [ids for question in questions for ids, _ in question["sequences"]]
+    logits = iter(read(reader, ids, batch_size, autocast))
+    answers = []
+    for question in questions:
+        sequences = question["sequences"]
+        logits_M = [next(logits) for _ in sequences]
+        total = sum(start_L.sum() + end_L.sum() + relevance for start_L, end_L, relevance in logits_M)
+        if not np.isfinite(total):
+            raise UserError(
+                f"question {question['question']!r}: the reader's logits are not finite; its weights are "
+                "damaged, or too large for fp16 (then --mixed_precision no)"
+            )
+
+        # the most relevant passage of the first n, of those that have any text left
+        readable = [i for i, (ids, first) in enumerate(sequences) if len(ids) > first]
+        best = []
+        for n in top_docs:
+            first_n = [i for i in readable if i < n]
+            best.append(max(first_n, key=lambda i: logits_M[i][2], default=None))
+
+        # the best span in each of these
+        spans = {None: None}
+        for i in {*best} - {None}:
+            passage = question["passages"][i]
+            span = span_text(reader, passage, sequences[i], logits_M[i], max_answer_length)
+            spans[i] = span | {"passage_idx": i}
+        answers.append([spans[i] for i in best])
+    return answers
+
+
+def answer_all(reader, examples, corpus, top_docs, max_answer_length, batch_size, accelerator):
+    """Return predict()'s answers to all examples on every device; each device answers its share of them."""
+    rank, devices = world()
+    places = range(len(examples))
+    blocks = [places[start : start + BLOCK] for start in places[::BLOCK]]
+    mine = blocks[rank::devices]
+
+    def questions_of(block):
+        questions = []
+        for example in (examples[i] for i in block):
+            passages = [corpus[row] for row in example["rows"].tolist()]
+            questions.append(to_read(reader, example["question"], passages))
+        return questions
+
+    answers = {}
+    how = (top_docs, max_answer_length, batch_size, accelerator.autocast)
+    total = sum(len(block) for block in mine)
+    with tqdm(total=total, desc="answers", delay=5, leave=False, disable=None) as bar:
+        # the next block is tokenised meanwhile
+        for block, questions in zip(mine, prefetch(questions_of, mine), strict=True):
+            answers |= zip(block, predict(reader, questions, *how), strict=True)
+            bar.update(len(block))
+    answers = gather_items(answers)
+    return [answers[i] for i in places]

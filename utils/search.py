@@ -1,40 +1,43 @@
 """
-Exact search over the embedding shards, in the memory of one block; utils/faiss_index.py has the indexes.
+Search: which passages have the largest inner product with a question?
 
-Whatever proposes the candidates (a matrix product, HNSW, IVF-PQ), their scores are computed again in float64
-from the stored vectors and rounded to float32; ties go to the earlier row of the corpus. why: a matrix
-product rounds the same vector differently at different places of a block (faiss-cpu: a third of the
-entries), so twins would change places with the block size, the device or the number of questions.
+`exact_topk` reads every vector, in the memory of one block. `build_index` and `search_index` use a FAISS
+index of any factory string: Flat, HNSW32, "IVF4096,PQ48" ... Both only propose candidates, a few more than k.
+The candidates' scores are computed again in float64 from the stored vectors, and rounded to float32; ties go
+to the earlier row of the corpus. why: a matrix product rounds the same vector differently at different places
+of a block (faiss-cpu: a third of the entries), so twins would change places with the block size, the device
+or the number of questions.
 
-Q questions · D dimensions · k results · K candidates, a few more than k · n rows of a block · N passages
+Q questions, q of them at a time · D dimensions · k results · K candidates · n rows of a block · N passages
 """
 
 import os
 import platform
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from utils.plumbing.config import UserError
+from utils.plumbing.files import atomic_file, read_json, sha256, write_json
 
-SPARE = 32  # candidates kept beyond k, so that rounding at the boundary of k is seen instead of guessed
-TILE = 32  # passages whose best score decides whether any of them is looked at
-PANEL = 2**22, 2**26  # scores in memory at a time, 4 bytes each: on a CPU, on a GPU
-BLOCK = 2**15, 2**17  # passages widened to float32 at a time, likewise
-CHUNK = 4096  # questions searched again at a time: 4096 x 32,768 scores are 0.5 GB
+SPARE = (
+    32  # candidates beyond k: the order is right for up to so many passages whose scores are equal at the cut
+)
+TILE = 32  # passages that are represented by their best score
+BLOCK = 2**15  # passages widened to float32 at a time
+SCORES = 2**24  # scores in memory at a time, 64 MB
 
 
 def name_blas_kernel(cpuinfo="/proc/cpuinfo"):
     """Name OpenBLAS's kernel by the processor's flags, before faiss is imported; a user's choice is kept."""
     # why: the OpenBLAS in the faiss-cpu wheel does not know every processor; its fallback was 5x slower
     if platform.machine() in ("x86_64", "AMD64") and Path(cpuinfo).is_file():
-        flags = set(re.search(r"^flags\s*:(.*)|\Z", Path(cpuinfo).read_text(), re.M)[0].split())
+        line = re.search(r"^flags\s*:(.*)|\Z", Path(cpuinfo).read_text(), re.M)
+        flags = set(line[0].split())
         if {"avx512f", "avx512dq", "avx512bw", "avx512vl"} <= flags:
             os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
         elif {"avx2", "fma"} <= flags:
@@ -50,98 +53,101 @@ if "OMP_NUM_THREADS" not in os.environ:
     faiss.omp_set_num_threads(min(psutil.cpu_count(logical=False) or ALLOWED, ALLOWED))
 
 
+# ---------------------------------------------------------------- exact search, without an index
 def exact_topk(queries_QD, shards, k, block=0, device="cpu", resident_ND=None):
     """
-    The k passages of the largest inner product for every question, best first, ties in corpus order.
+    Find the k passages of the largest inner product for every question, best first, ties in corpus order.
 
     queries_QD: numpy floats. shards: list of [n, D] numpy arrays (memory-mapped fp16 or fp32), corpus order.
-    block: passages that are widened to float32 at a time; 0: BLOCK.
-    resident_ND: a torch tensor of the same rows, searched where it lies instead of sending blocks to device.
-    Returns (scores_Qk float32, rows_Qk int64), k = min(k, N): the same bits for any block, sharding, device.
-    UserError for NaN, or a dimension that does not fit.
-    Memory: a block, a panel of scores, and of every question 12 bytes for each of k + 32 that are kept and
-    up to four times as many (and those of a panel) that were found since: 0.1 GB for 3,610 questions, k 100.
+    block: passages that are widened to float32 at a time; 0: BLOCK. resident_ND: a torch tensor of the same
+    rows, searched where it lies instead of sending blocks to `device`. Returns (scores_Qk float32, rows_Qk
+    int64), numpy, k = min(k, N): the same for any block, sharding and device. UserError for NaN, or a
+    dimension that does not fit.
     """
-    queries_QD, N = check(queries_QD, shards, k), sum(map(len, shards))
-    Q, k, K = len(queries_QD), min(k, N), min(k + SPARE, N)
-    if not Q:
-        return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
-    on = torch.device(device) if resident_ND is None else resident_ND.device
-    gpu = on.type != "cpu"
-    block = block or BLOCK[gpu]
-    q_QD = torch.from_numpy(queries_QD).to(on)
-    panel = max(1, PANEL[gpu] // Q // TILE) * TILE
-    panel_nQ = q_QD.new_empty(min(panel, -(-min(block, N) // TILE) * TILE), Q)
-    rough_QK, rows_QK = q_QD.new_full((Q, K), -np.inf), q_QD.new_full((Q, K), -1, dtype=torch.long)
-    found, count_Q, seen, merged, floor_Q = [], rows_QK.new_zeros(Q), 0, 0, None
-    for start, x_nD in blocks(shards, block, on, resident_ND):
-        for x_pD in x_nD.split(len(panel_nQ)):
-            scores_pQ = torch.mm(x_pD, q_QD.T, out=panel_nQ[: len(x_pD)])
-            if floor_Q is None:
-                q_h, at_h, score_h = _best(scores_pQ, min(K, len(x_pD)))
-            else:
-                whole_pQ = panel_nQ[: -(-len(x_pD) // TILE) * TILE]
-                whole_pQ[len(x_pD) :] = -np.inf
-                q_h, at_h, score_h = _better(whole_pQ, floor_Q)
-            found.append((q_h, at_h + start, score_h))
-            count_Q += torch.bincount(q_h, minlength=Q)
-            start, seen = start + len(x_pD), seen + len(x_pD)
-            # why not always: most of the work would be merging. As many rows again bring about K more
-            if merged < K or seen >= 2 * merged or seen == N or count_Q.max() > 4 * K:
-                rough_QK, rows_QK = _merge(rough_QK, rows_QK, found, count_Q)
-                found, count_Q, merged = [], torch.zeros_like(count_Q), seen
-                # trap: everything is "not under" NaN, and would be kept until the memory is full
-                floor_Q = rough_QK.amin(1).nan_to_num(np.inf, np.inf, -np.inf) if seen >= K else None
-    found = rough_QK.cpu().numpy(), rows_QK.cpu().numpy()
-    return rescore(queries_QD, shards, k, *found, min(block, BLOCK[0]))
+    queries_QD = check(queries_QD, shards, k)
+    N, Q = sum(map(len, shards)), len(queries_QD)
+    k, K = min(k, N), min(k + SPARE, N)
+    device = torch.device(device) if resident_ND is None else resident_ND.device
+    q_QD = torch.from_numpy(queries_QD).to(device)
+    best_QK = q_QD.new_full((Q, K), -torch.inf)
+    rows_QK = q_QD.new_full((Q, K), -1, dtype=torch.long)
+
+    block = block or BLOCK
+    questions = max(1, SCORES // block)
+    for start, x_nD in blocks(shards, block, device, resident_ND):
+        for first in range(0, Q, questions):
+            part = slice(first, first + questions)
+            # the best of this block
+            scores_qK, places_qK = best_of_block(q_QD[part] @ x_nD.T, K)
+            # the best of it and of all blocks before
+            scores_qM = torch.cat([best_QK[part], scores_qK], 1)
+            rows_qM = torch.cat([rows_QK[part], places_qK + start], 1)
+            best_QK[part], order_qK = scores_qM.topk(K)
+            rows_QK[part] = rows_qM.gather(1, order_qK)
+    rows_QK = rows_QK.cpu().numpy()
+    if (rows_QK < 0).any():  # nothing was larger than -inf
+        raise UserError("vectors of passages hold NaN or infinity; repeat doc2embedding.py")
+    return rescore(queries_QD, shards, rows_QK, k)
 
 
-def _best(scores_nQ, k):
-    """The k best scores of every question: (questions, rows, scores), flat."""
-    score_kQ, at_kQ = scores_nQ.topk(k, dim=0)
-    return torch.arange(scores_nQ.shape[1], device=at_kQ.device).repeat(k), at_kQ.ravel(), score_kQ.ravel()
-
-
-def _better(scores_nQ, floor_Q):
+def best_of_block(scores_qn, K):
     """
-    The scores above the floor of their question: (questions, rows, scores), flat. why by tiles: after some
-    thousands of passages few are better than the best so far; of most tiles only the maximum is looked at.
+    Return the K best scores of each question in a block, and their places in it.
+
+    The K best passages lie in the K tiles of 32 passages that have the best maxima. So most passages are only
+    read for their tile's maximum, which is much cheaper than choosing among all of them.
     """
-    tiles_mTQ = scores_nQ.unflatten(0, (-1, TILE))
-    # trap: NaN is not above anything, and must be found
-    tile_m, q_m = (~(tiles_mTQ.amax(1) <= floor_Q)).nonzero(as_tuple=True)
-    near_mT = tiles_mTQ[tile_m, :, q_m]
-    m, at = (~(near_mT <= floor_Q[q_m, None])).nonzero(as_tuple=True)
-    return q_m[m], tile_m[m] * TILE + at, near_mT[m, at]
+    n = scores_qn.shape[1]
+    if n % TILE or n // TILE <= K:
+        return scores_qn.topk(min(K, n))
+    scores_qTt = scores_qn.unflatten(1, (-1, TILE))
+    tiles_qK = scores_qTt.amax(2).topk(K).indices
+    near_qKt = scores_qTt.gather(1, tiles_qK[:, :, None].expand(-1, -1, TILE))
+    best_qK, places_qK = near_qKt.flatten(1).topk(K)
+    tiles_qK = tiles_qK.gather(1, places_qK // TILE)
+    return best_qK, tiles_qK * TILE + places_qK % TILE
 
 
-def _merge(rough_QK, rows_QK, found, count_Q):
-    """The K best of those kept and those found since, count_Q of each question: (scores, rows)."""
-    q_h, row_h, score_h = (torch.cat(part) for part in zip(*found, strict=True))
-    order_h = q_h.argsort(stable=True)
-    q_h, row_h, score_h = q_h[order_h], row_h[order_h], score_h[order_h]
-    # beside those kept, a place for each of its question
-    first_Q = rough_QK.shape[1] + count_Q - count_Q.cumsum(0)
-    place_h, room = first_Q[q_h] + torch.arange(len(q_h), device=q_h.device), (0, int(count_Q.max()))
-    rough_QM, rows_QM = F.pad(rough_QK, room, value=-np.inf), F.pad(rows_QK, room, value=-1)
-    rough_QM[q_h, place_h], rows_QM[q_h, place_h] = score_h, row_h
-    rough_QK, best_QK = rough_QM.topk(rough_QK.shape[1], sorted=False)
-    return rough_QK, rows_QM.gather(1, best_QK)
+def rescore(queries_QD, shards, rows_QK, k):
+    """
+    Turn candidates into results: (scores_Qk, rows_Qk) by inner products in float64, ties in corpus order.
+
+    rows_QK: -1 means "nothing found"; it scores -inf and comes last.
+    """
+    K, D = rows_QK.shape[1], queries_QD.shape[1]
+    rows_QK = np.sort(rows_QK)  # in corpus order, which a stable sort keeps for equal scores
+    scores_QK = np.empty(rows_QK.shape, np.float32)
+    questions = max(1, 2**18 // max(1, K * D))  # at a time: 2 MB in float64 stay in a core's cache
+    for first in range(0, len(rows_QK), questions):
+        part = slice(first, first + questions)
+        # each row is read once, in file order
+        rows, places = np.unique(rows_QK[part], return_inverse=True)
+        x_qKD = fetch(shards, rows.clip(0))[places.reshape(rows_QK[part].shape)]
+        x_qKD = torch.from_numpy(x_qKD).double().numpy()  # why torch: 15 times faster than numpy for fp16
+        q_qD = queries_QD[part].astype(np.float64)
+        scores_QK[part] = np.einsum("qkd,qd->qk", x_qKD, q_qD)
+
+    for row in rows_QK[~np.isfinite(scores_QK)]:
+        message = f"the vector of passage row {row} holds NaN or infinity"
+        raise UserError(f"{message}; repeat doc2embedding.py --dtype float32")
+    scores_QK[rows_QK < 0] = -np.inf  # trap: list[-1] is the last passage
+    order_Qk = np.argsort(-scores_QK, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores_QK, order_Qk, 1), np.take_along_axis(rows_QK, order_Qk, 1)
 
 
 def as_lists(scores_Qk, rows_Qk):
-    """
-    Arrays of a search -> per question a list of (row, score), best first, without FAISS's -1 (not found).
-    """
-    pairs = zip(rows_Qk.tolist(), scores_Qk.tolist(), strict=True)
-    return [[(row, score) for row, score in zip(*pair, strict=True) if row >= 0] for pair in pairs]
+    """Turn the arrays of a search into a list of (row, score) a question, best first, without FAISS's -1."""
+    results = []
+    for scores, rows in zip(scores_Qk.tolist(), rows_Qk.tolist(), strict=True):
+        results.append([(row, score) for row, score in zip(rows, scores, strict=True) if row >= 0])
+    return results
 
 
 def check(queries_QD, shards, k):
-    """The questions as contiguous float32; UserError when a search cannot be right."""
+    """Return the queries as contiguous float32. UserError when they cannot be searched for."""
     queries_QD = np.ascontiguousarray(queries_QD, dtype=np.float32)
-    if k < 1 or not sum(map(len, shards)):
-        raise UserError(f"k is {k} and there are {sum(map(len, shards))} passages; both must be at least 1")
+    if k < 1:
+        raise UserError(f"k is {k}: it must be at least 1")
     if queries_QD.shape[1] != shards[0].shape[1]:
         raise UserError(
             f"the questions have {queries_QD.shape[1]} dimensions, the passages {shards[0].shape[1]}; "
@@ -157,91 +163,105 @@ def check(queries_QD, shards, k):
 def blocks(shards, block, device, resident_ND=None):
     """Yield (first row, float32 tensor [n, D] on `device`), n <= block; the next one uses the same memory."""
     if resident_ND is not None:
-        yield from ((at, resident_ND[at : at + block].float()) for at in range(0, len(resident_ND), block))
+        for start in range(0, len(resident_ND), block):
+            yield start, resident_ND[start : start + block].float()
         return
-    raw_bD = np.empty((min(block, max(map(len, shards))), shards[0].shape[1]), shards[0].dtype)
-    raw_bD = torch.from_numpy(raw_bD)
+    raw_nD = np.empty((min(block, max(map(len, shards))), shards[0].shape[1]), shards[0].dtype)
+    raw_nD = torch.from_numpy(raw_nD)
     if device.type == "cuda":
-        raw_bD = raw_bD.pin_memory()  # sent at the rate of the bus
-    wide_bD = torch.empty(raw_bD.shape, device=device)
-    done = 0
+        raw_nD = raw_nD.pin_memory()  # sent at the rate of the bus
+    wide_nD = torch.empty(raw_nD.shape, device=device)
+    start = 0
     with tqdm(total=sum(map(len, shards)), desc="passages", delay=5, leave=False, disable=None) as bar:
         for shard in shards:
-            for at in range(0, len(shard), block):
-                n = len(shard[at : at + block])
-                raw_bD.numpy()[:n] = shard[at : at + block]
+            for first in range(0, len(shard), block):
+                n = len(shard[first : first + block])
+                raw_nD.numpy()[:n] = shard[first : first + block]
                 # why torch: it widens fp16 15 times faster than numpy, and on a GPU after half as many bytes
-                yield done, wide_bD[:n].copy_(raw_bD[:n].to(device))
-                done += n
+                yield start, wide_nD[:n].copy_(raw_nD[:n].to(device))
+                start += n
                 bar.update(n)
 
 
 def fetch(shards, rows):
-    """[n, D] array of these corpus rows, in the stored type."""
+    """Return the [n, D] array of these corpus rows, in the stored type."""
     ends = np.cumsum([len(shard) for shard in shards])
     home = np.searchsorted(ends, rows, side="right")
     x_nD = np.empty((len(rows), shards[0].shape[1]), shards[0].dtype)
     for i in np.unique(home):
-        x_nD[home == i] = shards[i][rows[home == i] - (ends[i] - len(shards[i]))]
+        begin = ends[i] - len(shards[i])
+        x_nD[home == i] = shards[i][rows[home == i] - begin]
     return x_nD
 
 
-def _exact(x_knD, q_kD):
-    """Inner products [k, n], summed in float64, as float32: the one definition of a score."""
-    return np.einsum("knd,kd->kn", x_knD, q_kD.astype(np.float64)).astype(np.float32)
-
-
-def rescore(queries_QD, shards, k, rough_QK, rows_QK, block, exact=True):
+# ---------------------------------------------------------------- FAISS's indexes
+def build_index(factory, shards, folder, embeddings, nprobe=64, ef_search=128):
     """
-    Candidates with the scores of any float32 arithmetic -> (scores_Qk, rows_Qk) by _exact and corpus order.
-    exact: where the k-th score is so close to the last candidate's that rounding may have kept out a better
-    passage or an earlier twin, the question is searched again, every row near the boundary by _exact.
+    Return the FAISS index over the shards, by inner product.
+
+    It is saved in `folder` next to its sha256 and `embeddings` (a hash that names the shards), and read again
+    only while both match. why: FAISS loads a flipped bit without a word. Flat stays in memory. With faiss-gpu
+    the index is copied to all GPUs. UserError: not enough vectors to train, or memory for Flat, or no such
+    index.
+
+    nprobe: IVF lists, ef_search: HNSW candidates that a search visits; more is slower and nearer to exact.
     """
-    Q, K, D, N = *rows_QK.shape, queries_QD.shape[1], sum(map(len, shards))
-    scores_QK, longest_Q = np.zeros((Q, K), np.float32), np.zeros(Q)
-    step = max(1, 2**18 // (K * D))  # questions at a time: 2 MB in float64 stay in a core's cache
+    N, dim = sum(map(len, shards)), shards[0].shape[1]
+    need, free = 4 * N * dim / 1e9, psutil.virtual_memory().available / 1e9
+    if factory == "Flat" and need > free:
+        raise UserError(f"index Flat needs {need:.1f} GB, {free:.1f} GB are free; use index stream")
+    path = Path(folder) / (re.sub(r"[^\w,.-]", "_", factory) + ".faiss")
+    stamp = path.with_suffix(".json")
+    saved = read_json(stamp) if stamp.is_file() and path.is_file() else {}
+    if saved and saved == {"factory": factory, "embeddings": embeddings, "sha256": sha256(path)}:
+        index = faiss.read_index(str(path))
+    else:
+        if saved:
+            print(f"{path}: damaged, or made from other embeddings; building it again", flush=True)
+        index = fill_index(factory, shards)
+        if factory != "Flat":
+            with atomic_file(path, "wb") as file:
+                faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
+            write_json(stamp, {"factory": factory, "embeddings": embeddings, "sha256": sha256(path)})
+    for name, value, kind in (("nprobe", nprobe, "IVF"), ("efSearch", ef_search, "HNSW")):
+        if kind in factory:
+            faiss.ParameterSpace().set_index_parameter(index, name, value)
+    return faiss.index_cpu_to_all_gpus(index) if faiss.get_num_gpus() and "HNSW" not in factory else index
 
-    def rescore(at):
-        part = slice(at, at + step)
-        rows, where = np.unique(rows_QK[part], return_inverse=True)  # each row is read once, in file order
-        x_qKD = fetch(shards, rows.clip(0))[where.reshape(rows_QK[part].shape)]
-        x_qKD = torch.from_numpy(x_qKD).double()
-        scores_QK[part] = _exact(x_qKD.numpy(), queries_QD[part])
-        longest_Q[part] = torch.linalg.vector_norm(x_qKD, dim=2).amax(1)
 
-    # numpy lets the others run meanwhile; beware: each of these threads brings torch's own for the widening
-    with ThreadPoolExecutor(min(4, faiss.omp_get_max_threads())) as pool:
-        list(pool.map(rescore, range(0, Q, step)))
-    for row in rows_QK[~np.isfinite(scores_QK) | (exact & (rows_QK < 0))]:
+def fill_index(factory, shards):
+    """Return a new index, trained where it needs that, with every row added."""
+    N, dim = sum(map(len, shards)), shards[0].shape[1]
+    try:
+        # trap: without the metric, every factory string means L2
+        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+        if not index.is_trained:
+            centroids = max(256, *map(int, re.findall(r"IVF(\d+)", factory)), 0)
+            sample = np.linspace(0, N - 1, min(N, 256 * centroids))  # FAISS uses 256 for each centroid
+            index.train(fetch(shards, sample.astype(np.int64)).astype(np.float32))
+    except RuntimeError as error:
+        few = re.search(r"number of clusters \((\d+)\)", str(error))
+        if few:
+            message = (
+                f"index {factory}: need at least {few[1]} vectors to train it, there are {N}; use stream"
+            )
+            raise UserError(message) from None
         raise UserError(
-            f"the vector of passage row {row} holds NaN or infinity; repeat doc2embedding.py --dtype float32"
-            if row >= 0
-            else "vectors of passages hold NaN; repeat doc2embedding.py"
-        )
-    scores_QK[rows_QK < 0] = -np.inf  # trap: list[-1] is the last passage
-    order_Qk = np.lexsort((rows_QK, -scores_QK))[:, :k]
-    scores_Qk, best_Qk = (np.take_along_axis(a_QK, order_Qk, 1) for a_QK in (scores_QK, rows_QK))
-    if exact and K < N:
-        # the bound on the rounding of a float32 sum of D products: D * 2^-24 * |question| * |passage|; it is
-        # sqrt(D) times the usual error, which covers a passage longer than all candidates
-        slack_Q = D * 2.0**-24 * np.linalg.norm(queries_QD, axis=1) * longest_Q
-        floor_Q = scores_Qk[:, -1] - slack_Q
-        unsure = np.flatnonzero(rough_QK.min(1) >= floor_Q)
-        for part in (unsure[at : at + CHUNK] for at in range(0, len(unsure), CHUNK)):
-            scores_Qk[part], best_Qk[part] = _rescan(queries_QD[part], shards, k, floor_Q[part], block)
-    return scores_Qk, best_Qk
+            f"index {factory!r}: not an inner-product index of FAISS ({str(error).split(': ')[-1]}); "
+            "use stream, Flat, HNSW32, 'IVF4096,PQ48' ..."
+        ) from None
+    for _, x_nD in blocks(shards, BLOCK, torch.device("cpu")):
+        index.add(x_nD.numpy())
+    return index
 
 
-def _rescan(queries_QD, shards, k, floor_Q, block):
-    """Top k by _exact of every row whose float32 score reaches the question's floor: (scores_Qk, rows_Qk)."""
-    scores_Qk = np.full((len(queries_QD), k), -np.inf, np.float32)
-    rows_Qk = np.zeros((len(queries_QD), k), np.int64)
-    for start, x_nD in blocks(shards, block, torch.device("cpu")):
-        for i, rough_n in enumerate(queries_QD @ x_nD.numpy().T):
-            near = np.flatnonzero(rough_n >= floor_Q[i])
-            near_1nD = x_nD.numpy()[None, near].astype(np.float64)
-            scores = np.append(scores_Qk[i], _exact(near_1nD, queries_QD[i : i + 1])[0])
-            rows = np.append(rows_Qk[i], near + start)
-            order = np.lexsort((rows, -scores))[:k]
-            scores_Qk[i], rows_Qk[i] = scores[order], rows[order]
-    return scores_Qk, rows_Qk
+def search_index(index, queries_QD, shards, k):
+    """
+    Search with candidates from `index`, scores and order from the vectors: a list of (row, score) a question,
+    best first. It has min(k, N) entries, fewer where the index found fewer (FAISS's id -1).
+    """
+    queries_QD = check(queries_QD, shards, k)
+    if not len(queries_QD):
+        return []
+    _, rows_QK = index.search(queries_QD, min(k + SPARE, index.ntotal))
+    return as_lists(*rescore(queries_QD, shards, rows_QK, k))

@@ -1,17 +1,18 @@
 """
-The demo's table: BM25, untrained and trained encoder, hybrid; the reader's answers; accuracy with n and 95 %
-interval, seconds a stage.
+Print the demo's table: BM25, untrained and trained encoder, hybrid; the reader's answers; seconds a stage.
 
+In:  the run folder of recipes/demo.sh and its data folder
+Out: the table on the screen, RUN/table.json. Every number has its 95 % interval
 Run: python recipes/demo/table.py runs/demo data/demo
 """
 
+import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from recipes.reader_baselines import title_answers  # noqa: E402
 from utils.data import Corpus, iter_run, read_questions  # noqa: E402
 from utils.metrics import (  # noqa: E402
     answer_scores,
@@ -21,9 +22,9 @@ from utils.metrics import (  # noqa: E402
 )
 from utils.plumbing.config import UserError, friendly_errors  # noqa: E402
 from utils.plumbing.files import read_json, write_json  # noqa: E402
-from utils.reader_data import read_ranking  # noqa: E402
 
 KS = (1, 5, 20, 100)
+COLUMNS = [f"top-{k}" for k in KS] + ["MRR@10"]
 RUNS = {
     "BM25": "bm25_runs/test.run",
     "untrained encoder": "untrained/test.run",
@@ -32,39 +33,55 @@ RUNS = {
 }
 
 
-def cell(m):
-    return f"{m['value']:.1%} ({m['low']:.1%}-{m['high']:.1%})".replace("%", "")
+def cell(metrics, name):
+    """Return `12.3 (10.1-14.5)`, in percent; `-` where there is no such metric."""
+    if name not in metrics:
+        return "-"
+    value, low, high = (100 * metrics[name][key] for key in ("value", "low", "high"))
+    return f"{value:.1f} ({low:.1f}-{high:.1f})"
 
 
-def reading(run_dir, data, corpus):
-    """{row: {"EM", "F1"}} of the first passage's title as the answer, and of the reader at each depth."""
-    examples, corpus, _ = read_ranking(f"{data}/test.jsonl", f"{run_dir}/test/test.run", corpus, 1)
-    titles = with_intervals(answer_scores(examples, title_answers(examples, corpus), [1]))
-    found = read_json(f"{run_dir}/test/reader.metrics.json")
-    depths = [name.partition("@")[2] for name in found if name.startswith("EM@")]
-    rows = {"title of passage 1": (titles, "1")} | {f"reader, best of {n}": (found, n) for n in depths}
-    return {row: {m: values[f"{m}@{n}"] for m in ("EM", "F1")} for row, (values, n) in rows.items()}
+def title_scores(ranked, corpus):
+    """Return the scores of a reader that always answers with the title of the first passage."""
+    examples, answers = [], []
+    for question, pids in ranked:
+        answer = None
+        if pids:
+            title = corpus.passage(pids[0]).title
+            answer = {"text": re.sub(r" \(.*\)$", "", title)}  # without what stands in brackets
+        examples.append(question)
+        answers.append([answer])
+    return with_intervals(answer_scores(examples, answers, [1]))
 
 
 def main(run_dir, data):
-    corpus, questions = Corpus(f"{data}/corpus.tsv"), read_questions(f"{data}/test.jsonl")
+    # what the retrievers find
+    corpus = Corpus(f"{data}/corpus.tsv")
+    questions = read_questions(f"{data}/test.jsonl")
     table = {}
     for name, path in RUNS.items():
         ranked = one_question_at_a_time(questions, iter_run(f"{run_dir}/{path}"))
         table[name] = retrieval_metrics(ranked, corpus, KS)
-    answers = reading(run_dir, data, corpus)
+
+    # what the reader answers from the first passages
+    ranked = one_question_at_a_time(questions, iter_run(f"{run_dir}/test/test.run"))
+    titles = title_scores(ranked, corpus)
+    answers = {"title of passage 1": {metric: titles[f"{metric}@1"] for metric in ("EM", "F1")}}
+    found = read_json(f"{run_dir}/test/reader.metrics.json")
+    for depth in [name.partition("@")[2] for name in found if name.startswith("EM@")]:
+        row = {metric: found[f"{metric}@{depth}"] for metric in ("EM", "F1")}
+        answers[f"reader, best of {depth}"] = row
     write_json(Path(run_dir) / "table.json", table | answers)
-    columns = [f"top-{k}" for k in KS] + ["MRR@10"]
+
+    # print both, and the time
     print(f"n = {len(questions)} questions, {len(corpus):,} passages; percent, 95 % bootstrap interval")
-    print(f"{'':18}" + "".join(f"{column:>20}" for column in columns))
+    print(f"{'':18}" + "".join(f"{column:>20}" for column in COLUMNS))
     for name, metrics in table.items():
-        print(f"{name:18}" + "".join(f"{cell(metrics[column]):>20}" for column in columns))
-    print(
-        "top-k: an answer stands in one of the k best passages; MRR: the rank of the question's own passage"
-    )
+        print(f"{name:18}" + "".join(f"{cell(metrics, column):>20}" for column in COLUMNS))
+    print("top-k: one of the k best passages holds an answer; MRR: by the rank of the question's own passage")
     print(f"\n{'':28}{'exact match':>20}{'F1':>20}")
     for name, metrics in answers.items():
-        print(f"{name:28}{cell(metrics['EM']):>20}{cell(metrics['F1']):>20}")
+        print(f"{name:28}{cell(metrics, 'EM'):>20}{cell(metrics, 'F1'):>20}")
     seconds = [line.split("\t") for line in (Path(run_dir) / "seconds.tsv").read_text().splitlines()]
     print("seconds: " + ", ".join(f"{name} {time}" for name, time in seconds), end="")
     print(f"; in all {sum(int(time) for _, time in seconds) / 60:.1f} minutes")

@@ -1,5 +1,7 @@
 """
-Files that are whole or absent (temporary name, fsync, rename), and the hashes that prove which file it is.
+Write files that are whole or absent, and tell by a hash which file it is.
+
+A file or a folder is written under a temporary name, forced to the disk, and renamed.
 """
 
 import contextlib
@@ -16,51 +18,52 @@ from utils.plumbing.config import UserError, disk_is_full
 
 @contextlib.contextmanager
 def atomic_file(path, mode="w"):
-    """
-    Open a temporary file (utf-8, newlines untouched) that becomes `path` when the block ends without an
-    error.
-    """
+    """Open a temporary file (utf-8, newlines untouched) that becomes `path` when the block ends well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
-        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except (OSError, SafetensorError) as error:
-        if disk_is_full(error):
-            raise UserError(f"{path}: the disk is full; free some space and repeat the command") from None
-        raise
+        with explain_full_disk(path):
+            with open(temporary, mode, **text) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_folder(path):
-    """
-    Yield a temporary folder that becomes `path` (not existing yet) when the block ends without an error.
-    """
+    """Yield a temporary folder that becomes `path` (not existing yet) when the block ends well."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        yield temporary
-        for file in sorted(temporary.rglob("*")):
-            if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        with explain_full_disk(path):
+            yield temporary
+            for file in sorted(temporary.rglob("*")):
+                if file.is_file():
+                    with open(file, "rb") as handle:
+                        os.fsync(handle.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def explain_full_disk(path):
+    """UserError where the disk is full while `path` is written."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         if disk_is_full(error):
             raise UserError(f"{path}: the disk is full; free some space and repeat the command") from None
         raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sync_folder(folder):
@@ -72,15 +75,25 @@ def sync_folder(folder):
         os.close(handle)
 
 
+def need_space(folder, size, what):
+    """UserError unless `size` bytes are free where `folder` is or will be."""
+    existing = Path(folder).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < size:
+        raise UserError(f"{what} needs {size / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free")
+
+
 def write_json(path, value):
-    """Atomically write `value` as indented json (NaN is refused: it is not json)."""
+    """Write `value` atomically as indented json. NaN is refused: it is not json."""
     with atomic_file(path) as file:
         json.dump(value, file, indent=1, ensure_ascii=False, allow_nan=False)
         file.write("\n")
 
 
 def read_json(path):
-    """The json in `path`; UserError names the line when it is broken."""
+    """Return the json in `path`. UserError names the line where it is broken."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -90,39 +103,21 @@ def read_json(path):
 
 
 def sha256(path):
-    """Hex sha256 of a file, read in blocks."""
+    """Return the hex sha256 of a file, read in blocks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def free_space(folder):
-    """Bytes free where `folder` is or will be."""
-    folder = Path(folder).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def need_space(folder, size, what):
-    """UserError unless `size` bytes are free where `folder` is (or will be)."""
-    free = free_space(folder)
-    if free < size:
-        raise UserError(f"{what} needs {size / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free")
-
-
 def folder_hash(path):
-    """
-    One hex sha256 of the files of a folder (or of one file), "" for what is not here, such as a hub name. It
-    tells whether weights are the same without loading them.
-    """
-    if not str(path):  # trap: Path("") is the folder that one stands in
+    """Return one hex sha256 of the files of a folder, or of a file; "" for what is not here (a hub name)."""
+    if not str(path):  # trap: Path("") is the current folder
         return ""
     path = Path(path)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    parts = [f"{file.name} {sha256(file)}" for file in files if file.is_file()]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else ""
+    lines = [f"{file.name} {sha256(file)}" for file in files if file.is_file()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else ""
 
 
 def weights_hash(path):
-    """folder_hash of starting weights; of a hub name, which has no files here, the hash of the name."""
+    """Return folder_hash of starting weights, or the hash of the name where that is a hub's."""
     return folder_hash(path) or hashlib.sha256(str(path).encode()).hexdigest()

@@ -1,0 +1,123 @@
+"""
+Answer the questions of a ranking with a trained reader, and count exact match and F1.
+
+An extractive reader (train_reader.py; Karpukhin et al. 2020, Sec. 6) cuts its answer out of one passage. A
+FiD (train_emdr2.py; Izacard and Grave 2021) writes it from all passages together. The role in the reader's
+encoder_inputs.json says which of the two it is.
+
+In:   a question file, a ranking of it (test_dpr.py, rerank.py), the corpus and a reader
+Out:  `out` (DPR's json); next to it .answers.json ({qid: answer}) and .metrics.json (EM, F1, intervals)
+Run:  accelerate launch answer.py --reader runs/reader_nq/reader --depth 100 --out runs/reader_nq/test.json
+      accelerate launch answer.py --reader runs/emdr2_nq/reader --depth 50 --out runs/emdr2_nq/test.json
+Next: recipes/compare.py, which compares two .answers.json question by question
+"""
+
+import copy
+import time
+from pathlib import Path
+
+from utils import fid, reader
+from utils.data import Corpus
+from utils.distributed import start
+from utils.metrics import answer_scores, print_table, with_intervals
+from utils.plumbing.config import (
+    UserError,
+    at_least,
+    friendly_errors,
+    load_config,
+    must_be_one_of,
+    need_file,
+    need_model,
+    need_out,
+)
+from utils.plumbing.files import write_json
+from utils.plumbing.weights import read_inputs
+
+SUFFIXES = (".json", ".answers.json", ".metrics.json")  # the three files that stand for `out`
+
+
+# ---------------------------------------------------------------- the reader
+def load_model(cfg):
+    """Return (a reader of either kind, the depths at which it answers)."""
+    if read_inputs(cfg.reader, "reader").get("role") == "fid":
+        # trap: a FiD reads all `depth` passages at once; for another depth it would have to read again
+        return fid.load_fid(cfg.reader), [cfg.depth]
+    depths = {n for n in cfg.eval_top_docs if 0 < n < cfg.depth}
+    return reader.load_reader(cfg.reader), sorted(depths | {cfg.depth})
+
+
+def answer_all(model, examples, corpus, depths, accelerator, cfg):
+    """Return one answer a depth of each example, on every device; each device answers its share of them."""
+    if model.inputs["role"] == "fid":
+        rows = [example["rows"].tolist() for example in examples]
+        return fid.answer_all(model, examples, rows, corpus, cfg.batch_size, accelerator)
+    sizes = (cfg.max_answer_length, cfg.batch_size)
+    return reader.answer_all(model, examples, corpus, depths, *sizes, accelerator)
+
+
+# ---------------------------------------------------------------- files
+def need_predictions_out(cfg, *inputs):
+    """UserError where one of the three files cannot be written, or would replace an input."""
+    path = Path(cfg.out)
+    if path.suffix != ".json":
+        raise UserError(f"out must be the path of a .json file, got {cfg.out!r}")
+    for suffix in SUFFIXES:
+        changed = copy.copy(cfg)
+        changed.out = str(path.with_suffix(suffix))
+        need_out(changed, "out", *inputs)
+
+
+def write_predictions(out, examples, depths, answers):
+    """Write the three files, and print the table of EM and F1."""
+    # DPR's layout (from: DPR train_extractive_reader.py:512-536)
+    rows = []
+    for example, predictions in zip(examples, answers, strict=True):
+        row = {"question": example["question"], "gold_answers": example["answers"], "predictions": []}
+        for depth, prediction in zip(depths, predictions, strict=True):
+            if prediction:
+                row["predictions"].append({"top_k": depth, "prediction": prediction})
+        rows.append(row)
+
+    # the answers from all passages, and what they are worth
+    texts = {}
+    for example, predictions in zip(examples, answers, strict=True):
+        texts[example["qid"]] = predictions[-1]["text"] if predictions[-1] else ""
+    metrics = with_intervals(answer_scores(examples, answers, depths))
+
+    paths = [Path(out).with_suffix(suffix) for suffix in SUFFIXES]
+    write_json(paths[0], rows)
+    write_json(paths[1], texts)
+    write_json(paths[2], metrics)
+    print_table(metrics, paths[0].name)
+    print(f"written: {', '.join(map(str, paths))}")
+
+
+# ---------------------------------------------------------------- main
+def main():
+    # settings, checked before anything is loaded
+    cfg = load_config(__doc__, "config/answer.yaml")
+    must_be_one_of(cfg, mixed_precision=("no", "fp16", "bf16"))
+    at_least(cfg, 1, "depth", "max_answer_length", "batch_size")
+    need_file(cfg, "questions", "ranking", "corpus")
+    need_predictions_out(cfg, "questions", "ranking", "corpus")
+    need_model(cfg, "reader")
+    accelerator = start(cfg.mixed_precision)
+
+    # data and reader
+    corpus = Corpus(cfg.corpus, cfg.corpus_format)
+    examples, note = reader.read_ranking(cfg.questions, cfg.ranking, corpus, cfg.depth, need=())
+    model, depths = load_model(cfg)
+    model.to(accelerator.device)
+
+    # answers
+    began = time.time()
+    answers = answer_all(model, examples, corpus, depths, accelerator, cfg)
+    rate = len(examples) / (time.time() - began)
+    if accelerator.is_main_process:
+        print(f"{note}\n{rate:.1f} questions/s of up to {cfg.depth} passages")
+        write_predictions(cfg.out, examples, depths, answers)
+
+
+if __name__ == "__main__":
+    with friendly_errors():
+        main()

@@ -1,0 +1,371 @@
+"""
+What all four trainers share, as one table: a run that ends, that is killed, that is told to stop, that goes
+wrong.
+
+Each row of TRAINERS is a script, the keys of its toy run, its models, and the keys that cut a batch into
+chunks.
+"""
+
+import importlib
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import test_train_cross_encoder, test_train_dpr, test_train_reader
+from tests.processes import ENVIRONMENT, begin, kill_tree, run
+from tests.toy import make_world
+from tests.toy_t5 import t5
+from utils.plumbing.checkpoint import load_moments, save_checkpoint
+from utils.plumbing.config import ROOT, UserError
+from utils.plumbing.run import make_optimizer
+from utils.plumbing.weights import load_towers, pair_id
+
+
+class Trainer(NamedTuple):
+    script: str
+    keys: object  # (world, run_dir, **changes) -> {key: value}
+    models: tuple  # the folders that a run writes
+    chunks: dict  # other sizes of the chunks, which must not change the gradient
+    starts: tuple  # the keys that name the starting weights
+
+
+def emdr2_keys(world, run_dir, **changes):
+    """
+    The command line of a toy run of EMDR2: 40 questions in 2 epochs of 6 steps, the index renewed twice.
+    """
+    files = {key: world / f"{key}.jsonl" for key in ("train", "dev")} | {"corpus": world / "corpus.tsv"}
+    files |= {key: world / key for key in ("query_encoder", "doc_encoder", "embeddings")}
+    files |= {"reader": world / "t5", "run_dir": run_dir}
+    sizes = {"top_k": 4, "reader_tokens": 48, "answer_tokens": 6, "batch_size": 6, "question_chunk": 4}
+    sizes |= {"passage_chunk": 5, "score_chunk": 3, "encoding_batch_size": 7, "eval_batch_size": 8}
+    steps = {"epochs": 2, "learning_rate": 1e-3, "warmup": 0.1, "save_every": 3, "refresh_every": 4}
+    steps |= {"mixed_precision": "no", "gradient_checkpointing": False, "temperature": 0.0, "eval_every": 7}
+    return files | sizes | steps | changes
+
+
+TRAINERS = {
+    "dpr": Trainer(
+        "train_dpr.py",
+        test_train_dpr.keys,
+        ("query_encoder", "doc_encoder"),
+        {"question_chunk": 8, "passage_chunk": 5, "grad_cache": True},
+        ("init",),
+    ),
+    "cross": Trainer(
+        "train_cross_encoder.py", test_train_cross_encoder.keys, ("cross_encoder",), {"chunk": 16}, ("init",)
+    ),
+    "reader": Trainer(
+        "train_reader.py",
+        test_train_reader.keys,
+        ("reader",),
+        {"question_chunk": 8, "passage_chunk": 40},
+        ("init",),
+    ),
+    "emdr2": Trainer(
+        "train_emdr2.py",
+        emdr2_keys,
+        ("reader", "query_encoder", "doc_encoder"),
+        {"question_chunk": 6, "passage_chunk": 24, "score_chunk": 24},
+        ("reader",),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The toy world, with a T5 and the vectors of its passages."""
+    world = make_world(tmp_path_factory.mktemp("world"))
+    t5(world)
+    vectors = {
+        "doc_encoder": world / "doc_encoder",
+        "corpus": world / "corpus.tsv",
+        "out": world / "embeddings",
+    }
+    main("doc2embedding.py", vectors)
+    return world
+
+
+def main(script, keys):
+    """Run a script's main() in this process: the imports of a new one take longer than its work."""
+    argv = [script, *(word for key, value in keys.items() for word in (f"--{key}", str(value)))]
+    patch = pytest.MonkeyPatch()
+    patch.setattr("sys.argv", argv)
+    patch.setattr("signal.signal", lambda *_: None)
+    try:
+        importlib.import_module(Path(script).stem).main()
+    finally:
+        patch.undo()
+
+
+def rows(run_dir):
+    """metrics.jsonl without what differs between two runs: the time."""
+    lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def weights(folder, models):
+    """{model: {name: tensor}} of the models in a run_dir or a checkpoint."""
+    return {name: load_file(Path(folder) / name / "model.safetensors") for name in models}
+
+
+def same(one, other):
+    return all(torch.equal(one[model][name], other[model][name]) for model in one for name in one[model])
+
+
+class Whole(NamedTuple):
+    """An uninterrupted run."""
+
+    trainer: Trainer
+    keys: dict
+    folder: Path
+
+
+@pytest.fixture(scope="module", params=TRAINERS)
+def whole(request, world, tmp_path_factory):
+    trainer, folder = TRAINERS[request.param], tmp_path_factory.mktemp(request.param) / "run"
+    keys = trainer.keys(world, folder)
+    main(trainer.script, keys)
+    return Whole(trainer, keys, folder)
+
+
+@pytest.fixture(scope="module")
+def whole_dpr(world, tmp_path_factory):
+    trainer, folder = TRAINERS["dpr"], tmp_path_factory.mktemp("whole") / "run"
+    keys = trainer.keys(world, folder, epochs=8, grad_cache=True)
+    main(trainer.script, keys)
+    return Whole(trainer, keys, folder)
+
+
+# ---------------------------------------------------------------- a run that ends
+def test_a_finished_run(whole):
+    """
+    The best checkpoint is published, its models name one pair; every step stands once; the folder is taken.
+    """
+    trainer, keys, folder = whole
+    end = json.loads((folder / "metrics.json").read_text())
+    steps = [row["step"] for row in rows(folder) if "loss" in row]
+    assert steps == [*range(1, end["step"] + 1)]
+    best = folder / "checkpoints" / f"step_{end['best_step']:08d}"
+    assert same(weights(best, trainer.models), weights(folder, trainer.models))
+    pairs = {pair_id(folder / name) for name in trainer.models}
+    assert len(pairs) == 1 and pairs.pop().endswith(f"-{end['best_step']}")
+    assert "command: " in (folder / "config.yaml").read_text()
+
+    with pytest.raises(UserError, match="holds a run .*--resume exact"):
+        main(trainer.script, keys)
+    with pytest.raises(UserError, match="learning_rate: .* then, 0.125 now"):
+        main(trainer.script, keys | {"resume": "exact", "learning_rate": 0.125})
+    before = rows(folder)
+    main(trainer.script, keys | {"resume": "exact"})  # a finished run says so, and changes nothing
+    assert rows(folder) == before and json.loads((folder / "metrics.json").read_text()) == end
+
+
+def test_the_loss_falls(whole):
+    """Over the whole toy run, which has few steps: the mean of the last third is under that of the first."""
+    losses = [row["loss"] for row in rows(whole.folder) if "loss" in row]
+    third = len(losses) // 3
+    assert np.mean(losses[-third:]) < np.mean(losses[:third])
+
+
+# ---------------------------------------------------------------- a run that is killed
+def test_killed_anywhere_it_resumes_to_the_same_bits(whole, tmp_path):
+    """SIGKILL at random moments, twice, then to the end: every number and the final weights are bit-equal."""
+    trainer, keys, folder = whole
+    rng, keys = np.random.default_rng(1), keys | {"run_dir": tmp_path / "run", "resume": "exact"}
+    for _ in range(2):
+        process = begin(trainer.script, keys)
+        steps = (line for line in process.stdout if line.startswith("step"))
+        shown = [next(steps) for _ in range(int(rng.integers(2, 6)))]
+        kill_tree(process, signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    total = rows(folder)[-1]["step"]
+    assert not shown[-1].startswith(f"step {total:>6}"), "the last kill must have hit a running process"
+    main(trainer.script, keys)
+    assert rows(tmp_path / "run") == rows(folder)
+    assert same(weights(tmp_path / "run", trainer.models), weights(folder, trainer.models))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(whole_dpr, tmp_path, processes):
+    """The step is finished and saved, the exit code is 128 + the signal; the printed command ends alike."""
+    trainer, keys, folder = whole_dpr
+    keys = keys | {"run_dir": tmp_path / "run", "resume": "exact", "save_every": 1000}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = begin(trainer.script, keys, processes)
+        next(line for line in process.stdout if line.startswith("step"))
+        process.send_signal(number)  # torchrun passes it on to its workers
+        output = process.communicate()[0]
+        assert "stopped by a signal" in output
+        if processes == 1:  # torchrun has a traceback and an exit code of its own
+            assert process.returncode == 128 + number and "Traceback" not in output
+    printed = shlex.split(output.split("go on with: ")[1].splitlines()[0])
+    assert printed[0] == ("python" if processes == 1 else "torchrun")
+    if processes == 1:
+        command = [sys.executable, *printed[1:]]
+        done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True)
+        assert done.returncode == 0 and rows(tmp_path / "run") == rows(folder)
+
+
+KILL_DURING_SAVE = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import utils.plumbing.checkpoint as checkpoint
+real, calls = checkpoint.write_json, []
+def dying(path, value):
+    calls.append(path)
+    if len(calls) == 8:  # the fourth checkpoint, after its weights, before its manifest
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(path, value)
+checkpoint.write_json = dying
+sys.argv = ["train_dpr.py", *sys.argv[1:]]
+import train_dpr
+train_dpr.main()
+"""
+
+
+def test_killed_during_the_checkpoint_write(whole_dpr, tmp_path):
+    """A half-written checkpoint has no final name: the one before it is used, and the end is the same."""
+    trainer, keys, folder = whole_dpr
+    (tmp_path / "dying.py").write_text(KILL_DURING_SAVE.format(root=str(ROOT)))
+    keys = keys | {"run_dir": tmp_path / "run", "resume": "exact"}
+    assert run(str(tmp_path / "dying.py"), keys).returncode == -signal.SIGKILL
+    assert list((tmp_path / "run" / "checkpoints").glob(".step*")), "the kill must have hit the write"
+    main(trainer.script, keys)
+    assert rows(tmp_path / "run") == rows(folder)
+    assert same(weights(tmp_path / "run", trainer.models), weights(folder, trainer.models))
+    assert not list((tmp_path / "run" / "checkpoints").glob(".step*"))
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(whole_dpr, tmp_path, capsys):
+    """One flipped bit: the file is named, the checkpoint before it is used, the end is the same."""
+    trainer, keys, folder = whole_dpr
+    shutil.copytree(keys["init"], tmp_path / "init")
+    keys = keys | {"run_dir": tmp_path / "run", "stop_after": 12, "init": tmp_path / "init"}
+    main(trainer.script, keys)
+    shutil.rmtree(tmp_path / "init")  # the weights come from the checkpoint
+    newest = sorted((tmp_path / "run" / "checkpoints").glob("step_*"))[-1]
+    file = newest / "query_encoder" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    keys = {key: value for key, value in keys.items() if key != "stop_after"} | {"resume": "changed"}
+    main(trainer.script, keys)
+    shown = capsys.readouterr().out
+    assert "model.safetensors does not match its sha256" in shown
+    assert "stop_after: 12 then, 0 now" in shown
+    assert rows(tmp_path / "run") == rows(folder)
+    assert same(weights(tmp_path / "run", trainer.models), weights(folder, trainer.models))
+
+
+def test_older_checkpoints_go_and_an_abandoned_future_too(world, tmp_path):
+    """After a fall back to step 10, the damaged steps 30 and 40 must not crowd out step 15."""
+    cfg = test_train_dpr.settings(world)
+    towers = test_train_dpr.towers_of(cfg)
+    optimizer = make_optimizer(torch.nn.ModuleDict(towers).named_parameters(), cfg)
+    folder = tmp_path / "checkpoints"
+    for step in (10, 30, 40, 15):
+        save_checkpoint(tmp_path, step, towers, optimizer, {"step": step}, best_step=10)
+    (folder / ".step_00000016.tmp").mkdir()
+    save_checkpoint(tmp_path, 20, towers, optimizer, {"step": 20}, best_step=10)
+    assert sorted(path.name for path in folder.iterdir()) == [f"step_000000{n}" for n in (10, 15, 20)]
+    sum(p.sum() for p in torch.nn.ModuleDict(towers).parameters()).backward()
+    optimizer.step()
+    save_checkpoint(tmp_path, 21, towers, optimizer, {"step": 21}, best_step=10)
+    small = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3))])
+    with pytest.raises(UserError, match="another architecture"):
+        load_moments(folder / "step_00000021", small)
+
+
+# ---------------------------------------------------------------- a gradient that does not depend on the
+# machine
+@pytest.mark.parametrize("name", TRAINERS)
+def test_chunks_and_devices_do_not_change_the_gradient(world, tmp_path, name):
+    """Without dropout: other chunks, or two processes, give the losses and gradient norms of one run."""
+    trainer = TRAINERS[name]
+    short = {"dropout": 0.0, "stop_after": 2, "dev": ""}
+    found = {}
+    main(trainer.script, trainer.keys(world, tmp_path / "one", **short))
+    main(trainer.script, trainer.keys(world, tmp_path / "chunks", **short | trainer.chunks))
+    done = run(trainer.script, trainer.keys(world, tmp_path / "devices", **short), processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for kind in ("one", "chunks", "devices"):
+        found[kind] = [(row["loss"], row["grad_norm"]) for row in rows(tmp_path / kind)]
+        assert len(found[kind]) == 2 and np.allclose(found[kind], found["one"], rtol=2e-5, atol=1e-7), found
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_biases_and_layer_norms_are_not_decayed(world, tmp_path, name):
+    """After one step with an absurd decay and a learning rate of 0.1: only the other weights have shrunk."""
+    trainer = TRAINERS[name]
+    one = {"stop_after": 1, "warmup": 0.0, "learning_rate": 0.1, "weight_decay": 5.0, "dev": ""}
+    main(trainer.script, trainer.keys(world, tmp_path / "run", **one | {"max_grad_norm": 1e-30}))
+    for model in trainer.models:
+        for key, tensor in load_file(tmp_path / "run" / model / "model.safetensors").items():
+            if key.endswith(("LayerNorm.weight", "layer_norm.weight")):  # BERT's, T5's
+                assert (tensor.mean() - 1).abs() < 0.3, key  # 1 at the start; decayed it would be 0.5
+
+
+# ---------------------------------------------------------------- a run that goes wrong
+def poisoned(start, folder):
+    """A copy of a model folder whose first layer norm is NaN."""
+    shutil.copytree(start, folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(key for key in tensors if "LayerNorm.weight" in key or "layer_norm.weight" in key)
+    tensors[name][0] = float("nan")
+    from safetensors.torch import save_file
+
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_loss_that_is_not_a_number_stops_before_the_weights_change(world, tmp_path, name):
+    """A NaN in the starting weights: step, loss and norm are named, and nothing is saved."""
+    trainer = TRAINERS[name]
+    keys = trainer.keys(world, tmp_path / "run")
+    keys[trainer.starts[0]] = poisoned(keys[trainer.starts[0]], tmp_path / "start")
+    with pytest.raises(UserError, match="step 1: loss nan"):
+        main(trainer.script, keys)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_model_without_a_run_is_not_replaced(world, tmp_path):
+    """run_dir holds the very model that training starts from, and no checkpoint: nothing is touched."""
+    start = tmp_path / "run" / "query_encoder"
+    shutil.copytree(world / "query_encoder", start)
+    before = {file: file.read_bytes() for file in start.iterdir()}
+    with pytest.raises(UserError, match="holds query_encoder, but no checkpoint.*another --run_dir"):
+        main("train_dpr.py", test_train_dpr.keys(world, tmp_path / "run", init=start))
+    assert before == {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+
+
+def test_wandb_needs_no_login(world, tmp_path):
+    """tracker wandb without the package is one clear line, before a model is loaded."""
+    keys = test_train_dpr.keys(world, tmp_path / "run", tracker="wandb", stop_after=2)
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        with pytest.raises(UserError, match="pip install wandb"):
+            main("train_dpr.py", keys)
+        assert not (tmp_path / "run").exists()
+    else:
+        main("train_dpr.py", keys)
+        assert len(rows(tmp_path / "run")) >= 2
+
+
+def test_load_towers_shares(world):
+    """shared_encoder: both names are one object."""
+    cfg = test_train_dpr.settings(world, shared_encoder=True)
+    towers = load_towers({"query_encoder": world / "bert", "doc_encoder": world / "bert"}, cfg, "cpu")
+    assert towers["query_encoder"] is towers["doc_encoder"]
