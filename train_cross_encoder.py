@@ -189,6 +189,7 @@ def evaluate(examples, ids, cross, accelerator, cfg):
 
     The groups are the same for any number of devices, so the numbers do not depend on how many there are.
     """
+    # each device scores every W-th group
     rank, devices = world()
     size = cfg.eval_batch_size
     order = by_length(ids)
@@ -197,6 +198,8 @@ def evaluate(examples, ids, cross, accelerator, cfg):
         group = order[start : start + size]
         p_b = probabilities(cross, [ids[i] for i in group], size, accelerator.autocast)
         scores |= dict(zip(group, p_b, strict=True))
+
+    # all pairs, in the order of the file
     scores = gather_items(scores)
     p_N = np.array([scores[i] for i in range(len(ids))])
     return dev_metrics(examples, p_N)
