@@ -34,9 +34,9 @@ def read_lines(path, digest=None):
     """
     if fault := file_fault(path):
         raise UserError(f"{path}: {fault}")
-    end = 0
     size = os.path.getsize(path)
     bar = tqdm(desc=f"reading {path}", total=size, unit="B", unit_scale=True, delay=5, disable=None)
+    end = 0
     with bar, open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if number == 1 and line.startswith(b"\x1f\x8b"):
@@ -51,12 +51,10 @@ def read_lines(path, digest=None):
                 line = line[3:]
             try:
                 text = line.decode()
-                bad = line.find(0)
-            except UnicodeDecodeError as error:
-                bad = error.start
-            if bad >= 0:
-                fault = f"byte {begin + bad} of the file is no utf-8 text"
-                raise UserError(f"{path}:{number}: {fault}; convert it (iconv), or get it again")
+            except UnicodeDecodeError:
+                text = "\0"
+            if "\0" in text:
+                raise UserError(f"{path}:{number}: is no utf-8 text; convert it (iconv), or get it again")
             yield number, begin, text
 
 
@@ -141,7 +139,7 @@ def id_hash(pid):
 
 def write_index(path, fmt, folder):
     """
-    Read the corpus once and write its index into `folder`. Return what meta.json says about the file.
+    Write the index of a corpus into `folder`. Return what meta.json says about the file.
 
     offsets.npy: int64 [rows + 1], in bytes. Unless the ids just count up from 0 or 1, also hashes.npy, uint64
     [rows], the sorted hashes of the ids, and rows.npy, int64 [rows], the row of each hash.
@@ -151,8 +149,6 @@ def write_index(path, fmt, folder):
     first_ids = {0, 1}  # the ids count up from one of them, or from none
     empty_texts = 0
     digest = hashlib.sha256()
-
-    # one pass over the file
     for number, offset, text in read_lines(path, digest):
         if text in ("\n", "\r\n"):
             continue
@@ -226,12 +222,17 @@ class Corpus:
         if fmt == "auto":
             fmt = "beir" if self.path.suffix == ".jsonl" else "dpr"
 
-        # open the index, or build it
+        # open the index, or build it in the place of one that is broken or of another file
         stat = self.path.stat()
         want = {"version": 2, "fmt": fmt, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         folder = Path(f"{path}.index")
         if load_index(folder, want) is None:
-            self.build_index(folder, want)
+            if not os.access(folder.parent, os.W_OK):
+                why = f"its index belongs next to it, and {folder.parent} cannot be written"
+                raise UserError(f"{path}: {why}; link the corpus (ln -s) into a writable folder")
+            with atomic_folder(folder) as building:
+                write_json(building / "meta.json", want | write_index(path, fmt, building))
+                shutil.rmtree(folder, ignore_errors=True)
         index = load_index(folder, want)
         if index is None:
             raise UserError(f"{path}: changed while it was being read; run the command again")
@@ -239,15 +240,6 @@ class Corpus:
         self.sha256 = self.meta["sha256"]
         self.empty_texts = self.meta["empty_texts"]
         self.file = open(self.path, "rb", buffering=0)
-
-    def build_index(self, folder, want):
-        """Write the index into `folder`, in the place of one that is broken or of another file."""
-        if not os.access(folder.parent, os.W_OK):
-            why = f"its index belongs next to it, and {folder.parent} cannot be written"
-            raise UserError(f"{self.path}: {why}; link the corpus (ln -s) into a writable folder")
-        with atomic_folder(folder) as building:
-            write_json(building / "meta.json", want | write_index(self.path, want["fmt"], building))
-            shutil.rmtree(folder, ignore_errors=True)
 
     def __reduce__(self):
         return Corpus, (str(self.path), self.fmt)
@@ -278,5 +270,4 @@ class Corpus:
         raise UserError(f"{self.path}: no passage has the id {pid!r}; was that id made with another corpus?")
 
     def passage(self, pid):
-        """Return the Passage of a passage id. UserError when the corpus has no such passage."""
         return self[self.row(pid)]
