@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from utils.corpus import read_lines
 from utils.data import Corpus, aligned_reader, iter_jsonl, iter_run, read_questions
-from utils.plumbing.config import UserError, file_fault, friendly_errors, need_folder, need_out
+from utils.plumbing.config import UserError, friendly_errors, need_file, need_folder, need_out
 from utils.plumbing.files import atomic_file
 from utils.text import has_answer
 
@@ -49,7 +49,7 @@ def iter_json_list(path):
 
 
 def answer_list(value, where):
-    """Return a list of answers as it is. UserError when it is anything else."""
+    """Return the value, a list of answers. UserError when it is anything else."""
     if not isinstance(value, list) or not all(isinstance(answer, str) for answer in value):
         raise UserError(f"{where}: the answers must be a list of strings, got {str(value)[:60]!r}")
     return value
@@ -246,13 +246,13 @@ def main(argv=None):
         raise UserError(f"{args.format} takes {' or '.join(map(str, numbers))} input files and OUT")
     if args.ids and args.format != "dpr_json":
         raise UserError("--ids belongs to dpr_json")
-    need = need_folder if args.format == "from_dpr_result" else need_out
-    need(argparse.Namespace(OUT=out), "OUT")
     for path in inputs:
-        if Path(path).resolve() == Path(out).resolve():
-            raise UserError(f"{out}: OUT is the input too; name another file")
-        if fault := file_fault(path):
-            raise UserError(f"{path}: {fault}")
+        paths = argparse.Namespace(IN=path, OUT=out)
+        if args.format == "from_dpr_result":
+            need_folder(paths, "OUT")
+        else:
+            need_out(paths, "OUT", "IN")
+        need_file(paths, "IN")
 
     if args.format in RANKINGS:
         RANKINGS[args.format](*inputs, out)
