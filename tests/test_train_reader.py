@@ -515,20 +515,3 @@ def test_a_run_learns(world, tmp_path, monkeypatch):
     assert "40 of 40 questions kept, dropped: none" in log and "example answers: " in log
     reader = load_reader(tmp_path / "run/reader")
     assert reader.inputs["pair"].endswith(f"-{final['best_step']}") and reader.inputs["reader_tokens"] == 40
-
-
-def test_mistakes_end_in_one_line(world, tmp_path, monkeypatch):
-    """One sentence with the file or key, before any training."""
-    (tmp_path / "far.jsonl").write_text('{"qid": "q0", "question": "who", "answers": ["nowhere"]}\n')
-    (tmp_path / "none.jsonl").write_text('{"qid": "q0", "question": "who"}\n')
-    for changes, words in (
-        ({"train": tmp_path / "far.jsonl"}, ["0 of 1 questions kept", "1 with no answer in any passage"]),
-        ({"train": tmp_path / "none.jsonl"}, ["none.jsonl:1", "'answers' is missing"]),
-        ({"corpus": ""}, ["corpus: give a path"]),
-        ({"dev_run": ""}, ["dev_run: give a path"]),
-        ({"passages_per_question": 1}, ["passages_per_question must be at least 2"]),
-    ):
-        with pytest.raises(UserError) as error:
-            call(monkeypatch, keys(world, tmp_path / "run", **changes))
-        assert all(word in str(error.value) for word in words), str(error.value)
-    assert not (tmp_path / "run").exists()
