@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from utils.plumbing import run
 from utils.plumbing.config import (
     ROOT,
     UserError,
@@ -159,7 +160,8 @@ TRAINERS = ("train_dpr", "train_cross_encoder", "train_reader", "train_emdr2")
 def test_a_wrong_folder_is_found_before_the_corpus_is_read(tmp_path, monkeypatch, script, key):
     """The index of 21M passages takes minutes; whether a folder is there is known at once."""
     module = importlib.import_module(script)
-    monkeypatch.setattr(module, "Corpus", lambda *_: pytest.fail("the corpus was opened"))
+    opener = run if script in TRAINERS else module
+    monkeypatch.setattr(opener, "Corpus", lambda *_: pytest.fail("the corpus was opened"))
     (tmp_path / "file").write_text("x")
     full = yaml.safe_load((ROOT / f"config/{script}{'_nq' if 'train' in script else ''}.yaml").read_text())
     values = dict.fromkeys("questions corpus ranking train dev gold train_run dev_run".split(), "file")
