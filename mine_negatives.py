@@ -1,6 +1,5 @@
 """
-Make the next training file from a ranking. RocketQA and ANCE-Tele train DPR's dual encoder again and again,
-each time from the same starting weights. What they add to DPR are the four functions below, and nothing else.
+Make the next training file from a ranking. What RocketQA and ANCE-Tele add to DPR are the modes below.
 
 topk          DPR (Karpukhin et al. 2020, Sec. 3.2): the best passages without an answer
 denoise       RocketQA (Qu et al. 2021), steps 2 and 3: negatives that a cross-encoder agrees with
@@ -62,7 +61,7 @@ def positives_of(question, ranked, corpus, cfg):
     if cfg.positives == "given" or (cfg.positives == "find" and question["positives"]):
         return list(question["positives"])
     for pid in ranked:
-        if holds_answer(corpus[corpus.row(pid)], question, cfg):
+        if holds_answer(corpus.passage(pid), question, cfg):
             return [pid]
     return []
 
@@ -73,7 +72,7 @@ def wrong_for(question, positives, never, corpus, cfg):
     ids = never | {entry for entry in positives if isinstance(entry, str)}
 
     # why texts too: an inline positive has no id, and a corpus may hold a passage twice
-    # why not always: MARCO has neither answers nor inline positives, so its passages need not be read
+    # why not always: reading costs, and MARCO has neither answers nor inline positives
     inline = any(isinstance(entry, dict) for entry in positives)
     read = bool(question["answers"]) or inline
     texts = {passage_of(entry, corpus).text for entry in positives} if read else set()
@@ -82,7 +81,7 @@ def wrong_for(question, positives, never, corpus, cfg):
     def wrong(pid):
         if pid in ids or not read:
             return pid not in ids
-        passage = corpus[corpus.row(pid)]
+        passage = corpus.passage(pid)
         return passage.text not in texts and not holds_answer(passage, question, cfg)
 
     return wrong
@@ -111,9 +110,8 @@ def topk(question, found, corpus, cfg, rngs):
 
 def denoise(question, found, corpus, cfg, rngs):
     """
-    RocketQA. Without scores, for the cross-encoder: a draw from the whole ranking, most of it truly wrong.
-    With its scores, for the dual encoder: the best-ranked passages to which the cross-encoder gives less than
-    `negative_below`. That leaves out most of the passages that do answer (false negatives).
+    RocketQA. Without scores, for the cross-encoder: a draw from the whole ranking. With its scores, for the
+    dual encoder: the first passages under `negative_below`, which leaves out most false negatives.
     """
     ranked = found.ranked[: cfg.depth]
     positives = positives_of(question, ranked, corpus, cfg)
@@ -137,10 +135,7 @@ def denoise(question, found, corpus, cfg, rngs):
 
 
 def pseudo_label(question, found, corpus, cfg, rngs):
-    """
-    RocketQA, for questions without answers: the cross-encoder's favourite is the positive if it is above
-    `positive_above`, else the question is dropped. The first passages below `negative_below` are negatives.
-    """
+    """RocketQA, for questions without answers: the positive is the cross-encoder's favourite, if it is sure."""
     scored = [pid for pid in found.ranked[: cfg.depth] if pid in found.scores]
     best = max(scored, key=found.scores.get, default=None)  # the first of equals
     if best is None or found.scores[best] <= cfg.positive_above:
@@ -152,9 +147,8 @@ def pseudo_label(question, found, corpus, cfg, rngs):
 
 def teleport(question, found, corpus, cfg, rngs):
     """
-    ANCE-Tele: the neighbours of the question (ANN), those of its positive (look-ahead: what the question will
-    find once it is learned), last episode's negatives (momentum: what was learned shall not be forgotten).
-    Nothing is weighted or made unique: equal lengths are the paper's alpha = beta = 0.5.
+    ANCE-Tele: the neighbours of the question (ANN) and of its positive (look-ahead), and last episode's
+    negatives (momentum). Nothing is weighted: equal lengths are the paper's alpha = beta = 0.5.
     """
     positives = positives_of(question, found.ranked, corpus, cfg)
     wrong = wrong_for(question, positives, found.never, corpus, cfg)
@@ -222,8 +216,6 @@ def read_found(questions, cfg, counts):
         yield question, Found(ranked, dict(scores), neighbours, momentum, known)
     for question in waiting.values():
         yield question, Found([])
-
-    # nothing is lost in silence
     if len(waiting) == len(questions):
         raise UserError(f"{cfg.run}: has none of the questions of {cfg.questions}")
     for _, check_end in readers:
@@ -299,6 +291,7 @@ def check_settings(cfg):
 def main():
     cfg = load_config(__doc__, "config/mine_negatives.yaml")
     check_settings(cfg)
+
     questions = read_questions(cfg.questions)
     corpus = Corpus(cfg.corpus, cfg.corpus_format)
     unanswered = sum(not question["answers"] for question in questions)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from utils import encoder as encoding
-from utils.data import Corpus, passage_key, passage_of, read_training
+from utils.data import passage_key, passage_of, read_training
 from utils.distributed import gather_rows, sum_gradients, world
 from utils.grad_cache import grad_cache_step
 from utils.metrics import positive_ranks
@@ -289,7 +289,7 @@ def evaluate(pool, encoders, accelerator, cfg):
 def main():
     # settings, checked before anything is loaded
     cfg = load_config(__doc__, "config/train_dpr_nq.yaml")
-    must_be_one_of(cfg, pooling=("cls", "mean"), token_types=("zeros", "segments"))
+    must_be_one_of(cfg, pooling=encoding.POOLINGS, token_types=encoding.TOKEN_TYPES)
     at_least(cfg, 1, "question_chunk", "passage_chunk")
     at_least(cfg, 4, "question_tokens", "passage_tokens")
     need_file(cfg, "train", optional=("dev", "corpus"))
@@ -297,8 +297,8 @@ def main():
         raise UserError("batch_size 1 with negatives 0 has nothing to tell apart: the loss would be 0")
 
     # data
-    corpus = Corpus(cfg.corpus, cfg.corpus_format) if cfg.corpus else None
-    run = Run(cfg, corpus, files=("train", "dev"), weights=("init",))
+    run = Run(cfg, files=("train", "dev"), weights=("init",))
+    corpus = run.corpus
     train, train_note = read_training(cfg.train, corpus)
     dev, dev_note = [], "no dev set: the last checkpoint is the best"
     if cfg.dev:

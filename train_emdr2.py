@@ -27,7 +27,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from utils import encoder as encoding
 from utils import fid
-from utils.data import Corpus, read_questions
+from utils.data import read_questions
 from utils.distributed import chunk_seed, prefetch, sum_gradients, world
 from utils.live_index import LiveIndex, own_rows
 from utils.metrics import answer_scores, topk_accuracy
@@ -288,8 +288,8 @@ def main():
     learns = cfg.retriever_loss != "none"
 
     # data
-    corpus = Corpus(cfg.corpus, cfg.corpus_format)
-    run = Run(cfg, corpus, files=("train", "dev"), weights=(*TOWERS, "reader"))
+    run = Run(cfg, files=("train", "dev"), weights=(*TOWERS, "reader"))
+    corpus = run.corpus
     train, train_note = load_questions(cfg.train, corpus)
     dev, dev_note = [], "no dev set: the last checkpoint is the best"
     if cfg.dev:

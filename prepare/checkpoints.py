@@ -77,7 +77,11 @@ def read_cp(path):
     except Exception as error:
         if memory_is_full(error):
             raise
-        raise UserError(f"{path}: not a DPR checkpoint, or truncated: {error}") from None
+        raise UserError(f"{path}: not a DPR checkpoint, or truncated: {first_line(error)}") from None
+
+
+def first_line(error):
+    return str(error).strip().partition("\n")[0]
 
 
 # ---------------------------------------------------------------- the two commands
@@ -103,7 +107,7 @@ def from_cp(path, out, role, heads=0):
     try:
         report = model.load_state_dict(named, strict=False)  # position_ids and a pooler are left over
     except RuntimeError as error:
-        raise UserError(f"{path}: its weights are damaged (get it again): {error}") from error
+        raise UserError(f"{path}: its weights are damaged (get it again): {first_line(error)}") from error
     check_complete(path, report.missing_keys)
 
     # how its inputs are built
@@ -151,7 +155,7 @@ def cp_config(path, named, inner, settings, heads):
         fault = f"nothing tells how many attention heads share its {hidden} dimensions"
         raise UserError(f"{path}: {fault}; add --heads N, or put its config.json next to it")
     if hidden % heads or stored.get("hidden_size", hidden) != hidden:
-        raise UserError(f"{path}: has {hidden} dimensions, which {heads} attention heads or config.json deny")
+        raise UserError(f"{path}: {heads} attention heads or config.json do not fit its {hidden} dimensions")
 
     layers = [int(key.split(".layer.")[1].split(".")[0]) for key in named if ".layer." in key]
     sizes = {
@@ -176,7 +180,7 @@ def cp_tokenizer(path, settings):
         return AutoTokenizer.from_pretrained(str(name))
     except (OSError, ValueError) as error:
         places = "tokenizer.json is looked for beside it, then on the hub under the name that it gives"
-        raise UserError(f"{path}: its tokenizer cannot be loaded ({places}): {error}") from error
+        raise UserError(f"{path}: its tokenizer cannot be loaded ({places}): {first_line(error)}") from error
 
 
 def write_folder(out, model, tokenizer, inputs):

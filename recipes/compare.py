@@ -56,7 +56,7 @@ def per_question(path, questions, corpus):
         pids = [pid for pid, _ in rankings.get(question["qid"], [])]
         answers, gold = question["answers"], gold_ids(question)
         if answers:
-            texts = (corpus[corpus.row(pid)].text for pid in pids)
+            texts = (corpus.passage(pid).text for pid in pids)
             rank = first_rank(has_answer(text, answers) for text in texts)
             for k in KS:
                 if k <= depth:

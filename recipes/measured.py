@@ -2,11 +2,11 @@
 Run a command as it is, and note what it cost: its seconds, and the memory of its largest process.
 
 Run: python recipes/measured.py runs/x/peaks.tsv runs/x/embeddings/manifest.json sleep 1
-Out: a line `output \\t script \\t seconds \\t MB` (10^6 bytes) at the end of the .tsv; also after a failure,
-so that a stage that was stopped and went on has several lines, which add up.
+Out: a line `output \\t script \\t seconds \\t MB` (10^6 bytes) at the end of the .tsv, also after a failure.
+     A stage that was stopped and continued has several lines, which add up
 
-Signals are handed on, each once, and the exit code is the command's (128 + number when a signal ended it). Of
-several processes the largest counts, not their sum; a GPU's memory stands in the trainers' own log lines.
+A signal is handed on, once. The exit code is the command's; 128 + number when a signal ended it. Of several
+processes the largest counts, not their sum. The trainers' own log lines have a GPU's memory.
 """
 
 import ctypes
@@ -26,13 +26,13 @@ PR_SET_PDEATHSIG = 1  # from: linux/prctl.h
 
 
 def end_with_parent():
-    """Before the command starts: SIGTERM for it when this process is killed: no trainer runs on alone."""
+    """Ask Linux to send SIGTERM to the command when this process is killed: no trainer runs on alone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def name_of(command):
-    """The script or module that an argv runs: `train_dpr.py`, `utils.bm25`, or its first word."""
+    """Return the script or module that an argv runs, `train_dpr.py` or `utils.bm25`, or its first word."""
     for i, word in enumerate(command):
         if word == "-m" or word.endswith(".py"):
             return " ".join(command[i + 1 : i + 2]) if word == "-m" else word

@@ -1,12 +1,9 @@
 """
-Step 1 of RocketQA on MS MARCO: negatives are passages of the corpus, drawn at random (Qu et al. 2021).
+Draw negatives at random from the corpus: step 1 of RocketQA on MS MARCO (Qu et al. 2021).
 
 In:  a corpus, a question file with positives
 Out: a training file, one line for each (question, positive, negative), as RocketQA counts its epochs
 Run: python recipes/random_negatives.py data/msmarco/corpus.tsv marco data/msmarco/train.jsonl runs/d0.jsonl
-
-RocketQA's README says four per question, its later files have four per positive (2,131,044 lines instead of
-2,011,756); here it is per positive. Its own draw was not released.
 """
 
 import json
@@ -20,11 +17,15 @@ from utils.data import Corpus, read_questions  # noqa: E402
 from utils.plumbing.config import UserError, friendly_errors  # noqa: E402
 from utils.plumbing.files import atomic_file  # noqa: E402
 
+# from: RocketQA's README says four per question. Its later files have four per positive (2,131,044 lines, not
+# 2,011,756), and so has this one. Its own draw was not released.
 NEGATIVES = 4
 
 
 def main(corpus_path, corpus_format, questions, out):
-    corpus, rng, lines, without = Corpus(corpus_path, corpus_format), random.Random(111), 0, 0
+    corpus = Corpus(corpus_path, corpus_format)
+    rng = random.Random(111)
+    lines = without = 0
     with atomic_file(out) as file:
         for question in read_questions(questions, need=("positives",)):
             positives = question["positives"]

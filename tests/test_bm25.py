@@ -62,9 +62,12 @@ def test_ties_and_short_lists(corpus, tmp_path):
     index = bm25.build_bm25(corpus, tmp_path / "index")
     rows = [[row for row, _ in bm25.search_bm25(index, ["nothing"], k)[0]] for k in (1, 2, 3)]
     assert rows == [[3], [3, 4], [3, 4]]
-    (tmp_path / "same.tsv").write_text("".join(f"{i}\tsame text\tT\n" for i in range(1, 301)))
+    texts = [("same text", "text text", "other text")[i % 3] for i in range(300)]
+    (tmp_path / "same.tsv").write_text("".join(f"{i}\t{text}\tT\n" for i, text in enumerate(texts)))
     same = bm25.build_bm25(Corpus(tmp_path / "same.tsv"), tmp_path / "same")
-    assert [row for row, _ in bm25.search_bm25(same, ["text"], 100)[0]] == list(range(100))
+    twice, once = [*range(1, 300, 3)], [row for row in range(300) if row % 3 != 1]
+    for k in (50, 150, 300):
+        assert [row for row, _ in bm25.search_bm25(same, ["text"], k)[0]] == (twice + once)[:k]
     assert bm25.search_bm25(index, ["xyzzy", "", "the of", "?"], 5) == [[], [], [], []]
 
 

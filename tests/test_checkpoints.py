@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from transformers import DPRConfig, DPRContextEncoder, DPRQuestionEncoder, DPRReader
+from transformers import BertConfig, DPRConfig, DPRContextEncoder, DPRQuestionEncoder, DPRReader
 
 from prepare.checkpoints import from_cp, main, to_hf_dpr
 from tests.test_encoder import Attack
@@ -139,15 +139,19 @@ def test_the_heads_of_a_cp_are_never_guessed(tmp_path, words):
 
     with pytest.raises(UserError, match=r"how many attention heads .*64 dimensions; add --heads N"):
         config()
-    with pytest.raises(UserError, match="64 dimensions, which 3 attention heads"):
+    with pytest.raises(UserError, match="3 attention heads or config.json do not fit its 64 dimensions"):
         config(heads=3)
     named.write_text('{"num_attention_heads": 8}')
     assert config()["num_attention_heads"] == 8
-    here.write_text('{"num_attention_heads": 4, "layer_norm_eps": 1e-5}')
-    assert config()["num_attention_heads"] == 4 and config()["layer_norm_eps"] == 1e-5
+    bert_config = BertConfig(num_attention_heads=4, hidden_size=64, layer_norm_eps=1e-5)
+    bert_config.save_pretrained(tmp_path)
+    written = config()
+    assert written["model_type"] == "dpr" and written["vocab_size"] == len(words)
+    assert written["num_attention_heads"] == 4 and written["layer_norm_eps"] == 1e-5
     assert config(heads=2)["num_attention_heads"] == 2
+    load_encoder(tmp_path / "out", "passage")
     here.write_text('{"num_attention_heads": 4, "hidden_size": 128}')
-    with pytest.raises(UserError, match="64 dimensions, which 4 attention heads or config.json"):
+    with pytest.raises(UserError, match="4 attention heads or config.json do not fit its 64 dimensions"):
         config()
     here.unlink()
     base = {"hidden_size": 768, "num_hidden_layers": 1, "num_attention_heads": 12}

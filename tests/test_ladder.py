@@ -12,7 +12,7 @@ import pytest
 from recipes.compare import per_question
 from recipes.ladder import best_first, page
 from recipes.ladder import main as ladder
-from tests.processes import ENVIRONMENT, command
+from tests.processes import ENVIRONMENT
 from tests.test_recipes import add_sentence, lines, snapshot
 from tests.toy import make_world
 from tests.toy_t5 import t5
@@ -296,18 +296,3 @@ def test_a_signal_is_handed_on_once(tmp_path, number, to_group):
     if number != signal.SIGKILL:
         assert process.returncode == 128 + number
         assert len((tmp_path / "peaks.tsv").read_text().splitlines()) == 1
-
-
-def test_a_measured_trainer_saves(tmp_path):
-    """SIGTERM to the whole group, as `timeout` sends it: it finishes the step, saves, keeps its exit code."""
-    world = make_world(tmp_path / "world")
-    keys = {"config": "config/train_dpr_demo.yaml", "run_dir": tmp_path / "run", "init": world / "bert"}
-    keys |= {"train": world / "train.jsonl", "dev": "", "corpus": world / "corpus.tsv", "batch_size": 4}
-    keys |= {"epochs": 1000, "log_every": 1, "question_tokens": 16, "passage_tokens": 32}
-    process = measure(tmp_path / "peaks.tsv", *command("train_dpr.py", keys))
-    while not (line := process.stdout.readline()).startswith("step"):
-        assert line, "it ended"
-    os.killpg(process.pid, signal.SIGTERM)
-    assert "stopped by a signal" in process.communicate()[0] and process.returncode == 143
-    assert any((tmp_path / "run" / "checkpoints").iterdir())
-    assert (tmp_path / "peaks.tsv").read_text().split("\t")[1] == "train_dpr.py"

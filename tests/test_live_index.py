@@ -1,4 +1,6 @@
-"""EMDR2's index against brute force and doc2embedding.py: search, refresh, resume, folders that change hands."""
+"""
+EMDR2's index against brute force and doc2embedding.py: search, refresh, resume, folders that change hands.
+"""
 
 import shutil
 import sys

@@ -28,23 +28,16 @@ def value(table):
 
 # ---------------------------------------------------------------- the originals' numbers
 def test_topk_accuracy_golden():
-    """DPR's table, as far as it goes: to the length of the first question's list."""
+    """DPR's table, as far as it goes: to the length of the first question's list. Ours reads on."""
     for case in golden("topk_accuracy"):
         ks = list(range(1, case["n_docs"] + 1))
-        ours = topk_accuracy([[bool(hit) for hit in hits] for hits in case["hits"]], ks)
-        assert list(ours) == ks
+        ours = topk_accuracy(case["hits"], ks)
         assert list(ours.values()) == pytest.approx(case["accuracies"], abs=1e-9)
-
-
-def first_ranks(qrels, run):
-    """Per question of the qrels, the rank of its first relevant passage, or 0. Of equal ranks the last."""
-    relevant, ranked = {}, {}
-    for qid, pid, *_ in qrels:
-        relevant.setdefault(qid, set()).add(pid)
-    for qid, pid, rank, *_ in run:
-        ranked.setdefault(qid, {})[rank] = pid
-    found = {q: [r for r, pid in ranked.get(q, {}).items() if pid in pids] for q, pids in relevant.items()}
-    return [min(ranks, default=0) for ranks in found.values()]
+    assert topk_accuracy([[False], [], [False, False, True], [True]], [1, 3, 100]) == {
+        1: 0.25,
+        3: 0.5,
+        100: 0.5,
+    }
 
 
 def test_msmarco_golden():
@@ -52,7 +45,14 @@ def test_msmarco_golden():
     cases = [case for case in golden("msmarco_eval") if not case.get("reference_quirk")]
     assert len(cases) > 10
     for case in cases:
-        ranks, expected = first_ranks(case["qrels"], case["run"]), case["expected"]
+        relevant, ranks, expected = {}, {}, case["expected"]
+        for qid, pid, *_ in case["qrels"]:
+            relevant.setdefault(qid, set()).add(pid)
+        ranked = {(qid, rank): pid for qid, pid, rank, *_ in case["run"]}  # of equal ranks the last
+        for (qid, rank), pid in sorted(ranked.items()):
+            if pid in relevant.get(qid, ()):
+                ranks.setdefault(qid, rank)
+        ranks = [ranks.get(qid, 0) for qid in relevant]
         assert mrr(ranks, 10) == pytest.approx(expected["MRR@10"], abs=1e-9)
         for name, k in (("recall@1", 1), ("recall@50", 50), ("recall@all", 1000)):
             assert hit_at(ranks, k) == pytest.approx(expected[name], abs=1e-9), case.get("note")
@@ -80,23 +80,10 @@ def test_positive_ranks_golden():
 
 
 # ---------------------------------------------------------------- by hand
-def test_topk_accuracy_counts_short_and_empty_lists():
-    """A question with few or no results stays in the denominator, and long lists are read to the end."""
-    hits = [[False], [], [False, False, True], [True]]
-    assert topk_accuracy(hits, [1, 3, 100]) == {1: 0.25, 3: 0.5, 100: 0.5}
-
-
 def test_positive_ranks_are_pessimistic():
     """A collapsed encoder (all scores equal) and a broken one (NaN) rank last, where a sort may say first."""
     assert positive_ranks(np.zeros((2, 5), np.float32), [0, 4]).tolist() == [5, 5]
     assert positive_ranks(np.array([[np.nan, 1, 2], [np.nan, 1, 0]]), [0, 1]).tolist() == [3, 2]
-
-
-def test_mrr_and_hit_by_hand():
-    """Rank 0 is a miss; the cutoff itself still counts."""
-    assert mrr([1, 4, 0, 11], 10) == pytest.approx((1 + 1 / 4) / 4)
-    assert mrr([10], 10) == pytest.approx(0.1)
-    assert hit_at([1, 4, 0, 11], 4) == 0.5
 
 
 def test_ndcg_by_hand():
@@ -116,22 +103,22 @@ def test_bootstrap_is_the_plain_bootstrap(kind):
     means = [rng.choice(values, n).mean() for _ in range(4000)]
     width = np.subtract(*np.percentile(means, [97.5, 2.5]))
     ours = bootstrap_interval(values, samples=4000)
-    assert ours == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.1 * width)
+    assert ours == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.04 * width)
 
 
 def test_bootstrap_by_hand():
-    """Nothing varies: no width. The order of the questions and the day do not change the interval."""
+    """Nothing varies: no width. The order of the questions does not change the interval, the seed does."""
     assert bootstrap_interval([0.25] * 7) == pytest.approx((0.25, 0.25))
-    assert bootstrap_interval([1.0]) == (1.0, 1.0)
     values = [0, 0, 1, 0.5, 0, 1]
-    assert bootstrap_interval(values) == bootstrap_interval(values[::-1])
-    assert bootstrap_interval(values, seed=1) != bootstrap_interval(values, seed=0)
-    low, high = bootstrap_interval([0, 1] * 200)
-    assert (low, high) == pytest.approx((0.451, 0.549), abs=0.01)  # 0.5 +- 1.96 * sqrt(0.25 / 400)
+    assert (
+        bootstrap_interval(values[::-1]) == bootstrap_interval(values) != bootstrap_interval(values, seed=1)
+    )
+    # 0.5 +- 1.96 * sqrt(0.25 / 400)
+    assert bootstrap_interval([0, 1] * 200) == pytest.approx((0.451, 0.549), abs=0.004)
 
 
 def test_no_questions_is_not_a_score():
-    """A mean over nothing is a mistake of the caller, not 0 and not NaN."""
+    """A mean over nothing is a mistake of ours, not 0 and not NaN."""
     for empty in (lambda: mrr([], 10), lambda: topk_accuracy([], [1]), lambda: bootstrap_interval([])):
         with pytest.raises(AssertionError, match="no questions"):
             empty()
@@ -160,13 +147,10 @@ def test_metrics_of_a_hand_made_ranking(corpus):
     wanted = {"top-1": 1 / 3, "top-10": 2 / 3, "MRR@10": 1 / 4, "hit@1": 0, "hit@10": 1 / 2}
     wanted["nDCG@10"] = 1 / np.log2(3) / (1 + 1 / np.log2(3)) / 2
     assert value(table) == pytest.approx(wanted)
-    for answer, regex, wanted in (
-        ("paris", False, [0, 0]),
-        (r"gr\w+n\b", False, [0, 0]),
-        (r"gr\w+n\b", True, [0, 1]),
-    ):
+    for answer, regex, wanted in (("paris", False, 0), (r"gr\w+n\b", False, 0), (r"gr\w+n\b", True, 1)):
         ranked = [({"answers": [answer], "positives": []}, ["1", "3"])]
-        assert list(value(metrics.retrieval_metrics(ranked, corpus, [1, 2], regex)).values()) == wanted
+        table = metrics.retrieval_metrics(ranked, corpus, [1, 5], regex)
+        assert value(table) == {"top-1": 0, "top-5": wanted}
 
 
 def test_hits_at_50_and_1000_are_ms_marcos_recall(corpus):

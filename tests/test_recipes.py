@@ -36,7 +36,7 @@ RECIPES = {  # recipe: its variables; the longest first, because two run at a ti
         "READER_FLAGS": "--reader_tokens 48 --stop_after 3", "POSITIVES": "find",
     },
     "dpr_nq": {
-        "GOLD": "", "READER_FLAGS": "--reader_tokens 48 --batch_size 4 --stop_after 3 --workers 0",
+        "GOLD": "", "READER_FLAGS": "--reader_tokens 48 --batch_size 4 --stop_after 3",
     },
     "emdr2_nq": {
         "TRAIN_FLAGS": "--mixed_precision no --batch_size 8 --question_chunk 4 --top_k 4 --reader_tokens 48 "
@@ -218,7 +218,7 @@ def test_rocketqa_nq(rehearsal):
     for name in ("c", "d1", "d1_raw"):
         rows = lines(run / f"{name}.jsonl")
         for row in rows:
-            texts = [corpus[corpus.row(row[key][0])].text for key in ("positives", "negatives")]
+            texts = [corpus.passage(row[key][0]).text for key in ("positives", "negatives")]
             assert [has_answer(text, row["answers"]) for text in texts] == [True, False]
         negatives = [dict(scores[row["qid"]]).get(row["negatives"][0], 9) for row in rows]
         assert all(score < below for score in negatives) == (name == "d1")
@@ -270,7 +270,7 @@ def test_ance_tele_trivia(rehearsal):
     without = [row for row in rows if int(row["qid"][1:]) < 10]
     assert without and len(rows) >= 30
     for row in without:
-        assert has_answer(corpus[corpus.row(row["positives"][0])].text, row["answers"])
+        assert has_answer(corpus.passage(row["positives"][0]).text, row["answers"])
     assert "--question_tokens 64" in output and "top-20" in metrics_of(run, "m1")
 
 

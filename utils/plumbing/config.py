@@ -26,18 +26,13 @@ NOT_OURS |= {errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EMFILE}
 
 
 class UserError(Exception):
-    """
-    A mistake of the user or in the user's files: printed as one line (what, where, the fix), no traceback.
-    """
+    """A mistake of the user: printed as one line (what, where, the fix), without a traceback."""
 
 
 # ---------------------------------------------------------------- errors
 @contextlib.contextmanager
 def friendly_errors():
-    """
-    Turn a fault of the user or of the machine into one line on stderr and exit code 2, Ctrl-C into exit code
-    130. `--debug` keeps the traceback.
-    """
+    """Turn a fault of user or machine into one line and exit code 2, Ctrl-C into 130 (--debug: traceback)."""
     try:
         yield
     except KeyboardInterrupt:
@@ -54,9 +49,7 @@ def friendly_errors():
 
 
 def in_a_sentence(error):
-    """
-    Return what a fault of the user or of the machine is; "" for one of ours, which deserves its traceback.
-    """
+    """Return what a fault of user or machine is; "" for one of ours, which deserves its traceback."""
     if isinstance(error, UserError):
         return str(error)
     if memory_is_full(error):
@@ -73,9 +66,7 @@ def in_a_sentence(error):
 
 
 def memory_is_full(error):
-    """
-    Return whether an error of Python, numpy, torch or the system means that memory is full, of a GPU too.
-    """
+    """Return whether an error of Python, numpy, torch or the system means that memory is full."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     # trap: torch says it of a CPU by a plain RuntimeError, "can't allocate memory"
@@ -98,11 +89,9 @@ def nearest(name, names):
 # ---------------------------------------------------------------- settings
 def load_config(doc, base, argv=None):
     """
-    Return the settings as a namespace: the full yaml `base`, changed by the yaml of --config, then by --key
-    value.
+    Return the settings as a namespace: the full yaml `base`, changed by --config, then by --key value.
 
     doc: the script's docstring, for --help. base: a path below the repository, "config/train_dpr_nq.yaml".
-    The namespace has one attribute a key of `base`, and `config`, the path of the yaml that was read.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--help" in argv or "-h" in argv:
@@ -126,10 +115,7 @@ def load_config(doc, base, argv=None):
 
 
 def read_yaml(path):
-    """
-    Return the `key: value` lines of a yaml file as a dict. UserError when it is missing, not yaml, or not
-    flat.
-    """
+    """Return a yaml file as a dict. UserError when it is missing, not yaml, or not flat."""
     if fault := file_fault(path):
         raise UserError(f"config {path}: {fault}")
     try:
@@ -142,10 +128,7 @@ def read_yaml(path):
 
 
 def read_flags(argv, defaults):
-    """
-    Return {key: text} of `--key value`, `--key=value`, and `--key` alone, which means true. UserError for
-    others.
-    """
+    """Return {key: text} of `--key value`, `--key=value`, and `--key` alone, which means true."""
     flags, names = {}, [*defaults, "config"]
     while argv:
         flag, equals, value = argv.pop(0).partition("=")
@@ -167,9 +150,7 @@ def read_flags(argv, defaults):
 
 
 def typed(key, value, default, where):
-    """
-    Return `value` as the type of `default` (bool, int, float, str or list). UserError if it cannot be that.
-    """
+    """Return `value` as the type of `default`: bool, int, float, str or list. UserError if it is another."""
     kind = type(default)
     try:
         if kind is bool:
@@ -196,9 +177,7 @@ def typed(key, value, default, where):
 
 # ---------------------------------------------------------------- checks before any work
 def must_be_one_of(cfg, **allowed):
-    """
-    UserError unless each key has one of the values allowed: must_be_one_of(cfg, pooling=("cls", "mean")).
-    """
+    """UserError unless each key has an allowed value: must_be_one_of(cfg, pooling=("cls", "mean"))."""
     for key, values in allowed.items():
         if getattr(cfg, key) not in values:
             raise UserError(f"{key} must be one of {', '.join(map(str, values))}, got {getattr(cfg, key)!r}")
@@ -213,10 +192,9 @@ def at_least(cfg, least, *keys):
 
 def file_fault(path):
     """Return what keeps a file from being read, or ""."""
-    path = Path(path)
-    if path.is_file():
+    if Path(path).is_file():
         return ""
-    return "is a folder; name a file" if path.is_dir() else "no such file"
+    return "is a folder; name a file" if Path(path).is_dir() else "no such file"
 
 
 def model_fault(path, kind="model"):

@@ -1,6 +1,5 @@
 """
-A training run on disk, the same for every trainer: refuse or resume, logs, checkpoints, signals, best
-weights.
+A training run on disk: refuse or resume, logs, checkpoints, signals, best weights.
 
 run_dir/  config.yaml (resolved, with command, commit, versions, devices)
           log.txt · metrics.jsonl (a row a step) · metrics.json (at the end)
@@ -25,13 +24,13 @@ from pathlib import Path
 import torch
 import yaml
 
+from utils.corpus import Corpus
 from utils.distributed import any_device, peak_memory, prefetch, start
 from utils.plumbing.checkpoint import load_moments, newest_checkpoint, publish, save_checkpoint
 from utils.plumbing.config import ROOT, UserError, at_least, must_be_one_of, need_folder, need_model
 from utils.plumbing.files import atomic_file, folder_hash, need_space, read_json, weights_hash, write_json
 
-# Keys that may change between a run and its resume: files are compared by content, the others do not change
-# what is learned.
+# keys that a resume may change: files are compared by content, the others do not change what is learned
 FREE = "config run_dir resume tracker log_every save_every corpus train dev init".split()
 FREE += "train_run dev_run gold workers query_encoder doc_encoder embeddings reader".split()
 PUBLISHED = ("metrics.json", "query_encoder", "doc_encoder", "cross_encoder", "reader")
@@ -41,16 +40,14 @@ class Run:
     """
     What a trainer needs around its loop.
 
-    cfg: the settings. corpus: utils.corpus.Corpus or None. files, weights: keys of cfg that name files and
-    starting weights; their contents are part of the run's identity. UserError where run_dir holds a run and
-    `resume` is "never", or where settings or files differ and `resume` is "exact".
+    files, weights: keys of cfg whose contents are part of the run's identity. UserError where run_dir holds a
+    run and `resume` is "never", or where settings or files differ and `resume` is "exact".
 
-    accelerator, device, main: of this process. checkpoint: the folder to resume from, or None. state:
-    {"step", "best", "best_step", "settings", "minutes"}, stored in every checkpoint. notes: lines for the
-    start of the log. After steps() has begun: first, last, total, warmup (numbers of steps).
+    corpus: of cfg.corpus, or None. checkpoint: the folder to resume from, or None. state: stored in every
+    checkpoint. notes: lines for the start of the log. first, last, total, warmup: steps, set by steps().
     """
 
-    def __init__(self, cfg, corpus, files, weights):
+    def __init__(self, cfg, files, weights):
         self.cfg, self.dir = cfg, Path(cfg.run_dir)
         must_be_one_of(cfg, mixed_precision=("no", "fp16", "bf16"), tracker=("none", "wandb"))
         must_be_one_of(cfg, resume=("never", "exact", "changed"))
@@ -66,12 +63,14 @@ class Run:
         devices = self.accelerator.num_processes
         if cfg.batch_size % devices:
             raise UserError(f"batch_size {cfg.batch_size} is not shared by {devices} devices")
+        with self.accelerator.main_process_first():  # the first to open a corpus writes its index
+            self.corpus = Corpus(cfg.corpus, cfg.corpus_format) if cfg.corpus else None
 
         # the identity of the run: its settings, the contents of its files, the number of devices
         settings = {key: value for key, value in vars(cfg).items() if key not in FREE}
         content = {key: folder_hash(getattr(cfg, key)) for key in files}
         content |= {key: weights_hash(getattr(cfg, key)) for key in weights}
-        content["corpus"] = corpus.sha256 if corpus else ""
+        content["corpus"] = self.corpus.sha256 if self.corpus else ""
         settings |= {f"content of {key}": digest[:16] for key, digest in content.items()}
         settings["devices"] = devices
         self.fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
@@ -117,18 +116,16 @@ class Run:
         optimizer = make_optimizer(named, self.cfg)
         if self.checkpoint:
             load_moments(self.checkpoint, optimizer)
-        return self.accelerator.prepare(
-            optimizer
-        )  # for fp16's loss scaler; the trainers sum gradients themselves
+        # for fp16's loss scaler; the trainers sum gradients themselves
+        return self.accelerator.prepare(optimizer)
 
     # ------------------------------------------------------------ the loop
     def steps(self, examples, batch_of, story, unit="questions"):
         """
         Yield (step, batch) from where the run stands to where it ends.
 
-        examples: how many there are; what does not fill a batch is left over in every epoch. batch_of(step)
-        makes a batch; the next one is made in a thread meanwhile. story: what the log's first line says of
-        this trainer.
+        examples: how many there are; every epoch leaves over what does not fill a batch. batch_of(step): the
+        next batch is made in a thread meanwhile. story: what the log's first line says of this trainer.
         """
         self.unit = unit
         self._schedule(examples)
@@ -191,11 +188,9 @@ class Run:
 
     def log(self, shown, hidden):
         """
-        Count a step, write its numbers, print its line.
+        Count a step, write its numbers, print `step 12/400 | loss 0.412 | lr 1.91e-05 | ... | eta 2h13m`.
 
         shown: name -> number, printed and written to metrics.jsonl; hidden: written only.
-        The line: `step 12/400 | loss 0.412 | acc 0.871 | lr 1.91e-05 | 512.0 questions/s | 11.2 GB | eta
-        2h13m`.
         """
         seconds = time.time() - self.step_began
         self.state["step"] += 1
@@ -207,11 +202,9 @@ class Run:
         rate = f"{self.cfg.batch_size / seconds:.1f} {self.unit}/s"
         memory = f"{peak_memory(self.device) / 1e9:.1f} GB"
         left = (time.time() - self.began) / (done - self.first) * (self.last - done)
-        minutes, hours = (
-            f"{left // 60:.0f}m{left % 60:02.0f}s",
-            f"{left // 3600:.0f}h{left % 3600 // 60:02.0f}m",
-        )
-        eta = hours if left >= 3600 else minutes
+        eta = f"{left // 60:.0f}m{left % 60:02.0f}s"
+        if left >= 3600:
+            eta = f"{left // 3600:.0f}h{left % 3600 // 60:02.0f}m"
         self.say(f"step {done:>6}/{self.last} | {values} | {rate} | {memory} | eta {eta}")
 
     def time_to_evaluate(self):
@@ -220,9 +213,7 @@ class Run:
         return done % (self.cfg.eval_every or self.per_epoch) == 0 or done == self.last
 
     def dev(self, metrics, by, sign):
-        """
-        Log the dev metrics; this step's weights are the best when sign * metrics[by] is the largest yet.
-        """
+        """Log the dev metrics; this step is the best when sign * metrics[by] is the largest yet."""
         best = self.state["best"]
         better = best is None or sign * metrics[by] > sign * best
         if better:
@@ -233,11 +224,10 @@ class Run:
 
     def save(self, models, optimizer, evaluated):
         """
-        Save a checkpoint when one is due: after an evaluation, every save_every steps, at the end, and on a
-        signal.
+        Save {name: model} when due: after an evaluation, every save_every steps, at the end, on a signal.
 
-        A signal then ends the process with 128 + its number and the command that goes on. models: name ->
-        model. Without a dev set the newest weights are the best.
+        A signal then ends the process with 128 + its number and the command that goes on. Without a dev set
+        the newest weights are the best.
         """
         done = self.state["step"]
         for model in models.values():
@@ -253,13 +243,12 @@ class Run:
             if self.accelerator.scaler:
                 state["scaler"] = self.accelerator.scaler.state_dict()
             save_checkpoint(self.dir, done, models, optimizer, state, self.state["best_step"])
-        if done == self.last:
+        if done == self.last:  # steps() publishes
             self.state["minutes"] = minutes
-        elif stop:
-            self._publish()
+            return
+        self._publish()
+        if stop:
             self._stop(done)
-        else:
-            self._publish()
 
     def _remember(self, number, _):
         self.caught.append(number)
@@ -282,9 +271,7 @@ class Run:
 
     # ------------------------------------------------------------ logs
     def _open_logs(self):
-        """
-        Open log.txt and metrics.jsonl; drop the rows after the checkpoint, so that every step stands once.
-        """
+        """Open log.txt and metrics.jsonl, without the rows after the checkpoint: every step stands once."""
         path, kept = self.dir / "metrics.jsonl", []
         for line in path.read_text().splitlines() if path.is_file() else []:
             try:

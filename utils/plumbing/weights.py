@@ -17,7 +17,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from utils.encoder import Encoder
+from utils.encoder import POOLINGS, TOKEN_TYPES, Encoder
 from utils.plumbing.config import UserError, memory_is_full, model_fault, nearest
 from utils.plumbing.files import atomic_folder, read_json, write_json
 
@@ -29,8 +29,8 @@ DPR_INPUTS = {"question_tokens": 256, "passage_tokens": 256, "pooling": "cls", "
 # what encoder_inputs.json may say; the lengths are numbers, `pair` is a text
 CHOICES = {
     "role": ("question", "passage", "shared", "cross", "reader", "fid"),
-    "pooling": ("cls", "mean"),
-    "token_types": ("zeros", "segments"),
+    "pooling": POOLINGS,
+    "token_types": TOKEN_TYPES,
 }
 LENGTHS = ("question_tokens", "passage_tokens", "pair_tokens", "reader_tokens", "answer_tokens")
 HAVE_POOLER = ("bert", "ernie", "roberta", "xlm-roberta")
@@ -133,6 +133,8 @@ def read_inputs(path, what="model"):
     stored = read_json(file) if file.is_file() else {}
     if not isinstance(stored, dict):
         raise UserError(f"{file}: expected a json object")
+    if stored.get("neighbors") is False:  # readers of before December 2026 have this key
+        del stored["neighbors"]
     for key, value in stored.items():
         if fault := input_fault(key, value):
             raise UserError(f"{file}: {key!r}: {value!r}: {fault}")
