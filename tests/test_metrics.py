@@ -15,11 +15,9 @@ from utils.metrics import bootstrap_interval, hit_at, mrr, ndcg, positive_ranks,
 from utils.plumbing.config import ROOT
 from utils.text import has_answer
 
-GOLDEN = Path(__file__).parent / "golden"
-
 
 def golden(name):
-    return json.loads((GOLDEN / f"{name}.json").read_text())["cases"]
+    return json.loads((Path(__file__).parent / "golden" / f"{name}.json").read_text())["cases"]
 
 
 def value(table):
@@ -32,8 +30,7 @@ def test_topk_accuracy_golden():
     for case in golden("topk_accuracy"):
         ks = list(range(1, case["n_docs"] + 1))
         ours = topk_accuracy([[bool(hit) for hit in hits] for hits in case["hits"]], ks)
-        assert list(ours) == ks
-        assert list(ours.values()) == pytest.approx(case["accuracies"], abs=1e-9)
+        assert ours == pytest.approx(dict(zip(ks, case["accuracies"], strict=True)), abs=1e-9)
 
 
 def first_ranks(qrels, run):
@@ -80,27 +77,19 @@ def test_positive_ranks_golden():
 
 
 # ---------------------------------------------------------------- by hand
-def test_topk_accuracy_counts_short_and_empty_lists():
-    """A question with few or no results stays in the denominator, and long lists are read to the end."""
+def test_metrics_by_hand():
+    """
+    A question with few or no results stays in the denominator, and long lists are read to the end. Of equal
+    scores and NaN the positive is the last. Rank 0 is a miss; the cutoff itself still counts. nDCG is the DCG
+    over the best DCG that the relevant passages allow, those not retrieved included.
+    """
     hits = [[False], [], [False, False, True], [True]]
     assert topk_accuracy(hits, [1, 3, 100]) == {1: 0.25, 3: 0.5, 100: 0.5}
-
-
-def test_positive_ranks_are_pessimistic():
-    """A collapsed encoder (all scores equal) and a broken one (NaN) rank last, where a sort may say first."""
     assert positive_ranks(np.zeros((2, 5), np.float32), [0, 4]).tolist() == [5, 5]
     assert positive_ranks(np.array([[np.nan, 1, 2], [np.nan, 1, 0]]), [0, 1]).tolist() == [3, 2]
-
-
-def test_mrr_and_hit_by_hand():
-    """Rank 0 is a miss; the cutoff itself still counts."""
     assert mrr([1, 4, 0, 11], 10) == pytest.approx((1 + 1 / 4) / 4)
     assert mrr([10], 10) == pytest.approx(0.1)
     assert hit_at([1, 4, 0, 11], 4) == 0.5
-
-
-def test_ndcg_by_hand():
-    """DCG over the best DCG that the relevant passages allow, those not retrieved included."""
     assert ndcg([[True, True, False]], [2], 10) == 1.0
     assert ndcg([[False, True]], [1], 10) == pytest.approx(1 / np.log2(3))
     assert ndcg([[True, False, True]], [3], 2) == pytest.approx(1 / (1 + 1 / np.log2(3)))

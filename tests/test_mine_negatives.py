@@ -2,7 +2,6 @@
 
 import json
 import random
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +9,7 @@ import pytest
 
 import mine_negatives
 from mine_negatives import Found, teleport
-from tests.processes import command
+from tests.test_trainers import main
 from utils import bm25
 from utils.data import Corpus, read_questions, write_run
 from utils.plumbing.config import UserError
@@ -122,10 +121,7 @@ def test_rocketqa_marco_dual_encoder_file(case, tmp_path):
 
 @pytest.mark.parametrize("case", cases("construct_nq_train_de.py"))
 def test_rocketqa_nq_dual_encoder_file(case, tmp_path):
-    """
-    Step 3 on NQ: the first passage with an answer, the first without one and under 0.1. Quirk not kept: the
-    original deletes all spaces, so that parts of words are answers.
-    """
+    """Step 3 on NQ: the first passage with an answer, the first without one and under 0.1."""
     keys = dict(mode="denoise", negatives=1, depth=100, positives="ranking", match_title=True)
     lines = rocketqa(case, tmp_path, **keys)
     wanted = case.get("with_token_match", case)["expected_ids"]
@@ -134,9 +130,7 @@ def test_rocketqa_nq_dual_encoder_file(case, tmp_path):
 
 @pytest.mark.parametrize("case", cases("construct_nq_train_ce.py"))
 def test_rocketqa_nq_cross_encoder_file(case, tmp_path):
-    """
-    Step 2 on NQ: the original's draw is unseeded, so: its positive, one of its pool; ours twice the same.
-    """
+    """Step 2 on NQ: the original's draw has no seed: its positive, one of its pool; ours twice the same."""
     keys = dict(mode="denoise", negatives=1, depth=100, positives="ranking", match_title=True)
     lines, again = (rocketqa(case, tmp_path, **keys) for _ in range(2))
     wanted = case.get("with_token_match", case)
@@ -147,11 +141,7 @@ def test_rocketqa_nq_cross_encoder_file(case, tmp_path):
 
 @pytest.mark.parametrize("case", cases("construct_unlabel_train_de.py"))
 def test_rocketqa_pseudo_labels(case, tmp_path):
-    """
-    Step 4: the favourite above 0.9, the first of equals; negatives under 0.1 in the order of the ranking.
-    Quirk
-    not kept: the original skips an id that is a part of the positive's id.
-    """
+    """Step 4: the favourite above 0.9, the first of equals; negatives under 0.1 in the ranking's order."""
     n = {"marco": 4, "nq": 1}[case["dataset"]]
     lines = rocketqa(case, tmp_path, mode="pseudo_label", negatives=n, depth=50)
     wanted = case.get("expected_ids_without_quirk", case["expected_ids"])
@@ -159,9 +149,7 @@ def test_rocketqa_pseudo_labels(case, tmp_path):
 
 
 def test_thresholds_are_strict_and_a_false_negative_is_stopped(corpus, tmp_path):
-    """
-    By hand: 0.1 is not below 0.1; a passage that the cross-encoder likes is no negative whatever its rank.
-    """
+    """By hand: 0.1 is not below 0.1; a passage that the cross-encoder likes is no negative at any rank."""
     write_run(tmp_path / "x.run", [("q", ALL)])
     scored = [("2", 0.95), ("3", 0.1), ("4", 0.0999999), ("1", 0.05), ("5", 0.01)]
     write_run(tmp_path / "s.run", [("q", scored)])
@@ -205,9 +193,7 @@ def test_scores_that_are_not_of_this_ranking_are_refused(corpus, tmp_path, score
 
 
 def test_draw_ends_and_is_fair():
-    """
-    Where fewer are allowed than wanted the original loops for ever; all of them come out, equally often.
-    """
+    """Where fewer are allowed than wanted the original loops for ever; here all come out, equally often."""
     rng, letters = random.Random(0), list("abcdef")
     draw, allowed = mine_negatives.draw_at_random, "ace".__contains__
     assert sorted(draw(letters, allowed, 4, rng)) == ["a", "c", "e"] and draw([], allowed, 2, rng) == []
@@ -231,11 +217,7 @@ def ance_questions(case):
 
 @pytest.mark.parametrize("case", ANCE_TELE, ids=lambda case: f"{case['style']}-{case['n_sample']}")
 def test_ance_tele_golden(case, tmp_path):
-    """
-    ANN, look-ahead, both and with momentum: drop the positives, cut, shuffle, cut, one generator a file.
-    Quirks
-    not kept: questions of equal text change negatives; MARCO's drops a question that momentum lacks.
-    """
+    """ANN, look-ahead, both and with momentum: drop positives, cut, shuffle, cut, one generator a file."""
     bare = {pid: {"title": "", "text": f"text {pid}"} for run in ("ann_run", "lookahead_run")
             for ids in case[run].values() for pid in ids}  # fmt: skip
     passages = case.get("passages", bare)
@@ -271,7 +253,7 @@ def test_ance_tele_golden(case, tmp_path):
         for qid, entry in expected["ann"].items():
             (ours,) = ann[qid][0][:1]
             assert entry["positives"][0] == (ours if isinstance(ours, str) else f"ctx:{qid}:0")
-    if "reference_quirk" in case:
+    if "reference_quirk" in case:  # MARCO's drops a question that momentum lacks
         return
     last = {q: (v["negatives"] if nq else v) for q, v in case["momentum"].items()}
     for qid, (_, neg) in ann.items():
@@ -283,10 +265,7 @@ def test_ance_tele_golden(case, tmp_path):
 
 
 def test_teleport_joins_its_three_sources_through_files(tmp_path):
-    """
-    The command's way: one generator a file, momentum last, a question without ANN negatives left out, and the
-    two runs of a golden case give its lists when both are in one order.
-    """
+    """Through files: one generator each, momentum last, a question without ANN negatives left out."""
     case = ANCE_TELE[0]
     ids = sorted({p for r in ("ann_run", "lookahead_run") for v in case[r].values() for p in v}, key=int)
     corpus = write_corpus(tmp_path / "c.tsv", {p: ("", f"text {p}") for p in ids})
@@ -378,7 +357,7 @@ def test_nothing_is_dropped_silently(corpus, tmp_path):
     assert list(by_qid(keep_without_positives=True)[0]) == ["none", "gold", "unranked"]
 
 
-def test_mining_command(corpus, tmp_path, monkeypatch, capsys):
+def test_mining_command(corpus, tmp_path, capsys):
     """The rehearsal: BM25's ranking in, a training file out that the trainer's reader accepts."""
     asked = question("q", ["1"], ["Norway"]) | {"question": "capital of norway oslo"}
     index = bm25.build_bm25(corpus, tmp_path / "index")
@@ -386,8 +365,7 @@ def test_mining_command(corpus, tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "x.run", [("q", [(corpus[row].id, score) for row, score in hits])])
     keys = {"questions": write_json_lines(tmp_path / "q.jsonl", [asked]), "run": tmp_path / "x.run"}
     keys |= {"corpus": corpus.path, "out": tmp_path / "train.jsonl", "negatives": 2}
-    monkeypatch.setattr(sys, "argv", command("mine_negatives.py", keys)[1:])
-    mine_negatives.main()
+    main("mine_negatives.py", keys)
     (mined,) = read_questions(tmp_path / "train.jsonl", need=("positives", "negatives"))
     assert mined["negatives"] == ["4", "5"] and mined["positives"] == ["1"]
     assert "1 lines written, 2 negatives" in capsys.readouterr().out
