@@ -60,7 +60,7 @@ def check_inputs(cfg, question):
 
 
 def load(cfg):
-    """Load everything once: a namespace of corpus, shards, bm25, encoder and reader (None without one)."""
+    """Return a namespace of corpus, shards, bm25, encoder and reader (None without one)."""
     # why imported here and below: torch takes seconds, and a mistake on the command line should show at once
     import torch
 

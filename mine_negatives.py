@@ -135,7 +135,7 @@ def denoise(question, found, corpus, cfg, rngs):
 
 
 def pseudo_label(question, found, corpus, cfg, rngs):
-    """RocketQA, for questions without answers: the positive is the cross-encoder's favourite, if it is sure."""
+    """RocketQA, for questions without answers: the cross-encoder's favourite is positive if it is sure."""
     scored = [pid for pid in found.ranked[: cfg.depth] if pid in found.scores]
     best = max(scored, key=found.scores.get, default=None)  # the first of equals
     if best is None or found.scores[best] <= cfg.positive_above:
@@ -196,7 +196,7 @@ def read_found(questions, cfg, counts):
     excluded = read_questions(cfg.exclude) if cfg.exclude else []
     never = {question["qid"]: frozenset(gold_ids(question)) for question in excluded}
 
-    # differs: the originals keep all rankings in memory; here one question's, so all files are in one order
+    # differs: the originals keep all rankings in memory; here all files must be in one order
     readers = []
     for path, read in (cfg.scores, iter_run), (cfg.lookahead_run, iter_run), (cfg.momentum, iter_negatives):
         readers.append(aligned_reader(path, read(path) if path else iter(()), cfg.run))
@@ -259,7 +259,7 @@ def training_lines(example, cfg):
     if not cfg.scores:
         yield example
         return
-    # why pairs: so RocketQA counts its epochs. The positives take turns; the first of a list is trained on
+    # why pairs: RocketQA counts its epochs so. The positives take turns: the first of a list is trained on
     positives = example["positives"]
     for i, negative in enumerate(example["negatives"]):
         first = positives[i % len(positives)]
@@ -313,7 +313,6 @@ def main():
                 cure = "look at the scores: do negative_below and positive_above lie among them?"
             raise UserError(f"{cfg.out}: no question is left ({dict(+counts)}); {cure}")
 
-    # say what became of every question
     report_regex_failures()
     print(f"{cfg.out}: " + ", ".join(f"{n:,} {event}" for event, n in sorted(counts.items()) if n))
 

@@ -92,7 +92,8 @@ def read_blocks(todo, questions, corpus, cross, cfg):
     def tokenize(block):
         pairs = []
         for qid, hits in block[1]:
-            pairs += [(questions[qid]["question"], corpus.passage(pid)) for pid, _ in hits]
+            question = questions[qid]["question"]
+            pairs += [(question, corpus.passage(pid)) for pid, _ in hits]
         return *block, tokenize_pairs(cross, pairs)
 
     return prefetch(tokenize, blocks())

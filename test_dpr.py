@@ -101,7 +101,7 @@ def read_bm25(questions, corpus, cfg):
 
 # ---------------------------------------------------------------- model
 def load_question_encoder(cfg, dim, device):
-    """Return the question tower, whose vectors must have the `dim` dimensions of the passages'."""
+    """Return the question tower; its vectors must have `dim` dimensions."""
     encoder = load_encoder(cfg.query_encoder, "question").to(device)
     if encoder.dim != dim:
         raise UserError(f"{cfg.query_encoder}: {encoder.dim} dimensions, {cfg.embeddings}: {dim}")
@@ -177,7 +177,7 @@ def main():
     cfg = load_config(__doc__, "config/test_dpr.yaml")
     check_settings(cfg)
 
-    # read everything but the model: most mistakes show here, in seconds
+    # read everything but the model
     questions = read_questions(cfg.questions)
     if cfg.lookahead:
         questions = with_positive_id(questions, cfg.questions)

@@ -31,10 +31,7 @@ from utils.plumbing.run import Run
 
 # ---------------------------------------------------------------- data: a batch is a function of (seed, step)
 def read_pairs(path, corpus):
-    """
-    Read a questions file: (its examples, pairs (question, passage entry, label), a line for the log).
-    The pairs come question by question, positives before negatives. UserError where there are no negatives.
-    """
+    """Read (examples, [(question, passage entry, label), ...], a log line): of a question positives first."""
     examples, note = read_training(path, corpus)
     if not any(example["negatives"] for example in examples):
         raise UserError(f"{path}: no question has any negatives, so label 1 would always be right; mine some")
@@ -64,7 +61,7 @@ def make_batch(step, pairs, corpus, cross, cfg):
     first = offset * cfg.batch_size + rank * share
     picked = [pairs[i] for i in order[first : first + share]]
 
-    # chunks of pairs of like length. why: a chunk costs as much as its longest row
+    # chunks of pairs of like length: a chunk costs as much as its longest row
     ids = tokenize(picked, corpus, cross)
     places = by_length(ids)
     chunks = []

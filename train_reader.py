@@ -232,7 +232,8 @@ def main():
     run = Run(cfg, files, weights=("init",))
     corpus = run.corpus
     examples, train_note = reading.read_ranking(cfg.train, cfg.train_run, corpus, cfg.train_depth)
-    dev, dev_note = [], "no dev set: the last checkpoint is the best"
+    dev = []
+    dev_note = "no dev set: the last checkpoint is the best"
     if cfg.dev:
         dev, dev_note = reading.read_ranking(cfg.dev, cfg.dev_run, corpus, cfg.test_depth)
     gold = {}

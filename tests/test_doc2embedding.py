@@ -98,8 +98,7 @@ def test_vectors_that_are_no_numbers_stop_it(world, encode, tmp_path):
     with torch.no_grad():
         encoder.model.embeddings.word_embeddings.weight[oslo] = float("nan")
     save_encoder(encoder, tmp_path / "nan")
-    wanted = "passage '16': its vector holds NaN or infinity; the weights are broken"
-    with pytest.raises(UserError, match=wanted):
+    with pytest.raises(UserError, match="passage '16': its vector holds NaN .*; the weights are broken"):
         encode(doc_encoder=tmp_path / "nan")
     encoder = load_encoder(world / "doc_encoder", "passage")
     with torch.no_grad():
@@ -107,9 +106,8 @@ def test_vectors_that_are_no_numbers_stop_it(world, encode, tmp_path):
     save_encoder(encoder, tmp_path / "large")
     with pytest.raises(UserError, match="passage '1': its vector reaches .* use --dtype float32"):
         encode("f16", doc_encoder=tmp_path / "large")
-    assert np.isfinite(
-        open_embeddings(encode("f32", doc_encoder=tmp_path / "large", dtype="float32"))[0][0]
-    ).all()
+    shards, _ = open_embeddings(encode("f32", doc_encoder=tmp_path / "large", dtype="float32"))
+    assert np.isfinite(shards[0]).all()
 
 
 # ---------------------------------------------------------------- crashes

@@ -52,7 +52,8 @@ def ndcg(relevances, n_relevant, cutoff):
     """
     values = []
     for relevant, n in zip(relevances, n_relevant, strict=True):
-        gain = discounted(rank for rank, right in enumerate(relevant[:cutoff], 1) if right)
+        ranks = [rank for rank, right in enumerate(relevant[:cutoff], 1) if right]
+        gain = discounted(ranks)
         ideal = discounted(range(1, min(n, cutoff) + 1))
         values.append(gain / ideal if n else 0.0)
     return mean(values)
