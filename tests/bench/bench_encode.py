@@ -5,19 +5,13 @@ matrix products; and memory by corpus size.
 Run: python tests/bench/bench_encode.py speed --model runs/dpr_nq/doc_encoder --corpus data/nq/corpus.tsv
      python tests/bench/bench_encode.py memory
 
-speed: the same passages, weights and threads; every turn runs all ways one after the other, so that a slow
-minute of the machine hits all of them. Timed: from texts to vectors, tokenising included, loading not.
-nanoDPR's way is written anew: batches of 32 in corpus order, padded to --length (256), fp32.
-sentence-transformers (if --peer_python names a python that has it) waits between its turns in a process of
-its own (written for version 6.2); its texts are pairs (title, text), lengths, pooling and token types those
-of --model, so its vectors must be ours. --length is the maximum of all, whatever --model was trained with.
-Tevatron twice; both read "title text" as one text, and their vectors must be ours of that text:
-  the package on PyPI (0.1.0, of 2022; if --tevatron_python names a python that has it) in a process of its
-  own, its driver's main() from a jsonl file to a pickle: passages tokenised one by one, padded to
-  passage_tokens. It needs transformers 4 (it calls encode_plus, gone in 5), which runs the same BERT, and
-  reads a copy of --model with vocab.txt (it asks for the slow tokenizer).
-  its way of today (repository, 2.x; not on PyPI), restated from its behaviour: corpus order, a batch
-  tokenised at a time and padded to its longest, then to a multiple of 16, fp32, pickled at the end.
+speed: the same passages, weights and threads, from texts to vectors; loading is not timed. nanoDPR's way is
+written anew: batches of 32 in corpus order, padded to --length (256), fp32. sentence-transformers (written
+for 6.2; where --peer_python names a python that has it) waits between its turns in a process of its own. Its
+texts are pairs (title, text), lengths, pooling and token types those of --model: its vectors must be ours.
+Tevatron's way (repository, 2.x) is restated from its behaviour: "title text" is one text; corpus order, a
+batch tokenised at a time and padded to its longest, then to a multiple of 16, fp32, pickled at the end. Its
+vectors must be ours of that text.
 Printed: passages per second; the ratios to nanoDPR's way and to ours within a turn (median, range); "apart":
 the largest difference from nanoDPR's vectors (Tevatron: from ours of its text) over the largest number.
 --mixed_precision bf16 adds ours under autocast, as doc2embedding.py does it, and Tevatron's --bf16 (weights
@@ -76,40 +70,6 @@ for line in sys.stdin:
     print("answer:", seconds, flush=True)
 """
 
-TEVATRON = """
-import json, os, sys, time
-import datasets, numpy as np, torch
-from tevatron.driver import encode
-model, length, batch, threads, folder = sys.argv[1:]
-os.chdir(folder)
-os.mkdir("texts")
-with open("texts/train.jsonl", "w") as file:
-    for i, (title, text) in enumerate(json.load(open("texts.json"))):
-        file.write(json.dumps({"docid": str(i), "title": title, "text": text}) + chr(10))
-torch.set_num_threads(int(threads))
-datasets.disable_caching()  # or the second turn would find its tokens ready
-datasets.disable_progress_bars()
-encode.tqdm = lambda loader: loader
-def once(load):
-    kept = []
-    return lambda *inputs, **settings: kept[0] if kept else kept.append(load(*inputs, **settings)) or kept[0]
-encode.AutoTokenizer.from_pretrained = once(encode.AutoTokenizer.from_pretrained)
-encode.DenseModelForInference.build = once(encode.DenseModelForInference.build)
-say = os.fdopen(os.dup(1), "w", buffering=1)
-os.dup2(2, 1)
-flags = ["--output_dir", "out", "--model_name_or_path", model, "--dataset_name", "texts"]
-flags += ["--p_max_len", length, "--per_device_eval_batch_size", batch, "--dataset_proc_num", threads]
-flags += ["--encoded_save_path", "out.pkl"]
-print("answer: 0", file=say)
-for turn, line in enumerate(sys.stdin):
-    sys.argv = ["encode", *flags, "--data_cache_dir", "cache%d" % turn]
-    began = time.perf_counter()
-    encode.main()
-    seconds = time.perf_counter() - began
-    np.save("peer.npy", np.load("out.pkl", allow_pickle=True)[0])
-    print("answer:", seconds, file=say)
-"""
-
 
 # ---------------------------------------------------------------- the ways
 def padded(encoder, ids, length):
@@ -150,7 +110,7 @@ def tevatron(encoder, passages, batch):
 
 
 def joined(encoder, passages):
-    """Id lists of "title text", one text, as both of Tevatron's read it."""
+    """Id lists of "title text", one text, as Tevatron reads it."""
     texts = [f"{passage.title} {passage.text}" for passage in passages]
     return encoder.tokenizer(texts, truncation=True, max_length=encoder.inputs["passage_tokens"]).input_ids
 
@@ -160,35 +120,6 @@ def ours(encoder, passages, batch, **autocast):
     from utils.encoder import embed, tokenize_passages
 
     return embed(encoder, tokenize_passages(encoder, passages), batch, **autocast)
-
-
-def old_folder(encoder, folder):
-    """The encoder in a form that transformers 4 can read: it does not know the tokenizer files of 5."""
-    encoder.model.save_pretrained(folder)
-    vocabulary = encoder.tokenizer.get_vocab()
-    (folder / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.get)) + "\n", "utf-8")
-    lower = getattr(encoder.tokenizer, "do_lower_case", True)
-    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": lower}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-
-
-def start_peers(args, encoder, passages, top):
-    """Return {name: a process that encodes the passages into top/name/peer.npy at every turn}."""
-    sources = {
-        "sentence-transformers": (args.peer_python, PEER, ("pooling", "token_types", "passage_tokens"))
-    }
-    sources["Tevatron 0.1.0"] = (args.tevatron_python, TEVATRON, ("passage_tokens",))
-    peers = {}
-    for name, (python, code, keys) in sources.items():
-        if python:
-            (folder := Path(top) / name).mkdir()
-            (folder / "texts.json").write_text(json.dumps([(p.title, p.text) for p in passages]))
-            model = args.model
-            if code is TEVATRON:
-                old_folder(encoder, model := folder / "model")
-            inputs = [*(encoder.inputs[key] for key in keys), args.batch_size, args.threads]
-            peers[name] = Peer(python, "-c", code, model, *inputs, folder)
-    return peers
 
 
 # ---------------------------------------------------------------- FLOP
@@ -235,33 +166,32 @@ def speed(args):
     shapes = {"the model's shapes": [(T, D, D)] * 4 + [(T, D, inner), (T, inner, D)]}
     shapes["squares"] = [(2048, 2048, 2048)]
 
-    ways, vectors = {}, {}
-
-    def add(name, encode, *given, **named):
-        def way():
-            vectors[name] = encode(*given, **named)
-
-        ways[name] = way
-
     size = args.batch_size
-    add("nanoDPR's way", nano_dpr, encoder, passages)
-    add("ours", ours, encoder, passages, size)
-    add("Tevatron's way", tevatron, encoder, passages, size)
+    ways = {"nanoDPR's way": functools.partial(nano_dpr, encoder, passages)}
+    ways["ours"] = functools.partial(ours, encoder, passages, size)
+    ways["Tevatron's way"] = functools.partial(tevatron, encoder, passages, size)
     dtypes = {"": torch.float32}
     if args.mixed_precision == "bf16":
         dtypes[", bf16"] = torch.bfloat16
         autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
-        add("ours, bf16", ours, encoder, passages, size, autocast=autocast)
-        add("Tevatron's way, bf16", tevatron, copy.deepcopy(encoder).bfloat16(), passages, size)
+        ways["ours, bf16"] = functools.partial(ours, encoder, passages, size, autocast=autocast)
+        half = copy.deepcopy(encoder).bfloat16()
+        ways["Tevatron's way, bf16"] = functools.partial(tevatron, half, passages, size)
+    vectors = {name: way() for name, way in ways.items()}  # it also warms up
     for name in shapes:
         for kind, dtype in dtypes.items():
             ways[f"GEMM, {name}{kind}"] = functools.partial(gemm, shapes[name], dtype)
     with tempfile.TemporaryDirectory() as top:
-        peers = start_peers(args, encoder, passages, top)
-        seconds = take_turns(ways | peers, args.repeat)
-        for name, peer in peers.items():
+        if args.peer_python:
+            (Path(top) / "texts.json").write_text(json.dumps([(p.title, p.text) for p in passages]))
+            inputs = [encoder.inputs[key] for key in ("pooling", "token_types", "passage_tokens")]
+            inputs += [size, args.threads, top]
+            ways["sentence-transformers"] = peer = Peer(args.peer_python, "-c", PEER, args.model, *inputs)
+            peer()
+            vectors["sentence-transformers"] = np.load(Path(top) / "peer.npy")
+        seconds = take_turns(ways, args.repeat, warm_up=0)
+        if args.peer_python:
             peer.end()
-            vectors[name] = np.load(Path(top) / name / "peer.npy")
 
     expected = {True: embed(encoder, joined(encoder, passages), size), False: vectors["nanoDPR's way"]}
     apart = {}
@@ -339,7 +269,6 @@ def main():
     options.add_argument("--length", type=int, default=256, help="maximum tokens of a passage")
     options.add_argument("--batch_size", type=int, default=32, help="of all ways but nanoDPR's")
     options.add_argument("--peer_python", default="", help="python with sentence-transformers")
-    options.add_argument("--tevatron_python", default="", help="python with tevatron 0.1.0, transformers 4")
     options.add_argument(
         "--mixed_precision", default="no", choices=("no", "bf16"), help="bf16: two more ways"
     )

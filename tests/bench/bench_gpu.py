@@ -26,7 +26,6 @@ random. That the ways compute the same is checked on CPUs by the other benchmark
 """
 
 import copy
-import functools
 import gc
 import statistics
 import sys
@@ -34,6 +33,7 @@ import tempfile
 import time
 import traceback
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -48,7 +48,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.bench import bench_train  # noqa: E402
 from tests.bench.bench_encode import nano_dpr, ours, useful_flop  # noqa: E402
 from tests.bench.harness import parser, ratios, spread, take_turns  # noqa: E402
-from utils import encoder as encoder_module  # noqa: E402
 from utils import search as search_module  # noqa: E402
 from utils.corpus import Corpus  # noqa: E402
 from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pairs  # noqa: E402
@@ -69,16 +68,16 @@ def wait(device):
         torch.cuda.synchronize(device)
 
 
-def turns(works, n, device, before=1):
-    """{name: seconds of n turns}, after some that only warm up."""
-    return take_turns(works, n, before, lambda: wait(device))
+def turns(works, args, before=1):
+    """{name: seconds of args.repeat turns}, after some that only warm up."""
+    return take_turns(works, args.repeat, before, lambda: wait(args.device))
 
 
 def autocast_of(args, kind):
     """What doc2embedding.py and the trainers put around a forward pass."""
     if kind == "fp32":
         return nullcontext
-    return functools.partial(torch.autocast, torch.device(args.device).type, DTYPES[kind])
+    return partial(torch.autocast, torch.device(args.device).type, DTYPES[kind])
 
 
 def peak_of(work, device):
@@ -118,7 +117,7 @@ def gemm(args):
         torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
         dtype = DTYPES.get(kind, torch.float32)
         a_nn, b_nn = (torch.randn(n, n, device=args.device, dtype=dtype) for _ in range(2))
-        spent = turns({kind: lambda a=a_nn, b=b_nn: [a @ b for _ in range(10)]}, 5, args.device)[kind]
+        spent = turns({kind: lambda a=a_nn, b=b_nn: [a @ b for _ in range(10)]}, args)[kind]
         torch.backends.cuda.matmul.allow_tf32 = False
         args.peak[kind] = 10 * 2 * n**3 / statistics.median(spent)
         print(f"{kind}: {spread([10 * 2 * n**3 / s / 1e12 for s in spent], 1)} TFLOP/s")
@@ -137,25 +136,20 @@ def encode(args):
         lengths = [len(ids) for ids in tokenize_passages(encoder, passages)]
         few = passages[::8]  # the slow ways get an eighth
         works = {}
-
-        def add(name, encode, *given, **named):
-            works[name] = functools.partial(encode, *given, **named)  # noqa: B023
-
         bf16, fp16 = autocast_of(args, "bf16"), autocast_of(args, "fp16")
-        add("nanoDPR's way, fp32", nano_dpr, encoder, few)
-        add("nanoDPR's way, bf16", nano_dpr, encoder, few, bf16)
-        add("ours, fp32, batch 256", ours, encoder, few, 256)
+        works["nanoDPR's way, fp32"] = partial(nano_dpr, encoder, few)
+        works["nanoDPR's way, bf16"] = partial(nano_dpr, encoder, few, bf16)
+        works["ours, fp32, batch 256"] = partial(ours, encoder, few, 256)
         for size in sizes:
-            add(f"ours, bf16, batch {size}", ours, encoder, passages, size, autocast=bf16)
-        add("ours, fp16, batch 256", ours, encoder, passages, 256, autocast=fp16)
-        add("ours, bf16 weights, batch 256", ours, half, passages, 256)
-        add("the same, not padded ahead", not_ahead, half, passages)
+            works[f"ours, bf16, batch {size}"] = partial(ours, encoder, passages, size, autocast=bf16)
+        works["ours, fp16, batch 256"] = partial(ours, encoder, passages, 256, autocast=fp16)
+        works["ours, bf16 weights, batch 256"] = partial(ours, half, passages, 256)
         if theirs:
             texts = [(passage.title, passage.text) for passage in passages]
             quiet = {"batch_size": 256, "show_progress_bar": False}
-            add("sentence-transformers, bf16, 256", theirs.encode, texts, **quiet)
-        add("tokenising alone", tokenize_passages, encoder, passages)
-        seconds = turns(works, 3, args.device)
+            works["sentence-transformers, bf16, 256"] = partial(theirs.encode, texts, **quiet)
+        works["tokenising alone"] = partial(tokenize_passages, encoder, passages)
+        seconds = turns(works, args)
         mine = [name for name in works if "ours, bf16" in name]
         best = min(mine, key=lambda name: statistics.median(seconds[name]))  # noqa: B023
         print(f"{label}: {len(passages)} passages, {sum(lengths) / len(lengths):.0f} tokens on average")
@@ -170,12 +164,6 @@ def encode(args):
             note = "" if name.startswith("tokenising") else note
             rate = spread([len(passages) / s for s in spent], 0)
             print(f"  {name:34} {rate:>26}/s  best ours is {ratios(spent, seconds[best]):>22} x  {note}")
-
-
-def not_ahead(encoder, passages):
-    """Ours, with every batch padded and sent only when the last one is through."""
-    with patch.object(encoder_module, "prefetch", map):
-        return ours(encoder, passages, 256)
 
 
 def sentence_encoder(args):
@@ -201,9 +189,9 @@ def prepare_steps(args):
 
     def stepper(name, kind, size, shared=True):
         given = SimpleNamespace(
-            model=str(args.work / "bert"), chunk=args.chunk, device=args.device, shared=shared
+            model=str(args.work / "bert"), shared=shared, autocast=autocast_of(args, kind)
         )
-        given.autocast = autocast_of(args, kind)
+        given.chunk, given.device = args.chunk, args.device
         model, gradient = bench_train.make_way(name, given, rows, args.corpus)
         optimizer, at = torch.optim.AdamW(model.to(args.device).train().parameters(), lr=1e-5), [0]
 
@@ -237,7 +225,7 @@ def train(args):
                 fault = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
                 print(f"  {', '.join(key)}: not run: {fault}")
         print(f"  {size} questions, a positive and a negative each, chunk {args.chunk}")
-        seconds = turns(steps, 5, args.device, before=3)  # the first ones also fill torch's store of memory
+        seconds = turns(steps, args, before=3)  # the first ones also fill torch's store of memory
         mine = next(key for key in list(steps)[::-1] if key[0].startswith("ours"))
         for key, spent in seconds.items():
             rate, times = spread([size / s for s in spent], 1), ratios(spent, seconds[mine])
@@ -251,23 +239,19 @@ def train(args):
 
 def recipe(args):
     size, stepper = prepare_steps(args)
-    for shared, n in ((False, size), (True, args.big)):
-        for name in ("ours", "ours, grad_cache"):
-            for kind in ("fp32", "bf16"):
-                if n > size and (name, kind) != ("ours, grad_cache", "bf16"):
-                    continue
-                spent = []
-                try:
-                    step = stepper(name, kind, n, shared)
-                    step()  # AdamW's two states
-                    peak, _ = peak_of(step, args.device)
-                    spent = turns({name: step}, 3, args.device)[name]
-                    rate = spread([n / s for s in spent], 1)
-                    towers = "one shared tower" if shared else "two towers"
-                    print(f"  {name}, {kind}, {n} questions, {towers}: {rate} questions/s, {peak:.1f} GB")
-                except torch.OutOfMemoryError as error:
-                    print(f"  {name}, {kind}, {n} questions: {str(error).splitlines()[0]}")
-                step = None
+    cases = [(name, kind, size) for name in ("ours", "ours, grad_cache") for kind in ("fp32", "bf16")]
+    for name, kind, n in [*cases, ("ours, grad_cache", "bf16", args.big)]:
+        shared = n > size
+        what = f"{name}, {kind}, {n} questions, {'one shared tower' if shared else 'two towers'}"
+        try:
+            step = stepper(name, kind, n, shared)
+            step()  # AdamW's two states
+            peak, _ = peak_of(step, args.device)
+            spent = turns({name: step}, args)[name]
+            print(f"  {what}: {spread([n / s for s in spent], 1)} questions/s, {peak:.1f} GB")
+        except torch.OutOfMemoryError as error:
+            print(f"  {what}: {str(error).splitlines()[0]}")
+        step = None  # its weights make place for those of the next case
 
 
 def search(args):
@@ -306,11 +290,10 @@ def search(args):
             found["sent"] = exact_topk(questions, shards, k, device=args.device)
 
         works = {"bare product, fp32": product, "ours, resident": resident}
-        if Q > 32:
-            works["ours, sent by blocks"] = sent
+        works |= {"ours, sent by blocks": sent} if Q > 32 else {}
         rescored.clear()
         with patch.object(search_module, "rescore", timed_rescore):
-            seconds = turns(works, 2 if Q > 32 else 3, args.device, before=Q <= 32)
+            seconds = turns(works, args, before=Q <= 32)
         print(f"{N:,} x {D} fp16, {Q} questions, k = {k}")
         for name, spent in seconds.items():
             times = f", {ratios(seconds['bare product, fp32'], spent)} of the product's rate"
@@ -327,23 +310,18 @@ def rerank(args):
     n = 256 if args.tiny else 4096
     pairs = [(questions[i % len(questions)], args.corpus[i % len(args.corpus)]) for i in range(n)]
     cast = autocast_of(args, "bf16")
-
-    def mine():
-        probabilities(cross, tokenize_pairs(cross, pairs), 256, cast)
-
-    works = {"ours, bf16": mine}
+    works = {"ours, bf16": lambda: probabilities(cross, tokenize_pairs(cross, pairs), 256, cast)}
     try:
         from sentence_transformers import CrossEncoder
 
         peer = CrossEncoder(str(args.work / "cross"), max_length=160, device=args.device)
         peer.bfloat16()
         texts = [(question, f"{passage.title} {passage.text}") for question, passage in pairs]
-        works["sentence-transformers, bf16"] = lambda: peer.predict(
-            texts, batch_size=256, show_progress_bar=False
-        )
+        quiet = {"batch_size": 256, "show_progress_bar": False}
+        works["sentence-transformers, bf16"] = partial(peer.predict, texts, **quiet)
     except ImportError:
         print("sentence-transformers is not installed")
-    seconds = turns(works, 3, args.device)
+    seconds = turns(works, args)
     for name, spent in seconds.items():
         rate = spread([n / s for s in spent], 0)
         print(f"  {name:30} {rate} pairs/s, ours is {ratios(spent, seconds['ours, bf16'])} x")
@@ -359,15 +337,13 @@ def main():
     options.add_argument("--train", required=True, help="questions with answers and positives")
     options.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     options.add_argument("--passages", type=int, default=21_000_000)
-    options.add_argument(
-        "--chunk", type=int, default=256, help="passages in a pass of ours; questions: twice"
-    )
-    options.add_argument(
-        "--cached", type=int, default=512, help="questions of the ways with a gradient cache"
-    )
+    options.add_argument("--chunk", type=int, default=256, help="passages in a pass; questions: twice")
+    options.add_argument("--cached", type=int, default=512, help="questions with a gradient cache")
     options.add_argument("--big", type=int, default=2048, help="questions of the largest batch")
     options.add_argument("--tiny", action="store_true")
+    options.set_defaults(repeat=3)
     args = options.parse_args()
+    torch.set_num_threads(args.threads)
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.tiny:
         args.passages, args.big, args.cached = min(args.passages, 5000), 16, 16

@@ -17,6 +17,7 @@ A line for every combination of rows, dimensions and questions: the seconds of e
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -66,28 +67,19 @@ def by_topk(q_QD, shards, k):
 
 def compare(shards, index, q_QD, args):
     """Return {way: seconds of every turn} on one size."""
-    results = {}
 
-    def ours():
-        results["ours"] = exact_topk(q_QD, shards, args.k)
+    def flat(q_QD, shards, k):
+        return index.search(q_QD, min(k, index.ntotal))
 
-    def flat():
-        results["IndexFlatIP"] = index.search(q_QD, min(args.k, index.ntotal))
-
-    def knn():
-        results["knn"] = by_knn(q_QD, shards, args.k)
-
-    def topk():
-        results["torch.topk"] = by_topk(q_QD, shards, args.k)
-
-    ways = {"ours": ours, "IndexFlatIP": flat, "knn": knn, "torch.topk": topk}
-    seconds = take_turns(ways, args.repeat)
+    ways = {"ours": exact_topk, "IndexFlatIP": flat, "knn": by_knn, "torch.topk": by_topk}
+    ways = {name: partial(way, q_QD, shards, args.k) for name, way in ways.items()}
+    results = {name: way() for name, way in ways.items()}  # it also warms up
     scores_Qk, rows_Qk = results["ours"]
     for name in ("knn", "torch.topk"):
         assert np.array_equal(results[name][0], scores_Qk), f"{name} has other scores"
         assert np.array_equal(results[name][1], rows_Qk), f"{name} found other passages"
     assert (results["IndexFlatIP"][1] == rows_Qk).mean() > 0.99, "the flat index found other passages"
-    return seconds
+    return take_turns(ways, args.repeat, warm_up=0)
 
 
 def main():

@@ -18,8 +18,6 @@ has requirements.txt, GradCache==0.0.1 and sentence-transformers==6.2.0; without
 
 Run: python tests/bench/bench_train.py --model data/models/tinybert-4l --train runs/demo/data/train.jsonl
 --corpus data/demo/corpus.tsv --batches 8,32,128 --peer_python NAME
-     python tests/bench/bench_train.py --model data/models/tinybert-4l --train runs/demo/data/train.jsonl
---corpus data/demo/corpus.tsv --batches 256,512 --cache_only --peer_python NAME
 """
 
 import json
@@ -66,9 +64,7 @@ def tokens(tokenizer, texts, length):
 
 
 def nano_way(args):
-    """
-    One forward of all questions and one of all passages, padded to the longest (behaviour of N:train_dpr.py).
-    """
+    """One forward pass of all questions and one of all passages, padded to the longest."""
     model = AutoModel.from_pretrained(args.model).train().to(args.device)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
 
@@ -131,9 +127,8 @@ def sentence_transformers_way(args, cached):
 
     def gradient(*columns):
         columns = [model.preprocess(column) for column in columns]
-        columns = [
-            {key: x.to(args.device) for key, x in one.items() if torch.is_tensor(x)} for one in columns
-        ]
+        for i, column in enumerate(columns):
+            columns[i] = {key: x.to(args.device) for key, x in column.items() if torch.is_tensor(x)}
         with args.autocast():  # around both passes of the cached one, whose second is in backward()
             loss(columns, None).backward()
 
@@ -152,12 +147,8 @@ def our_way(args, train, corpus, cached):
     cfg = load_config("", RECIPE, argv)
     vars(cfg).update(LENGTHS)
     towers = load_towers(dict.fromkeys(TOWERS, cfg.init), cfg, args.device)
-    device = SimpleNamespace(
-        device=torch.device(args.device),
-        process_index=0,
-        backward=torch.Tensor.backward,
-        autocast=args.autocast,
-    )
+    device = SimpleNamespace(device=torch.device(args.device), process_index=0, autocast=args.autocast)
+    device.backward = torch.Tensor.backward
 
     def gradient(questions, positives, negatives):
         entry = [[{"title": t, "text": x} for t, x in part] for part in (positives, negatives)]

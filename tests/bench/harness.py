@@ -21,11 +21,7 @@ def parser(doc):
     return options
 
 
-def nothing():
-    """Wait for nothing: a CPU has done its work when a function returns."""
-
-
-def take_turns(ways, repeat, warm_up=1, wait=nothing):
+def take_turns(ways, repeat, warm_up=1, wait=lambda: None):
     """
     Return {name: seconds of `repeat` turns} for {name: function}. Every other turn goes backwards.
 
