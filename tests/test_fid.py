@@ -205,7 +205,9 @@ def test_bf16_is_near_float32(fid):
 
 # ---------------------------------------------------------------- answers
 def greedy(fid, rows):
-    """The likeliest next token, one after the other, the whole decoder run again for each; of one question."""
+    """
+    The likeliest next token, one after the other, the whole decoder run again for each; of one question.
+    """
     hidden_1KLD, mask_1KL = states(fid, [rows])
     ids_1T = torch.full((1, 1), fid.model.config.decoder_start_token_id)
     for _ in range(fid.inputs["answer_tokens"]):
