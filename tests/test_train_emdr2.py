@@ -125,8 +125,8 @@ def learn(encoders, loss, rate):
 def world(tmp_path_factory):
     """
     Thirty-six passages, three in a row about each city, one of which tells the colour of a thing; twelve
-    questions for these colours. t5: it reads; query_encoder, doc_encoder: the right passage is among the first,
-    seldom first; vectors: theirs; random_*: encoders that know nothing.
+    questions for these colours. t5: it reads; query_encoder, doc_encoder: the right passage is among the
+    first, seldom first; vectors: theirs; random_*: encoders that know nothing.
     """
     folder = make_world(tmp_path_factory.mktemp("world"))
     rows, questions = [], []
@@ -586,8 +586,9 @@ def test_plain_fid_leaves_the_retriever_alone(world, tmp_path, monkeypatch):
 
 def test_killed_between_two_refreshes_it_resumes_to_the_same_bits(world, tmp_path):
     """
-    The index is made again by the encoder that the checkpoint kept: every number and all weights are bit-equal
-    to an unbroken run, dropout on. That run has every curve at every step, and an index 0 to 9 steps old.
+    The index is made again by the encoder that the checkpoint kept: every number and all weights are
+    bit-equal to an unbroken run, dropout on. That run has every curve at every step, and an index 0 to 9
+    steps old.
     """
     settings = {"epochs": 24, "learning_rate": 3e-5, "retriever_lr_scale": 30, "save_every": 7}
     whole, killed = (keys(world, tmp_path / name, **settings) for name in ("whole", "killed"))
