@@ -179,7 +179,7 @@ def cp_tokenizer(path, settings):
     try:
         return AutoTokenizer.from_pretrained(str(name))
     except (OSError, ValueError) as error:
-        places = "tokenizer.json is looked for beside it, then on the hub under the name that it gives"
+        places = "tokenizer.json is looked for next to it, then on the hub under the name that it gives"
         raise UserError(f"{path}: its tokenizer cannot be loaded ({places}): {first_line(error)}") from error
 
 

@@ -64,7 +64,6 @@ def rows_of(content):
     return [json.loads(line) for line in content.decode().splitlines()]
 
 
-# ---------------------------------------------------------------- one sentence
 @pytest.mark.parametrize(
     ("text", "spans"),
     [
@@ -120,7 +119,6 @@ def test_every_entity_has_its_turn():
     assert set(drawn) == {"1889", "Paris", "London"} and all(abs(n - 200) < 46 for n in drawn.values())
 
 
-# ---------------------------------------------------------------- the file
 def test_the_file(make, tmp_path, capsys):
     """Filling the gap restores a sentence of the passage named, and the report counts what is in the file."""
     rows, corpus = rows_of(make()), Corpus(tmp_path / "corpus.tsv")
@@ -190,7 +188,6 @@ def test_a_run_that_ends_early(tmp_path, end):
     assert not psutil.wait_procs(workers, timeout=30)[1] and not (tmp_path / "mss.jsonl").exists()
 
 
-# ---------------------------------------------------------------- other pipelines
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A real NER that has learnt cities by heart, its sentence splitter switched off as in en_core_web_sm."""
@@ -212,8 +209,11 @@ def trained(tmp_path_factory):
     return folder
 
 
-def test_a_trained_pipeline(make, trained, capsys):
-    """Its entities are masked, not those of the rules, and its own sentence splitter is switched on."""
+def test_a_trained_pipeline(make, trained, tmp_path, capsys):
+    """
+    Its entities are masked, not those of the rules, and its own sentence splitter is switched on. A pipeline
+    with NER alone splits sentences at full stops; one without NER is refused.
+    """
     rows, out = rows_of(make(model=trained)), capsys.readouterr()
     assert "pipeline en_cities 7, entities GPE" in out.out and "warning" not in out.err
     assert [row["positives"][0] for row in rows] == [f"p{i}" for i in range(40) if i != 3]
@@ -222,10 +222,6 @@ def test_a_trained_pipeline(make, trained, capsys):
         assert row["answers"] == [city] and f"of [MASK] was built by Anna {city}son" in row["question"]
         assert row["question"].endswith("as they say."), "two sentences in one"
     assert pipeline(str(trained)).pipe_names == ["ner", "senter"]
-
-
-def test_sentences_without_a_splitter(trained, tmp_path):
-    """A pipeline with NER alone splits sentences at full stops; one without NER is refused."""
     spacy.load(trained, exclude=["senter"]).to_disk(tmp_path / "ner")
     sentences = pipeline(str(tmp_path / "ner"))("It rains. It pours.").sents
     assert [sentence.text for sentence in sentences] == ["It rains.", "It pours."]
@@ -234,18 +230,14 @@ def test_sentences_without_a_splitter(trained, tmp_path):
         pipeline(str(tmp_path / "blank"))
 
 
-def test_a_pipeline_that_is_not_installed_is_said(make, capsys):
-    """Rules take its place, the warning names the command that installs it; rules by choice need none."""
-    make(model="en_core_web_zz")
+def test_mistakes_are_one_line(make, tmp_path, monkeypatch, capsys):
+    """Each with the fix, and nothing is written. Rules take the place of a pipeline that is not installed."""
+    make("other.jsonl", model="rules")
+    assert capsys.readouterr().err == ""
+    make("rules.jsonl", model="en_core_web_zz")
     out = capsys.readouterr()
     assert "pipeline en_rules" in out.out and "entities DATE, NAME" in out.out
     assert "en_core_web_zz is not installed (python -m spacy download en_core_web_zz): rules" in out.err
-    make("other.jsonl", model="rules")
-    assert capsys.readouterr().err == ""
-
-
-def test_mistakes_are_one_line(make, tmp_path, monkeypatch):
-    """Each with the fix, and nothing is written."""
     (tmp_path / "broken").mkdir()
     for keys, message in (
         ({"model": f"{tmp_path}/none"}, "no such folder"),

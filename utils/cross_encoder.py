@@ -96,8 +96,9 @@ def load_cross_encoder(path, pair_tokens=0, dropout=0.0, new_head=False, layer_n
 
     length = pair_tokens or stored.get("pair_tokens", 0)
     if not length:
+        fault = "no encoder_inputs.json, so the length of a pair is unknown"
         fix = 'write one there, such as {"role": "cross", "pair_tokens": 160}'
-        raise UserError(f"{path}: no encoder_inputs.json, so the length of a pair is unknown; {fix}")
+        raise UserError(f"{path}: {fault}; {fix}")
     missing = [key.removeprefix(f"{model.base_model_prefix}.") for key in report["missing_keys"]]
     optional = HEAD if new_head else ()
     check_complete(path, missing, optional, "a cross-encoder; train_cross_encoder.py makes one")

@@ -123,7 +123,9 @@ def passage_of(entry, corpus):
 
 def passage_key(entry):
     """Return what makes two entries the same passage: the corpus id, or title and text of an inline one."""
-    return entry if isinstance(entry, str) else (entry.get("title", ""), entry["text"])
+    if isinstance(entry, str):
+        return entry
+    return entry.get("title", ""), entry["text"]
 
 
 # ---------------------------------------------------------------- rankings

@@ -91,9 +91,9 @@ class LiveIndex:
         """Copy the rows to the GPU, where that leaves as much room again for training."""
         # why: to send 32 GB of rows takes seconds, and they are searched at every step
         device = self.run.device
-        if device.type != "cuda":
-            return
         if self.copy_nD is None:
+            if device.type != "cuda":
+                return
             size = sum(shard.nbytes for shard in self.shards)
             free, _ = torch.cuda.mem_get_info(device)
             if not 0 < size < free / 2:
