@@ -1,7 +1,7 @@
 """
 A corpus of any size, read from disk one passage at a time: 21M passages never become a python list.
 
-The first opening reads the file once and writes where each passage begins to `<path>.index/`, 24 bytes each.
+The first opening reads the file once and writes where each passage begins to `<path>.index/`, 8 bytes each.
 After that `corpus[row]` is one read of the file, and all processes share the index through the page cache.
 trap: of several processes one must be the first: `with accelerator.main_process_first(): Corpus(path)`.
 """

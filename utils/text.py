@@ -111,7 +111,7 @@ def has_answer(passage, answers, regex=False):
         text = unicodedata.normalize("NFD", passage)
         return any(_find_regex(text, answer) is not None for answer in answers)
     # differs: DPR tokenises every passage. Most hold no answer, which a look at their bytes proves many times
-    # faster (tests/bench/bench_answer_matching.py). The verdicts are the same (tests/test_text.py).
+    # faster (results/bench/answers.txt). The verdicts are the same (tests/test_text.py).
     raw = passage.encode("utf-8", "surrogatepass").lower()  # why bytes: lower() is then ASCII's
     return any(_probe(a) in raw and _token_pattern(a).search(_normalise(passage)) for a in answers)
 
