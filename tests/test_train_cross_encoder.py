@@ -269,11 +269,11 @@ def test_two_devices_give_the_gradient_of_one(world, tmp_path):
 def test_dev_metrics_by_hand():
     """
     Ranks 1, 2 (a tie counts against the positive) and 2 (the better of two positives); the question without
-    negatives has no rank; right are 0.9, 0.1 · none · 0.6, 0.2 · 0.8.
+    negatives has no rank; right are 0.9, 0.1 · none · 0.6, 0.4 · 0.8.
     """
     sizes = [(1, 1), (1, 1), (2, 2), (1, 0)]
     examples = [{"positives": ["p"] * n, "negatives": ["n"] * m} for n, m in sizes]
-    p_N = np.array([0.9, 0.1, 0.5, 0.5, 0.6, 0.3, 0.7, 0.2, 0.8])
+    p_N = np.array([0.9, 0.1, 0.5, 0.5, 0.6, 0.3, 0.7, 0.4, 0.8])
     metrics = trainer.dev_metrics(examples, p_N)
     assert metrics == {"accuracy": pytest.approx(6 / 9), "mrr": pytest.approx((1 + 1 / 2 + 1 / 2) / 3)}
     assert trainer.dev_metrics(examples[:1], np.array([0.9, np.nan])) == {"accuracy": 0.5, "mrr": 0.5}
