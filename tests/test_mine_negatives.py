@@ -9,7 +9,7 @@ import pytest
 
 import mine_negatives
 from mine_negatives import Found, teleport
-from tests.test_trainers import main
+from tests.processes import command
 from utils import bm25
 from utils.data import Corpus, read_questions, write_run
 from utils.plumbing.config import UserError
@@ -357,7 +357,7 @@ def test_nothing_is_dropped_silently(corpus, tmp_path):
     assert list(by_qid(keep_without_positives=True)[0]) == ["none", "gold", "unranked"]
 
 
-def test_mining_command(corpus, tmp_path, capsys):
+def test_mining_command(corpus, tmp_path, monkeypatch, capsys):
     """The rehearsal: BM25's ranking in, a training file out that the trainer's reader accepts."""
     asked = question("q", ["1"], ["Norway"]) | {"question": "capital of norway oslo"}
     index = bm25.build_bm25(corpus, tmp_path / "index")
@@ -365,7 +365,8 @@ def test_mining_command(corpus, tmp_path, capsys):
     write_run(tmp_path / "x.run", [("q", [(corpus[row].id, score) for row, score in hits])])
     keys = {"questions": write_json_lines(tmp_path / "q.jsonl", [asked]), "run": tmp_path / "x.run"}
     keys |= {"corpus": corpus.path, "out": tmp_path / "train.jsonl", "negatives": 2}
-    main("mine_negatives.py", keys)
+    monkeypatch.setattr("sys.argv", command("mine_negatives.py", keys)[1:])
+    mine_negatives.main()
     (mined,) = read_questions(tmp_path / "train.jsonl", need=("positives", "negatives"))
     assert mined["negatives"] == ["4", "5"] and mined["positives"] == ["1"]
     assert "1 lines written, 2 negatives" in capsys.readouterr().out
