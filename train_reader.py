@@ -124,7 +124,7 @@ def logits_of(questions, reader, autocast, cfg):
             rows.append((n, m, ids))
     rows.sort(key=lambda row: len(row[2]))
 
-    # read them, and put the logits where they belong
+    # read them, and put the logits where they belong. trap: all activations stay until the softmaxes
     for k in range(0, len(rows), cfg.passage_chunk):
         chunk = rows[k : k + cfg.passage_chunk]
         places_n, places_m, ids = zip(*chunk, strict=True)
@@ -165,7 +165,7 @@ def add_gradient(chunks, reader, accelerator, cfg, step):
         logits = logits_of(questions, reader, accelerator.autocast, cfg)
         spans = span_tensors(questions, device)
         loss, correct = reader_loss(*logits, *spans)
-        # differs: DPR sums 2 questions on each of 8 GPUs, so its clipping at 1.0 is our max_grad_norm 0.5
+        # differs: a mean over 16. DPR sums 2 on each of 8 GPUs: its clipping at 1.0 is our max_grad_norm 0.5
         loss = loss / cfg.batch_size
         accelerator.backward(loss)  # with fp16's loss scaler
         totals += torch.stack([loss.detach(), correct])
