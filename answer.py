@@ -1,9 +1,8 @@
 """
 Answer the questions of a ranking with a trained reader, and count exact match and F1.
 
-An extractive reader (train_reader.py; Karpukhin et al. 2020, Sec. 6) cuts its answer out of one passage. A
-FiD (train_emdr2.py; Izacard and Grave 2021) writes it from all passages together. The role in the reader's
-encoder_inputs.json says which of the two it is.
+An extractive reader (train_reader.py) cuts its answer out of one passage. A FiD (train_emdr2.py; Izacard and
+Grave 2021) writes it from all passages. The role in encoder_inputs.json says which of the two it is.
 
 In:   a question file, a ranking of it (test_dpr.py, rerank.py), the corpus and a reader
 Out:  `out` (DPR's json); next to it .answers.json ({qid: answer}) and .metrics.json (EM, F1, intervals)
@@ -69,7 +68,7 @@ def need_predictions_out(cfg, *inputs):
 
 def write_predictions(out, examples, depths, answers):
     """Write the three files, and print the table of EM and F1."""
-    # DPR's layout (from: DPR train_extractive_reader.py:512-536)
+    # from: DPR train_extractive_reader.py:512-536
     rows = []
     for example, predictions in zip(examples, answers, strict=True):
         row = {"question": example["question"], "gold_answers": example["answers"], "predictions": []}
@@ -94,7 +93,6 @@ def write_predictions(out, examples, depths, answers):
 
 # ---------------------------------------------------------------- main
 def main():
-    # settings, checked before anything is loaded
     cfg = load_config(__doc__, "config/answer.yaml")
     must_be_one_of(cfg, mixed_precision=("no", "fp16", "bf16"))
     at_least(cfg, 1, "depth", "max_answer_length", "batch_size")

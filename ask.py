@@ -2,15 +2,13 @@
 Ask a question and read the best passages: what the dense retriever finds, and what BM25 thinks of it.
 
 In:   the corpus, runs/X/query_encoder/ (train_dpr.py), runs/X/embeddings/ (doc2embedding.py); optional: a
-      reader, which answers from the passages shown: train_reader.py's cuts the answer out of one of them,
-      train_emdr2.py's (FiD) writes it from all of them
+      reader (train_reader.py, train_emdr2.py), which answers from the passages shown
 Out:  the answer on the screen; runs/X/bm25/, once
 Run:  python ask.py --run runs/demo "who wrote hamlet"
       python ask.py --run runs/demo --reader runs/demo/reading/reader
       python ask.py --run runs/emdr2_nq --corpus data/nq/corpus.tsv --reader runs/emdr2_nq/reader
 
-A passage has its dense rank, its BM25 rank (`-`: not among BM25's best 1000), the inner product, id, title
-and text. Words of the question stand out: a first passage without any of them is what DPR is about.
+A passage has its dense rank, BM25 rank (`-`: not in the best 1000), inner product, id, title and text.
 """
 
 import re
@@ -62,9 +60,8 @@ def check_inputs(cfg, question):
 
 
 def load(cfg):
-    """Load everything once: a namespace of corpus, shards, bm25, encoder and reader (None without one)."""
-    # why imported here, and in the functions below: torch takes seconds, and a mistake on the command line
-    # should show at once
+    """Return a namespace of corpus, shards, bm25, encoder and reader (None without one)."""
+    # why imported here and below: torch takes seconds, and a mistake on the command line should show at once
     import torch
 
     from utils import fid, reader
@@ -77,8 +74,7 @@ def load(cfg):
     run = Path(cfg.run)
     query_encoder = run / "query_encoder"
     corpus = Corpus(cfg.corpus, cfg.corpus_format)
-    belongs_to = {"query_encoder": query_encoder, "rows": len(corpus)}
-    shards, _ = open_embeddings(run / "embeddings", corpus.sha256, verify=False, **belongs_to)
+    shards, _ = open_embeddings(run / "embeddings", corpus.sha256, False, query_encoder, len(corpus))
     bm25 = build_bm25(corpus, run / "bm25")
 
     # the models
@@ -102,8 +98,7 @@ def read_answer(model, question, passages):
         if max(budgets) < 1:
             return NO_TEXT
         contexts = fid.tokenize_contexts(model, question, passages)
-        text = fid.answer(model, [contexts], BATCH)[0]
-        text = plain(text) or "none, the reader wrote an empty text"
+        text = plain(fid.answer(model, [contexts], BATCH)[0]) or "none, the reader wrote an empty text"
         return f"{text} | FiD over {len(passages)} passages"
 
     to_read = reader.to_read(model, question, passages)
@@ -124,13 +119,12 @@ def plain(text):
 
 def embolden(text, words, answers):
     """Return `text` with the words of the question in bold, and the first of `answers` in reverse."""
-    words = {word.casefold() for word in words if word}
     span = answer_position(text, answers)
 
     def mark(match):
         if span and span[0] <= match.start() < span[1]:
             return f"\033[7m{match[0]}\033[0m"
-        return f"\033[1m{match[0]}\033[0m" if match[0].casefold() in words else match[0]
+        return f"\033[1m{match[0]}\033[0m" if match[0].lower() in words else match[0]
 
     return re.sub(r"\w+", mark, text)
 
@@ -183,7 +177,6 @@ def show(question, tools, known, k):
 
 # ---------------------------------------------------------------- main
 def main():
-    # settings, checked before anything is loaded
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that has no such letter shows `?`
     flags, question = split_question(sys.argv[1:])

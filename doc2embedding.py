@@ -1,11 +1,8 @@
 """
 Encode every passage of a corpus once, before any question is asked (Karpukhin et al. 2020, Sec. 3.1).
 
-The vectors go into files ("shards") of `shard_size` passages each, in the order of the corpus. Process r of W
-processes makes every W-th shard. On one kind of processor the bytes of a shard are the same for any W.
-
 In:   a corpus, the passage encoder of a training run
-Out:  out/00000.npy ... in corpus order, each with 00000.json (its sha256); manifest.json
+Out:  out/00000.npy ... ("shards" of `shard_size` passages), each with 00000.json (its sha256); manifest.json
 Run:  python doc2embedding.py --config config/doc2embedding.yaml
       accelerate launch doc2embedding.py --config config/doc2embedding.yaml
       After a crash, repeat the command: it continues, and no complete shard is encoded again.
@@ -56,17 +53,12 @@ def tokenize_windows(windows, corpus, encoder):
 
 
 def encode_shard(rows, tokenized, encoder, corpus, cfg, accelerator, bar):
-    """
-    Return the vectors [n, D] of the passages `rows`, and how many of these fill all their tokens.
-
-    tokenized: an iterator over the id lists of the windows, one window after the other.
-    """
+    """Return the vectors [n, D] of the passages `rows`, and how many of these fill all their tokens."""
     vectors_nD = np.empty((len(rows), encoder.dim), cfg.dtype)
     full_length = 0
     # why windows of the shard: no batch depends on where a run was resumed
     for window in cut(rows, cfg.sort_window):
-        # differs: DPR pads every passage to 256 tokens. `embed` sorts the window by length and pads to the
-        # longest passage of a batch: half the work, the same vectors to 1e-6
+        # differs: DPR pads to 256 tokens, `embed` to the longest of a batch; the same vectors to 1e-6
         ids = next(tokenized)
         window_nD = embed(encoder, ids, cfg.batch_size, accelerator.autocast, bar)
         check_finite(window_nD, window, corpus, cfg)
@@ -90,7 +82,6 @@ def check_finite(vectors_nD, rows, corpus, cfg):
 
 # ---------------------------------------------------------------- main
 def main():
-    # read and check the settings
     cfg = load_config(__doc__, "config/doc2embedding.yaml")
     must_be_one_of(cfg, dtype=("float16", "float32"), mixed_precision=("no", "fp16", "bf16"))
     at_least(cfg, 1, "batch_size", "shard_size", "sort_window")

@@ -1,6 +1,5 @@
 """
-Make the next training file from a ranking. RocketQA and ANCE-Tele train DPR's dual encoder again and again,
-each time from the same starting weights. What they add to DPR are the four functions below, and nothing else.
+Make the next training file from a ranking. What RocketQA and ANCE-Tele add to DPR are the modes below.
 
 topk          DPR (Karpukhin et al. 2020, Sec. 3.2): the best passages without an answer
 denoise       RocketQA (Qu et al. 2021), steps 2 and 3: negatives that a cross-encoder agrees with
@@ -73,7 +72,7 @@ def wrong_for(question, positives, never, corpus, cfg):
     ids = never | {entry for entry in positives if isinstance(entry, str)}
 
     # why texts too: an inline positive has no id, and a corpus may hold a passage twice
-    # why not always: MARCO has neither answers nor inline positives, so its passages need not be read
+    # why not always: reading costs, and MARCO has neither answers nor inline positives
     inline = any(isinstance(entry, dict) for entry in positives)
     read = bool(question["answers"]) or inline
     texts = {passage_of(entry, corpus).text for entry in positives} if read else set()
@@ -111,9 +110,8 @@ def topk(question, found, corpus, cfg, rngs):
 
 def denoise(question, found, corpus, cfg, rngs):
     """
-    RocketQA. Without scores, for the cross-encoder: a draw from the whole ranking, most of it truly wrong.
-    With its scores, for the dual encoder: the best-ranked passages to which the cross-encoder gives less than
-    `negative_below`. That leaves out most of the passages that do answer (false negatives).
+    RocketQA. Without scores, for the cross-encoder: a draw from the whole ranking. With its scores, for the
+    dual encoder: the first passages under `negative_below`, which leaves out most false negatives.
     """
     ranked = found.ranked[: cfg.depth]
     positives = positives_of(question, ranked, corpus, cfg)
@@ -137,10 +135,7 @@ def denoise(question, found, corpus, cfg, rngs):
 
 
 def pseudo_label(question, found, corpus, cfg, rngs):
-    """
-    RocketQA, for questions without answers: the cross-encoder's favourite is the positive if it is above
-    `positive_above`, else the question is dropped. The first passages below `negative_below` are negatives.
-    """
+    """RocketQA, for questions without answers: the cross-encoder's favourite is positive if it is sure."""
     scored = [pid for pid in found.ranked[: cfg.depth] if pid in found.scores]
     best = max(scored, key=found.scores.get, default=None)  # the first of equals
     if best is None or found.scores[best] <= cfg.positive_above:
@@ -152,9 +147,8 @@ def pseudo_label(question, found, corpus, cfg, rngs):
 
 def teleport(question, found, corpus, cfg, rngs):
     """
-    ANCE-Tele: the neighbours of the question (ANN), those of its positive (look-ahead: what the question will
-    find once it is learned), last episode's negatives (momentum: what was learned shall not be forgotten).
-    Nothing is weighted or made unique: equal lengths are the paper's alpha = beta = 0.5.
+    ANCE-Tele: the neighbours of the question (ANN) and of its positive (look-ahead), and last episode's
+    negatives (momentum). Nothing is weighted: equal lengths are the paper's alpha = beta = 0.5.
     """
     positives = positives_of(question, found.ranked, corpus, cfg)
     wrong = wrong_for(question, positives, found.never, corpus, cfg)
@@ -202,7 +196,7 @@ def read_found(questions, cfg, counts):
     excluded = read_questions(cfg.exclude) if cfg.exclude else []
     never = {question["qid"]: frozenset(gold_ids(question)) for question in excluded}
 
-    # differs: the originals keep all rankings in memory; here one question's, so all files are in one order
+    # differs: the originals keep all rankings in memory; here all files must be in one order
     readers = []
     for path, read in (cfg.scores, iter_run), (cfg.lookahead_run, iter_run), (cfg.momentum, iter_negatives):
         readers.append(aligned_reader(path, read(path) if path else iter(()), cfg.run))
@@ -222,8 +216,6 @@ def read_found(questions, cfg, counts):
         yield question, Found(ranked, dict(scores), neighbours, momentum, known)
     for question in waiting.values():
         yield question, Found([])
-
-    # nothing is lost in silence
     if len(waiting) == len(questions):
         raise UserError(f"{cfg.run}: has none of the questions of {cfg.questions}")
     for _, check_end in readers:
@@ -267,7 +259,7 @@ def training_lines(example, cfg):
     if not cfg.scores:
         yield example
         return
-    # why pairs: so RocketQA counts its epochs. The positives take turns; the first of a list is trained on
+    # why pairs: RocketQA counts its epochs so. The positives take turns: the first of a list is trained on
     positives = example["positives"]
     for i, negative in enumerate(example["negatives"]):
         first = positives[i % len(positives)]
@@ -297,11 +289,9 @@ def check_settings(cfg):
 
 
 def main():
-    # read and check the settings
     cfg = load_config(__doc__, "config/mine_negatives.yaml")
     check_settings(cfg)
 
-    # read the questions
     questions = read_questions(cfg.questions)
     corpus = Corpus(cfg.corpus, cfg.corpus_format)
     unanswered = sum(not question["answers"] for question in questions)
@@ -323,7 +313,6 @@ def main():
                 cure = "look at the scores: do negative_below and positive_above lie among them?"
             raise UserError(f"{cfg.out}: no question is left ({dict(+counts)}); {cure}")
 
-    # say what became of every question
     report_regex_failures()
     print(f"{cfg.out}: " + ", ".join(f"{n:,} {event}" for event, n in sorted(counts.items()) if n))
 

@@ -1,9 +1,6 @@
 """
 Rescore a ranking with a cross-encoder, which reads question and passage together (RocketQA, Qu et al. 2021).
 
-Each of W processes scores every W-th block of questions and writes a file for each. With as many threads in
-each process the bytes of the ranking are the same for any W.
-
 In:   a question file, a .run that ranks passages for it, the corpus, runs/X/cross_encoder/
 Out:  a .run with the first `depth` hits of a question, sorted by the probability of being relevant, which is
       their score; its .metrics.json, before and after
@@ -26,7 +23,7 @@ from tqdm import tqdm
 from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pairs
 from utils.data import Corpus, iter_run, read_questions, write_run
 from utils.distributed import prefetch, start
-from utils.metrics import KS, gold_ids, one_question_at_a_time, retrieval_metrics
+from utils.metrics import KS, gold_ids, one_question_at_a_time, print_table, retrieval_metrics
 from utils.plumbing.config import (
     UserError,
     at_least,
@@ -44,16 +41,13 @@ from utils.text import report_regex_failures
 
 # ---------------------------------------------------------------- data
 def read_inputs(cfg, corpus, say):
-    """
-    Return {qid: question}, those that the run ranks first and in its order, and the pairs in each block.
-    UserError for an id that the corpus does not have.
-    """
+    """Return {qid: question} in the order of the run, unranked ones last, and the pairs of each block."""
     unranked = {question["qid"]: question for question in read_questions(cfg.questions)}
     for question in unranked.values():
         for pid in gold_ids(question):
             corpus.row(pid)
 
-    # read the run once: does the corpus have all its passages, and how much work is it?
+    # does the corpus have all passages of the run, and how much work is it?
     questions = {}
     sizes = []
     strangers = 0
@@ -99,7 +93,8 @@ def read_blocks(todo, questions, corpus, cross, cfg):
         i, rankings = block
         pairs = []
         for qid, hits in rankings:
-            pairs += [(questions[qid]["question"], corpus.passage(pid)) for pid, _ in hits]
+            question = questions[qid]["question"]
+            pairs += [(question, corpus.passage(pid)) for pid, _ in hits]
         return i, rankings, tokenize_pairs(cross, pairs)
 
     return prefetch(tokenize, blocks())
@@ -108,15 +103,14 @@ def read_blocks(todo, questions, corpus, cross, cfg):
 # ---------------------------------------------------------------- model
 def rescore(rankings, ids, cross, cfg, autocast, bar):
     """Return the rankings of a block by descending probability; equal ones stay in the given order."""
-    # differs: RocketQA pads each pair to 160 tokens; here to the longest of a batch of like length. It writes
-    # one number a line in 32 bits; here the ids too, and 64 bits: probabilities near 1 keep their order
+    # differs: RocketQA pads each pair to 160 tokens. It writes 32 bits; 64 keep the order of values near 1
     scores = probabilities(cross, ids, cfg.batch_size, autocast, bar)
     pairs = [(qid, pid) for qid, hits in rankings for pid, _ in hits]
     for i in np.flatnonzero(np.isnan(scores)):
         advice = "the weights are broken" if cfg.mixed_precision == "no" else "use --mixed_precision no"
         raise UserError(f"question {pairs[i][0]!r}, passage {pairs[i][1]!r}: the score is NaN; {advice}")
 
-    # sort each ranking anew; the sort is stable
+    # sort each ranking anew
     scores = iter(scores.tolist())
     rescored = []
     for qid, hits in rankings:
@@ -126,7 +120,7 @@ def rescore(rankings, ids, cross, cfg, autocast, bar):
     return rescored
 
 
-# ---------------------------------------------------------------- evaluate
+# ---------------------------------------------------------------- evaluation
 def measure(path, questions, corpus, cfg):
     """Return the metrics of test_dpr.py for the first `depth` hits of a run."""
     rankings = iter_rankings(path, questions, cfg.depth)
@@ -135,20 +129,8 @@ def measure(path, questions, corpus, cfg):
     return retrieval_metrics(ranked, corpus, ks, regex=cfg.match == "regex")
 
 
-def print_both(before, after):
-    """Print one line a metric, in percent, with its 95 % interval."""
-    print(f"{'%':10} {'before':>21} {'after':>21} {'n':>9}")
-    for name in before:
-        columns = []
-        for metrics in (before, after):
-            value, low, high = (100 * metrics[name][key] for key in ("value", "low", "high"))
-            columns.append(f"{value:.1f} ({low:.1f} - {high:.1f})")
-        print(f"{name:10} {columns[0]:>21} {columns[1]:>21} {before[name]['n']:9,}")
-
-
 # ---------------------------------------------------------------- main
 def main():
-    # read and check the settings
     cfg = load_config(__doc__, "config/rerank.yaml")
     must_be_one_of(cfg, match=("string", "regex"), mixed_precision=("no", "fp16", "bf16"))
     at_least(cfg, 1, "depth", "batch_size", "block")
@@ -211,7 +193,8 @@ def main():
         write_json(out.with_suffix(".metrics.json"), {"before": before, "after": after})
         report_regex_failures()
         if before:
-            print_both(before, after)
+            print_table(before, "before")
+            print_table(after, "after")
         else:
             print(f"{cfg.questions} has neither answers nor positives: only the ranking is written")
         shutil.rmtree(folder)  # why last: after a crash above, no pair is scored again

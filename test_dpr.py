@@ -10,11 +10,8 @@ Run:  python test_dpr.py --config config/test_dpr.yaml
 Next: mine_negatives.py, rerank.py, ask.py
 
 top-k is the share of questions with an answer in the text of the first k passages. MRR@10, nDCG@10 and hit@k
-count the passages that the question file lists as positives, by id. hit@50 and hit@1000 are what MS MARCO's
-papers print as R@50 and R@1000. Each number has its n and a 95 % bootstrap interval over the questions.
-
-lookahead (ANCE-Tele, Sun et al. 2022): the query is a question's positive passage. Its neighbours are what
-the question will find once training has moved it to its positive: negatives of the near future.
+count the listed positives, by id; hit@50 and hit@1000 are MS MARCO's R@50 and R@1000. lookahead (ANCE-Tele,
+Sun et al. 2022) searches with the positive passage: with what the question becomes once it is learned.
 
 Q questions · D dimensions
 """
@@ -104,7 +101,7 @@ def read_bm25(questions, corpus, cfg):
 
 # ---------------------------------------------------------------- model
 def load_question_encoder(cfg, dim, device):
-    """Return the question tower, whose vectors must have the `dim` dimensions of the passages'."""
+    """Return the question tower; its vectors must have `dim` dimensions."""
     encoder = load_encoder(cfg.query_encoder, "question").to(device)
     if encoder.dim != dim:
         raise UserError(f"{cfg.query_encoder}: {encoder.dim} dimensions, {cfg.embeddings}: {dim}")
@@ -135,8 +132,7 @@ def vectors_of_positives(questions, shards, corpus):
 def search(vectors_QD, shards, index, cfg, device):
     """
     Yield per question a list of up to k (row, score), best first. It is empty where the vector holds NaN.
-
-    index: of FAISS, or None for `stream`: exact search that reads the shards from disk, one block at a time.
+    index: of FAISS, or None for `stream`, exact search that reads the shards one block at a time.
     """
     for start in range(0, len(vectors_QD), BLOCK):
         block_QD = vectors_QD[start : start + BLOCK]
@@ -153,9 +149,7 @@ def search(vectors_QD, shards, index, cfg, device):
 def hybrid(dense, bm25, weight, k):
     """
     Return one list of (row, score) from two: score = bm25 + weight * dense (Karpukhin et al. 2020, Sec. 5.1).
-
-    A passage that one list lacks gets the lowest score of that list. The paper's weight is 1.1, its lists
-    hold 2000 passages: give --k 2000 here and to utils.bm25.
+    A passage that one list lacks gets its lowest score. The paper's lists hold 2000: give --k 2000 to both.
     """
     # differs: the paper does not say what a missing score is, and no code for it was released
     dense = dict(dense)
@@ -180,11 +174,10 @@ def rankings(questions, results, bm25, corpus, cfg):
 
 # ---------------------------------------------------------------- main
 def main():
-    # read and check the settings
     cfg = load_config(__doc__, "config/test_dpr.yaml")
     check_settings(cfg)
 
-    # read everything but the model: most mistakes show here, in seconds
+    # read everything but the model
     questions = read_questions(cfg.questions)
     if cfg.lookahead:
         questions = with_positive_id(questions, cfg.questions)

@@ -1,9 +1,8 @@
 """
 Train a cross-encoder, question and passage in one model: RocketQA's teacher (Qu et al. 2021, Sec. 3.3).
 
-A dual encoder meets a passage before it knows the question, so that 21 million of them can wait as vectors.
-A cross-encoder reads both at once: it is better, and far too slow to search with. RocketQA lets it judge what
-a dual encoder has found. It throws out false negatives and labels questions that nobody has labelled.
+It reads both at once: it is better than a dual encoder, and far too slow to search with. RocketQA lets it
+throw out false negatives, and label questions that nobody has labelled.
 
 In:   a questions file (train, dev) and its corpus; a positive is a pair of label 1, a negative one of label 0
 Out:  run_dir/cross_encoder/ (best on dev), checkpoints/, log.txt, metrics.jsonl
@@ -32,11 +31,7 @@ from utils.plumbing.run import Run
 
 # ---------------------------------------------------------------- data: a batch is a function of (seed, step)
 def read_pairs(path, corpus):
-    """
-    Read a questions file: (its examples, pairs (question, passage entry, label), a line for the log).
-
-    The pairs come question by question, positives before negatives. UserError where there are no negatives.
-    """
+    """Read (examples, [(question, passage entry, label), ...], a log line): of a question positives first."""
     examples, note = read_training(path, corpus)
     if not any(example["negatives"] for example in examples):
         raise UserError(f"{path}: no question has any negatives, so label 1 would always be right; mine some")
@@ -50,8 +45,7 @@ def read_pairs(path, corpus):
 
 def tokenize(pairs, corpus, cross):
     """Return the id lists of pairs."""
-    # differs: MS MARCO writes the title "-" where there is none. We keep it, as the dual encoder does;
-    # RocketQA trains its cross-encoder with "" there.
+    # differs: RocketQA trains its cross-encoder with "" where MARCO's title is "-"; we keep it
     texts = [(question, passage_of(entry, corpus)) for question, entry, _ in pairs]
     return tokenize_pairs(cross, texts)
 
@@ -67,7 +61,7 @@ def make_batch(step, pairs, corpus, cross, cfg):
     first = offset * cfg.batch_size + rank * share
     picked = [pairs[i] for i in order[first : first + share]]
 
-    # chunks of pairs of like length. why: a chunk costs as much as its longest row
+    # chunks of pairs of like length: a chunk costs as much as its longest row
     ids = tokenize(picked, corpus, cross)
     places = by_length(ids)
     chunks = []
@@ -82,10 +76,8 @@ def make_batch(step, pairs, corpus, cross, cfg):
 # ---------------------------------------------------------------- loss and gradient
 def chunk_loss(chunk, cross, autocast, batch_size):
     """
-    Return (the chunk's part of the loss, how many of its pairs are right).
-
-    The loss is the mean over the global batch of -log softmax(logits)[label]. The parts of all chunks and
-    devices add up to it, and so do their gradients.
+    Return (the chunk's part of the loss, how many of its pairs are right). Over all chunks and devices the
+    parts add up to the mean over the global batch of -log softmax(logits)[label].
     """
     ids, labels = chunk
     with autocast():
@@ -102,8 +94,7 @@ def adversarial_step(chunks, cross, accelerator, cfg):
 
         g = d loss(E) / d E, without dropout         step = epsilon * g / sqrt(sum of g^2 + 1e-8)
 
-    A model that is still right after it does not depend on single words (Miyato et al. 2017). No .grad
-    changes. from: RocketQA model/src/finetune/cross_encoder.py:109-126
+    (Miyato et al. 2017; RocketQA model/src/finetune/cross_encoder.py:109-126). No .grad changes.
     """
     weight_VD = cross.model.get_input_embeddings().weight
     gradient_VD = torch.zeros_like(weight_VD)
@@ -127,7 +118,7 @@ def adversarial_step(chunks, cross, accelerator, cfg):
 
 def add_gradient(chunks, cross, accelerator, cfg, step):
     """Add the global batch's gradient to .grad; return the global (loss, correct) as one tensor."""
-    # move the word embeddings. differs: RocketQA's code does so, its paper does not say so
+    # move the word embeddings. differs: RocketQA's paper does not say so, its code does
     weight_VD = cross.model.get_input_embeddings().weight
     if cfg.adversarial_epsilon:
         kept_VD = weight_VD.detach().clone()
@@ -139,8 +130,7 @@ def add_gradient(chunks, cross, accelerator, cfg, step):
     seed = (cfg.seed, step, accelerator.process_index)
     totals = torch.zeros(2, device=accelerator.device)
     for i, chunk in enumerate(chunks):
-        # differs: dropout is a function of (seed, step, device, chunk), so a killed run resumes to the same
-        # bits (on a CPU; a GPU's attention may add in another order)
+        # why: with dropout a function of this seed, a killed run resumes to the same bits (on a CPU)
         torch.manual_seed(chunk_seed(seed, i))
         loss, correct = chunk_loss(chunk, cross, accelerator.autocast, cfg.batch_size)
         accelerator.backward(loss)
@@ -184,11 +174,8 @@ def training_step(step, chunks, cross, optimizer, run, cfg):
 
 # ---------------------------------------------------------------- evaluation
 def evaluate(examples, ids, cross, accelerator, cfg):
-    """
-    Return {"accuracy", "mrr"} on the dev set; ids: the id lists of its pairs.
-
-    The groups are the same for any number of devices, so the numbers do not depend on how many there are.
-    """
+    """Return {"accuracy", "mrr"} on the dev set, the same for any number of devices; ids: of its pairs."""
+    # each device scores every W-th group
     rank, devices = world()
     size = cfg.eval_batch_size
     order = by_length(ids)
@@ -197,6 +184,8 @@ def evaluate(examples, ids, cross, accelerator, cfg):
         group = order[start : start + size]
         p_b = probabilities(cross, [ids[i] for i in group], size, accelerator.autocast)
         scores |= dict(zip(group, p_b, strict=True))
+
+    # all pairs, in the order of the file
     scores = gather_items(scores)
     p_N = np.array([scores[i] for i in range(len(ids))])
     return dev_metrics(examples, p_N)
@@ -204,10 +193,8 @@ def evaluate(examples, ids, cross, accelerator, cfg):
 
 def dev_metrics(examples, p_N):
     """
-    Return the accuracy of all pairs at P > 0.5, and the MRR of each question's best positive.
-
-    p_N: P(relevant) of each pair, in the order of read_pairs. A negative of equal probability stands above
-    the positive, and so does a NaN. A question without negatives has no rank.
+    Return the accuracy of all pairs at P > 0.5, and the MRR of each question's best positive. p_N: P of the
+    pairs in the order of read_pairs. A negative of equal P, or a NaN, stands above the positive.
     """
     right, ranks = 0, []
     first = 0
@@ -217,7 +204,7 @@ def dev_metrics(examples, p_N):
         positive = p_N[first:middle]
         negative = p_N[middle:last]
         right += (positive > 0.5).sum() + (negative <= 0.5).sum()
-        if len(negative):
+        if len(negative):  # a question without negatives has no rank
             below = negative < positive.max()
             ranks.append(1 + (~below).sum())
         first = last
@@ -227,7 +214,6 @@ def dev_metrics(examples, p_N):
 
 # ---------------------------------------------------------------- main
 def main():
-    # settings, checked before anything is loaded
     cfg = load_config(__doc__, "config/train_cross_encoder_nq.yaml")
     at_least(cfg, 1, "chunk")
     at_least(cfg, 4, "pair_tokens")
@@ -242,8 +228,7 @@ def main():
         dev, dev_pairs, dev_note = read_pairs(cfg.dev, corpus)
     run.notes += [train_note, dev_note]
 
-    # the model; its new head is drawn at random, the same on every device
-    # differs: from the normal distribution, not from a truncated one
+    # the model; its new head is drawn (differs: from a normal distribution, not a truncated one)
     torch.manual_seed(cfg.seed)
     source = run.source("cross_encoder", cfg.init)
     new_head = not run.checkpoint

@@ -1,10 +1,8 @@
 """
-Train DPR's extractive reader, which finds the answer to a question in passages (Karpukhin et al. 2020,
-Sec. 6).
+Train DPR's extractive reader (Karpukhin et al. 2020, Sec. 6), which GC-DPR and RocketQA use as it is.
 
-No span was ever labelled. A question is learned from one passage that holds its answer, next to others that
-do not. Every mention of the answer in that passage counts as right. To answer a question, the reader takes
-the passage of highest relevance, then the best span in it. GC-DPR and RocketQA use this reader as it is.
+No span was ever labelled. A question is learned from one passage that holds its answer, where every mention
+counts as right, next to others that do not. To answer, the reader takes the best span of the best passage.
 
 In:   question files with answers (train, dev), a ranking of each (test_dpr.py, rerank.py), and the corpus
 Out:  run_dir/reader/ (best exact match on dev), checkpoints/, log.txt, metrics.jsonl
@@ -88,12 +86,9 @@ def reader_loss(start_NL, end_NL, relevance_NM, begin_NA, end_NA, spans_NA):
 
         - log sum_a  P_start(begin_a) P_end(end_a)  -  log P(passage 0 | all M)
 
-    with softmaxes over the tokens of the positive and over the passages (the paper's Eq. 3-5; DPR
-    dpr/models/reader.py:72-111, 178-182).
-
-    start_NL, end_NL: logits of the positive passage. relevance_NM: its logit first. A logit of -inf takes no
-    part. begin_NA, end_NA: tokens of each mention, where spans_NA is true. Without a mention only the
-    relevance counts.
+    (Eq. 3-5; DPR dpr/models/reader.py:72-111, 178-182). start_NL, end_NL: logits of the positive passage.
+    relevance_NM: its logit first. A logit of -inf takes no part. begin_NA, end_NA: tokens of each mention,
+    where spans_NA is true. Without a mention only the relevance counts.
     """
     # the log probability of every mention
     log_start_NA = start_NL.log_softmax(1).gather(1, begin_NA)
@@ -112,12 +107,7 @@ def reader_loss(start_NL, end_NL, relevance_NM, begin_NA, end_NA, spans_NA):
 
 
 def logits_of(questions, reader, autocast, cfg):
-    """
-    Return (start_NL, end_NL, relevance_NM) of reader_loss for drawn questions.
-
-    Rows are read in order of length, passage_chunk at a time. All activations stay: the passages of a
-    question meet in its softmax.
-    """
+    """Return (start_NL, end_NL, relevance_NM) of reader_loss for drawn questions, read in passage_chunks."""
     # differs: padding takes no part in the softmaxes over tokens and over passages; in DPR it does
     device = next(reader.parameters()).device
     N = len(questions)
@@ -169,15 +159,13 @@ def add_gradient(chunks, reader, accelerator, cfg, step):
     device = accelerator.device
     totals = torch.zeros(2, device=device)
     for i, questions in enumerate(chunks):
-        # differs: dropout is a function of (seed, step, device, chunk), so a killed run resumes to the same
-        # bits (on a CPU; a GPU's attention may add in another order)
+        # why: with dropout a function of this seed, a killed run resumes to the same bits (on a CPU)
         seed = (cfg.seed, step, accelerator.process_index)
         torch.manual_seed(chunk_seed(seed, i))
         logits = logits_of(questions, reader, accelerator.autocast, cfg)
         spans = span_tensors(questions, device)
         loss, correct = reader_loss(*logits, *spans)
-        # differs: the mean over the batch. DPR sums over the questions of a GPU and takes the mean over GPUs:
-        # with 16 questions on 8 GPUs twice ours, so its clipping at 1.0 is our max_grad_norm 0.5
+        # differs: DPR sums 2 questions on each of 8 GPUs, so its clipping at 1.0 is our max_grad_norm 0.5
         loss = loss / cfg.batch_size
         accelerator.backward(loss)  # with fp16's loss scaler
         totals += torch.stack([loss.detach(), correct])
@@ -192,11 +180,10 @@ def add_gradient(chunks, reader, accelerator, cfg, step):
 def training_step(step, chunks, reader, optimizer, run, cfg):
     """Learn from one batch; return (numbers to show, numbers to write)."""
     # set the learning rate
-    # from: DPR trains with a rate that hardly falls (100,000 epochs are planned, about 17 needed)
-    factor = 1.0
+    # from: DPR's rate hardly falls either (100,000 epochs are planned, about 17 needed)
+    lr = cfg.learning_rate
     if step < run.warmup:
-        factor = step / run.warmup
-    lr = cfg.learning_rate * factor
+        lr *= step / run.warmup
     for group in optimizer.param_groups:
         group["lr"] = lr
 
@@ -219,8 +206,7 @@ def training_step(step, chunks, reader, optimizer, run, cfg):
 # ---------------------------------------------------------------- evaluation
 def evaluate(dev, corpus, reader, accelerator, cfg):
     """Return {"em", "f1"} of the answers to the dev questions from their first test_depth passages."""
-    # differs: the questions of all devices count, and the highest exact match is the best. DPR compares the
-    # wrong way round, and looks at the first device's share only
+    # differs: DPR compares the wrong way round, and looks at the first device's questions only
     top_docs = [cfg.test_depth]
     sizes = (cfg.max_answer_length, cfg.eval_batch_size)
     answers = reading.answer_all(reader, dev, corpus, top_docs, *sizes, accelerator)
@@ -232,7 +218,6 @@ def evaluate(dev, corpus, reader, accelerator, cfg):
 
 # ---------------------------------------------------------------- main
 def main():
-    # settings, checked before anything is loaded
     cfg = load_config(__doc__, "config/train_reader_nq.yaml")
     must_be_one_of(cfg, token_types=("zeros", "segments"))
     at_least(cfg, 1, "train_depth", "test_depth", "max_answer_length", "question_chunk", "passage_chunk")
@@ -247,7 +232,8 @@ def main():
     run = Run(cfg, files, weights=("init",))
     corpus = run.corpus
     examples, train_note = reading.read_ranking(cfg.train, cfg.train_run, corpus, cfg.train_depth)
-    dev, dev_note = [], "no dev set: the last checkpoint is the best"
+    dev = []
+    dev_note = "no dev set: the last checkpoint is the best"
     if cfg.dev:
         dev, dev_note = reading.read_ranking(cfg.dev, cfg.dev_run, corpus, cfg.test_depth)
     gold = {}

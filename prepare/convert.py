@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 from utils.corpus import read_lines
 from utils.data import Corpus, aligned_reader, iter_jsonl, iter_run, read_questions
-from utils.plumbing.config import UserError, file_fault, friendly_errors, need_folder, need_out
+from utils.plumbing.config import UserError, friendly_errors, need_file, need_folder, need_out
 from utils.plumbing.files import atomic_file
-from utils.text import has_answer, report_regex_failures
+from utils.text import has_answer
 
 
 # ---------------------------------------------------------------- question files
@@ -49,7 +49,7 @@ def iter_json_list(path):
 
 
 def answer_list(value, where):
-    """Return a list of answers as it is. UserError when it is anything else."""
+    """Return the value, a list of answers. UserError when it is anything else."""
     if not isinstance(value, list) or not all(isinstance(answer, str) for answer in value):
         raise UserError(f"{where}: the answers must be a list of strings, got {str(value)[:60]!r}")
     return value
@@ -87,25 +87,17 @@ def from_dpr_json(path, *, counts, ids=False):
         yield {"question": question, "answers": answers, "positives": positives, "negatives": negatives}
 
 
-def literal(cell):
-    """Return the python list in a cell. trap: DPR and nanoDPR use eval, which runs what the file says."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # why: a pattern such as "\d" is no escape of python's
-            return ast.literal_eval(cell)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        raise ValueError(f"{cell[:60]!r} is not a list of answers") from None
-
-
 def from_dpr_qa(path, *, counts):
     """Yield the questions of DPR's csv: question \\t python list of answers."""
     rows = csv.reader((text for _, _, text in read_lines(path)), delimiter="\t")
     try:
-        for row in rows:
-            if len(row) != 2:
-                raise ValueError(f"expected 2 columns (question, list of answers), got {len(row)}")
-            yield {"question": row[0], "answers": answer_list(literal(row[1]), f"{path}:{rows.line_num}")}
-    except (csv.Error, ValueError) as error:
-        raise UserError(f"{path}:{rows.line_num}: {error}") from None
+        for question, cell in rows:
+            # trap: DPR and nanoDPR use eval, which runs what the file says
+            with warnings.catch_warnings(action="ignore"):  # why: a pattern's "\d" is no escape of python's
+                answers = ast.literal_eval(cell)
+            yield {"question": question, "answers": answer_list(answers, f"{path}:{rows.line_num}")}
+    except (csv.Error, ValueError, SyntaxError, MemoryError, RecursionError) as error:
+        raise UserError(f"{path}:{rows.line_num}: not `question \\t list of answers`: {error}") from None
 
 
 def from_nq_open(path, *, counts):
@@ -185,7 +177,7 @@ def to_trec(run, out):
                 file.write(f"{qid} Q0 {pid} {rank} {score!r} run\n")
 
 
-def to_dpr_result(run, questions, corpus, out, regex=False):
+def to_dpr_result(run, questions, corpus, out):
     """Write a .run as DPR's result json: the answers of every question, its passages, and who has_answer."""
     corpus = Corpus(corpus)
     take, check = aligned_reader(run, iter_run(run), questions)
@@ -195,14 +187,13 @@ def to_dpr_result(run, questions, corpus, out, regex=False):
             ctxs = []
             for pid, score in take(question["qid"]) or []:
                 passage = corpus.passage(pid)
-                has = has_answer(passage.text, question["answers"], regex)
+                has = has_answer(passage.text, question["answers"])
                 ctxs.append({**passage._asdict(), "score": repr(score), "has_answer": has})
             entry = {"question": question["question"], "answers": question["answers"], "ctxs": ctxs}
             file.write(begin + json.dumps(entry, indent=4, ensure_ascii=False))
             begin = ",\n"
         check()
         file.write("\n]\n")
-    report_regex_failures()
 
 
 def from_dpr_result(path, folder):
@@ -245,7 +236,6 @@ def main(argv=None):
     parser.add_argument("format", choices=[*QUESTIONS, *RANKINGS])
     parser.add_argument("files", nargs="+", metavar="IN... OUT")
     parser.add_argument("--ids", action="store_true", help="dpr_json: passages by id, not by text")
-    parser.add_argument("--regex", action="store_true", help="dpr_result: answers are regular expressions")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
 
@@ -254,22 +244,21 @@ def main(argv=None):
     numbers = {"msmarco": (1, 2), "beir": (1, 2), "dpr_result": (3,)}.get(args.format, (1,))
     if len(inputs) not in numbers:
         raise UserError(f"{args.format} takes {' or '.join(map(str, numbers))} input files and OUT")
-    for flag, owner in (("ids", "dpr_json"), ("regex", "dpr_result")):
-        if getattr(args, flag) and args.format != owner:
-            raise UserError(f"--{flag} belongs to {owner}")
-    need = need_folder if args.format == "from_dpr_result" else need_out
-    need(argparse.Namespace(OUT=out), "OUT")
+    if args.ids and args.format != "dpr_json":
+        raise UserError("--ids belongs to dpr_json")
     for path in inputs:
-        if Path(path).resolve() == Path(out).resolve():
-            raise UserError(f"{out}: OUT is the input too; name another file")
-        if fault := file_fault(path):
-            raise UserError(f"{path}: {fault}")
+        paths = argparse.Namespace(IN=path, OUT=out)
+        if args.format == "from_dpr_result":
+            need_folder(paths, "OUT")
+        else:
+            need_out(paths, "OUT", "IN")
+        need_file(paths, "IN")
 
-    options = {flag: True for flag in ("ids", "regex") if getattr(args, flag)}
     if args.format in RANKINGS:
-        RANKINGS[args.format](*inputs, out, **options)
+        RANKINGS[args.format](*inputs, out)
         print(f"written: {out}")
     else:
+        options = {"ids": True} if args.ids else {}
         counts = Counter()
         entries = QUESTIONS[args.format](*inputs, counts=counts, **options)
         write_questions(out, inputs[0], entries, counts)

@@ -45,30 +45,28 @@ for name in "nq-train nq-dev nq-test squad1-test webquestions-test curatedtrec-t
     URLS[f"{name}.qa.csv"] = f"{DPR}data/retriever/{name}.qa.csv"
 for name in "trivia-train trivia-dev trivia-test".split():
     URLS[f"{name}.qa.csv"] = f"{DPR}data/retriever/{name}.qa.csv.gz"
-# name: (bytes, hash) of what the server sends. from: huggingface/datasets, dataset_infos.json of wiki_dpr and
-# of nq_open; allenai/ir_datasets, etc/downloads.json (md5: proof against accidents only)
-NQ_TRAIN_HASH = "sha256:0c93aaf13b12f855628489665e4ef85ffb8573ad444646f11f4fabdc57a0aabf"
+# name: hash of what the server sends. from: huggingface/datasets, dataset_infos.json of wiki_dpr and of
+# nq_open; allenai/ir_datasets, etc/downloads.json (md5: proof against accidents only)
 HASHES = {
-    "psgs_w100.tsv": (4694541059, "sha256:c39b020c855a2b5c25ffef3abe4a3b6f9b829ad7dbc14ec3d163d34d7c53ea8d"),
-    "NQ-open.train.jsonl": (8522298, NQ_TRAIN_HASH),
-    "NQ-open.dev.jsonl": (391316, "sha256:f15567f38099f3615f5b8a685c0aef449c11ad90d3da3735e8d1b98115b40616"),
-    "biencoder-nq-train.json": (2314892908, "md5:a1c927b5adae71388eb064329387709f"),
-    "biencoder-nq-dev.json": (256239282, "md5:2640483dbe0df7ae29c6da419c551a80"),
-    "biencoder-trivia-train.json": (1848559940, "md5:5aa4d3577c91425cd20e239ed89a252b"),
-    "biencoder-trivia-dev.json": (207271749, "md5:d559dffe09acfe5a6370adea55b8abf2"),
-    "msmarco": (1057717952, "md5:31644046b18952c1386cd4564ba2ae69"),
+    "psgs_w100.tsv": "sha256:c39b020c855a2b5c25ffef3abe4a3b6f9b829ad7dbc14ec3d163d34d7c53ea8d",
+    "NQ-open.train.jsonl": "sha256:0c93aaf13b12f855628489665e4ef85ffb8573ad444646f11f4fabdc57a0aabf",
+    "NQ-open.dev.jsonl": "sha256:f15567f38099f3615f5b8a685c0aef449c11ad90d3da3735e8d1b98115b40616",
+    "biencoder-nq-train.json": "md5:a1c927b5adae71388eb064329387709f",
+    "biencoder-nq-dev.json": "md5:2640483dbe0df7ae29c6da419c551a80",
+    "biencoder-trivia-train.json": "md5:5aa4d3577c91425cd20e239ed89a252b",
+    "biencoder-trivia-dev.json": "md5:d559dffe09acfe5a6370adea55b8abf2",
+    "msmarco": "md5:31644046b18952c1386cd4564ba2ae69",
 }
 TRIES = 6  # in a row without a byte of progress
 PAUSE = 2.0  # seconds before the second try, doubled before every other
 
 
 def size_of(path):
-    """Return the bytes of a file, or of all files in a folder; 0 when there is none."""
-    return sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
+    return path.stat().st_size if path.exists() else 0
 
 
-def receive(url, part, size):
-    """Append the rest of `url` to `part`. size: bytes of the whole, 0: unknown. OSError: try again."""
+def receive(url, part):
+    """Append the rest of `url` to `part`. OSError: try again."""
     # why one byte less than we have: the rest of a complete part would be nothing, which is an error (416)
     begin = max(size_of(part) - 1, 0)
     headers = {"User-Agent": "prepare.download", "Accept-Encoding": "identity", "Range": f"bytes={begin}-"}
@@ -76,8 +74,6 @@ def receive(url, part, size):
         if reply.status != 206:  # the server knows no ranges and begins again
             begin = 0
         total = begin + int(reply.headers.get("Content-Length", 0))
-        if size and total not in (begin, size):
-            raise UserError(f"{url}: has {total} bytes now, expected {size}; the file was replaced")
         unpacked = 3 * total if url.endswith(".gz") else 0
         need_space(part.parent, total - begin + unpacked, url)
         bar = tqdm(total=total or None, initial=begin, unit="B", unit_scale=True, disable=None)
@@ -90,13 +86,13 @@ def receive(url, part, size):
         raise ConnectionError(f"the connection closed at {size_of(part)} of {total} bytes")
 
 
-def fetch(url, part, size):
+def fetch(url, part):
     """Receive all of `url` as the file `part`; try again as long as that helps."""
     tries = 0
-    before = size_of(part)
     while True:
+        before = size_of(part)
         try:
-            return receive(url, part, size)
+            return receive(url, part)
         except (OSError, http.client.HTTPException) as error:
             code = getattr(error, "code", 500)
             if disk_is_full(error):
@@ -107,7 +103,6 @@ def fetch(url, part, size):
                 raise UserError(f"{url}: HTTP {code} {error.reason}; is the name still right?") from None
             problem = str(error) or repr(error)
         tries = 1 if size_of(part) > before else tries + 1
-        before = size_of(part)
         if tries >= TRIES:
             raise UserError(f"{url}: gave up after {tries} tries ({problem}); run the command again to go on")
         print(f"{problem}; trying again", flush=True)
@@ -117,15 +112,15 @@ def fetch(url, part, size):
 def verify(part, published):
     """Return what is known about `part`. ValueError: it is not the file of the published hash."""
     with open(part, "rb") as file:
-        if published:
-            kind, _, expected = published.partition(":")
-            digest = hashlib.file_digest(file, kind).hexdigest()
-            if digest != expected:
-                raise ValueError(f"has the {kind} {digest}, expected {expected}")
-            return f"verified, {published}"
-        if file.read(100).lstrip()[:5].lower() in (b"", b"<!doc", b"<html"):
-            raise ValueError("is empty or a web page; is a login page between?")
-        return "unverified: no hash of it is published"
+        if not published:
+            if file.read(100).lstrip()[:5].lower() in (b"", b"<!doc", b"<html"):
+                raise ValueError("is empty or a web page; is a login page between?")
+            return "unverified: no hash of it is published"
+        kind, _, expected = published.partition(":")
+        digest = hashlib.file_digest(file, kind).hexdigest()
+    if digest != expected:
+        raise ValueError(f"has the {kind} {digest}, expected {expected}")
+    return f"verified, {published}"
 
 
 def unpack(part, target, url):
@@ -134,7 +129,6 @@ def unpack(part, target, url):
         if url.endswith(".tar.gz"):
             with tarfile.open(part) as archive, atomic_folder(target) as folder:
                 archive.extractall(folder, filter="data")  # refuses devices, and what would leave the folder
-                shutil.rmtree(target, ignore_errors=True)
         elif url.endswith(".gz"):
             with gzip.open(part) as archive, atomic_file(target, "wb") as file:
                 shutil.copyfileobj(archive, file, 1 << 20)
@@ -145,30 +139,28 @@ def unpack(part, target, url):
     part.unlink(missing_ok=True)
 
 
-def download(name, out="data", force=False):
+def download(name, out="data"):
     """Return the path of the complete, unpacked file (or folder) `name` below `out`."""
     if name not in URLS:
         raise UserError(f"no file is called {name!r}; {nearest(name, list(URLS))}")
     url = URLS[name]
-    size, published = HASHES.get(name, (0, ""))
     target = Path(out) / name
     part = Path(out) / f"{name}.part"
     source = Path(out) / f"{name}.source.json"
-    if target.exists() and not force:
-        stored = read_json(source) if source.exists() else {}
-        if stored.get("url") != url or stored.get("bytes") != size_of(target):
-            raise UserError(f"{target}: is not as this command left it; --force replaces it")
-        print(f"{target}: is complete ({stored['check']})")
+    if target.exists():
+        if not source.exists():
+            raise UserError(f"{target}: is not of this command; delete it to download it")
+        print(f"{target}: is complete ({read_json(source)['check']})")
         return target
     part.parent.mkdir(parents=True, exist_ok=True)
-    fetch(url, part, size)
+    fetch(url, part)
     try:
-        check = verify(part, published)
+        check = verify(part, HASHES.get(name))
         unpack(part, target, url)
     except ValueError as error:
         bad = part.replace(part.with_suffix(".bad"))
         raise UserError(f"{url}: {error}; kept as {bad}; run the command again") from None
-    write_json(source, {"url": url, "bytes": size_of(target), "check": check})
+    write_json(source, {"url": url, "check": check})
     print(f"{target}: complete ({check})")
     return target
 
@@ -178,13 +170,12 @@ def main():
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("name", nargs="?", help="without it the command lists the names")
     parser.add_argument("--out", default="data", help="folder to write into")
-    parser.add_argument("--force", action="store_true", help="replace what is there")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     if args.name is None:
         return print("\n".join(URLS))
     need_folder(args, "out")
-    download(args.name, args.out, args.force)
+    download(args.name, args.out)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,10 @@ same thing tells it. The sentence's own passage stands in `positives`, so that i
 In:   a corpus
 Out:  a question file: {"qid", "question": "... in [MASK] ...", "answers": ["1997"], "positives": [passage]}
 Run:  python -m prepare.salient_spans --corpus data/nq/corpus.tsv --out data/nq/mss.jsonl
-      A million passages take minutes, so a run that was stopped begins again.
 Next: accelerate launch train_emdr2.py --config config/train_emdr2_mss.yaml
 
 The entities come from a spaCy pipeline with NER (`python -m spacy download en_core_web_sm`). Where it is not
-installed, rules find dates and capitalised names. Rules do not tell a person from a place. A name that is one
-word at the start of a sentence escapes them.
+installed, rules find dates and capitalised names, but no name of one word at the start of a sentence.
 """
 
 import json
@@ -55,8 +53,6 @@ RULES = [  # (label, tokens); of overlapping matches the longest counts
     ("NAME", [CAPITAL, CAPITAL | {"OP": "+"}]),
     ("NAME", [CAPITAL | {"OP": "+"}, LINK, CAPITAL | {"OP": "+"}]),
 ]
-
-
 BLOCK = 1000  # passages that a process masks at a time
 
 
@@ -91,15 +87,12 @@ def pipeline(model):
 
 # ---------------------------------------------------------------- sentences
 def mask(sentence, rng, cfg):
-    """
-    Mask one entity of a sentence (a spaCy Span), drawn at random (REALM's rule).
-
-    Return (label, question, answer), or (why nothing is masked, "", "").
-    """
+    """Mask an entity drawn at random: (label, question, answer), or (why nothing is masked, "", "")."""
     text = sentence.text
-    if len(text.split()) < cfg.min_words:
+    length = len(text.split())
+    if length < cfg.min_words:
         return f"shorter than {cfg.min_words} words", "", ""
-    if len(text.split()) > cfg.max_words:
+    if length > cfg.max_words:
         return f"longer than {cfg.max_words} words", "", ""
     if "[MASK]" in text:
         return "with a [MASK] of its own", "", ""
@@ -154,8 +147,7 @@ def write_questions(rows, corpus, cfg):
                 file.writelines(lines)
                 counts.update(found)
             if not file.tell():
-                fault = f"no sentence has an entity to mask: {dict(counts)}; try other --labels"
-                raise UserError(f"{cfg.out}: {fault}")
+                raise UserError(f"no sentence has an entity to mask: {dict(counts)}; try other --labels")
     except BrokenProcessPool:
         raise UserError("a worker was killed, by lack of memory perhaps: try fewer --workers") from None
     finally:
@@ -180,8 +172,8 @@ def main():
     if not labels & {*cfg.labels}:
         raise UserError(f"labels: {name} has none of {cfg.labels}; it has {', '.join(sorted(labels))}")
     if nlp.meta["name"] == "rules" != cfg.model:
-        what = f"the spaCy pipeline {cfg.model} is not installed (python -m spacy download {cfg.model})"
-        print(f"warning: {what}: rules for dates and capitalised names take its place", file=sys.stderr)
+        install = f"{cfg.model} is not installed (python -m spacy download {cfg.model})"
+        print(f"warning: {install}: rules for dates and names take its place", file=sys.stderr)
     wanted = ", ".join(label for label in cfg.labels if label in labels)
     print(f"pipeline {name}, entities {wanted}", flush=True)
 

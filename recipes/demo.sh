@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole of DPR on real text, on a laptop: train, encode, search, read, ask. `make demo` sets up and runs this.
-# Time: about 13 minutes on two idle cores (results/demo/). If it is stopped, start it again: training and encoding
+# Time: about 12 minutes on two idle cores (results/demo/). If it is stopped, start it again: training and encoding
 # continue where they were, and the short stages are repeated.
 #
 # On your own text:  DATA=data/my RUN=runs/my bash recipes/demo.sh

@@ -13,7 +13,8 @@
 # while the training goes on: no step waits, and the vectors are older. It takes two commands at the same time, on one
 # node. Start the second once the corpus exists:
 #   REFRESH=async CUDA_VISIBLE_DEVICES=0,1,2,3 bash recipes/emdr2_nq.sh
-#   CUDA_VISIBLE_DEVICES=4,5,6,7 bash recipes/emdr2_worker.sh runs/emdr2_nq data/nq/corpus.tsv
+#   CUDA_VISIBLE_DEVICES=4,5,6,7 bash recipes/emdr2_worker.sh runs/emdr2_nq --corpus data/nq/corpus.tsv \
+#     --mixed_precision fp16
 #
 # Smaller: DATA, RUN, RETRIEVER, READER=google/flan-t5-small, READ=10, TRAIN_FLAGS="--top_k 10 --mixed_precision no",
 # ANSWER_FLAGS="--mixed_precision no", LAUNCH=python. Files in DATA: corpus.tsv, train_qa.jsonl, dev_qa.jsonl,

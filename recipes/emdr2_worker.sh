@@ -15,6 +15,8 @@ while [ ! -f "$RUN/metrics.json" ]; do
     encoder=$(ls -d "$RUN"/refresh/step_*/doc_encoder 2>/dev/null | tail -1 || true)
     step=$(dirname "$encoder")
     if [ -n "$encoder" ] && [ ! -d "$step/embeddings" ]; then
+        # why at once: the trainer replaces an encoder that nobody works on, and python takes seconds to start
+        mkdir "$step/.embeddings" 2>/dev/null || true
         if $LAUNCH doc2embedding.py --doc_encoder "$encoder" --out "$step/.embeddings" "${@:2}"; then
             mv "$step/.embeddings" "$step/embeddings"
         elif [ -d "$encoder" ]; then # what went wrong stands above; repeat the command when it is settled

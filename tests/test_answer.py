@@ -1,7 +1,6 @@
-"""Answers to a ranking, from readers of both kinds: the three files by hand, devices, mistakes."""
+"""Answers to a ranking, from readers of both kinds: the three files by hand, and on two devices."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -9,13 +8,13 @@ import torch
 
 import answer
 from tests.processes import run
-from tests.test_train_reader import flags, keys, open_reader
+from tests.test_train_reader import keys, open_reader
+from tests.test_trainers import main
 from tests.toy import make_world
 from tests.toy_t5 import t5
 from utils.data import Corpus, read_questions, read_run
 from utils.fid import answer as write
 from utils.fid import load_fid, tokenize_contexts
-from utils.plumbing.config import UserError
 from utils.plumbing.weights import save_encoder
 from utils.reader import load_reader, read, tokenize_rows
 
@@ -51,23 +50,15 @@ def files(world, out, **changes):
     return asked | reader | {"out": out} | changes
 
 
-def call(monkeypatch, given):
-    monkeypatch.setattr("sys.argv", ["answer.py", *flags(given)])
-    answer.main()
-
-
 def written(out):
     """What stands in the three files."""
     return [json.loads(out.with_suffix(suffix).read_text()) for suffix in answer.SUFFIXES]
 
 
-def test_the_best_span_of_the_most_relevant_passage(world, tmp_path, monkeypatch, capsys):
-    """
-    For n = 1, 3 and 6 in DPR's layout: relevance by one forward pass a passage, the stored length; {qid:
-    answer} of the deepest; EM with n; a question that the ranking does not have counts as wrong.
-    """
+def test_the_best_span_of_the_most_relevant_passage(world, tmp_path, capsys):
+    """In DPR's layout for n = 1, 3 and 6, by one forward pass a passage; an unranked question is wrong."""
     out = tmp_path / "x.y.json"
-    call(monkeypatch, files(world, out))
+    main("answer.py", files(world, out))
     rows, texts, metrics = written(out)
     printed = capsys.readouterr().out
     assert "1 of them without passages, such as q40" in printed and "EM@6" in printed
@@ -96,18 +87,15 @@ def test_the_best_span_of_the_most_relevant_passage(world, tmp_path, monkeypatch
     assert 0 <= metrics["F1@1"]["low"] <= metrics["F1@1"]["value"] <= metrics["F1@1"]["high"] <= 1
 
 
-def test_a_fid_writes_from_all_passages(world, tmp_path, monkeypatch):
+def test_a_fid_writes_from_all_passages(world, tmp_path):
     """The role chooses the reader: what it generates from the first `depth` passages, one entry each."""
     fid, corpus = load_fid(world / "fid"), Corpus(world / "corpus.tsv")
     ranking, seen = read_run(world / "less.run"), []
     for depth in (1, 4):
-        call(monkeypatch, files(world, tmp_path / "fid.json", reader=world / "fid", depth=depth))
+        main("answer.py", files(world, tmp_path / "fid.json", reader=world / "fid", depth=depth))
         rows, texts, metrics = written(tmp_path / "fid.json")
-        assert (
-            rows[0]["predictions"] == []
-            and texts["q40"] == ""
-            and [*metrics] == [f"EM@{depth}", f"F1@{depth}"]
-        )
+        assert rows[0]["predictions"] == [] and texts["q40"] == ""
+        assert [*metrics] == [f"EM@{depth}", f"F1@{depth}"]
         for qid, row in zip([*texts][1:], rows[1:], strict=True):
             passages = [corpus[corpus.row(pid)] for pid, _ in ranking[qid][:depth]]
             wanted = write(fid, [tokenize_contexts(fid, row["question"], passages)], 8)[0]
@@ -117,38 +105,15 @@ def test_a_fid_writes_from_all_passages(world, tmp_path, monkeypatch):
     assert seen[0] != seen[1] and len({*seen[1].values()}) > 3
 
 
-def test_two_devices_answer_as_one(world, tmp_path, monkeypatch):
+def test_two_devices_answer_as_one(world, tmp_path):
     """Each answers its share, one block of 25 questions; one writes the same three files, bytes and all."""
     lines = (world / "train.jsonl").read_text().splitlines()[:25]
     (tmp_path / "many.jsonl").write_text("\n".join(lines))
     asked = {"questions": tmp_path / "many.jsonl", "ranking": world / "train.run"}
-    call(monkeypatch, files(world, tmp_path / "one.json", **asked))
+    main("answer.py", files(world, tmp_path / "one.json", **asked))
     done = run("answer.py", files(world, tmp_path / "two.json", **asked), processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("written: ") == 1
     for suffix in answer.SUFFIXES:
         one, two = (tmp_path / f"{name}{suffix}" for name in ("one", "two"))
         assert one.read_bytes() == two.read_bytes(), suffix
-
-
-def test_mistakes_end_in_one_line(world, tmp_path, monkeypatch):
-    """One sentence with the key, before a reader is opened; no output replaces an input."""
-    nowhere = {"reader": tmp_path / "nowhere"}
-    for name in ("o.json", "o.answers.json", "o.metrics.json"):
-        shutil.copy(world / "dev.jsonl", tmp_path / name)
-        for key in ("questions", "ranking", "corpus"):
-            with pytest.raises(UserError, match=rf"is an input too \({key}"):
-                call(monkeypatch, files(world, tmp_path / "o.json", **nowhere) | {key: tmp_path / name})
-        assert (tmp_path / name).read_text() == (world / "dev.jsonl").read_text()
-    for changes, words in (
-        ({"out": "x.txt"}, "out must be the path of a .json file"),
-        ({"depth": 0}, "depth must be at least 1"),
-        ({"ranking": ""}, "ranking: give a path"),
-        ({"reader": ""}, "reader: give a path"),
-        (nowhere, "nowhere: no such model folder"),
-        ({"reader": world / "query_encoder"}, "this is a question encoder; a reader is needed here"),
-        ({"reader": world / "bert"}, "without the reader's outputs"),
-    ):
-        with pytest.raises(UserError, match=words):
-            call(monkeypatch, files(world, tmp_path / "new.json") | changes)
-    assert not (tmp_path / "new.json").exists()

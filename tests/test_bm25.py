@@ -29,11 +29,10 @@ def corpus(tmp_path):
 
 def formula(question, k1=0.9, b=0.4):
     """Robertson's BM25 with Lucene's idf, word by word, over title + text without stop words."""
-    stop = {"is", "the", "of", "in", "a"}
-    documents = [
-        [w for w in f"{title} {text}".lower().replace(".", "").split() if w not in stop and len(w) > 1]
-        for _, text, title in ROWS
-    ]
+    documents = []
+    for _, text, title in ROWS:
+        words = f"{title} {text}".lower().replace(".", "").split()
+        documents.append([word for word in words if word not in ("is", "the", "of", "in", "a")])
     mean, scores = sum(map(len, documents)) / len(documents), []
     for words in documents:
         score = 0.0
@@ -117,22 +116,15 @@ def test_bm25_command(corpus, tmp_path, monkeypatch, capsys):
     """The command writes a .run of passage ids, one question after the other."""
     questions = [{"qid": "a", "question": "capital of Norway"}, {"qid": "b", "question": "xyzzy"}]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
-    argv = [
-        "--corpus",
-        corpus.path,
-        "--questions",
-        tmp_path / "q.jsonl",
-        "--out",
-        tmp_path / "x.run",
-        "--k",
-        3,
-    ]
-    monkeypatch.setattr(sys, "argv", ["bm25", *map(str, argv)])
-    bm25.main()
+
+    def run(out):
+        argv = f"bm25 --corpus {corpus.path} --questions {tmp_path}/q.jsonl --out {tmp_path / out} --k 3"
+        monkeypatch.setattr(sys, "argv", argv.split())
+        bm25.main()
+
+    run("x.run")
     assert [pid for pid, _ in read_run(tmp_path / "x.run")["a"]] == ["1"]
     assert "1 of them without a passage" in capsys.readouterr().out
     for out, message in (("q.jsonl", "an input too .questions."), (".", "is a folder; name a file")):
-        argv[5] = tmp_path / out
-        monkeypatch.setattr(sys, "argv", ["bm25", *map(str, argv)])
         with pytest.raises(UserError, match=message):
-            bm25.main()
+            run(out)

@@ -4,12 +4,14 @@ import importlib
 import re
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
+from utils.plumbing import run
 from utils.plumbing.config import (
     ROOT,
     UserError,
@@ -40,9 +42,9 @@ def test_the_yaml_is_the_default_a_variant_changes_it_and_a_flag_wins(tmp_path):
 
 @pytest.mark.parametrize("path", VARIANTS, ids=lambda path: path.stem)
 def test_a_variant_holds_only_what_differs_and_says_why(path):
-    """Every key of it differs from the full yaml that its heading names; all but paths have a comment."""
+    """Every key of it differs from the full yaml of its script; all but paths have a comment."""
     text = path.read_text(encoding="utf-8")
-    full = next(name for name in FULLS if name in text)
+    full = next((name for name in FULLS if path.stem.startswith(Path(name).stem.removesuffix("_nq"))), FULL)
     base = yaml.safe_load((ROOT / full).read_text(encoding="utf-8"))
     cfg = vars(load_config("", full, ["--config", str(path)]))
     for key in yaml.safe_load(text):
@@ -158,7 +160,8 @@ TRAINERS = ("train_dpr", "train_cross_encoder", "train_reader", "train_emdr2")
 def test_a_wrong_folder_is_found_before_the_corpus_is_read(tmp_path, monkeypatch, script, key):
     """The index of 21M passages takes minutes; whether a folder is there is known at once."""
     module = importlib.import_module(script)
-    monkeypatch.setattr(module, "Corpus", lambda *_: pytest.fail("the corpus was opened"))
+    opener = run if script in TRAINERS else module
+    monkeypatch.setattr(opener, "Corpus", lambda *_: pytest.fail("the corpus was opened"))
     (tmp_path / "file").write_text("x")
     full = yaml.safe_load((ROOT / f"config/{script}{'_nq' if 'train' in script else ''}.yaml").read_text())
     values = dict.fromkeys("questions corpus ranking train dev gold train_run dev_run".split(), "file")

@@ -44,18 +44,19 @@ DPR = [
 ]
 
 
-@pytest.mark.parametrize("indent", [None, 4])
-def test_dpr_json(tmp_path, capsys, indent):
+def test_dpr_json(tmp_path, capsys):
     """DPR's rules: no positive: dropped; hard negatives or else the others."""
-    source = save(tmp_path / "in.json", json.dumps(DPR, indent=indent))
-    first, second, third = run("dpr_json", source, tmp_path / "train.jsonl")
-    gold = {"title": "T", "text": "gold"}
-    assert (first["qid"], second["qid"], third["qid"]) == ("train-0", "train-1", "train-2")
-    assert first["positives"] == [gold, {"title": "T", "text": "also"}] and first["answers"] == ["Ann"]
-    assert first["negatives"] == [{"title": "T", "text": "hard"}]  # the gold passage is not its own negative
-    assert second["positives"] == [{"title": "", "text": "p"}]
-    assert second["negatives"] == [{"title": "T", "text": "random"}]
-    assert third["negatives"] == []
+    source = save(tmp_path / "in.json", json.dumps(DPR, indent=4))
+    questions = run("dpr_json", source, tmp_path / "train.jsonl")
+    assert [question["qid"] for question in questions] == ["train-0", "train-1", "train-2"]
+    assert questions[0]["answers"] == ["Ann"]
+    assert [question["positives"] for question in questions] == [
+        [ctx("gold"), ctx("also")],
+        [{"title": "", "text": "p"}],
+        [ctx("p")],
+    ]
+    # the gold passage is not its own negative
+    assert [question["negatives"] for question in questions] == [[ctx("hard")], [ctx("random")], []]
     printed = capsys.readouterr().out
     for words in ("3 questions", "1 dropped, no positive", "1 negatives that are", "1 without negatives"):
         assert words in printed
@@ -80,7 +81,6 @@ def test_dpr_json_ids(tmp_path):
     [
         (json.dumps(DPR, indent=1)[:-40], "in.json: .*premature EOF; get the file again"),
         (json.dumps(DPR).replace('"T",', '"T"', 1), "in.json: parse error: .*I expect ',' or '}'"),
-        (json.dumps(DPR).replace('"none?"', "none"), "in.json: .*invalid string in json text.*none"),
         (json.dumps(DPR).replace('"Ann"', "NaN"), "in.json: .*invalid char in json text.*NaN"),
         (json.dumps(DPR).encode().replace(b"Ann", b"\xff"), "in.json: .*invalid bytes in UTF8"),
         (json.dumps(DPR[0]) + "\n" + json.dumps(DPR[1]), "jsonl already"),
@@ -90,7 +90,6 @@ def test_dpr_json_ids(tmp_path):
         (json.dumps([{**DPR[0], "positive_ctxs": [{"title": "T"}]}]), "example 0.*text"),
         (json.dumps([{**DPR[0], "question": ""}]), "question 0 is empty"),
         (json.dumps([DPR[1]]), "no question left.*no positive"),
-        ("[]", "no question left"),
         ("", "in.json"),
         (b"\x1f\x8b\x08rest", "gunzip"),
     ],
@@ -106,24 +105,19 @@ def test_broken_dpr_json(tmp_path, content, words):
 def test_dpr_json_is_streamed(tmp_path):
     """A file of 40 MB passes through a few MB of memory, so NQ's 7 GB do too."""
     entry = json.dumps({**DPR[0], "negative_ctxs": [ctx("x" * 1000)] * 40})
-    with open(tmp_path / "in.json", "w") as file:
-        file.write("[" + ",\n".join([entry] * 1000) + "]")
+    save(tmp_path / "in.json", "[" + ",\n".join([entry] * 1000) + "]")
     tracemalloc.start()
     convert.main(["dpr_json", str(tmp_path / "in.json"), str(tmp_path / "out.jsonl")])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert (tmp_path / "in.json").stat().st_size > 40e6 and peak < 6e6, peak
+    assert peak < 6e6, peak
 
 
 def test_dpr_qa(tmp_path):
     """Answers are a python list (regex backslashes kept as they are) or json; quotes in csv are undone."""
-    rows = [
-        "who?\t[\"Ann\", 'Bob']\n",
-        'how many\t"[""3"", ""three""]"\n',
-        "when\t['19\\d\\d']\r\n",
-        'j\t["a\\/b"]',
-    ]
-    found = run("dpr_qa", save(tmp_path / "nq-test.qa.csv", "".join(rows)), tmp_path / "test.jsonl")
+    rows = "who?\t[\"Ann\", 'Bob']\n" + 'how many\t"[""3"", ""three""]"\n'
+    rows += "when\t['19\\d\\d']\r\n" + 'j\t["a\\/b"]'
+    found = run("dpr_qa", save(tmp_path / "nq-test.qa.csv", rows), tmp_path / "test.jsonl")
     assert [q["answers"] for q in found] == [["Ann", "Bob"], ["3", "three"], ["19\\d\\d"], ["a\\/b"]]
     assert [q["qid"] for q in found] == ["test-0", "test-1", "test-2", "test-3"]
 
@@ -138,15 +132,6 @@ def test_code_in_a_qa_cell_is_refused(tmp_path, monkeypatch, cell):
     with pytest.raises(UserError, match="in.csv:2:"):
         run("dpr_qa", "in.csv", "out.jsonl")
     assert [p.name for p in tmp_path.iterdir()] == ["in.csv"]
-
-
-def test_nq_open(tmp_path):
-    """Google's jsonl calls the list `answer`."""
-    source = save(tmp_path / "in.jsonl", '{"question": "who?", "answer": ["Ann"]}\n')
-    assert run("nq_open", source, tmp_path / "dev.jsonl")[0]["answers"] == ["Ann"]
-    save(tmp_path / "in.jsonl", '{"question": "who?", "answer": "Ann"}\n')
-    with pytest.raises(UserError, match="in.jsonl:1:.*list"):
-        run("nq_open", source, tmp_path / "dev.jsonl")
 
 
 def test_msmarco(tmp_path, capsys):
@@ -169,11 +154,16 @@ def test_msmarco(tmp_path, capsys):
         run("msmarco", queries, save(tmp_path / "qrels.tsv", "10 a b c d\n"), tmp_path / "out.jsonl")
 
 
-def test_beir(tmp_path):
-    """BEIR's queries.jsonl and its qrels with a header."""
+def test_beir_and_nq_open(tmp_path):
+    """BEIR's queries.jsonl and its qrels with a header; Google's jsonl, which calls the list `answer`."""
     queries = save(tmp_path / "queries.jsonl", '{"_id": "a", "text": "who?", "metadata": {}}\n')
     qrels = save(tmp_path / "test.tsv", "query-id\tcorpus-id\tscore\na\tMED-1\t2\na\tMED-2\t0\n")
     assert run("beir", queries, qrels, tmp_path / "out.jsonl")[0]["positives"] == ["MED-1"]
+    source = save(tmp_path / "in.jsonl", '{"question": "who?", "answer": ["Ann"]}\n')
+    assert run("nq_open", source, tmp_path / "dev.jsonl")[0]["answers"] == ["Ann"]
+    save(tmp_path / "in.jsonl", '{"question": "who?", "answer": "Ann"}\n')
+    with pytest.raises(UserError, match="in.jsonl:1:.*list"):
+        run("nq_open", source, tmp_path / "dev.jsonl")
 
 
 # ---------------------------------------------------------------- rankings
@@ -219,17 +209,11 @@ def test_dpr_result(tmp_path, ranking):
     assert [(q["question"], q["answers"]) for q in questions] == [("who?", ["x"]), ("é?", [])]
     assert read_run(tmp_path / "back" / "result.run") == {questions[0]["qid"]: [("2", 2.5), ("1", 1.0)]}
     assert list(Corpus(tmp_path / "back" / "corpus.jsonl")) == [("2", "U", "b"), ("1", "T", 'say "x"')]
-
-
-def test_dpr_result_with_patterns(tmp_path, ranking):
-    """With --regex the answers are regular expressions (CuratedTREC)."""
-    save(tmp_path / "q.jsonl", '{"qid": "q1", "question": "who?", "answers": ["s.y"]}\n')
-    found = {}
-    for flags in ([], ["--regex"]):
-        convert.main(["dpr_result", *ranking, str(tmp_path / "result.json"), *flags])
-        ((entry,)) = json.loads((tmp_path / "result.json").read_text())
-        found[len(flags)] = [ctx["has_answer"] for ctx in entry["ctxs"]]
-    assert found == {0: [False, False], 1: [False, True]}
+    # a run and a question file that do not belong together
+    save(tmp_path / "q.jsonl", '{"qid": "q9", "question": "who?"}\n')
+    with pytest.raises(UserError, match="a.run: question 'q1' is not in .*q.jsonl"):
+        convert.main(["dpr_result", *ranking, str(tmp_path / "other.json")])
+    assert not (tmp_path / "other.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -249,14 +233,6 @@ def test_broken_dpr_result(tmp_path, change, words):
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
-def test_a_run_of_other_questions(tmp_path, ranking):
-    """A run and a question file that do not belong together are refused."""
-    save(tmp_path / "q.jsonl", '{"qid": "q9", "question": "who?"}\n')
-    with pytest.raises(UserError, match="a.run: question 'q1' is not in .*q.jsonl"):
-        convert.main(["dpr_result", *ranking, str(tmp_path / "result.json")])
-    assert not (tmp_path / "result.json").exists()
-
-
 def test_command_line(tmp_path, monkeypatch):
     """Too many or too few files, and an output that is the input, are refused before anything is read."""
     monkeypatch.chdir(tmp_path)
@@ -265,13 +241,11 @@ def test_command_line(tmp_path, monkeypatch):
         (["nq_open", "a"], "takes 1 input"),
         (["beir", "a"], "takes 1 or 2 input"),
         (["dpr_result", "a", "b"], "takes 3 input"),
-        (["nq_open", "a", "a"], "is the input too"),
-        (["nq_open", "a", "./a"], "is the input too"),
+        (["nq_open", "a", "./a"], "a is an input too"),
         (["nq_open", "a", "."], "OUT: . is a folder; name a file"),
         (["nq_open", "a", "b", "--ids"], "--ids belongs to dpr_json"),
         (["dpr_json", "missing.json", "b"], "missing.json: no such file"),
         (["from_dpr_result", "missing.json", "b"], "missing.json: no such file"),
-        (["trec", "missing.run", "b"], "missing.run: no such file"),
     ]:
         with pytest.raises(UserError, match=words):
             convert.main(argv)

@@ -59,13 +59,12 @@ def test_random_access_equals_csv(tmp_path):
         assert corpus[i] == expected[i] == corpus.passage(f"p{i}") and corpus.row(f"p{i}") == i
 
 
-@pytest.mark.parametrize("ids", ["1 2 3", "0 1 2", "1 2 9", "b a c", "7 8 9", "1 02 3"])
+@pytest.mark.parametrize("ids", ["1 2 3", "b a c", "1 02 3"])
 def test_ids_of_any_kind(tmp_path, ids):
-    """Ids that count up need no table; all others are found by their hash."""
+    """Every id is found, and no other; no row is negative."""
     ids = ids.split()
     corpus = Corpus(save(tmp_path / "c.tsv", "".join(f"{i}\ttext {i}\tT\n" for i in ids)))
     assert [corpus.row(i) for i in ids] == [0, 1, 2] and [p.id for p in corpus] == ids
-    assert (corpus.meta["first_id"] is None) == (ids not in (["1", "2", "3"], ["0", "1", "2"]))
     for absent in ("4", "01", "-1", "", "²", "x"):
         fails(lambda pid=absent: corpus.row(pid), "c.tsv", repr(absent))
     for row in (-1, 3):  # FAISS says -1 for "nothing found"; a python list would answer with its last passage
@@ -74,7 +73,7 @@ def test_ids_of_any_kind(tmp_path, ids):
 
 
 def test_the_index_on_disk(tmp_path):
-    """Version 2, which the indexes of earlier corpora have: byte offsets, and the ids' sorted hashes."""
+    """Byte offsets, and the ids' sorted hashes. The corpus is pickled as its path."""
     save(tmp_path / "c.tsv", "\ufeffid\ttext\ttitle\nb\té\tT\n\na\tx\t\n")
     assert list(Corpus(tmp_path / "c.tsv")) == [Passage("b", "T", "é"), Passage("a", "", "x")]
     folder = tmp_path / "c.tsv.index"
@@ -83,6 +82,8 @@ def test_the_index_on_disk(tmp_path):
     assert np.load(folder / "offsets.npy").tolist() == [17, 25, 30]
     assert np.load(folder / "hashes.npy").tolist() == hashes == sorted(hashes)
     assert np.load(folder / "rows.npy").tolist() == [1, 0]
+    data = pickle.dumps(Corpus(tmp_path / "c.tsv"))
+    assert len(data) < 500 and pickle.loads(data)[1] == Passage("a", "", "x")
 
 
 def test_tolerated_files(tmp_path):
@@ -98,11 +99,9 @@ def test_tolerated_files(tmp_path):
         assert list(other) == [Passage("1", "A", "x")], header
 
 
-@pytest.mark.parametrize("quoted", [False, True])
-def test_text_is_kept_exactly(tmp_path, quoted):
+def test_text_is_kept_exactly(tmp_path):
     """A passage that ends in a quote keeps it (DPR's strip('"') does not); 200,000 characters are allowed."""
-    rows = ['1\t"he said ""no"""\t"""A"""\n', f"2\t{'long ' * 40000}\tB\n", "3\t  \tC\n", '4\t5" pipe\t\n']
-    rows[1] = f'2\t"{"long " * 40000}"\tB\n' if quoted else rows[1]
+    rows = ['1\t"he said ""no"""\t"""A"""\n', f'2\t"{"long " * 40000}"\tB\n', "3\t  \tC\n", '4\t5" pipe\t\n']
     corpus = Corpus(save(tmp_path / "c.tsv", "".join(rows)))
     assert corpus[0] == Passage("1", '"A"', 'he said "no"')
     assert len(corpus[1].text) == 200000 and corpus[3].text == '5" pipe'
@@ -111,10 +110,8 @@ def test_text_is_kept_exactly(tmp_path, quoted):
 
 def test_marco_and_beir(tmp_path):
     """MS MARCO's order (raw, quotes are text, with or without titles) and BEIR's jsonl."""
-    marco = Corpus(save(tmp_path / "m.tsv", '0\tT\t"x\n1\tU\ty"\n'), "marco")
-    assert list(marco) == [Passage("0", "T", '"x'), Passage("1", "U", 'y"')]
-    two = Corpus(save(tmp_path / "n.tsv", "0\tx\n1\ty\n"), "marco")
-    assert list(two) == [Passage("0", "", "x"), Passage("1", "", "y")]
+    marco = Corpus(save(tmp_path / "m.tsv", '0\tT\t"x\n1\ty"\n'), "marco")
+    assert list(marco) == [Passage("0", "T", '"x'), Passage("1", "", 'y"')]
     lines = '{"_id": "d1", "title": "T", "text": "x\\ny"}\n{"_id": "d0", "text": "\\ud83d\\ude00"}\n'
     beir = Corpus(save(tmp_path / "c.jsonl", lines))
     assert list(beir) == [Passage("d1", "T", "x\ny"), Passage("d0", "", "\U0001f600")]
@@ -125,19 +122,15 @@ def test_marco_and_beir(tmp_path):
     ("content", "words"),
     [
         ("1\ta\tT\n2\tb\n", [":2:", "expected 3 columns (id, text, title), got 2"]),
-        ("1\ta\tT\n2\tb\tT\tx\n", [":2:", "got 4"]),
         ('1\ta\tT\n2\t"b\tT\n3\tc\tT\n4\t"d"\tT\n', [":2:", "quote"]),
         ('1\ta\tT\n2\t"b\nc"\tT\n', [":2:", "a quote opened on this line is never closed on it"]),
-        ('1\ta\tT\n2\t"b\tT', [":2:", "quote"]),
         ("1\ta\tT\n2\tb\rc\tT\n", [":2:", "carriage return"]),
-        ("1\ta\tT\n2\tb\0\tT\n", [":2:", "byte 9 "]),
-        (b"1\ta\tT\n2\tb\xff\tT\n", [":2:", "byte 9 ", "utf-8"]),
+        ("1\ta\tT\n2\tb\0\tT\n", [":2:", "no utf-8 text"]),
+        (b"1\ta\tT\n2\tb\xff\tT\n", [":2:", "no utf-8 text; convert it (iconv)"]),
         ("1\ta\tT\n2\tb\tT\n1\tc\tT\n", ["'1'", "passages 1 and 3"]),
-        ("x\ta\tT\ny\tb\tT\nx\tc\tT\n", ["'x'", "passages 1 and 3"]),
         ("\ta\tT\n", [":1:", "id"]),
         ("id\ttitle\ttext\n1\tT\ta\n", [":1:", "id, title, text"]),
-        ("text\ttitle\tid\na\tT\t1\n", [":1:", "the columns are text, title, id; write them as id, text"]),
-        ("PID\tTitle\tText\n1\tT\ta\n", [":1:", "pid, title, text"]),
+        ("Text\tTitle\tPID\na\tT\t1\n", [":1:", "the columns are text, title, pid; write them as id, text"]),
         ("id\ttext\ttitle\n", ["0 passages"]),
         ("", ["0 passages"]),
         (b"\x1f\x8b\x08\x00rest", ["gunzip"]),
@@ -155,21 +148,20 @@ def test_broken_corpora(tmp_path, content, words):
 def test_index_is_built_once_and_again_when_stale(tmp_path, monkeypatch):
     """The index serves while size, time and format of the corpus stay; broken or stale, it is made anew."""
     path = save(tmp_path / "c.tsv", "1\ta\tT\n2\tb\tT\n")
-    builds, build = [], corpus_module.write_index
+    offsets, builds, build = tmp_path / "c.tsv.index" / "offsets.npy", [], corpus_module.write_index
     monkeypatch.setattr(corpus_module, "write_index", lambda *a: builds.append(1) or build(*a))
     assert Corpus(path)[1].text == "b" and Corpus(path)[1].text == "b" and len(builds) == 1
-    save(path, "1\taa\tT\n2\tbb\tT\n")
-    changed = Corpus(path)
-    assert changed[1].text == "bb" and len(builds) == 2 and changed.sha256 != ""
-    offsets = tmp_path / "c.tsv.index" / "offsets.npy"
-    offsets.write_bytes(offsets.read_bytes()[:-8])
-    assert Corpus(path)[1].text == "bb" and len(builds) == 3
-    np.save(offsets, np.load(offsets)[1:])
-    assert Corpus(path)[1].text == "bb" and len(builds) == 4
-    (tmp_path / "c.tsv.index" / "meta.json").write_text("[]")
-    assert Corpus(path)[1].text == "bb" and len(builds) == 5
-    assert Corpus(path, "marco")[1].text == "T" and len(builds) == 6
-    assert Corpus(path, "marco")[1].text == "T" and len(builds) == 6  # the stale one was replaced
+    for break_it in (
+        lambda: save(path, "1\taa\tT\n2\tbb\tT\n"),
+        lambda: save(offsets, offsets.read_bytes()[:-8]),
+        lambda: np.save(offsets, np.load(offsets)[1:]),
+        lambda: save(tmp_path / "c.tsv.index" / "meta.json", "[]"),
+    ):
+        builds.clear()
+        break_it()
+        assert Corpus(path)[1].text == "bb" and len(builds) == 1
+    assert Corpus(path, "marco")[1].text == "T" and len(builds) == 2
+    assert Corpus(path, "marco")[1].text == "T" and len(builds) == 2  # the stale one was replaced
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.tsv", "c.tsv.index"]
 
 
@@ -190,13 +182,6 @@ def test_index_that_cannot_be_made(tmp_path, monkeypatch):
     fails(lambda: Corpus(path), "c.tsv: changed while it was being read; run the command again")
     monkeypatch.undo()
     assert len(Corpus(path)) == 2
-
-
-def test_corpus_travels_to_another_process(tmp_path):
-    """A pickled corpus is its path: a data loader's worker opens the same index."""
-    corpus = Corpus(save(tmp_path / "c.tsv", "1\ta\tT\n2\tb\tT\n"))
-    data = pickle.dumps(corpus)
-    assert len(data) < 500 and pickle.loads(data)[1] == corpus[1]
 
 
 # ---------------------------------------------------------------- question files
@@ -240,15 +225,14 @@ def test_broken_questions(tmp_path, content, words):
     fails(lambda: read_questions(path), "q.jsonl", *words)
 
 
-def test_what_is_no_file(tmp_path):
-    """A folder and a missing file are told apart."""
+def test_needed_lists_and_files(tmp_path):
+    """
+    `need` refuses a line without the list, and a file where all are empty; some may be empty. A folder and a
+    missing file are told apart.
+    """
     for read in (read_questions, read_run, Corpus):
         fails(lambda read=read: read(tmp_path), "is a folder; name a file")
         fails(lambda read=read: read(tmp_path / "no.tsv"), "no.tsv: no such file")
-
-
-def test_needed_lists(tmp_path):
-    """`need` refuses a line without the list, and a file where all are empty; some may be empty."""
     first = '{"qid": "1", "question": "x", "positives": []}\n'
     some = save(tmp_path / "a.jsonl", first + '{"qid": "2", "question": "y", "positives": ["7"]}\n')
     none = save(tmp_path / "b.jsonl", first)
@@ -265,18 +249,15 @@ def test_passages_of_questions(tmp_path):
     fails(lambda: passage_of("9", corpus), "'9'")
     fails(lambda: passage_of("1", None), "'1'", "corpus")
 
-    lines = (
-        '{"qid": "1", "question": "x"}\n{"qid": "1", "question": "x", "positives": ["1"], "negatives": ["9"]}'
-    )
+    bare = '{"qid": "1", "question": "x"}'
+    lines = bare + '\n{"qid": "1", "question": "x", "positives": ["1"], "negatives": ["9"]}'
     path = save(tmp_path / "q.jsonl", lines.replace("9", "1"))
     (example,), note = read_training(path, corpus)
     assert example["positives"] == ["1"]
     assert note.endswith("1 questions, 1 without a positive left out, 0 have no negative of their own")
     fails(lambda: read_training(path, None), "q.jsonl: question 1 names passage '1', but corpus is empty")
     fails(lambda: read_training(save(path, lines), corpus), "c.tsv: no passage has the id '9'")
-    fails(
-        lambda: read_training(save(path, lines.split("\n")[0]), corpus), "none of its 1 questions has a pos"
-    )
+    fails(lambda: read_training(save(path, bare), corpus), "none of its 1 questions has a positive passage")
 
 
 # ---------------------------------------------------------------- rankings
@@ -290,6 +271,9 @@ def test_run_round_trip_is_exact(tmp_path):
     assert [struct.pack("f", s) for _, s in back["q1"]] == [struct.pack("f", s) for s in scores]
     fails(lambda: write_run(tmp_path / "b.run", [("q1", [("p1", float("nan"))])]), "'q1'", "nan")
     assert not (tmp_path / "b.run").exists()
+    # other people's: CRLF line ends, scientific notation, equal scores
+    path = save(tmp_path / "c.run", "q\ta\t1\t1.5e2\r\nq\tb\t2\t1e-3\r\nq\tc\t3\t1e-3\r\n")
+    assert read_run(path) == {"q": [("a", 150.0), ("b", 0.001), ("c", 0.001)]}
 
 
 @pytest.mark.parametrize(
@@ -300,7 +284,6 @@ def test_run_round_trip_is_exact(tmp_path):
         ("q\ta\t1\t2.0\nq\tb\t2\t3.0\n", [":2:", "3.0", "order"]),
         ("q\ta\t1\t2.0\nr\ta\t1\t2.0\nq\tb\t1\t3.0\n", [":3:", "'q'"]),
         ("q Q0 a 1 2.0 tag\n", [":1:", "expected"]),
-        ("q\ta\t1\n", [":1:", "expected"]),
         ("q\ta\tone\t2.0\n", [":1:", "expected"]),
         ("q\ta\t1\tnan\n", [":1:", "nan"]),
         ("", ["no ranking"]),
@@ -309,12 +292,6 @@ def test_run_round_trip_is_exact(tmp_path):
 def test_broken_runs(tmp_path, content, words):
     """Duplicates, wrong order, wrong columns: an error with its line; nothing is sorted or dropped."""
     fails(lambda: read_run(save(tmp_path / "a.run", content)), "a.run", *words)
-
-
-def test_run_with_crlf_and_exponents(tmp_path):
-    """Other people's runs: CRLF line ends, scientific notation, equal scores."""
-    path = save(tmp_path / "a.run", "q\ta\t1\t1.5e2\r\nq\tb\t2\t1e-3\r\nq\tc\t3\t1e-3\r\n")
-    assert read_run(path) == {"q": [("a", 150.0), ("b", 0.001), ("c", 0.001)]}
 
 
 def test_aligned_reader(tmp_path):

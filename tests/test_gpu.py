@@ -10,13 +10,14 @@ import torch
 
 import utils.search
 from tests import processes
-from tests.test_train_dpr import config, flat_gradient, rows
+from tests.test_live_index import make_index, make_run
+from tests.test_train_dpr import flat_gradient, keys, load
+from tests.test_trainers import rows
 from tests.toy import make_world
 from tests.toy_t5 import t5
-from train_dpr import TOWERS, add_gradient, load_towers, make_batch
-from utils.data import Corpus, read_questions
+from train_dpr import add_gradient, make_batch
+from utils.corpus import Corpus
 from utils.encoder import embed, tokenize_passages
-from utils.live_index import LiveIndex
 from utils.plumbing.weights import load_encoder
 from utils.search import exact_topk
 
@@ -32,20 +33,21 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-def run(script, keys):
+def run(script, settings):
     """What the script prints, on the GPU, to the end."""
-    done = processes.run(script, keys, env=ON_GPU)
+    done = processes.run(script, settings, env=ON_GPU)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 def gradient(world, kind="no", step=0, **changes):
     """Loss and gradient of the first batch on the GPU, the masks of dropout those of (seed, step, chunk)."""
-    cfg, _ = config(world, **changes)
-    corpus, towers = Corpus(cfg.corpus), load_towers(dict.fromkeys(TOWERS, cfg.init), cfg, "cuda")
+    cfg, train, corpus, towers = load(world, **changes)
+    for tower in towers.values():
+        tower.to("cuda")
     accelerator = SimpleNamespace(device=torch.device("cuda"), process_index=0)
     accelerator.backward, accelerator.autocast = torch.Tensor.backward, HALF[kind]
-    batch = make_batch(0, read_questions(cfg.train), corpus, towers, cfg)
+    batch = make_batch(0, train, corpus, towers, cfg)
     loss, _ = add_gradient(batch, towers, accelerator, cfg, step)
     return loss.item(), flat_gradient(towers)
 
@@ -71,10 +73,11 @@ def test_half_precision_points_the_same_way(world, kind):
 @pytest.mark.parametrize("kind", HALF)
 def test_a_run_that_stops_goes_on_as_if_it_had_not(world, tmp_path, kind):
     """Five steps, stopped, resumed with its dropout and its loss scaler: the losses of the unbroken run."""
-    _, keys = config(world, epochs=2, mixed_precision=kind, dropout=0.1, grad_cache=True, save_every=5)
-    run("train_dpr.py", keys | {"run_dir": tmp_path / "whole"})
-    run("train_dpr.py", keys | {"run_dir": tmp_path / "parts", "stop_after": 5})
-    said = run("train_dpr.py", keys | {"run_dir": tmp_path / "parts", "resume": "changed", "log_every": 1})
+    changes = {"mixed_precision": kind, "dropout": 0.1, "grad_cache": True, "save_every": 5, "epochs": 2}
+    run("train_dpr.py", keys(world, tmp_path / "whole", **changes))
+    run("train_dpr.py", keys(world, tmp_path / "parts", **changes, stop_after=5))
+    again = changes | {"resume": "changed", "log_every": 1}
+    said = run("train_dpr.py", keys(world, tmp_path / "parts", **again))
     assert "step      6/10" in said and "step      5/10" not in said
     whole, parts = (
         {row["step"]: row["loss"] for row in rows(tmp_path / name) if "loss" in row}
@@ -86,56 +89,58 @@ def test_a_run_that_stops_goes_on_as_if_it_had_not(world, tmp_path, kind):
 def test_vectors_of_a_gpu_are_those_of_a_cpu(world):
     """float32 to 1e-5, autocast to 2e-2 of the largest number, whatever the batch."""
     encoder, corpus = load_encoder(world / "doc_encoder", "passage"), Corpus(world / "corpus.tsv")
-    ids = tokenize_passages(encoder, [(passage.title, passage.text) for passage in corpus])
-    wanted_ND = embed(encoder, ids, 8, "passage")
+    ids = tokenize_passages(encoder, list(corpus))
+    wanted_ND = embed(encoder, ids, 8)
     encoder.to("cuda")
     for kind, near in (("no", 1e-5), ("bf16", 2e-2), ("fp16", 2e-2)):
         for size in (3, 64):
-            apart = np.abs(embed(encoder, ids, size, "passage", HALF[kind]) - wanted_ND).max()
+            apart = np.abs(embed(encoder, ids, size, HALF[kind]) - wanted_ND).max()
             assert apart < near * np.abs(wanted_ND).max()
 
 
+@pytest.mark.parametrize("k", [10, 100])  # 10: few enough for tiles; the cut is among twins
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_search_on_the_gpu_has_the_bits_of_the_cpu(dtype, monkeypatch):
-    """Sent by blocks or lying there; twins everywhere, at the boundary of k too."""
+def test_search_on_the_gpu_has_the_bits_of_the_cpu(dtype, k, monkeypatch):
+    """Sent by blocks or lying there; all questions at once or seven; twins everywhere."""
     rng = np.random.default_rng(0)
     x_ND = rng.standard_normal((4000, 64)).astype(dtype)
     x_ND[1000:1400] = x_ND[:400]
-    x_ND[3000:3300] = x_ND[5]
+    x_ND[3000:3020] = x_ND[5]
     queries_QD = np.concatenate([rng.standard_normal((50, 64)), x_ND[:20]]).astype(np.float32)
     shards = [x_ND[:1300], x_ND[1300:1301], x_ND[1301:]]
-    wanted = exact_topk(queries_QD, shards, 100)
+    wanted = exact_topk(queries_QD, shards, k)
     resident_ND = torch.from_numpy(x_ND).to("cuda")
-    for block in (512, 32768):
+    for block, scores in ((512, 512 * 7), (512, 2**24), (32768, 2**24)):
+        monkeypatch.setattr(utils.search, "SCORES", scores)
         for found in (
-            exact_topk(queries_QD, shards, 100, block, "cuda"),
-            exact_topk(queries_QD, shards, 100, block, resident_ND=resident_ND),
+            exact_topk(queries_QD, shards, k, block, "cuda"),
+            exact_topk(queries_QD, shards, k, block, resident_ND=resident_ND),
         ):
             assert all((a == b).all() for a, b in zip(found, wanted, strict=True))
-    monkeypatch.setattr(utils.search, "PANEL", (64 * 70,) * 2)
-    found = exact_topk(queries_QD, shards, 100, resident_ND=resident_ND)
-    assert all((a == b).all() for a, b in zip(found, wanted, strict=True))
 
 
 def test_emdr2_keeps_its_vectors_on_the_gpu(world, tmp_path):
     """Three steps in bf16 with a refresh between; then the copy on the GPU has the refreshed rows."""
     corpus = world / "corpus.tsv"
     run("doc2embedding.py", {"doc_encoder": world / "doc_encoder", "corpus": corpus, "out": tmp_path / "x"})
-    keys = {name: world / name for name in ("query_encoder", "doc_encoder")}
-    keys |= {"embeddings": tmp_path / "x", "reader": t5(tmp_path), "train": world / "train.jsonl", "dev": ""}
-    keys |= {"corpus": corpus, "run_dir": tmp_path / "run", "batch_size": 4, "top_k": 3, "reader_tokens": 48}
-    keys |= {"answer_tokens": 6, "stop_after": 3, "refresh_every": 2, "learning_rate": 1e-3}
-    said = run("train_emdr2.py", keys)
+    settings = {name: world / name for name in ("query_encoder", "doc_encoder")}
+    settings |= {"embeddings": tmp_path / "x", "reader": t5(tmp_path), "train": world / "train.jsonl"}
+    settings |= {"dev": "", "corpus": corpus, "run_dir": tmp_path / "run", "batch_size": 4, "top_k": 3}
+    settings |= {"reader_tokens": 48, "answer_tokens": 6, "stop_after": 3, "refresh_every": 2}
+    settings |= {"learning_rate": 1e-3}
+    said = run("train_emdr2.py", settings)
     assert "1 x cuda" in said, said
     losses = [row for row in rows(tmp_path / "run") if "loss" in row]
     assert len(losses) == 3 and all(np.isfinite(row["loss"]) for row in losses)
     assert [row["index_age"] for row in losses] == [0, 1, 0]
 
-    accelerator = SimpleNamespace(device=torch.device("cuda"), autocast=nullcontext)
-    index = LiveIndex(Corpus(corpus), tmp_path / "x", accelerator)
-    encoder = load_encoder(tmp_path / "run" / "doc_encoder", "passage").to("cuda")
+    device = torch.device("cuda")
+    accelerator = SimpleNamespace(device=device, autocast=nullcontext)
+    live = make_run(tmp_path / "run", accelerator=accelerator, device=device)
+    index = make_index(world, live, embeddings=tmp_path / "x", encoding_batch_size=8)
+    encoder = load_encoder(tmp_path / "run" / "doc_encoder", "passage").to(device)
     before = index.copy_nD.clone()
-    index.refresh(encoder, 3, 8, nullcontext)
+    index.make_rows(encoder, 3)
     assert index.copy_nD.is_cuda and not torch.equal(before, index.copy_nD)
     assert torch.equal(index.copy_nD.cpu(), torch.from_numpy(np.concatenate(index.shards)))
 
@@ -147,17 +152,17 @@ def test_the_commands_run_in_half_precision(world, tmp_path, kind):
     common = {"corpus": corpus, "mixed_precision": kind}
     run("doc2embedding.py", common | {"doc_encoder": world / "doc_encoder", "out": tmp_path / "x"})
     ranking = tmp_path / "train.run"
-    keys = {"query_encoder": world / "query_encoder", "embeddings": tmp_path / "x", "index": "stream"}
-    run("test_dpr.py", keys | {"corpus": corpus, "questions": questions, "k": 10, "out": ranking})
-    keys = {"init": world / "bert", "train": questions, "run_dir": tmp_path / "c", "batch_size": 8}
-    keys |= {"dev": "", "pair_tokens": 48, "stop_after": 3}
-    said = run("train_cross_encoder.py", common | keys)
-    keys = {"cross_encoder": tmp_path / "c" / "cross_encoder", "ranking": ranking, "questions": questions}
-    run("rerank.py", common | keys | {"out": tmp_path / "ce.run", "depth": 5})
-    keys = {"init": world / "bert", "train": questions, "train_run": ranking, "dev": "", "dev_run": ""}
-    keys |= {"run_dir": tmp_path / "r", "batch_size": 4, "reader_tokens": 48, "stop_after": 3}
-    keys |= {"passages_per_question": 3, "gold": ""}
-    for text in (said, run("train_reader.py", common | keys)):
+    settings = {"query_encoder": world / "query_encoder", "embeddings": tmp_path / "x", "index": "stream"}
+    run("test_dpr.py", settings | {"corpus": corpus, "questions": questions, "k": 10, "out": ranking})
+    settings = {"init": world / "bert", "train": questions, "run_dir": tmp_path / "c", "batch_size": 8}
+    settings |= {"dev": "", "pair_tokens": 48, "stop_after": 3}
+    said = run("train_cross_encoder.py", common | settings)
+    settings = {"cross_encoder": tmp_path / "c" / "cross_encoder", "ranking": ranking, "questions": questions}
+    run("rerank.py", common | settings | {"out": tmp_path / "ce.run", "depth": 5})
+    settings = {"init": world / "bert", "train": questions, "train_run": ranking, "dev": "", "dev_run": ""}
+    settings |= {"run_dir": tmp_path / "r", "batch_size": 4, "reader_tokens": 48, "stop_after": 3}
+    settings |= {"passages_per_question": 3, "gold": ""}
+    for text in (said, run("train_reader.py", common | settings)):
         assert f"1 x cuda, precision {kind}" in text
     for name in ("c", "r"):
         losses = [row["loss"] for row in rows(tmp_path / name) if "loss" in row]

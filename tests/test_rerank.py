@@ -136,7 +136,7 @@ def test_two_processes_write_the_same_bytes_as_one(keys, call, tmp_path):
     assert (tmp_path / "two.run").read_bytes() == one.read_bytes()
     metrics = [tmp_path / f"{name}.metrics.json" for name in ("one", "two")]
     assert metrics[0].read_text() == metrics[1].read_text()
-    assert {file.name for file in tmp_path.iterdir()} == {f.name for f in metrics} | {"one.run", "two.run"}
+    assert len([*tmp_path.iterdir()]) == 4, "only the ranking and the metrics of each are left"
 
 
 def test_the_run_is_never_in_memory(world, call, monkeypatch):
@@ -232,9 +232,9 @@ def test_metrics_before_and_after(world, call, tmp_path, capsys):
     assert [metrics["before"], metrics["after"]] == expected and expected[0] != expected[1]
     assert list(expected[0]) == ["top-1", "top-5", "hit@1", "hit@5"]
     said = capsys.readouterr().out
-    line = next(line for line in said.splitlines() if line.startswith("hit@5")).split()
-    assert line[1] == f"{100 * expected[0]['hit@5']['value']:.1f}"
-    assert line[5] == f"{100 * expected[1]['hit@5']['value']:.1f}" and line[-1] == "10"
+    lines = [line.split() for line in said.splitlines() if line.startswith("hit@5")]
+    assert [line[1] for line in lines] == [f"{100 * table['hit@5']['value']:.1f}" for table in expected]
+    assert [line[-1] for line in lines] == ["10", "10"]
     assert "first pair: [CLS]" in said and "70 pairs scored" in said and "pairs/s" in said
 
 

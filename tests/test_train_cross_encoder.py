@@ -314,19 +314,3 @@ def test_a_run_learns(world, tmp_path, monkeypatch):
     assert final["best"] == 1.0 and "4 pairs left over" in (tmp_path / "run" / "log.txt").read_text()
     cross = load_cross_encoder(tmp_path / "run" / "cross_encoder")
     assert cross.inputs["pair"].endswith(f"-{final['best_step']}") and cross.inputs["pair_tokens"] == 32
-
-
-def test_mistakes_end_in_one_line(world, tmp_path, monkeypatch):
-    """One sentence with the file or key, before any training."""
-    lone = tmp_path / "lone.jsonl"
-    lone.write_text('{"qid": "1", "question": "which is red", "positives": ["1"]}\n')
-    for changes, words in (
-        ({"train": lone}, f"{lone}: no question has any negatives"),
-        ({"dev": lone}, f"{lone}: no question has any negatives"),
-        ({"batch_size": 256}, "120 pairs do not fill one batch of 256"),
-        ({"chunk": 0}, "chunk must be at least 1"),
-        ({"pair_tokens": 3}, "pair_tokens must be at least 4"),
-    ):
-        with pytest.raises(UserError, match=words):
-            train(world, tmp_path / "run", monkeypatch, **changes)
-    assert not (tmp_path / "run").exists()

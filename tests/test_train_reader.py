@@ -154,10 +154,7 @@ def text_of(stub, tokens):
 
 
 def test_the_answer_is_dprs_in_the_passages_own_letters(golden, monkeypatch):
-    """
-    predict() on the golden questions: passage, score and relevance for each top_k, and the sliced text equals
-    DPR's decoded one. Empty passages are passed over; where there is nothing else, None, not IndexError.
-    """
+    """Of each top_k passage, score, relevance and text; where all passages are empty None, not IndexError."""
     cases, stub, _ = golden
     seen, odd = 0, 0
     for case in (case for case in cases if case["kind"] == "question"):
@@ -189,10 +186,7 @@ def test_the_answer_is_dprs_in_the_passages_own_letters(golden, monkeypatch):
 
 
 def test_best_spans_and_their_texts_equal_dpr(golden):
-    """
-    Every span of all golden cases, in order: ends after widening, score; ties, length 1, empty passage. Cut
-    out of a passage that reads like the tokens, each is the text that DPR decodes from them.
-    """
+    """Every golden span in order; cut out of a passage, each is the text that DPR decodes from its tokens."""
     cases, stub, _ = golden
     cases, texts = [case for case in cases if case["kind"] == "spans"], 0
     assert len(cases) == 26 and any(not case["tokens"] for case in cases)
@@ -259,10 +253,7 @@ def test_spans_are_those_of_the_passage(world):
 
 
 def test_what_is_learned_and_what_is_dropped_and_why(world, tmp_path):
-    """
-    One question of each fate: two answers; the only answer beyond the cut, or only in the question; inside a
-    word for the word pieces; in no passage; no answers; nothing retrieved; accents and unicode punctuation.
-    """
+    """One question of each fate; the comments and the statuses name them."""
     reader = open_reader(world / "bert")
     beyond = "the old river of rome is new and it stands in rome " * 3 + " red"
     texts = [
@@ -472,10 +463,8 @@ def test_other_models_are_refused(world, tmp_path):
     shutil.copytree(world / "bert", tmp_path / "ernie")
     DPRReader(DPRConfig(**bert(119).config.to_diff_dict())).save_pretrained(tmp_path / "tower")
     BertTokenizer.from_pretrained(world / "bert").save_pretrained(tmp_path / "tower")
-    for folder, change in (
-        ("ernie", {"model_type": "ernie"}),
-        ("tower", {"architectures": ["DPRContextEncoder"]}),
-    ):
+    changes = {"ernie": {"model_type": "ernie"}, "tower": {"architectures": ["DPRContextEncoder"]}}
+    for folder, change in changes.items():
         file = tmp_path / folder / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
     (tmp_path / "old.cp").write_text("")
@@ -515,20 +504,3 @@ def test_a_run_learns(world, tmp_path, monkeypatch):
     assert "40 of 40 questions kept, dropped: none" in log and "example answers: " in log
     reader = load_reader(tmp_path / "run/reader")
     assert reader.inputs["pair"].endswith(f"-{final['best_step']}") and reader.inputs["reader_tokens"] == 40
-
-
-def test_mistakes_end_in_one_line(world, tmp_path, monkeypatch):
-    """One sentence with the file or key, before any training."""
-    (tmp_path / "far.jsonl").write_text('{"qid": "q0", "question": "who", "answers": ["nowhere"]}\n')
-    (tmp_path / "none.jsonl").write_text('{"qid": "q0", "question": "who"}\n')
-    for changes, words in (
-        ({"train": tmp_path / "far.jsonl"}, ["0 of 1 questions kept", "1 with no answer in any passage"]),
-        ({"train": tmp_path / "none.jsonl"}, ["none.jsonl:1", "'answers' is missing"]),
-        ({"corpus": ""}, ["corpus: give a path"]),
-        ({"dev_run": ""}, ["dev_run: give a path"]),
-        ({"passages_per_question": 1}, ["passages_per_question must be at least 2"]),
-    ):
-        with pytest.raises(UserError) as error:
-            call(monkeypatch, keys(world, tmp_path / "run", **changes))
-        assert all(word in str(error.value) for word in words), str(error.value)
-    assert not (tmp_path / "run").exists()

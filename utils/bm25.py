@@ -42,7 +42,7 @@ def build_bm25(corpus, folder):
             print(f"{folder}: damaged ({error}), it is built again", file=sys.stderr)
         shutil.rmtree(folder)
 
-    passages = tqdm(corpus, "BM25 index", total=len(corpus), delay=5, disable=None)
+    passages = tqdm(corpus, "BM25 index", delay=5, disable=None)
     words = tokens(f"{passage.title} {passage.text}" for passage in passages)
     if not words.vocab:
         raise UserError(f"{corpus.path}: no passage has a word that BM25 can index")

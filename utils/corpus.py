@@ -34,9 +34,9 @@ def read_lines(path, digest=None):
     """
     if fault := file_fault(path):
         raise UserError(f"{path}: {fault}")
-    end = 0
     size = os.path.getsize(path)
     bar = tqdm(desc=f"reading {path}", total=size, unit="B", unit_scale=True, delay=5, disable=None)
+    end = 0
     with bar, open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if number == 1 and line.startswith(b"\x1f\x8b"):
@@ -51,12 +51,10 @@ def read_lines(path, digest=None):
                 line = line[3:]
             try:
                 text = line.decode()
-                bad = line.find(0)
-            except UnicodeDecodeError as error:
-                bad = error.start
-            if bad >= 0:
-                fault = f"byte {begin + bad} of the file is no utf-8 text"
-                raise UserError(f"{path}:{number}: {fault}; convert it (iconv), or get it again")
+            except UnicodeDecodeError:
+                text = "\0"
+            if "\0" in text:
+                raise UserError(f"{path}:{number}: is no utf-8 text; convert it (iconv), or get it again")
             yield number, begin, text
 
 
@@ -141,18 +139,15 @@ def id_hash(pid):
 
 def write_index(path, fmt, folder):
     """
-    Read the corpus once and write its index into `folder`. Return what meta.json says about the file.
+    Write the index of a corpus into `folder`. Return what meta.json says about the file.
 
-    offsets.npy: int64 [rows + 1], in bytes. Unless the ids just count up from 0 or 1, also hashes.npy, uint64
-    [rows], the sorted hashes of the ids, and rows.npy, int64 [rows], the row of each hash.
+    offsets.npy: int64 [rows + 1], in bytes. hashes.npy: uint64 [rows], the sorted hashes of the ids.
+    rows.npy: int64 [rows], the row of each hash.
     """
     offsets = array("q")
     hashes = array("Q")
-    first_ids = {0, 1}  # the ids count up from one of them, or from none
     empty_texts = 0
     digest = hashlib.sha256()
-
-    # one pass over the file
     for number, offset, text in read_lines(path, digest):
         if text in ("\n", "\r\n"):
             continue
@@ -162,7 +157,6 @@ def write_index(path, fmt, folder):
             raise UserError(f"{path}:{number}: {error}") from None
         if number == 1 and fmt == "dpr" and is_header(path, passage):
             continue
-        first_ids = {first for first in first_ids if passage.id == str(first + len(offsets))}
         hashes.append(id_hash(passage.id))
         offsets.append(offset)
         empty_texts += not passage.text.strip()
@@ -175,30 +169,26 @@ def write_index(path, fmt, folder):
     np.save(folder / "offsets.npy", np.frombuffer(offsets, np.int64))
 
     # the table of ids, sorted by hash: a search by halves finds the row of an id
-    first_id = min(first_ids, default=None)
-    if first_id is None:
-        hashes = np.frombuffer(hashes, np.uint64)
-        order = np.argsort(hashes, kind="stable")
-        hashes = hashes[order]
-        twins = np.flatnonzero(hashes[1:] == hashes[:-1])
-        if len(twins):
-            first, second = order[twins[0] : twins[0] + 2].tolist()
-            with open(path, "rb") as file:
-                file.seek(offsets[first])
-                pid = parse(file.readline().decode(), fmt).id
-            raise UserError(f"{path}: id {pid!r} is there twice, as passages {first + 1} and {second + 1}")
-        np.save(folder / "hashes.npy", hashes)
-        np.save(folder / "rows.npy", order)
-    return {"rows": rows, "first_id": first_id, "empty_texts": empty_texts, "sha256": digest.hexdigest()}
+    hashes = np.frombuffer(hashes, np.uint64)
+    order = np.argsort(hashes, kind="stable")
+    hashes = hashes[order]
+    twins = np.flatnonzero(hashes[1:] == hashes[:-1])
+    if len(twins):
+        first, second = order[twins[0] : twins[0] + 2].tolist()
+        with open(path, "rb") as file:
+            file.seek(offsets[first])
+            pid = parse(file.readline().decode(), fmt).id
+        raise UserError(f"{path}: id {pid!r} is there twice, as passages {first + 1} and {second + 1}")
+    np.save(folder / "hashes.npy", hashes)
+    np.save(folder / "rows.npy", order)
+    return {"rows": rows, "empty_texts": empty_texts, "sha256": digest.hexdigest()}
 
 
 def load_index(folder, want):
     """Return (meta, {name: array}), memory-mapped; None if it is absent, broken or of another file."""
     try:
         meta = read_json(folder / "meta.json")
-        lengths = {"offsets": meta["rows"] + 1}
-        if meta["first_id"] is None:
-            lengths |= {"hashes": meta["rows"], "rows": meta["rows"]}
+        lengths = {"offsets": meta["rows"] + 1, "hashes": meta["rows"], "rows": meta["rows"]}
         arrays = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in lengths}
         fresh = all(meta[key] == value for key, value in want.items())
     except (UserError, OSError, ValueError, TypeError, LookupError, EOFError):
@@ -226,12 +216,17 @@ class Corpus:
         if fmt == "auto":
             fmt = "beir" if self.path.suffix == ".jsonl" else "dpr"
 
-        # open the index, or build it
+        # open the index, or build it in the place of one that is broken or of another file
         stat = self.path.stat()
-        want = {"version": 2, "fmt": fmt, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        want = {"version": 3, "fmt": fmt, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         folder = Path(f"{path}.index")
         if load_index(folder, want) is None:
-            self.build_index(folder, want)
+            if not os.access(folder.parent, os.W_OK):
+                why = f"its index belongs next to it, and {folder.parent} cannot be written"
+                raise UserError(f"{path}: {why}; link the corpus (ln -s) into a writable folder")
+            with atomic_folder(folder) as building:
+                write_json(building / "meta.json", want | write_index(path, fmt, building))
+                shutil.rmtree(folder, ignore_errors=True)
         index = load_index(folder, want)
         if index is None:
             raise UserError(f"{path}: changed while it was being read; run the command again")
@@ -239,15 +234,6 @@ class Corpus:
         self.sha256 = self.meta["sha256"]
         self.empty_texts = self.meta["empty_texts"]
         self.file = open(self.path, "rb", buffering=0)
-
-    def build_index(self, folder, want):
-        """Write the index into `folder`, in the place of one that is broken or of another file."""
-        if not os.access(folder.parent, os.W_OK):
-            why = f"its index belongs next to it, and {folder.parent} cannot be written"
-            raise UserError(f"{self.path}: {why}; link the corpus (ln -s) into a writable folder")
-        with atomic_folder(folder) as building:
-            write_json(building / "meta.json", want | write_index(self.path, want["fmt"], building))
-            shutil.rmtree(folder, ignore_errors=True)
 
     def __reduce__(self):
         return Corpus, (str(self.path), self.fmt)
@@ -264,19 +250,11 @@ class Corpus:
 
     def row(self, pid):
         """Return the row of a passage id. UserError when the corpus has no such passage."""
-        row = -1
-        first_id = self.meta["first_id"]
-        if first_id is None:
-            value = np.uint64(id_hash(pid))
-            place = np.searchsorted(self.arrays["hashes"], value)
-            if place < len(self) and self.arrays["hashes"][place] == value:
-                row = int(self.arrays["rows"][place])
-        elif pid.isascii() and pid.isdigit() and pid == str(int(pid)):  # "01" is not "1"
-            row = int(pid) - first_id
-        if 0 <= row < len(self):
-            return row
+        value = np.uint64(id_hash(pid))
+        place = np.searchsorted(self.arrays["hashes"], value)
+        if place < len(self) and self.arrays["hashes"][place] == value:
+            return int(self.arrays["rows"][place])
         raise UserError(f"{self.path}: no passage has the id {pid!r}; was that id made with another corpus?")
 
     def passage(self, pid):
-        """Return the Passage of a passage id. UserError when the corpus has no such passage."""
         return self[self.row(pid)]

@@ -47,12 +47,8 @@ class CrossEncoder(nn.Module):
 
 
 def tokenize_pairs(cross, pairs):
-    """
-    Turn (question, Passage) pairs into id lists `[CLS] question [SEP] title text [SEP]`.
-
-    There is no separator between title and text. The longer of question and passage is cut first.
-    from: RocketQA reader_ce.py:125-178
-    """
+    """Turn (question, Passage) pairs into id lists `[CLS] question [SEP] title text [SEP]`."""
+    # from: RocketQA reader_ce.py:125-178. The longer of question and passage is cut first
     if not pairs:
         return []
     questions = [question for question, _ in pairs]
@@ -83,9 +79,8 @@ def load_cross_encoder(path, pair_tokens=0, dropout=0.0, new_head=False, layer_n
     """
     Load a folder of train_cross_encoder.py, or a Hugging Face sequence classifier with one or two labels.
 
-    pair_tokens: maximum length of a pair; 0: as stored in encoder_inputs.json. new_head: training starts
-    here, and what HEAD names may be missing; torch's generator draws it. layer_norm_epsilon above 0
-    overrides what is stored. UserError for any other missing weight, or another kind of model.
+    pair_tokens: maximum length of a pair; 0: as stored. new_head: training starts here, and what HEAD names
+    may be missing; torch's generator draws it. layer_norm_epsilon above 0 overrides what is stored.
     """
     path = str(path)
     stored = read_inputs(path, "cross-encoder")
@@ -101,9 +96,8 @@ def load_cross_encoder(path, pair_tokens=0, dropout=0.0, new_head=False, layer_n
 
     length = pair_tokens or stored.get("pair_tokens", 0)
     if not length:
-        fault = "no encoder_inputs.json, so the length of a pair is unknown"
         fix = 'write one there, such as {"role": "cross", "pair_tokens": 160}'
-        raise UserError(f"{path}: {fault}; {fix}")
+        raise UserError(f"{path}: no encoder_inputs.json, so the length of a pair is unknown; {fix}")
     missing = [key.removeprefix(f"{model.base_model_prefix}.") for key in report["missing_keys"]]
     optional = HEAD if new_head else ()
     check_complete(path, missing, optional, "a cross-encoder; train_cross_encoder.py makes one")

@@ -24,8 +24,7 @@ def iter_jsonl(path):
         if not text.strip():
             continue
         if number == 1 and text.lstrip().startswith("["):
-            fix = f"convert it: python -m prepare.convert dpr_json {path} OUT.jsonl"
-            raise UserError(f"{path}: is one json list, expected one object a line; {fix}")
+            raise UserError(f"{path}: is one json list; first: python -m prepare.convert dpr_json {path} OUT")
         try:
             entry = load_json(text)
         except (ValueError, RecursionError) as error:
@@ -56,16 +55,13 @@ def read_questions(path, need=(), repeats=False):
     Return the examples of a question file as dicts. Absent lists become []; keys of your own are kept.
 
     need: lists that every line must have, such as ("answers",); some may be empty, but not all of them.
-    repeats: a qid may come back. Blank answers are left out and counted in one warning.
-    UserError names file:line.
+    repeats: a qid may come back. Blank answers are left out. UserError names file:line.
     """
     questions = []
     line_of = {}
     blanks = 0
     for number, question in iter_jsonl(path):
         where = f"{path}:{number}"
-
-        # two strings
         for key in ("qid", "question"):
             value = question.get(key)
             if not is_string(value) or not value.strip():
@@ -76,8 +72,6 @@ def read_questions(path, need=(), repeats=False):
         if qid in line_of and not repeats:
             raise UserError(f"{where}: qid {qid!r} is already on line {line_of[qid]}; qids must differ")
         line_of[qid] = number
-
-        # three lists
         for key in ("answers", "positives", "negatives"):
             if key in need and key not in question:
                 raise UserError(f"{where}: {key!r} is missing; this step needs it (an empty list is allowed)")
@@ -102,11 +96,7 @@ def read_questions(path, need=(), repeats=False):
 
 
 def read_training(path, corpus):
-    """
-    Return (the questions of `path` that have a positive passage, a line that says what was left out).
-
-    corpus: where the passage ids are looked up, or None. UserError for an id that is not there.
-    """
+    """Return (the questions that have a positive passage, a line on those left out). corpus: may be None."""
     examples = read_questions(path, repeats=True)  # why: RocketQA has one line for each negative
     kept = [example for example in examples if example["positives"]]
     if not kept:
@@ -132,12 +122,8 @@ def passage_of(entry, corpus):
 
 
 def passage_key(entry):
-    """
-    Return what makes two entries the same passage: the corpus id, or title and text of an inline passage.
-    """
-    if isinstance(entry, str):
-        return entry
-    return entry.get("title", ""), entry["text"]
+    """Return what makes two entries the same passage: the corpus id, or title and text of an inline one."""
+    return entry if isinstance(entry, str) else (entry.get("title", ""), entry["text"])
 
 
 # ---------------------------------------------------------------- rankings
@@ -147,19 +133,13 @@ def write_run(path, results):
         for qid, hits in results:
             for rank, (pid, score) in enumerate(hits, 1):
                 if not math.isfinite(score):
-                    fault = f"the score of passage {pid!r} is {score}; check the vectors"
-                    raise UserError(f"question {qid!r}: {fault}")
-                file.write(
-                    f"{qid}\t{pid}\t{rank}\t{float(score)!r}\n"
-                )  # why !r: it reads back to the same bits
+                    raise UserError(f"question {qid!r}: the score of {pid!r} is {score}; check the vectors")
+                # why !r: it reads back to the same bits
+                file.write(f"{qid}\t{pid}\t{rank}\t{float(score)!r}\n")
 
 
 def iter_run(path):
-    """
-    Yield (qid, [(pid, score), ...]) of every question of a .run, the best passage first, in constant memory.
-
-    UserError names the first line that is wrong: nothing is sorted or left out.
-    """
+    """Yield (qid, [(pid, score), ...]) of every question of a .run, best first. UserError names the line."""
     qid = None
     hits = []
     pids = set()
@@ -171,8 +151,7 @@ def iter_run(path):
             rank = int(rank)
             score = float(score)
         except ValueError:
-            expected = "expected `qid \\t pid \\t rank \\t score`"
-            raise UserError(f"{where}: {expected}, got {text.strip()[:60]!r}") from None
+            raise UserError(f"{where}: expected qid \\t pid \\t rank \\t score, got {text[:60]!r}") from None
 
         # the next question begins
         if line_qid != qid:
@@ -183,8 +162,7 @@ def iter_run(path):
             hits = []
             pids = set()
             if qid in finished:
-                fault = f"question {qid!r} comes back; keep its lines together (sort the file)"
-                raise UserError(f"{where}: {fault}")
+                raise UserError(f"{where}: question {qid!r} comes back; sort the file by question")
 
         # the next passage of the question
         fault = ""
@@ -210,10 +188,10 @@ def read_run(path):
 
 def aligned_reader(path, items, other):
     """
-    Read a file that lists its questions in the same order as `other`, with one question in memory.
+    Read the (qid, value) pairs `items` of a file that lists its questions in the same order as `other`.
 
-    items: the (qid, value) pairs of `path`. Return two functions: take(qid) gives the value of a question, or
-    None if the file skips it; check() raises UserError if a value was never taken.
+    Return two functions: take(qid) gives the value of a question, or None if the file skips it; check()
+    raises UserError if a value was never taken.
     """
     upcoming = next(items, None)
 

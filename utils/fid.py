@@ -5,9 +5,8 @@ decoder looks at all of them at once and writes the answer (Izacard and Grave 20
     "question: q title: t context: c"  x K  --encoder, each alone-->  hidden [K, L, D]
                                             --laid end to end------>  [K*L, D]  --decoder-->  answer
 
-The encoder's cost grows with K, not with K squared, and the decoder weighs evidence across passages. No new
-class is needed: a T5 takes any encoder states, so it is given K passages as one long input. Cross-attention
-knows no positions, so the order of the passages cannot matter.
+The encoder's cost grows with K, not with K squared. A T5 takes any encoder states, so it is given K passages
+as one long input. Cross-attention knows no positions, so the order of the passages cannot matter.
 
 The same states, one passage at a time, give log p(answer | question, passage). That teaches the retriever of
 EMDR2 (Singh et al. 2021, Sec. 2). The losses are in train_emdr2.py.
@@ -60,7 +59,7 @@ class Fid(nn.Module):
 def word_pieces(fid, texts):
     """Return the id list of each text, without </s> and uncut."""
     # verbose: no warning of a length that is still to be cut
-    words = fid.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    words = fid.tokenizer(texts, add_special_tokens=False, verbose=False)
     return words.input_ids
 
 
@@ -77,11 +76,7 @@ def prompt(question, title):
 
 
 def tokenize_contexts(fid, question, passages):
-    """
-    Return one id list a passage, `question: q title: t context: c </s>`, cut to reader_tokens.
-
-    The question stands first, so it loses words only where it alone is too long.
-    """
+    """Return one id list a passage, `question: q title: t context: c </s>`, cut to reader_tokens."""
     texts = [f"{prompt(question, passage.title)} {passage.text}" for passage in passages]
     if not texts:
         return []
@@ -148,12 +143,8 @@ def fused_log_likelihood(fid, hidden_BKLD, mask_BKL, labels_BT, autocast=nullcon
 
 @torch.no_grad()
 def document_log_likelihood(fid, hidden_BKLD, mask_BKL, labels_BT, chunk, autocast=nullcontext):
-    """
-    Return log_BKT, log p(a_t | a_<t, q, passage k) from each passage alone, without a gradient.
-
-    why in chunks: the logits of all passages are B*K*T*V numbers, gigabytes at 50 passages. Here `chunk`
-    passages are scored at a time, those of like length together, and only B*K*T numbers stay.
-    """
+    """Return log_BKT, log p(a_t | a_<t, q, passage k) from each passage alone, without a gradient."""
+    # why in chunks, those of like length together: all logits are B*K*T*V numbers, gigabytes at 50 passages
     # differs: EMDR2 encodes every passage once more for this (megatron/model/emdr2_model.py:187-210). Here
     # the states that FiD has just made serve again, dropout and all, which halves the cost
     B, K, _ = mask_BKL.shape
@@ -205,8 +196,7 @@ def answer_all(fid, examples, rows, corpus, chunk, accelerator):
     """
     Answer every example from the passages corpus[row] of its rows; each device writes its share.
 
-    Returns on every device, for utils.metrics.answer_scores, [{"text": answer}] of each example, or [None]
-    where it has no passages. chunk: contexts in a forward pass.
+    Return on every device [{"text": answer}] of each example, or [None] where it has no passages.
     """
     # groups of questions whose contexts fill a chunk
     rank, devices = world()
@@ -223,12 +213,11 @@ def answer_all(fid, examples, rows, corpus, chunk, accelerator):
         return contexts
 
     answers = {}
-    progress = tqdm(total=len(groups), desc="answers", delay=5, leave=False, disable=None)
-    with progress:
-        for group, contexts in zip(groups, prefetch(tokenize, groups), strict=True):
-            for i, text in zip(group, answer(fid, contexts, chunk, accelerator.autocast), strict=True):
-                answers[i] = {"text": text}
-            progress.update()
+    groups_and_contexts = zip(groups, prefetch(tokenize, groups), strict=True)
+    bar = {"total": len(groups), "desc": "answers", "delay": 5, "leave": False, "disable": None}
+    for group, contexts in tqdm(groups_and_contexts, **bar):
+        for i, text in zip(group, answer(fid, contexts, chunk, accelerator.autocast), strict=True):
+            answers[i] = {"text": text}
     answers = gather_items(answers)
     return [[answers.get(i)] for i in range(len(examples))]
 
@@ -238,8 +227,7 @@ def load_fid(path, inputs=None, dropout=0.0):
     """
     Load the FiD reader that train_emdr2.py wrote, or any T5 as its start (t5-base, google/flan-t5-small).
 
-    path: a folder or a hub name. inputs: lengths that prevail over the stored ones. UserError where the path
-    is not reachable, is no T5, or lacks a weight.
+    path: a folder or a hub name. inputs: lengths that prevail over the stored ones.
     """
     path = str(path)
     stored = read_inputs(path, "reader")

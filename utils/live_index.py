@@ -6,8 +6,7 @@ Each device holds a slice of the vectors and searches it exactly; the best of al
 
     sync   here, by all devices, while training waits
     async  on other devices, by recipes/emdr2_worker.sh. The trainer saves its passage encoder as
-           run_dir/refresh/step_XXXXXXXX/doc_encoder. The worker puts `embeddings` next to it. Both get these
-           names only when they are complete.
+           run_dir/refresh/step_XXXXXXXX/doc_encoder. The worker puts `embeddings` next to it.
     none   never
 
 why an exact search: vectors that change every 500 steps leave no time to train an index, and the loss is
@@ -50,9 +49,7 @@ def own_rows(question, path, corpus):
 
 class LiveIndex:
     """
-    corpus: utils.corpus.Corpus. run: utils.plumbing.run.Run. cfg: names `embeddings`, the first vectors, and
-    `doc_encoder`, which must have made them.
-
+    cfg: names `embeddings`, the first vectors, and `doc_encoder`, which must have made them.
     step: of training, whose encoder made the vectors (0: the start). encoder: {"index_encoder": that encoder}
     after the first refresh. A checkpoint keeps it, so that a resumed run has the same vectors.
 
@@ -94,16 +91,17 @@ class LiveIndex:
         """Copy the rows to the GPU, where that leaves as much room again for training."""
         # why: to send 32 GB of rows takes seconds, and they are searched at every step
         device = self.run.device
-        size = sum(shard.nbytes for shard in self.shards)
-        if (
-            self.copy_nD is None
-            and device.type == "cuda"
-            and 0 < size < torch.cuda.mem_get_info(device)[0] / 2
-        ):
+        if device.type != "cuda":
+            return
+        if self.copy_nD is None:
+            size = sum(shard.nbytes for shard in self.shards)
+            free, _ = torch.cuda.mem_get_info(device)
+            if not 0 < size < free / 2:
+                return
             shape = (len(self.rows), self.shards[0].shape[1])
             self.copy_nD = torch.empty(shape, dtype=getattr(torch, self.dtype), device=device)
         first = 0
-        for shard in self.shards if self.copy_nD is not None else []:
+        for shard in self.shards:
             for block_nD in np.split(shard, range(BLOCK, len(shard), BLOCK)):
                 self.copy_nD[first : first + len(block_nD)] = torch.from_numpy(block_nD.copy())
                 first += len(block_nD)
@@ -112,12 +110,9 @@ class LiveIndex:
         return encoding.tokenize_passages(encoder, [self.corpus[row] for row in rows])
 
     def check(self, encoder):
-        """
-        UserError unless `encoder` made these rows: eight of each slice are encoded again, and compared.
-
-        why: with the vectors of another encoder training runs as ever, only worse (EMDR2 issue 8: 2.6 points
-        of exact match, unnoticed until its author looked).
-        """
+        """UserError unless `encoder` made these rows: eight of each slice are encoded again, and compared."""
+        # why: with the vectors of another encoder training runs as ever, only 2.6 points of exact match
+        # worse (EMDR2 issue 8: unnoticed until its author looked)
         if not self.shards:
             return
         fault = f"{self.folder}: these vectors"
@@ -141,8 +136,8 @@ class LiveIndex:
         """Return the examples, each with "rows": its k best passages, the same on all devices."""
         # differs: without dropout, as in Atlas; EMDR2 searches with dropout in the question's vector
         ids = encoding.tokenize_questions(query_encoder, [example["question"] for example in examples])
-        size, accelerator = self.cfg.encoding_batch_size, self.run.accelerator
-        q_QD = encoding.embed_on_devices(query_encoder, ids, size, accelerator)
+        size = self.cfg.encoding_batch_size
+        q_QD = encoding.embed_on_devices(query_encoder, ids, size, self.run.accelerator)
 
         # find some more, because a question's own passages are left out [EM:389-391]
         spare = max(len(example["own"]) for example in examples)
@@ -157,8 +152,7 @@ class LiveIndex:
         """
         Find the k passages of the largest inner product for every question, best first, ties in corpus order.
 
-        Returns (scores_Qk float32, rows_Qk int64), numpy, the same on every device and for every W; k is at
-        most N. q_QD: numpy float32, the same questions on every device.
+        Return (scores_Qk float32, rows_Qk int64), the same on every device. q_QD: numpy float32. k <= N.
         """
         scores_Qk = np.zeros((len(q_QD), 0), np.float32)
         rows_Qk = np.zeros((len(q_QD), 0), np.int64)
@@ -200,12 +194,7 @@ class LiveIndex:
             self.make_rows(encoder, self.run.state["index_step"])
 
     def make_rows(self, encoder, step):
-        """
-        Replace the rows by those of `encoder` as it is at `step`, without dropout; each device makes its own.
-
-        They are stored in the type of the folder, and in place: there is no second copy. UserError names a
-        passage whose vector is no number.
-        """
+        """Replace the rows, in place, by those of `encoder` at `step`; each device makes its own."""
         if self.shards and isinstance(self.shards[0], np.memmap):
             self.shards = [np.empty((len(self.rows), encoder.dim), self.dtype)]
         windows = [self.rows[start : start + WINDOW] for start in range(0, len(self.rows), WINDOW)]

@@ -2,7 +2,7 @@
 Metrics of rankings and of answers, and how far to trust them. Every metric is a fraction, 0 to 1. No torch.
 
 hits: of each question a list of bool, whether its first, second ... passage is right. ranks: of each question
-the rank of its first right passage, from 1, or 0 where there is none. A question without results is a miss.
+the rank of its first right passage, from 1, or 0 where there is none.
 
 Q questions · N passages
 """
@@ -24,8 +24,7 @@ def mean(values):
 
 def topk_accuracy(hits, ks):
     """
-    Return {k: share of questions with a hit among their first k}. The RocketQA papers call it Recall@k.
-
+    Return {k: share of questions with a hit among their first k}; the RocketQA papers call it Recall@k.
     topk_accuracy([[False, True], [False]], [1, 2]) is {1: 0.0, 2: 0.5}.
     """
     # differs: DPR's table is as long as the first question's list, so hits of longer lists fall off
@@ -49,12 +48,12 @@ def hit_at(ranks, k):
 def ndcg(relevances, n_relevant, cutoff):
     """
     Return the normalised discounted cumulative gain, gains 0 and 1 (Järvelin and Kekäläinen 2002, trec_eval).
-
     relevances: hits by id. n_relevant: of each question how many passages are relevant in all; 0 gives 0.
     """
     values = []
     for relevant, n in zip(relevances, n_relevant, strict=True):
-        gain = discounted(rank for rank, right in enumerate(relevant[:cutoff], 1) if right)
+        ranks = [rank for rank, right in enumerate(relevant[:cutoff], 1) if right]
+        gain = discounted(ranks)
         ideal = discounted(range(1, min(n, cutoff) + 1))
         values.append(gain / ideal if n else 0.0)
     return mean(values)
@@ -66,12 +65,9 @@ def discounted(ranks):
 
 def positive_ranks(scores_QN, gold_Q):
     """
-    Return the rank of each question's positive among N passages, from 1: int array [Q]. DPR validates by it.
-
-    gold_Q: the column of the positive. A passage with the same score counts as above it, and so does a NaN:
-    an encoder that maps everything to one point is last, not first.
+    Return the rank of each question's positive (column gold_Q) among N passages, from 1: int array [Q].
+    A passage with the same score counts as above it, and so does a NaN: a collapsed encoder is last.
     """
-    scores_QN = np.asarray(scores_QN)
     gold_Q = np.asarray(gold_Q)
     gold_Q1 = np.take_along_axis(scores_QN, gold_Q[:, None], axis=1)
     below_QN = scores_QN < gold_Q1  # False for a NaN
@@ -82,7 +78,6 @@ def positive_ranks(scores_QN, gold_Q):
 def bootstrap_interval(values_per_question, samples=1000, seed=0):
     """
     Return (low, high): the 95 % percentile bootstrap interval of the mean (Efron 1979).
-
     It says what another draw of questions would change, not another seed of the training.
     """
     values = np.asarray(values_per_question, dtype=np.float64)
@@ -90,8 +85,7 @@ def bootstrap_interval(values_per_question, samples=1000, seed=0):
     n = int(counts.sum())
     assert n, "no questions: nothing to resample"
 
-    # draw n questions with replacement, `samples` times
-    # why multinomial: questions of equal value are alike, so it is enough to draw how often each value occurs
+    # draw n questions with replacement; of equal values it is enough to draw how many occur
     rng = np.random.default_rng(seed)
     drawn = rng.multinomial(n, counts / n, size=samples)
     means = drawn @ values / n
@@ -126,9 +120,7 @@ def gold_ids(question):
 def one_question_at_a_time(questions, rankings):
     """
     Yield (question, ids of its passages, best first), with one question's ranking in memory.
-
-    rankings: an iterator of (qid, [(pid, score), ...]) in the order of the questions, such as iter_run(path).
-    A question that it lacks has no passages.
+    rankings: an iterator of (qid, [(pid, score), ...]) in the order of the questions; it may skip some.
     """
     qid, hits = next(rankings, (None, []))
     for question in tqdm(questions, "metrics", delay=2, leave=False, disable=None):
@@ -164,9 +156,7 @@ def metrics_of_question(question, pids, corpus, ks, regex):
 def retrieval_metrics(ranked, corpus, ks, regex=False):
     """
     Return {name: {"value", "low", "high", "n"}}: top-k, MRR@10, nDCG@10 and hit@k of a ranking.
-
-    ranked: (question, ids of its passages) of every question, as one_question_at_a_time yields them. ks: at
-    most the depth of the ranking. n: the number of questions with answers (top-k), or with gold ids (others).
+    ranked: of one_question_at_a_time. ks: at most its depth. n: how many questions a metric can judge.
     """
     values = {}
     for question, pids in ranked:
@@ -180,7 +170,6 @@ def retrieval_metrics(ranked, corpus, ks, regex=False):
 def answer_scores(examples, answers, top_docs):
     """
     Return {"EM@n", "F1@n": [one value a question]} over the questions that have answers.
-
     answers: of each question one dict with "text" for every n of top_docs, or None, which scores 0.
     """
     values = {}

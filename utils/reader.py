@@ -2,8 +2,7 @@
 The extractive reader: one BERT reads question and passage together. It says how likely this passage is the
 right one, and where in it the answer begins and ends (Karpukhin et al. 2020, Sec. 6).
 
-In this order: questions with their rankings, the reader's inputs, what it learns from, the model, its
-answers. The loss is in train_reader.py. On disk a reader is a Hugging Face DPRReader, the class of
+The loss is in train_reader.py. On disk a reader is a Hugging Face DPRReader, the class of
 facebook/dpr-reader-*, with `encoder_inputs.json` next to the weights.
 
 B sequences · L tokens, padded to the longest of the batch · S tokens of one passage · W widths of a span
@@ -41,8 +40,7 @@ def read_ranking(path, run, corpus, depth, need=("answers",)):
     """
     Read a question file and its ranking: (examples, a note that says how deep the ranking is).
 
-    An example is {"qid", "question", "answers", "rows"}. rows: where its first `depth` passages are in the
-    corpus. need: as in read_questions.
+    An example is {"qid", "question", "answers", "rows": those of its first `depth` passages in the corpus}.
     """
     examples = {}
     patterns = []
@@ -62,11 +60,8 @@ def read_ranking(path, run, corpus, depth, need=("answers",)):
             rows = [corpus.row(pid) for pid, _ in hits[:depth]]
             examples[qid]["rows"] = np.array(rows)
     examples = list(examples.values())
-    return examples, depth_note(path, run, examples, depth)
 
-
-def depth_note(path, run, examples, depth):
-    """Return a sentence on how many passages the questions have, with a warning where they are too few."""
+    # how many passages the questions have
     depths = [len(example["rows"]) for example in examples if len(example["rows"])]
     without = [example["qid"] for example in examples if not len(example["rows"])]
     if not depths:
@@ -78,15 +73,14 @@ def depth_note(path, run, examples, depth):
     short = sum(size < depth for size in depths)
     if short:
         note += f"\nwarning: {run}: {short} questions have passages, but fewer than the {depth} asked for"
-    return note
+    return examples, note
 
 
 # ---------------------------------------------------------------- text -> token ids
 def word_pieces(reader, texts):
     """Return id lists without special tokens, uncut."""
     # why not verbose: the warning that some are too long for a BERT is premature
-    how = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    return reader.tokenizer(texts, **how).input_ids
+    return reader.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
 
 
 def tokenize_rows(reader, question, passages, cut=True):
@@ -99,13 +93,10 @@ def tokenize_rows(reader, question, passages, cut=True):
     titles = [passage.title for passage in passages]
     texts = [passage.text.strip() for passage in passages]
     question_ids, *ids = word_pieces(reader, [question, *titles, *texts])
-    title_ids = ids[: len(titles)]
-    text_ids = ids[len(titles) :]
-
     cls, sep = reader.tokenizer.cls_token_id, reader.tokenizer.sep_token_id
     length = reader.inputs["reader_tokens"] if cut else None
     sequences = []
-    for title, text in zip(title_ids, text_ids, strict=True):
+    for title, text in zip(ids[: len(titles)], ids[len(titles) :], strict=True):
         head = [cls, *question_ids, sep, *title, sep]
         sequences.append(((head + text)[:length], len(head)))
     return sequences
@@ -142,8 +133,7 @@ def training_rows(example, corpus, reader, gold):
     Return (status, rows of positives, rows of negatives, whether the positives are of the gold page).
 
     status: "kept", or why the question is dropped. A positive holds an answer as word pieces within the first
-    reader_tokens of the input. Where some are of the gold page, only these count. A negative holds no answer
-    at all (from: DPR dpr/data/reader_data.py:220-317).
+    reader_tokens of the input; if some are of the gold page, only these. A negative holds no answer at all.
     """
     length = reader.inputs["reader_tokens"]
     rows = example["rows"]
@@ -152,14 +142,12 @@ def training_rows(example, corpus, reader, gold):
 
     # the passages that hold an answer, and the places where its mentions end
     holding = [i for i, passage in enumerate(passages) if has_answer(passage.text, answers)]
-    texts = [passages[i] for i in holding]
-    sequences = tokenize_rows(reader, example["question"], texts, cut=False)
+    sequences = tokenize_rows(reader, example["question"], [passages[i] for i in holding], cut=False)
     pieces = word_pieces(reader, answers) if holding else []
     ends = {}
     for i, (ids, first) in zip(holding, sequences, strict=True):
         ends[i] = [end for _, end in find_spans(ids, first, pieces)]
 
-    # positives and negatives
     # differs: a positive has an answer before the cut; DPR draws another one where the drawn one has none
     positives = [i for i in holding if min(ends[i], default=length) < length]
     page = gold.get(example["question"])
@@ -185,19 +173,17 @@ def training_rows(example, corpus, reader, gold):
 
 
 def find_training_rows(path, examples, corpus, reader, gold):
-    """
-    Return (the examples to learn from, with "positives" and "negatives", a report on those that are dropped).
-
-    Each device searches its share of the examples, and gets the results of all.
-    """
+    """Return (the examples to learn from, with "positives" and "negatives", a report on the dropped ones)."""
     # differs: no file is prepared; the answers are found in the passages when a training starts
     rank, devices = world()
-    found = {}
+    found = {}  # each device searches its share of the examples
     for i in tqdm(range(rank, len(examples), devices), "finding answers", delay=5, disable=None):
         found[i] = training_rows(examples[i], corpus, reader, gold)
     found = gather_items(found)
 
-    kept, dropped, with_gold = [], Counter(), 0
+    kept = []
+    dropped = Counter()
+    with_gold = 0
     for i, example in enumerate(examples):
         status, positives, negatives, of_gold = found[i]
         with_gold += of_gold
@@ -249,14 +235,13 @@ def load_reader(path, inputs=None, dropout=0.0, new_head=False):
     """
     Load the reader in a folder that train_reader.py wrote, or in facebook/dpr-reader-* or a copy.
 
-    new_head: training starts here. Then a plain BERT will do, and the three outputs are drawn from torch's
-    generator; otherwise no weight may be missing. inputs: overrides what is stored.
+    inputs: overrides what is stored. new_head: training starts here; a plain BERT will do, and the three
+    outputs are drawn from torch's generator. Otherwise no weight may be missing.
     """
     path = str(path)
     stored = weights.read_inputs(path, "reader")
-    role = stored.get("role", "reader")
-    if role != "reader" and not new_head:
-        raise UserError(f"{path}: this is a {role} encoder; a reader is needed here")
+    if stored.get("role", "reader") != "reader" and not new_head:
+        raise UserError(f"{path}: this is a {stored['role']} encoder; a reader is needed here")
     with weights.explain_load_errors(path):
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -270,8 +255,7 @@ def load_reader(path, inputs=None, dropout=0.0, new_head=False):
     if stored.get("role") == "reader":
         how["pair"] = stored.get("pair", "")
     reader = Reader(model, tokenizer, how | (inputs or {}))
-    length = reader.inputs["reader_tokens"]
-    weights.check_sizes(path, model, tokenizer, length, "tokens a passage")
+    weights.check_sizes(path, model, tokenizer, reader.inputs["reader_tokens"], "tokens a passage")
     return reader
 
 
@@ -282,8 +266,7 @@ def open_model(path, config, new_head):
             raise UserError(f"{path}: holds a {config.architectures[0]}; a reader is a DPRReader")
         return weights.load_complete(DPRReader, path)
     if not new_head:
-        advice = "train_reader.py adds them"
-        raise UserError(f"{path}: a {config.model_type} without the reader's outputs; {advice}")
+        raise UserError(f"{path}: {config.model_type} without the reader's outputs; train_reader.py adds")
     if config.model_type != "bert":
         raise UserError(f"{path}: a reader starts from a BERT, this is a {config.model_type}")
     bert = weights.load_complete(AutoModel, path, add_pooling_layer=False)
@@ -319,9 +302,8 @@ def best_spans(start_S, end_S, continues_S, max_answer_length, top_spans):
     """
     Return up to `top_spans` answers in the tokens of one passage: [(first, last, score)], best first.
 
-    Both ends are included. The score is start plus end logit of a span of up to max_answer_length tokens; the
-    span is then widened to whole words. A span inside or around one already chosen is passed over. Of equal
-    scores the earlier one wins. continues_S: whether a token is a piece of the word before it.
+    Both ends are included. The score is start plus end logit of a span of up to max_answer_length tokens. Of
+    equal scores the earlier one wins. continues_S: whether a token is a piece of the word before it.
     """
     # the score of every span, by its first token and its width
     size = len(start_S)
@@ -354,14 +336,14 @@ def span_text(reader, passage, sequence, logits, max_answer_length):
     ids, first = sequence
     start_L, end_L, relevance = logits
     continues_S = reader.continues_V[ids[first:]]
-    spans = best_spans(start_L[first:], end_L[first:], continues_S, max_answer_length, 1)
-    begin, end, score = spans[0]
+    (span,) = best_spans(start_L[first:], end_L[first:], continues_S, max_answer_length, 1)
+    begin, end, score = span
 
     # differs: DPR decodes the tokens, so that its answers are in lower case and "U.S." reads "u. s.". Under
     # transformers 5 "don't" would even be "don ' t", which exact match counts as wrong.
     text = passage.text.strip()
-    how = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
-    offsets = reader.tokenizer(text, **how).offset_mapping
+    tokens = reader.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets = tokens.offset_mapping
     answer = text[offsets[begin][0] : offsets[end][1]]
     return {"text": answer, "score": score, "relevance_score": relevance, "passage": text}
 
@@ -377,9 +359,8 @@ def predict(reader, questions, top_docs, max_answer_length, batch_size, autocast
     Return one answer for every n of top_docs to each question, from the first n of its passages.
 
     The passage of highest relevance is taken, then the best span in it; the two scores are never added up
-    (from: DPR train_extractive_reader.py:407-472). An answer is a dict as in DPR's prediction files, of
-    span_text() and "passage_idx", or None where no passage has any text. questions: of to_read(), best
-    passage first.
+    (from: DPR train_extractive_reader.py:407-472). An answer is a dict of span_text() and "passage_idx", or
+    None where no passage has any text. questions: of to_read(), best passage first.
     """
     ids = [ids for question in questions for ids, _ in question["sequences"]]
     logits = iter(read(reader, ids, batch_size, autocast))
@@ -389,10 +370,9 @@ def predict(reader, questions, top_docs, max_answer_length, batch_size, autocast
         logits_M = [next(logits) for _ in sequences]
         total = sum(start_L.sum() + end_L.sum() + relevance for start_L, end_L, relevance in logits_M)
         if not np.isfinite(total):
-            raise UserError(
-                f"question {question['question']!r}: the reader's logits are not finite; its weights are "
-                "damaged, or too large for fp16 (then --mixed_precision no)"
-            )
+            fault = "the reader's logits are not finite"
+            cause = "its weights are damaged, or too large for fp16 (then --mixed_precision no)"
+            raise UserError(f"question {question['question']!r}: {fault}; {cause}")
 
         # the most relevant passage of the first n, of those that have any text left
         readable = [i for i, (ids, first) in enumerate(sequences) if len(ids) > first]

@@ -12,15 +12,17 @@ temporary disk, and 4.5 GB of memory in lists.
 import csv
 import random
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.bench.harness import ratios, spread  # noqa: E402
+
 READS = 1000
 
 
@@ -57,21 +59,14 @@ def index(path):
 
 
 def measure(way, path):
-    begin = time.perf_counter()
+    """Print the seconds and the peak MB of one way in this process, and a checksum of what it read."""
+    began = time.perf_counter()
     rows, read = {"lists": lists, "index": index, "build": index}[way](path)
     chance = random.Random(1)
-    found = [read(chance.randrange(rows)) for _ in range(READS)]
-    seconds = time.perf_counter() - begin
+    passages = [read(chance.randrange(rows)) for _ in range(READS)]
+    seconds = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(seconds, peak, sum(hash_of(passage) for passage in found) % 2**32)
-
-
-def hash_of(passage):
-    return sum(len(part) * i + ord(part[0]) for i, part in enumerate(passage, 1))
-
-
-def middle(values, form):
-    return f"{statistics.median(values):{form}} ({min(values):{form}}-{max(values):{form}})"
+    print(seconds, peak, zlib.crc32(repr(passages).encode()))
 
 
 def main(rows, turns):
@@ -84,20 +79,17 @@ def main(rows, turns):
             results[way].append([float(x) for x in subprocess.check_output(command, text=True).split()])
         assert len({run[2] for runs in results.values() for run in runs}) == 1, "the ways read different text"
         print(f"{rows:,} rows, {path.stat().st_size / 1e6:,.0f} MB, {READS} random reads, n = {turns}")
-        print(f"{'way':6} {'seconds':>22} {'peak MB':>22} {'lists take, times':>24} {'their memory':>20}")
-        for way, runs in results.items():
-            line = f"{way:6} {middle([run[0] for run in runs], '.2f'):>22}"
-            line += f" {middle([run[1] for run in runs], '.0f'):>22}"
-            if way == "index":
-                pairs = list(zip(results["lists"], runs, strict=True))
-                line += f" {middle([a[0] / b[0] for a, b in pairs], '.1f'):>24}"
-                line += f" {middle([a[1] / b[1] for a, b in pairs], '.1f'):>20}"
-            print(line)
+    print(f"{'way':6} {'seconds':>22} {'peak MB':>22}")
+    columns = {way: list(zip(*runs, strict=True)) for way, runs in results.items()}
+    for way, (seconds, peaks, _) in columns.items():
+        print(f"{way:6} {spread(seconds):>22} {spread(peaks, 0):>22}")
+    times, memory = (ratios(columns["lists"][i], columns["index"][i], 1) for i in (0, 1))
+    print(f"lists take {times} times as long as the index, and {memory} times its memory")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
         measure(*sys.argv[2:4])
     else:
-        arguments = [int(argument) for argument in sys.argv[1:]]
-        main(*arguments, *[5_000_000, 3][len(arguments) :])
+        numbers = [int(argument) for argument in sys.argv[1:]]
+        main(*numbers, *[5_000_000, 3][len(numbers) :])

@@ -5,19 +5,13 @@ matrix products; and memory by corpus size.
 Run: python tests/bench/bench_encode.py speed --model runs/dpr_nq/doc_encoder --corpus data/nq/corpus.tsv
      python tests/bench/bench_encode.py memory
 
-speed: the same passages, weights and threads; every turn runs all ways one after the other, so that a slow
-minute of the machine hits all of them. Timed: from texts to vectors, tokenising included, loading not.
-nanoDPR's way is written anew: batches of 32 in corpus order, padded to --length (256), fp32.
-sentence-transformers (if --peer_python names a python that has it) waits between its turns in a process of
-its own (written for version 6.2); its texts are pairs (title, text), lengths, pooling and token types those
-of --model, so its vectors must be ours. --length is the maximum of all, whatever --model was trained with.
-Tevatron twice; both read "title text" as one text, and their vectors must be ours of that text:
-  the package on PyPI (0.1.0, of 2022; if --tevatron_python names a python that has it) in a process of its
-  own, its driver's main() from a jsonl file to a pickle: passages tokenised one by one, padded to
-  passage_tokens. It needs transformers 4 (it calls encode_plus, gone in 5), which runs the same BERT, and
-  reads a copy of --model with vocab.txt (it asks for the slow tokenizer).
-  its way of today (repository, 2.x; not on PyPI), restated from its behaviour: corpus order, a batch
-  tokenised at a time and padded to its longest, then to a multiple of 16, fp32, pickled at the end.
+speed: the same passages, weights and threads, from texts to vectors; loading is not timed. nanoDPR's way is
+written anew: batches of 32 in corpus order, padded to --length (256), fp32. sentence-transformers (written
+for 6.2; where --peer_python names a python that has it) waits between its turns in a process of its own. Its
+texts are pairs (title, text), lengths, pooling and token types those of --model: its vectors must be ours.
+Tevatron's way (repository, 2.x) is restated from its behaviour: "title text" is one text; corpus order, a
+batch tokenised at a time and padded to its longest, then to a multiple of 16, fp32, pickled at the end. Its
+vectors must be ours of that text.
 Printed: passages per second; the ratios to nanoDPR's way and to ours within a turn (median, range); "apart":
 the largest difference from nanoDPR's vectors (Tevatron: from ours of its text) over the largest number.
 --mixed_precision bf16 adds ours under autocast, as doc2embedding.py does it, and Tevatron's --bf16 (weights
@@ -33,7 +27,6 @@ products, so 1 cannot be reached.
 memory: peak resident memory of doc2embedding.py for corpora of short passages and a tiny random encoder.
 """
 
-import argparse
 import contextlib
 import copy
 import functools
@@ -52,6 +45,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from tests.bench.harness import Peer, parser, ratios, spread, take_turns  # noqa: E402
+
+# why imports in functions: the process that measures the memory of another one must be small itself
 PEER = """
 import json, sys, time
 import numpy as np, torch
@@ -65,97 +61,68 @@ if types == "zeros":
 pool = Pooling(bert.get_embedding_dimension(), pooling)
 encoder = SentenceTransformer(modules=[bert, pool], device="cpu")
 texts = [tuple(pair) for pair in json.load(open(folder + "/texts.json"))]
-print("ready", flush=True)
+print("answer: 0", flush=True)
 for line in sys.stdin:
     began = time.perf_counter()
     vectors = encoder.encode(texts, batch_size=int(batch), show_progress_bar=False)
     seconds = time.perf_counter() - began
     np.save(folder + "/peer.npy", vectors)
-    print(seconds, flush=True)
-"""
-
-TEVATRON = """
-import json, os, sys, time
-import datasets, numpy as np, torch
-from tevatron.driver import encode
-model, length, batch, threads, folder = sys.argv[1:]
-os.chdir(folder)
-os.mkdir("texts")
-with open("texts/train.jsonl", "w") as file:
-    for i, (title, text) in enumerate(json.load(open("texts.json"))):
-        file.write(json.dumps({"docid": str(i), "title": title, "text": text}) + chr(10))
-torch.set_num_threads(int(threads))
-datasets.disable_caching()  # or the second turn would find its tokens ready
-datasets.disable_progress_bars()
-encode.tqdm = lambda loader: loader
-def once(load):
-    kept = []
-    return lambda *inputs, **settings: kept[0] if kept else kept.append(load(*inputs, **settings)) or kept[0]
-encode.AutoTokenizer.from_pretrained = once(encode.AutoTokenizer.from_pretrained)
-encode.DenseModelForInference.build = once(encode.DenseModelForInference.build)
-say = os.fdopen(os.dup(1), "w", buffering=1)
-os.dup2(2, 1)
-flags = ["--output_dir", "out", "--model_name_or_path", model, "--dataset_name", "texts"]
-flags += ["--p_max_len", length, "--per_device_eval_batch_size", batch, "--dataset_proc_num", threads]
-flags += ["--encoded_save_path", "out.pkl"]
-print("ready", file=say)
-for turn, line in enumerate(sys.stdin):
-    sys.argv = ["encode", *flags, "--data_cache_dir", "cache%d" % turn]
-    began = time.perf_counter()
-    encode.main()
-    seconds = time.perf_counter() - began
-    np.save("peer.npy", np.load("out.pkl", allow_pickle=True)[0])
-    print(seconds, file=say)
+    print("answer:", seconds, flush=True)
 """
 
 
-# ----------------------------------------------------------------------------------------------- speed
-def nano_dpr(encoder, texts, autocast=contextlib.nullcontext):
-    """Batches of 32 in corpus order, every one padded to the full length: [N, D]."""
-    import torch
-
-    from utils.encoder import collate, tokenize_passages
-
-    vectors = []
-    with torch.no_grad():
-        for k in range(0, len(texts), 32):
-            ids = tokenize_passages(encoder, texts[k : k + 32])
-            with autocast():
-                vectors_bD = encoder(**collate(encoder, ids, encoder.inputs["passage_tokens"]))
-            vectors.append(vectors_bD.cpu().numpy())
-    return np.concatenate(vectors)
+# ---------------------------------------------------------------- the ways
+def padded(encoder, ids, length):
+    """Id lists with pad ids up to `length`; collate makes their mask 0."""
+    pad = encoder.tokenizer.pad_token_id
+    return [row + [pad] * (length - len(row)) for row in ids]
 
 
-def tevatron(encoder, texts, batch):
-    """Tevatron 2's way: corpus order, a batch padded to its longest, then to a multiple of 16: [N, D]."""
+def in_corpus_order(encoder, passages, batch, tokenize, length_of, autocast=contextlib.nullcontext):
+    """Vectors [N, D] by batches as they come; length_of(id lists): what a batch is padded to."""
     import torch
 
     from utils.encoder import collate
 
     vectors = []
     with torch.no_grad():
-        for k in range(0, len(texts), batch):
-            ids = joined(encoder, texts[k : k + batch])
-            length = -(-max(map(len, ids)) // 16) * 16
-            vectors.append(encoder(**collate(encoder, ids, length)).numpy())
-    vectors = np.concatenate(vectors)
-    pickle.dumps((vectors, [str(i) for i in range(len(texts))]))
+        for start in range(0, len(passages), batch):
+            ids = tokenize(encoder, passages[start : start + batch])
+            with autocast():
+                vectors_bD = encoder(**collate(encoder, padded(encoder, ids, length_of(ids))))
+            vectors.append(vectors_bD.cpu().numpy())
+    return np.concatenate(vectors)
+
+
+def nano_dpr(encoder, passages, autocast=contextlib.nullcontext):
+    """Batches of 32 in corpus order, every one padded to the full length: [N, D]."""
+    from utils.encoder import tokenize_passages
+
+    length = encoder.inputs["passage_tokens"]
+    return in_corpus_order(encoder, passages, 32, tokenize_passages, lambda ids: length, autocast)
+
+
+def tevatron(encoder, passages, batch):
+    """Tevatron 2's way: corpus order, a batch padded to its longest, then to a multiple of 16: [N, D]."""
+    vectors = in_corpus_order(encoder, passages, batch, joined, lambda ids: -(-max(map(len, ids)) // 16) * 16)
+    pickle.dumps((vectors, [str(i) for i in range(len(passages))]))
     return vectors
 
 
-def joined(encoder, texts):
-    """Id lists of "title text", one text, as both of Tevatron's read it."""
-    texts, length = [f"{title} {text}" for title, text in texts], encoder.inputs["passage_tokens"]
-    return encoder.tokenizer(texts, truncation=True, max_length=length).input_ids
+def joined(encoder, passages):
+    """Id lists of "title text", one text, as Tevatron reads it."""
+    texts = [f"{passage.title} {passage.text}" for passage in passages]
+    return encoder.tokenizer(texts, truncation=True, max_length=encoder.inputs["passage_tokens"]).input_ids
 
 
-def ours(encoder, texts, batch, **autocast):
+def ours(encoder, passages, batch, **autocast):
     """As in doc2embedding.py: sorted by length, padded to the longest of a batch."""
     from utils.encoder import embed, tokenize_passages
 
-    return embed(encoder, tokenize_passages(encoder, texts), batch, "passage", **autocast)
+    return embed(encoder, tokenize_passages(encoder, passages), batch, **autocast)
 
 
+# ---------------------------------------------------------------- FLOP
 def useful_flop(encoder, tokens):
     """The formula of the docstring, for one passage."""
     config = encoder.model.config
@@ -163,47 +130,24 @@ def useful_flop(encoder, tokens):
     return config.num_hidden_layers * (2 * n * (4 * D * D + 2 * D * inner) + 4 * n * n * D)
 
 
-def gemm_rate(shapes, dtype):
-    """FLOP per second of torch.mm, [n, k] @ [k, m] for each (n, k, m) in turn, for half a second at least."""
+def gemm(shapes, dtype):
+    """Seconds a FLOP of torch.mm, [n, k] @ [k, m] for each (n, k, m) in turn, for half a second at least."""
     import torch
 
     made = [[torch.randn(size).to(dtype) for size in ((n, k), (m, k), (n, m))] for n, k, m in shapes]
-
-    def once():
-        for x_nk, weight_mk, out_nm in made:
-            torch.mm(x_nk, weight_mk.T, out=out_nm)
-
-    once()  # warms up
     rounds, began = 0, time.perf_counter()
     while (spent := time.perf_counter() - began) < 0.5:
-        once()
+        for x_nk, weight_mk, out_nm in made:
+            torch.mm(x_nk, weight_mk.T, out=out_nm)
         rounds += 1
-    return rounds * sum(2 * n * k * m for n, k, m in shapes) / spent
+    return spent / rounds / sum(2 * n * k * m for n, k, m in shapes)
 
 
-def old_folder(encoder, folder):
-    """The encoder in a form that transformers 4 can read: it does not know the tokenizer files of 5."""
-    encoder.model.save_pretrained(folder)
-    vocabulary = encoder.tokenizer.get_vocab()
-    (folder / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.get)) + "\n", "utf-8")
-    lower = getattr(encoder.tokenizer, "do_lower_case", True)
-    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": lower}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-
-
-def start_peer(python, code, arguments, folder):
-    """A process that encodes folder/texts.json into folder/peer.npy for every line that it gets."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    peer = subprocess.Popen([python, "-c", code, *map(str, arguments), str(folder)], **pipes)
-    if peer.stdout.readline().strip() != "ready":
-        sys.exit(f"error: {python} cannot run this peer; its message is above")
-    return peer
-
-
+# ---------------------------------------------------------------- speed
 def speed(args):
     import torch
 
-    from utils.data import Corpus
+    from utils.corpus import Corpus
     from utils.encoder import embed, tokenize_passages
     from utils.plumbing.weights import load_encoder
 
@@ -211,95 +155,72 @@ def speed(args):
     encoder = load_encoder(args.model, "passage", {"passage_tokens": args.length}).eval()
     corpus = Corpus(args.corpus)
     rows = np.linspace(0, len(corpus) - 1, min(args.passages, len(corpus))).astype(int).tolist()
-    texts = [(corpus[row].title, corpus[row].text.strip()) for row in rows]
-    ways = {
-        "nanoDPR's way": lambda: nano_dpr(encoder, texts),
-        "ours": lambda: ours(encoder, texts, args.batch_size),
-        "Tevatron's way": lambda: tevatron(encoder, texts, args.batch_size),
-    }
+    passages = [corpus[row]._replace(text=corpus[row].text.strip()) for row in rows]
+    lengths = [len(ids) for ids in tokenize_passages(encoder, passages)]
+    median = sorted(lengths)[len(lengths) // 2]
+    inner, D, T = (
+        encoder.model.config.intermediate_size,
+        encoder.model.config.hidden_size,
+        args.batch_size * median,
+    )
+    shapes = {"the model's shapes": [(T, D, D)] * 4 + [(T, D, inner), (T, inner, D)]}
+    shapes["squares"] = [(2048, 2048, 2048)]
+
+    size = args.batch_size
+    ways = {"nanoDPR's way": functools.partial(nano_dpr, encoder, passages)}
+    ways["ours"] = functools.partial(ours, encoder, passages, size)
+    ways["Tevatron's way"] = functools.partial(tevatron, encoder, passages, size)
     dtypes = {"": torch.float32}
     if args.mixed_precision == "bf16":
-        dtypes[", bf16"], half = torch.bfloat16, copy.deepcopy(encoder).bfloat16()
+        dtypes[", bf16"] = torch.bfloat16
         autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
-        ways["ours, bf16"] = lambda: ours(encoder, texts, args.batch_size, autocast=autocast)
-        ways["Tevatron's way, bf16"] = lambda: tevatron(half, texts, args.batch_size)
-    lengths = [len(ids) for ids in tokenize_passages(encoder, texts)]
-    T, D = args.batch_size * sorted(lengths)[len(texts) // 2], encoder.model.config.hidden_size
-    inner = encoder.model.config.intermediate_size
-    shapes = {
-        "the model's shapes": [(T, D, D)] * 4 + [(T, D, inner), (T, inner, D)],
-        "squares": [(2048, 2048, 2048)],
-    }
-    reference = {"nanoDPR's way": nano_dpr(encoder, texts)}
-    reference["Tevatron's way"] = embed(encoder, joined(encoder, texts), args.batch_size, "passage")
+        ways["ours, bf16"] = functools.partial(ours, encoder, passages, size, autocast=autocast)
+        half = copy.deepcopy(encoder).bfloat16()
+        ways["Tevatron's way, bf16"] = functools.partial(tevatron, half, passages, size)
+    vectors = {name: way() for name, way in ways.items()}  # it also warms up
+    for name in shapes:
+        for kind, dtype in dtypes.items():
+            ways[f"GEMM, {name}{kind}"] = functools.partial(gemm, shapes[name], dtype)
     with tempfile.TemporaryDirectory() as top:
-        peers, inputs = {}, [args.batch_size, args.threads]
-        for name, python, code, keys in (
-            ("sentence-transformers", args.peer_python, PEER, ("pooling", "token_types", "passage_tokens")),
-            ("Tevatron 0.1.0", args.tevatron_python, TEVATRON, ("passage_tokens",)),
-        ):
-            if python:
-                (folder := Path(top) / name).mkdir()
-                (folder / "texts.json").write_text(json.dumps(texts))
-                model = args.model
-                if code is TEVATRON:
-                    old_folder(encoder, model := folder / "model")
-                arguments = [model, *(encoder.inputs[key] for key in keys), *inputs]
-                peers[name] = start_peer(python, code, arguments, folder)
-        seconds, vectors = {way: [] for way in [*ways, *peers]}, {}
-        rates = {(name, kind): [] for name in shapes for kind in dtypes}
-        for turn in range(args.repeat + 1):  # the first turn warms up
-            for way in list(seconds)[:: -1 if turn % 2 else 1]:
-                if way in ways:
-                    began = time.perf_counter()
-                    vectors[way] = ways[way]()
-                    spent = time.perf_counter() - began
-                else:
-                    print("go", file=peers[way].stdin, flush=True)
-                    spent = float(peers[way].stdout.readline() or sys.exit(f"error: {way} ended early"))
-                    vectors[way] = np.load(Path(top) / way / "peer.npy")
-                seconds[way] += [spent] if turn else []
-            for name, kind in rates:
-                rate = gemm_rate(shapes[name], dtypes[kind])
-                rates[name, kind] += [rate] if turn else []
-        for peer in peers.values():
-            peer.stdin.close()
-            peer.wait()
+        if args.peer_python:
+            (Path(top) / "texts.json").write_text(json.dumps([(p.title, p.text) for p in passages]))
+            inputs = [encoder.inputs[key] for key in ("pooling", "token_types", "passage_tokens")]
+            inputs += [size, args.threads, top]
+            ways["sentence-transformers"] = peer = Peer(args.peer_python, "-c", PEER, args.model, *inputs)
+            peer()
+            vectors["sentence-transformers"] = np.load(Path(top) / "peer.npy")
+        seconds = take_turns(ways, args.repeat, warm_up=0)
+        if args.peer_python:
+            peer.end()
 
-    same = {
-        way: reference["Tevatron's way" if way.startswith("Tevatron") else "nanoDPR's way"] for way in seconds
-    }
-    apart = {way: np.abs(vectors[way] - same[way]).max() / np.abs(same[way]).max() for way in seconds}
-    assert max(apart[way] for way in seconds if "bf16" not in way) < 1e-3, f"not the same vectors: {apart}"
-
-    def show(values):
-        return f"{np.median(values):8.2f} ({min(values):.2f}-{max(values):.2f})"
-
-    print(
-        f"{len(texts)} passages of {sorted(lengths)[len(texts) // 2]} tokens (median), {encoder.dim} "
-        f"dimensions, {args.threads} threads, n = {args.repeat}"
-    )
-    heads = f"{'passages/s':>24} {'times nanoDPR':>22} {'ours is faster by':>22} {'apart':>8}"
-    print(f"{'way':24} {heads}")
-    for way, spent in seconds.items():
-        ratios = [base / s for base, s in zip(seconds["nanoDPR's way"], spent, strict=True)]
-        mine = [s / fast for s, fast in zip(spent, seconds["ours"], strict=True)]
-        columns = show([len(texts) / s for s in spent]), show(ratios), show(mine)
-        print(f"{way:24} {columns[0]:>24} {columns[1]:>22} {columns[2]:>22} {apart[way]:8.0e}")
+    expected = {True: embed(encoder, joined(encoder, passages), size), False: vectors["nanoDPR's way"]}
+    apart = {}
+    for name in vectors:
+        same = expected[name.startswith("Tevatron")]
+        apart[name] = np.abs(vectors[name] - same).max() / np.abs(same).max()
+        assert "bf16" in name or apart[name] < 1e-3, f"not the same vectors: {apart}"
+    what = f"{len(passages)} passages of {median} tokens (median), {encoder.dim} dimensions"
+    print(f"{what}, {args.threads} threads, n = {args.repeat}")
+    print(f"{'way':24} {'passages/s':>24} {'times nanoDPR':>22} {'ours is faster by':>22} {'apart':>8}")
+    for name in vectors:
+        rate = spread([len(passages) / s for s in seconds[name]])
+        times, mine = ratios(seconds["nanoDPR's way"], seconds[name]), ratios(seconds[name], seconds["ours"])
+        print(f"{name:24} {rate:>24} {times:>22} {mine:>22} {apart[name]:8.0e}")
+    flop = sum(useful_flop(encoder, n) for n in lengths)
     for kind in dtypes:
-        peak = {name: [rate / 1e9 for rate in rates[name, kind]] for name in shapes}
         heads = "".join(f"{'of ' + name:>25}" for name in shapes)
         print(f"\n{'useful FLOP' + kind:24} {'GFLOP/s':>24}{heads}")
-        for name, measured in peak.items():
-            print(f"{'GEMM, ' + name:24} {show(measured):>24}")
-        for way, spent in seconds.items():
-            if way.endswith(", bf16") == bool(kind):
-                done = [sum(useful_flop(encoder, n) for n in lengths) / s / 1e9 for s in spent]
-                shares = [[a / b for a, b in zip(done, m, strict=True)] for m in peak.values()]
-                print(f"{way:24} {show(done):>24}" + "".join(f"{show(share):>25}" for share in shares))
+        peaks = [f"GEMM, {name}{kind}" for name in shapes]
+        for name in peaks:
+            print(f"{name:24} {spread([1e-9 / s for s in seconds[name]]):>24}")
+        for name in vectors:
+            if name.endswith(", bf16") == bool(kind):
+                each = [s / flop for s in seconds[name]]
+                shares = "".join(f"{ratios(seconds[peak], each):>25}" for peak in peaks)
+                print(f"{name:24} {spread([1e-9 / s for s in each]):>24}{shares}")
 
 
-# ---------------------------------------------------------------------------------------------- memory
+# ---------------------------------------------------------------- memory
 def memory(args):
     from tests.toy import make_world
 
@@ -340,26 +261,19 @@ def child(command):
 def main():
     if sys.argv[1:2] == ["child"]:  # used by `memory` itself: the peak of one process, not of all so far
         return child(sys.argv[2:])
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = parser(__doc__)
+    options.add_argument("mode", choices=("speed", "memory"))
+    options.add_argument("--model", help="a passage encoder with encoder_inputs.json")
+    options.add_argument("--corpus")
+    options.add_argument("--passages", type=int, default=512, help="evenly spread over the corpus")
+    options.add_argument("--length", type=int, default=256, help="maximum tokens of a passage")
+    options.add_argument("--batch_size", type=int, default=32, help="of all ways but nanoDPR's")
+    options.add_argument("--peer_python", default="", help="python with sentence-transformers")
+    options.add_argument(
+        "--mixed_precision", default="no", choices=("no", "bf16"), help="bf16: two more ways"
     )
-    modes = options.add_subparsers(dest="mode", required=True)
-    one = modes.add_parser("speed")
-    one.add_argument("--model", required=True, help="a passage encoder with encoder_inputs.json")
-    one.add_argument("--corpus", required=True)
-    one.add_argument("--passages", type=int, default=512, help="evenly spread over the corpus")
-    one.add_argument("--length", type=int, default=256, help="maximum tokens of a passage")
-    one.add_argument("--batch_size", type=int, default=32, help="of ours and of sentence-transformers")
-    one.add_argument("--threads", type=int, default=1)
-    one.add_argument("--repeat", type=int, default=5)
-    one.add_argument("--peer_python", default="", help="python with sentence-transformers")
-    one.add_argument(
-        "--tevatron_python", default="", help="python with tevatron 0.1.0, transformers 4, datasets"
-    )
-    one.add_argument("--mixed_precision", default="no", choices=("no", "bf16"), help="bf16: two more ways")
-    two = modes.add_parser("memory")
-    two.add_argument("--sizes", type=int, nargs="+", default=[50_000, 500_000])
-    two.add_argument("--shard_size", type=int, default=16384)
+    options.add_argument("--sizes", type=int, nargs="+", default=[50_000, 500_000], help="of memory")
+    options.add_argument("--shard_size", type=int, default=16384, help="of memory")
     args = options.parse_args()
     {"speed": speed, "memory": memory}[args.mode](args)
 

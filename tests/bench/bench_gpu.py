@@ -2,8 +2,8 @@
 The rows of the cost table that need a GPU, in one process: models of the papers' sizes with random weights,
 real text.
 
-Run: python tests/bench/bench_gpu.py --bert_tokenizer data/models/tinybert-4l --t5_tokenizer
-data/models/flan-t5-small --corpus data/demo/corpus.tsv --train data/demo/train.jsonl
+Run: python tests/bench/bench_gpu.py --bert_tokenizer data/models/tinybert-4l --corpus data/demo/corpus.tsv
+--train data/demo/train.jsonl
 
 Rows (--rows; each goes on where another fails):
 gemm     FLOP per second of torch.mm, squares of 8192, in four precisions: the peaks of this card.
@@ -17,8 +17,6 @@ train    A step with one shared BERT-base, a hard negative each, tokenising incl
 recipe   Ours with two towers and 128 questions, as the NQ recipe has them; then --big with the cache.
 search   --passages random unit vectors of 768 numbers in fp16, on the GPU and in main memory: ours where they
          lie on the GPU, ours sent block by block, and the bare float32 product.
-emdr2    A step of EMDR2 with T5-base and two BERT-base: ours against the reference's way (bench_emdr2.py),
-         four questions of 50 passages; then a step of the recipe, 64 questions, checkpointing.
 rerank   BERT-base cross-encoder, pairs/s: ours, and sentence-transformers' CrossEncoder.
 
 Turns forth and back, medians (ranges); ratios are within a turn. Memory: the most that torch had allocated,
@@ -27,17 +25,15 @@ random. That the ways compute the same is checked on CPUs by the other benchmark
 --tiny: everything small, on any device, to see that it runs.
 """
 
-import argparse
 import copy
-import functools
 import gc
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -45,27 +41,18 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
-from transformers import (
-    AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
-    BertModel,
-    T5Config,
-    T5ForConditionalGeneration,
-    logging,
-)
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel, logging
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.bench import bench_emdr2, bench_train  # noqa: E402
+from tests.bench import bench_train  # noqa: E402
 from tests.bench.bench_encode import nano_dpr, ours, useful_flop  # noqa: E402
-from utils import encoder as encoder_module  # noqa: E402
+from tests.bench.harness import parser, ratios, spread, take_turns  # noqa: E402
 from utils import search as search_module  # noqa: E402
+from utils.corpus import Corpus  # noqa: E402
 from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pairs  # noqa: E402
-from utils.data import Corpus, read_questions  # noqa: E402
+from utils.data import read_questions  # noqa: E402
 from utils.encoder import tokenize_passages  # noqa: E402
-from utils.plumbing.config import load_config  # noqa: E402
 from utils.plumbing.files import write_json  # noqa: E402
 from utils.plumbing.weights import load_encoder  # noqa: E402
 from utils.search import exact_topk  # noqa: E402
@@ -81,35 +68,16 @@ def wait(device):
         torch.cuda.synchronize(device)
 
 
+def turns(works, args, before=1):
+    """{name: seconds of args.repeat turns}, after some that only warm up."""
+    return take_turns(works, args.repeat, before, lambda: wait(args.device))
+
+
 def autocast_of(args, kind):
     """What doc2embedding.py and the trainers put around a forward pass."""
     if kind == "fp32":
         return nullcontext
-    return functools.partial(torch.autocast, torch.device(args.device).type, DTYPES[kind])
-
-
-def turns(works, n, device, before=1):
-    """{name: seconds of n turns}, every other one backwards, after some that only warm up."""
-    seconds = {name: [] for name in works}
-    for turn in range(1 - before, n + 1):
-        for name in list(works)[:: 1 if turn % 2 else -1]:
-            wait(device)
-            began = time.perf_counter()
-            works[name]()
-            wait(device)
-            seconds[name] += [time.perf_counter() - began] if turn > 0 else []
-    return seconds
-
-
-def spread(values, digits=2):
-    """Median (smallest-largest)."""
-    return "{:,.{d}f} ({:,.{d}f}-{:,.{d}f})".format(
-        statistics.median(values), min(values), max(values), d=digits
-    )
-
-
-def ratios(slow, fast):
-    return spread([a / b for a, b in zip(slow, fast, strict=True)])
+    return partial(torch.autocast, torch.device(args.device).type, DTYPES[kind])
 
 
 def peak_of(work, device):
@@ -140,12 +108,6 @@ def make_models(args):
     BertForSequenceClassification(bert).save_pretrained(args.work / "cross")
     words.save_pretrained(args.work / "cross")
     write_json(args.work / "cross" / "encoder_inputs.json", {"role": "cross", "pair_tokens": 160})
-    size = {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12}  # from: t5-base
-    size = {"d_model": 64, "d_kv": 32, "d_ff": 128, "num_layers": 2, "num_heads": 2} if args.tiny else size
-    pieces = AutoTokenizer.from_pretrained(args.t5_tokenizer)
-    t5 = T5Config(vocab_size=32128, decoder_start_token_id=0, dropout_rate=0.1, **size)
-    T5ForConditionalGeneration(t5).save_pretrained(args.work / "t5")
-    pieces.save_pretrained(args.work / "t5")
 
 
 # ---------------------------------------------------------------- rows
@@ -155,7 +117,7 @@ def gemm(args):
         torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
         dtype = DTYPES.get(kind, torch.float32)
         a_nn, b_nn = (torch.randn(n, n, device=args.device, dtype=dtype) for _ in range(2))
-        spent = turns({kind: lambda a=a_nn, b=b_nn: [a @ b for _ in range(10)]}, 5, args.device)[kind]
+        spent = turns({kind: lambda a=a_nn, b=b_nn: [a @ b for _ in range(10)]}, args)[kind]
         torch.backends.cuda.matmul.allow_tf32 = False
         args.peak[kind] = 10 * 2 * n**3 / statistics.median(spent)
         print(f"{kind}: {spread([10 * 2 * n**3 / s / 1e12 for s in spent], 1)} TFLOP/s")
@@ -165,55 +127,43 @@ def encode(args):
     encoder = load_encoder(args.work / "doc_encoder", "passage").to(args.device).eval()
     half = copy.deepcopy(encoder).bfloat16()
     some = np.linspace(0, len(args.corpus) - 1, 256 if args.tiny else 8192).astype(int).tolist()
-    natural = [(args.corpus[row].title, args.corpus[row].text) for row in some]
-    pairs = zip(natural, natural[1:] + natural[:1], natural[2:] + natural[:2], strict=True)
-    full = [(title, f"{text} {other} {third}") for (title, text), (_, other), (_, third) in pairs]
+    natural = [args.corpus[row] for row in some]
+    triples = zip(natural, natural[1:] + natural[:1], natural[2:] + natural[:2], strict=True)
+    full = [a._replace(text=f"{a.text} {b.text} {c.text}") for a, b, c in triples]
     sizes = (32,) if args.tiny else (64, 256, 512)
     theirs = sentence_encoder(args)
-    for label, texts in (("texts as they are", natural), ("texts that fill 256 tokens", full)):
-        lengths = [len(ids) for ids in tokenize_passages(encoder, texts)]
-        works, few = {}, texts[::8]  # the slow ways get an eighth
-        works["nanoDPR's way, fp32"] = lambda few=few: nano_dpr(encoder, few)
-        works["nanoDPR's way, bf16"] = lambda few=few: nano_dpr(encoder, few, autocast_of(args, "bf16"))
-        works["ours, fp32, batch 256"] = lambda few=few: ours(encoder, few, 256)
+    for label, passages in (("texts as they are", natural), ("texts that fill 256 tokens", full)):
+        lengths = [len(ids) for ids in tokenize_passages(encoder, passages)]
+        few = passages[::8]  # the slow ways get an eighth
+        works = {}
+        bf16, fp16 = autocast_of(args, "bf16"), autocast_of(args, "fp16")
+        works["nanoDPR's way, fp32"] = partial(nano_dpr, encoder, few)
+        works["nanoDPR's way, bf16"] = partial(nano_dpr, encoder, few, bf16)
+        works["ours, fp32, batch 256"] = partial(ours, encoder, few, 256)
         for size in sizes:
-            cast = autocast_of(args, "bf16")
-            works[f"ours, bf16, batch {size}"] = lambda texts=texts, size=size, cast=cast: ours(
-                encoder, texts, size, autocast=cast
-            )
-        works["ours, fp16, batch 256"] = lambda texts=texts: ours(
-            encoder, texts, 256, autocast=autocast_of(args, "fp16")
-        )
-        works["ours, bf16 weights, batch 256"] = lambda texts=texts: ours(half, texts, 256)
-        works["the same, not padded ahead"] = lambda texts=texts: not_ahead(lambda: ours(half, texts, 256))
+            works[f"ours, bf16, batch {size}"] = partial(ours, encoder, passages, size, autocast=bf16)
+        works["ours, fp16, batch 256"] = partial(ours, encoder, passages, 256, autocast=fp16)
+        works["ours, bf16 weights, batch 256"] = partial(ours, half, passages, 256)
         if theirs:
-            works["sentence-transformers, bf16, 256"] = lambda texts=texts: theirs.encode(
-                texts, batch_size=256, show_progress_bar=False
-            )
-        works["tokenising alone"] = lambda texts=texts: tokenize_passages(encoder, texts)
-        seconds = turns(works, 3, args.device)
-        best = min(
-            (name for name in works if "ours, bf16" in name),
-            key=lambda name: statistics.median(seconds[name]),
-        )
-        print(f"{label}: {len(texts)} passages, {sum(lengths) / len(lengths):.0f} tokens on average")
+            texts = [(passage.title, passage.text) for passage in passages]
+            quiet = {"batch_size": 256, "show_progress_bar": False}
+            works["sentence-transformers, bf16, 256"] = partial(theirs.encode, texts, **quiet)
+        works["tokenising alone"] = partial(tokenize_passages, encoder, passages)
+        seconds = turns(works, args)
+        mine = [name for name in works if "ours, bf16" in name]
+        best = min(mine, key=lambda name: statistics.median(seconds[name]))  # noqa: B023
+        print(f"{label}: {len(passages)} passages, {sum(lengths) / len(lengths):.0f} tokens on average")
         for name, spent in seconds.items():
-            share = 1 / 8 if "fp32" in name or "nanoDPR" in name else 1
-            spent = [s / share for s in spent]
-            read = lengths if share == 1 else np.repeat(lengths[::8], 8)[: len(lengths)]
+            slow = "fp32" in name or "nanoDPR" in name
+            spent = [8 * s for s in spent] if slow else spent
+            read = np.repeat(lengths[::8], 8)[: len(lengths)] if slow else lengths
             flop = sum(useful_flop(encoder, n) for n in read) / statistics.median(spent)
             kind = next((kind for kind in DTYPES if kind in name), "bf16")
             note = f"{flop / 1e12:7.1f} useful TFLOP/s"
             note += f" = {flop / args.peak[kind]:.2f} of the peak" if args.peak else ""
             note = "" if name.startswith("tokenising") else note
-            rate = spread([len(texts) / s for s in spent], 0)
+            rate = spread([len(passages) / s for s in spent], 0)
             print(f"  {name:34} {rate:>26}/s  best ours is {ratios(spent, seconds[best]):>22} x  {note}")
-
-
-def not_ahead(work):
-    """work() with every batch padded and sent only when the last one is through."""
-    with patch.object(encoder_module, "ahead", map):
-        work()
 
 
 def sentence_encoder(args):
@@ -239,9 +189,9 @@ def prepare_steps(args):
 
     def stepper(name, kind, size, shared=True):
         given = SimpleNamespace(
-            model=str(args.work / "bert"), chunk=args.chunk, device=args.device, shared=shared
+            model=str(args.work / "bert"), shared=shared, autocast=autocast_of(args, kind)
         )
-        given.autocast = autocast_of(args, kind)
+        given.chunk, given.device = args.chunk, args.device
         model, gradient = bench_train.make_way(name, given, rows, args.corpus)
         optimizer, at = torch.optim.AdamW(model.to(args.device).train().parameters(), lr=1e-5), [0]
 
@@ -275,7 +225,7 @@ def train(args):
                 fault = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
                 print(f"  {', '.join(key)}: not run: {fault}")
         print(f"  {size} questions, a positive and a negative each, chunk {args.chunk}")
-        seconds = turns(steps, 5, args.device, before=3)  # the first ones also fill torch's store of memory
+        seconds = turns(steps, args, before=3)  # the first ones also fill torch's store of memory
         mine = next(key for key in list(steps)[::-1] if key[0].startswith("ours"))
         for key, spent in seconds.items():
             rate, times = spread([size / s for s in spent], 1), ratios(spent, seconds[mine])
@@ -289,23 +239,19 @@ def train(args):
 
 def recipe(args):
     size, stepper = prepare_steps(args)
-    for shared, n in ((False, size), (True, args.big)):
-        for name in ("ours", "ours, grad_cache"):
-            for kind in ("fp32", "bf16"):
-                if n > size and (name, kind) != ("ours, grad_cache", "bf16"):
-                    continue
-                spent = []
-                try:
-                    step = stepper(name, kind, n, shared)
-                    step()  # AdamW's two states
-                    peak, _ = peak_of(step, args.device)
-                    spent = turns({name: step}, 3, args.device)[name]
-                    rate = spread([n / s for s in spent], 1)
-                    towers = "one shared tower" if shared else "two towers"
-                    print(f"  {name}, {kind}, {n} questions, {towers}: {rate} questions/s, {peak:.1f} GB")
-                except torch.OutOfMemoryError as error:
-                    print(f"  {name}, {kind}, {n} questions: {str(error).splitlines()[0]}")
-                step = None
+    cases = [(name, kind, size) for name in ("ours", "ours, grad_cache") for kind in ("fp32", "bf16")]
+    for name, kind, n in [*cases, ("ours, grad_cache", "bf16", args.big)]:
+        shared = n > size
+        what = f"{name}, {kind}, {n} questions, {'one shared tower' if shared else 'two towers'}"
+        try:
+            step = stepper(name, kind, n, shared)
+            step()  # AdamW's two states
+            peak, _ = peak_of(step, args.device)
+            spent = turns({name: step}, args)[name]
+            print(f"  {what}: {spread([n / s for s in spent], 1)} questions/s, {peak:.1f} GB")
+        except torch.OutOfMemoryError as error:
+            print(f"  {what}: {str(error).splitlines()[0]}")
+        step = None  # its weights make place for those of the next case
 
 
 def search(args):
@@ -319,14 +265,14 @@ def search(args):
         resident_ND[at : at + chunk] = x_nD / x_nD.norm(dim=1, keepdim=True)
         shards.append(resident_ND[at : at + chunk].cpu().numpy())
         del x_nD
-    settled, real = [], search_module.settle
+    rescored, real = [], search_module.rescore
 
-    def timed_settle(*given, **named):
+    def timed_rescore(*given):
         wait(args.device)
         began = time.perf_counter()
-        found = real(*given, **named)
-        settled.append(time.perf_counter() - began)
-        return found
+        results = real(*given)
+        rescored.append(time.perf_counter() - began)
+        return results
 
     for Q in (1, 32, 3610):
         q_QD = torch.randn(Q, D, device=args.device)
@@ -344,82 +290,18 @@ def search(args):
             found["sent"] = exact_topk(questions, shards, k, device=args.device)
 
         works = {"bare product, fp32": product, "ours, resident": resident}
-        if Q > 32:
-            works["ours, sent by blocks"] = sent
-        settled.clear()
-        with patch.object(search_module, "settle", timed_settle):
-            seconds = turns(works, 2 if Q > 32 else 3, args.device, before=Q <= 32)
+        works |= {"ours, sent by blocks": sent} if Q > 32 else {}
+        rescored.clear()
+        with patch.object(search_module, "rescore", timed_rescore):
+            seconds = turns(works, args, before=Q <= 32)
         print(f"{N:,} x {D} fp16, {Q} questions, k = {k}")
         for name, spent in seconds.items():
             times = f", {ratios(seconds['bare product, fp32'], spent)} of the product's rate"
             print(f"  {name:22} {spread(spent, 3)} s{times}")
-        print(f"  exact scores and order, on the CPU: {spread(settled, 3)} s of each")
+        print(f"  exact scores and order, on the CPU: {spread(rescored, 3)} s of each")
         if "sent" in found:
             assert all((a == b).all() for a, b in zip(*found.values(), strict=True))
             print("  resident and sent: the same bits")
-
-
-def emdr2(args):
-    out = args.work / "embeddings"
-    command = [sys.executable, "doc2embedding.py", "--doc_encoder", args.work / "doc_encoder", "--out", out]
-    command += ["--corpus", args.corpus.path, "--batch_size", "1024"]
-    command += ["--mixed_precision", "bf16"] if args.device != "cpu" else []
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
-    print("doc2embedding.py: " + (done.stdout.splitlines() or [done.stderr])[-1], flush=True)
-    bench_emdr2.DEVICE.device = torch.device(args.device)
-    bench_emdr2.DEVICE.autocast = autocast_of(args, "bf16")
-    given = {"reader": args.work / "t5", "embeddings": out, "train": args.train, "corpus": args.corpus.path}
-    given |= {name: str(args.work / name) for name in bench_emdr2.TOWERS}
-    few = SimpleNamespace(**{key: str(value) for key, value in given.items()})
-    few.threads, few.length, few.passages, few.questions = torch.get_num_threads(), 256, 50, 4
-    if args.tiny:
-        few.passages = 4
-    cfg, corpus, questions, models, index = bench_emdr2.load(few)
-    for model in models.values():
-        model.to(args.device)
-    optimizer = bench_emdr2.optimizer_of(models, cfg)
-
-    def step_of(name, cfg):
-        batch = bench_emdr2.batch(0, cfg, corpus, questions, models, index)
-
-        def step():
-            with autocast_of(args, "bf16")() if name == "reference" else nullcontext():
-                bench_emdr2.WAYS[name](*batch, models, index, cfg)
-            weights = [p for model in models.values() for p in model.parameters()]
-            clip_grad_norm_(weights, cfg.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        return step
-
-    recipe = load_config("", "config/train_emdr2_nq.yaml", [])
-    size = f"{few.questions} questions x {few.passages} passages, 256 tokens, bf16"
-    steps = {name: step_of(name, cfg) for name in bench_emdr2.WAYS}
-    steps["ours"]()  # AdamW's two states
-    peaks = {}
-    for name in list(steps):
-        try:
-            peaks[name] = peak_of(steps[name], args.device)[0]
-        except torch.OutOfMemoryError as error:
-            print(f"  {size}, {name}: {str(error).splitlines()[0]}")
-            optimizer.zero_grad(set_to_none=True)
-            del steps[name]
-    seconds = turns(steps, 3, args.device)
-    for name, spent in seconds.items():
-        rate, times = spread([few.questions / s for s in spent]), ratios(spent, seconds["ours"])
-        print(f"  {size}, {name}: {rate} questions/s, {peaks[name]:.1f} GB, ours is {times} x")
-    for model in models.values():
-        model.model.activation_checkpointing_enable()
-    whole = SimpleNamespace(**vars(cfg) | {"batch_size": 4 if args.tiny else recipe.batch_size})
-    for chunk in (recipe.question_chunk, 2 * recipe.question_chunk):
-        whole.question_chunk = chunk
-        step = step_of("ours", whole)
-        peak, _ = peak_of(step, args.device)
-        spent = turns({"step": step}, 1, args.device, before=0)["step"]
-        print(
-            f"  the recipe's step, {whole.batch_size} questions x {few.passages}, {chunk} at a time, "
-            f"checkpointing: {spread(spent)} s, {peak:.1f} GB"
-        )
 
 
 def rerank(args):
@@ -428,46 +310,40 @@ def rerank(args):
     n = 256 if args.tiny else 4096
     pairs = [(questions[i % len(questions)], args.corpus[i % len(args.corpus)]) for i in range(n)]
     cast = autocast_of(args, "bf16")
-
-    def mine():
-        probabilities(cross, tokenize_pairs(cross, pairs), 256, cast)
-
-    works = {"ours, bf16": mine}
+    works = {"ours, bf16": lambda: probabilities(cross, tokenize_pairs(cross, pairs), 256, cast)}
     try:
         from sentence_transformers import CrossEncoder
 
         peer = CrossEncoder(str(args.work / "cross"), max_length=160, device=args.device)
         peer.bfloat16()
         texts = [(question, f"{passage.title} {passage.text}") for question, passage in pairs]
-        works["sentence-transformers, bf16"] = lambda: peer.predict(
-            texts, batch_size=256, show_progress_bar=False
-        )
+        quiet = {"batch_size": 256, "show_progress_bar": False}
+        works["sentence-transformers, bf16"] = partial(peer.predict, texts, **quiet)
     except ImportError:
         print("sentence-transformers is not installed")
-    seconds = turns(works, 3, args.device)
+    seconds = turns(works, args)
     for name, spent in seconds.items():
         rate = spread([n / s for s in spent], 0)
         print(f"  {name:30} {rate} pairs/s, ours is {ratios(spent, seconds['ours, bf16'])} x")
 
 
-ROWS = {row.__name__: row for row in (gemm, encode, train, recipe, emdr2, rerank, search)}
+ROWS = {row.__name__: row for row in (gemm, encode, train, recipe, rerank, search)}
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--bert_tokenizer", required=True)
-    parser.add_argument("--t5_tokenizer", required=True)
-    parser.add_argument("--corpus", required=True)
-    parser.add_argument("--train", required=True, help="questions with answers and positives")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--passages", type=int, default=21_000_000)
-    parser.add_argument("--chunk", type=int, default=256, help="passages in a pass of ours; questions: twice")
-    parser.add_argument("--cached", type=int, default=512, help="questions of the ways with a gradient cache")
-    parser.add_argument("--big", type=int, default=2048, help="questions of the largest batch")
-    parser.add_argument("--tiny", action="store_true")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--bert_tokenizer", required=True)
+    options.add_argument("--corpus", required=True)
+    options.add_argument("--train", required=True, help="questions with answers and positives")
+    options.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    options.add_argument("--passages", type=int, default=21_000_000)
+    options.add_argument("--chunk", type=int, default=256, help="passages in a pass; questions: twice")
+    options.add_argument("--cached", type=int, default=512, help="questions with a gradient cache")
+    options.add_argument("--big", type=int, default=2048, help="questions of the largest batch")
+    options.add_argument("--tiny", action="store_true")
+    options.set_defaults(repeat=3)
+    args = options.parse_args()
+    torch.set_num_threads(args.threads)
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.tiny:
         args.passages, args.big, args.cached = min(args.passages, 5000), 16, 16

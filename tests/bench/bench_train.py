@@ -18,15 +18,10 @@ has requirements.txt, GradCache==0.0.1 and sentence-transformers==6.2.0; without
 
 Run: python tests/bench/bench_train.py --model data/models/tinybert-4l --train runs/demo/data/train.jsonl
 --corpus data/demo/corpus.tsv --batches 8,32,128 --peer_python NAME
-     python tests/bench/bench_train.py --model data/models/tinybert-4l --train runs/demo/data/train.jsonl
---corpus data/demo/corpus.tsv --batches 256,512 --cache_only --peer_python NAME
 """
 
-import argparse
 import json
 import re
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -41,12 +36,14 @@ from transformers import AutoModel, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tests.bench.harness import ANSWER, Peer, parser, ratios, spread, take_turns  # noqa: E402
 from tests.saved import Saved  # noqa: E402
-from train_dpr import TOWERS, add_gradient, load_towers, make_batch  # noqa: E402
+from train_dpr import add_gradient, make_batch  # noqa: E402
 from utils.data import Corpus, passage_of, read_questions  # noqa: E402
 from utils.plumbing.config import load_config  # noqa: E402
+from utils.plumbing.weights import TOWERS, load_towers  # noqa: E402
 
-ANSWER = "answer:"
+RECIPE = "config/train_dpr_nq.yaml"
 WAYS = ("nanoDPR's loop", "sentence-transformers", "ours")
 WAYS += ("GradCache package", "sentence-transformers cached", "ours, grad_cache")
 PEERS = ("sentence-transformers", "GradCache package", "sentence-transformers cached")
@@ -67,9 +64,7 @@ def tokens(tokenizer, texts, length):
 
 
 def nano_way(args):
-    """
-    One forward of all questions and one of all passages, padded to the longest (behaviour of N:train_dpr.py).
-    """
+    """One forward pass of all questions and one of all passages, padded to the longest."""
     model = AutoModel.from_pretrained(args.model).train().to(args.device)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
 
@@ -132,9 +127,8 @@ def sentence_transformers_way(args, cached):
 
     def gradient(*columns):
         columns = [model.preprocess(column) for column in columns]
-        columns = [
-            {key: x.to(args.device) for key, x in one.items() if torch.is_tensor(x)} for one in columns
-        ]
+        for i, column in enumerate(columns):
+            columns[i] = {key: x.to(args.device) for key, x in column.items() if torch.is_tensor(x)}
         with args.autocast():  # around both passes of the cached one, whose second is in backward()
             loss(columns, None).backward()
 
@@ -150,15 +144,11 @@ def our_way(args, train, corpus, cached):
     types = "segments" if "token_type_ids" in names else "zeros"
     argv += ["--token_types", types, "--grad_cache", str(cached)]
     argv += ["--question_chunk", str(2 * args.chunk), "--passage_chunk", str(args.chunk)]
-    cfg = load_config("", "config/train_dpr_nq.yaml", argv)
+    cfg = load_config("", RECIPE, argv)
     vars(cfg).update(LENGTHS)
     towers = load_towers(dict.fromkeys(TOWERS, cfg.init), cfg, args.device)
-    device = SimpleNamespace(
-        device=torch.device(args.device),
-        process_index=0,
-        backward=torch.Tensor.backward,
-        autocast=args.autocast,
-    )
+    device = SimpleNamespace(device=torch.device(args.device), process_index=0, autocast=args.autocast)
+    device.backward = torch.Tensor.backward
 
     def gradient(questions, positives, negatives):
         entry = [[{"title": t, "text": x} for t, x in part] for part in (positives, negatives)]
@@ -218,65 +208,47 @@ def work(name, args):
     print(ANSWER, json.dumps([resident("VmHWM") - before, saved.peak]), flush=True)
 
 
-def answer(process):
-    """What comes after ANSWER in the next such line of a process; the packages print lines of their own."""
-    for line in process.stdout:
-        if line.startswith(ANSWER):
-            return json.loads(line.removeprefix(ANSWER))
-    sys.exit("error: a way ended early; its message is above")
-
-
 def compare(size, ways, args, folder):
     """All ways at one batch size; prints its table."""
-    processes, seconds = {}, {name: [] for name in ways}
-    for name in ways:
+    processes = {}
+    for name in ways:  # why one after the other: the first steps are those of the peak
         python = args.peer_python if name in PEERS else sys.executable
-        command = [python, "-W", "ignore", __file__, *sys.argv[1:], f"--batches={size}"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        processes[name] = subprocess.Popen([*command, "--way", name, "--folder", folder], **pipes)
-        answer(processes[name])  # why one after the other: the first steps are those of the peak
+        flags = [f"--batches={size}", "--way", name, "--folder", folder]
+        processes[name] = Peer(python, __file__, *sys.argv[1:], *flags)
     ours = [name for name in ways if name.startswith("ours")]
     grads = {name: torch.load(Path(folder) / f"{name}.pt") for name in ways}
     apart = {name: ((g - grads[ours[-1]]).norm() / g.norm()).item() for name, g in grads.items()}
     assert max(apart.values()) < 1e-3, f"the ways are not the same computation: {apart}"
-    for _ in range(args.rounds):
-        for name, process in processes.items():
-            print("step", file=process.stdin, flush=True)
-            seconds[name].append(answer(process))
+
+    seconds = take_turns(processes, args.repeat, warm_up=0)
     heads = "".join(f"{f'{name}: times':>25}" for name in ours)
     print(f"\nbatch {size:<24} {'questions/s':>22}{heads} {'peak MB':>8} {'saved MB':>9} {'apart':>8}")
     for name, process in processes.items():
-        process.stdin.close()
-        peak, saved = answer(process)
-        process.wait()
-        columns = [[size / spent for spent in seconds[name]]]
-        columns += [[a / b for a, b in zip(seconds[name], seconds[mine], strict=True)] for mine in ours]
-        texts = [f"{statistics.median(c):.2f} ({min(c):.2f}-{max(c):.2f})" for c in columns]
-        line = f"  {name:28} {texts[0]:>22}" + "".join(f"{text:>25}" for text in texts[1:])
-        print(f"{line} {peak / 1e6:8.0f} {saved / 1e6:9.0f} {apart[name]:8.0e}", flush=True)
+        process.end()
+        peak, saved = process.answer()
+        rate = spread([size / spent for spent in seconds[name]])
+        times = "".join(f"{ratios(seconds[name], seconds[mine]):>25}" for mine in ours)
+        memory = f"{peak / 1e6:8.0f} {saved / 1e6:9.0f}"
+        print(f"  {name:28} {rate:>22}{times} {memory} {apart[name]:8.0e}", flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--train", required=True, help="questions with negatives")
-    parser.add_argument("--corpus", required=True)
-    parser.add_argument("--batches", default="8,32,128")
-    parser.add_argument("--cache_only", action="store_true", help="only the ways with a gradient cache")
-    parser.add_argument("--chunk", type=int, default=8, help="passages in a forward pass; questions: twice")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--peer_python", default="", help="python with the peers")
-    parser.add_argument("--way", choices=WAYS)  # used by this script itself, in its own processes
-    parser.add_argument("--folder")
-    parser.set_defaults(device="cpu", autocast=nullcontext, shared=True)  # others: bench_gpu.py
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--model", required=True)
+    options.add_argument("--train", required=True, help="questions with negatives")
+    options.add_argument("--corpus", required=True)
+    options.add_argument("--batches", default="8,32,128")
+    options.add_argument("--cache_only", action="store_true", help="only the ways with a gradient cache")
+    options.add_argument("--chunk", type=int, default=8, help="passages in a forward pass; questions: twice")
+    options.add_argument("--peer_python", default="", help="python with the peers")
+    options.add_argument("--way", choices=WAYS)  # used by this script itself, in its own processes
+    options.add_argument("--folder")
+    options.set_defaults(device="cpu", autocast=nullcontext, shared=True)  # others: bench_gpu.py
+    args = options.parse_args()
     if args.way:
         return work(args.way, args)
     ways = [name for name in WAYS[3 if args.cache_only else 0 :] if args.peer_python or name not in PEERS]
-    print(f"{args.model}, chunk {args.chunk}, {args.threads} threads, n = {args.rounds}")
+    print(f"{args.model}, chunk {args.chunk}, {args.threads} threads, n = {args.repeat}")
     with tempfile.TemporaryDirectory() as folder:
         for size in map(int, args.batches.split(",")):
             compare(size, ways, args, folder)

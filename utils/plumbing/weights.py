@@ -133,6 +133,8 @@ def read_inputs(path, what="model"):
     stored = read_json(file) if file.is_file() else {}
     if not isinstance(stored, dict):
         raise UserError(f"{file}: expected a json object")
+    if stored.get("neighbors") is False:  # readers of before December 2026 have this key
+        del stored["neighbors"]
     for key, value in stored.items():
         if fault := input_fault(key, value):
             raise UserError(f"{file}: {key!r}: {value!r}: {fault}")
