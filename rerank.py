@@ -83,18 +83,19 @@ def read_blocks(todo, questions, corpus, cross, cfg):
     """Yield (i, rankings, id lists of the pairs) of the blocks `todo`. The next is tokenised meanwhile."""
 
     def blocks():
-        rankings = iter_rankings(cfg.ranking, questions, cfg.depth)
+        rest = iter_rankings(cfg.ranking, questions, cfg.depth)
         for i in range(max(todo, default=-1) + 1):
-            rankings_of_block = list(islice(rankings, cfg.block))
+            rankings = list(islice(rest, cfg.block))
             if i in todo:
-                yield i, rankings_of_block
+                yield i, rankings
 
     def tokenize(block):
+        i, rankings = block
         pairs = []
-        for qid, hits in block[1]:
+        for qid, hits in rankings:
             question = questions[qid]["question"]
             pairs += [(question, corpus.passage(pid)) for pid, _ in hits]
-        return *block, tokenize_pairs(cross, pairs)
+        return i, rankings, tokenize_pairs(cross, pairs)
 
     return prefetch(tokenize, blocks())
 
