@@ -112,6 +112,8 @@ def publish(checkpoint, run_dir):
     """Copy the models of a checkpoint to run_dir/<name>, where the next stage looks; repair a killed copy."""
     for source in sorted(path for path in Path(checkpoint).iterdir() if path.is_dir()):
         target = Path(run_dir) / source.name
+        if source.name == "index_encoder":  # only a resume of EMDR2 needs it (utils/live_index.py)
+            continue
         if source.is_symlink():
             target.unlink(missing_ok=True)
             target.symlink_to(source.readlink())
