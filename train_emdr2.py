@@ -176,15 +176,15 @@ def add_gradient(examples, corpus, models, accelerator, cfg, step):
     # differs: the losses are divided by the answer tokens of the global batch, theirs by those of a GPU
     answers = [example["answer"] for example in examples]
     tokens = int((fid.tokenize_answers(models["reader"], answers) != fid.PAD).sum())
+    rank, devices = world()
+    share = cfg.batch_size // devices
+    mine = examples[rank * share : rank * share + share]
 
     def batch_of(start):
         chunk = mine[start : start + cfg.question_chunk]
         return tokenize_chunk(chunk, corpus, models, cfg)
 
     # the graphs of the two losses have nothing in common: T5's activations are gone before the encoders' come
-    rank, devices = world()
-    share = cfg.batch_size // devices
-    mine = examples[rank * share : rank * share + share]
     totals = 0.0
     for i, batch in enumerate(prefetch(batch_of, range(0, share, cfg.question_chunk))):
         torch.manual_seed(chunk_seed((cfg.seed, step, rank), i))  # the dropout masks
