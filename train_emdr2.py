@@ -31,8 +31,9 @@ from utils.data import read_questions
 from utils.distributed import chunk_seed, prefetch, sum_gradients, world
 from utils.live_index import LiveIndex, own_rows
 from utils.metrics import answer_scores, topk_accuracy
+from utils.plumbing import config
 from utils.plumbing.checkpoint import load_moments
-from utils.plumbing.config import UserError, at_least, friendly_errors, load_config, must_be_one_of, need_file
+from utils.plumbing.config import UserError
 from utils.plumbing.run import Run, make_optimizer
 from utils.plumbing.weights import TOWERS, load_encoder
 from utils.text import has_answer
@@ -176,15 +177,15 @@ def add_gradient(examples, corpus, models, accelerator, cfg, step):
     # differs: the losses are divided by the answer tokens of the global batch, theirs by those of a GPU
     answers = [example["answer"] for example in examples]
     tokens = int((fid.tokenize_answers(models["reader"], answers) != fid.PAD).sum())
+    rank, devices = world()
+    share = cfg.batch_size // devices
+    mine = examples[rank * share : rank * share + share]
 
     def batch_of(start):
         chunk = mine[start : start + cfg.question_chunk]
         return tokenize_chunk(chunk, corpus, models, cfg)
 
     # the graphs of the two losses have nothing in common: T5's activations are gone before the encoders' come
-    rank, devices = world()
-    share = cfg.batch_size // devices
-    mine = examples[rank * share : rank * share + share]
     totals = 0.0
     for i, batch in enumerate(prefetch(batch_of, range(0, share, cfg.question_chunk))):
         torch.manual_seed(chunk_seed((cfg.seed, step, rank), i))  # the dropout masks
@@ -278,13 +279,14 @@ def optimizer_of(models, run, cfg):
 
 def main():
     # settings, checked before anything is loaded
-    cfg = load_config(__doc__, "config/train_emdr2_nq.yaml")
-    must_be_one_of(cfg, retriever_loss=("emdr2", "kl", "none"), marginal=("token", "sequence"))
-    at_least(cfg, 1, "top_k", "question_chunk", "passage_chunk", "score_chunk")
-    at_least(cfg, 2, "answer_tokens", "reader_tokens")
+    cfg = config.load_config(__doc__, "config/train_emdr2_nq.yaml")
+    config.must_be_one_of(cfg, retriever_loss=("emdr2", "kl", "none"), marginal=("token", "sequence"))
+    config.at_least(cfg, 1, "top_k", "question_chunk", "passage_chunk", "score_chunk")
+    config.at_least(cfg, 2, "answer_tokens", "reader_tokens")
     if not cfg.eval_hits or min(cfg.eval_hits) < 1:
         raise UserError(f"eval_hits must name depths of at least 1, got {cfg.eval_hits}")
-    need_file(cfg, "train", "corpus", optional=("dev",))
+    config.need_file(cfg, "train", "corpus", optional=("dev",))
+    config.need_value(cfg, "embeddings")
     learns = cfg.retriever_loss != "none"
 
     # data
@@ -336,5 +338,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with friendly_errors():
+    with config.friendly_errors():
         main()

@@ -91,15 +91,14 @@ class LiveIndex:
         """Copy the rows to the GPU, where that leaves as much room again for training."""
         # why: to send 32 GB of rows takes seconds, and they are searched at every step
         device = self.run.device
-        if self.copy_nD is None:
-            if device.type != "cuda":
-                return
+        if self.copy_nD is None and device.type == "cuda":
             size = sum(shard.nbytes for shard in self.shards)
             free, _ = torch.cuda.mem_get_info(device)
-            if not 0 < size < free / 2:
-                return
-            shape = (len(self.rows), self.shards[0].shape[1])
-            self.copy_nD = torch.empty(shape, dtype=getattr(torch, self.dtype), device=device)
+            if 0 < size < free / 2:
+                shape = (len(self.rows), self.shards[0].shape[1])
+                self.copy_nD = torch.empty(shape, dtype=getattr(torch, self.dtype), device=device)
+        if self.copy_nD is None:
+            return
         first = 0
         for shard in self.shards:
             for block_nD in np.split(shard, range(BLOCK, len(shard), BLOCK)):
