@@ -49,8 +49,7 @@ def load_questions(path, corpus):
     for question in kept:
         question["own"] = own_rows(question, path, corpus)
     left_out = len(questions) - len(kept)
-    note = f"{path}: {len(kept)} questions, {left_out} without an answer left out"
-    return kept, note
+    return kept, f"{path}: {len(kept)} questions, {left_out} without an answer left out"
 
 
 def draw_questions(step, train, cfg):
@@ -72,8 +71,8 @@ def tokenize_chunk(examples, corpus, models, cfg):
     """Return all that the models read of a chunk of B questions."""
     reader = models["reader"]
     questions = [example["question"] for example in examples]
-    answers = [example["answer"] for example in examples]
-    batch = {"labels_BT": fid.tokenize_answers(reader, answers), "contexts": [], "hits": 0}
+    labels_BT = fid.tokenize_answers(reader, [example["answer"] for example in examples])
+    batch = {"labels_BT": labels_BT, "contexts": [], "hits": 0}
     all_passages = []
     for example in examples:
         passages = [corpus[row] for row in example["rows"]]
@@ -204,8 +203,7 @@ def add_gradient(examples, corpus, models, accelerator, cfg, step):
 def training_step(step, examples, corpus, models, optimizer, run, cfg):
     """Learn from one batch; return (numbers to show, numbers to write)."""
     # set the learning rate: a linear rise, then a linear fall
-    fall = (run.total - step) / max(1, run.total - run.warmup)
-    factor = max(cfg.min_lr_ratio, fall)
+    factor = max(cfg.min_lr_ratio, (run.total - step) / max(1, run.total - run.warmup))
     if step < run.warmup:
         factor = step / run.warmup
     lr = cfg.learning_rate * factor
@@ -287,7 +285,6 @@ def main():
         raise UserError(f"eval_hits must name depths of at least 1, got {cfg.eval_hits}")
     config.need_file(cfg, "train", "corpus", optional=("dev",))
     config.need_value(cfg, "embeddings")
-    learns = cfg.retriever_loss != "none"
 
     # data
     run = Run(cfg, files=("train", "dev"), weights=(*TOWERS, "reader"))
@@ -303,9 +300,9 @@ def main():
     index = LiveIndex(corpus, run, cfg)
 
     # models
+    learns = cfg.retriever_loss != "none"
     models = load_models(run, cfg)
-    reader = models["reader"]
-    trained = models if learns else {"reader": reader}
+    trained = models if learns else {"reader": models["reader"]}
     optimizer = optimizer_of(trained, run, cfg)
 
     def batch_of(step):
@@ -319,8 +316,9 @@ def main():
         examples = index.retrieve(examples, models["query_encoder"], cfg.top_k)  # (1)
         if step == run.first:
             question, passage = examples[0], corpus[examples[0]["rows"][0]]
-            (ids,) = fid.tokenize_contexts(reader, question["question"], [passage])
-            run.say(f"example context: {reader.tokenizer.decode(ids)}\nexample answer: {question['answer']}")
+            (ids,) = fid.tokenize_contexts(models["reader"], question["question"], [passage])
+            context = models["reader"].tokenizer.decode(ids)
+            run.say(f"example context: {context}\nexample answer: {question['answer']}")
         shown, hidden = training_step(step, examples, corpus, models, optimizer, run, cfg)  # (2) to (4)
         if learns:
             hidden["index_age"] = step - index.step
