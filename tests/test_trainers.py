@@ -181,7 +181,8 @@ def test_the_loss_falls(whole):
 def test_killed_anywhere_it_resumes_to_the_same_bits(whole, tmp_path):
     """SIGKILL at random moments, twice, then to the end: every number and the final weights are bit-equal."""
     trainer, keys, folder = whole
-    rng, keys = np.random.default_rng(1), keys | {"run_dir": tmp_path / "run", "resume": "exact"}
+    rng = np.random.default_rng(1)
+    keys = keys | {"run_dir": tmp_path / "run", "resume": "exact", "log_every": 1}
     for _ in range(2):
         process = begin(trainer.script, keys)
         steps = (line for line in process.stdout if line.startswith("step"))
