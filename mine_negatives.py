@@ -9,8 +9,9 @@ teleport      ANCE-Tele (Sun et al. 2022): neighbours of the question, of its po
 In:   a question file, a .run that ranks passages for it, the corpus; by mode scores, lookahead_run, momentum
 Out:  a training file: "positives" and "negatives" (passage ids) for train_dpr.py or train_cross_encoder.py
 Run:  python mine_negatives.py --config config/mine_negatives.yaml
-      python mine_negatives.py --mode teleport --run runs/x/ann.run --lookahead_run runs/x/lookahead.run
-Next: train_dpr.py, train_cross_encoder.py
+      python mine_negatives.py --mode teleport --run runs/x/ann.run --lookahead_run runs/x/lookahead.run \
+          --out runs/x/train.jsonl    (lookahead.run: test_dpr.py --lookahead true)
+Next: train_dpr.py, train_cross_encoder.py      RQ, AT: files of the RocketQA and ANCE-Tele code
 """
 
 import json
@@ -79,8 +80,10 @@ def wrong_for(question, positives, never, corpus, cfg):
 
     @cache
     def wrong(pid):
-        if pid in ids or not read:
-            return pid not in ids
+        if pid in ids:
+            return False
+        if not read:
+            return True
         passage = corpus.passage(pid)
         return passage.text not in texts and not holds_answer(passage, question, cfg)
 
@@ -225,7 +228,8 @@ def read_found(questions, cfg, counts):
 # ---------------------------------------------------------------- choosing
 def mine(questions, corpus, cfg, counts):
     """Yield the lines of the training file. `counts` tells what became of the questions."""
-    # why two: the originals mine file by file. differs: RocketQA's draw on NQ and ANCE-Tele's have no seed
+    # rngs[0] draws from the ranking, rngs[1] from the look-ahead, so that neither changes the other's draws
+    # differs: RocketQA's draw on NQ and ANCE-Tele's have no seed
     rngs = [random.Random(cfg.seed), random.Random(cfg.seed)]
     for question, found in read_found(questions, cfg, counts):
         positives, negatives = MODES[cfg.mode](question, found, corpus, cfg, rngs)

@@ -1,14 +1,14 @@
 """
 Train a question encoder and a passage encoder with in-batch negatives (DPR, Karpukhin et al. 2020, Sec. 3).
 
-A question and a passage score the inner product of their vectors. In a batch, the passages of all other
-questions are wrong for a question: they are its negatives. Each question also brings hard negatives of its
-own. The loss is the softmax over all of them.
+A question and a passage score the inner product of their vectors. Each question comes with its positive
+passage and with hard negatives. In a batch, all passages of the other questions (their hard negatives too)
+are negatives of a question. The loss is the softmax over all of them.
 
 In:   a questions file (train, dev) and the corpus that its passage ids point into
 Out:  run_dir/{query_encoder,doc_encoder}/ (best on dev), checkpoints/, log.txt, metrics.jsonl
-Run:  accelerate launch train_dpr.py --config config/train_dpr_nq.yaml
-      accelerate launch train_dpr.py --config config/train_gcdpr_nq.yaml
+Run:  accelerate launch train_dpr.py --config config/train_dpr_nq.yaml    (data: recipes/dpr_nq.sh)
+      python train_dpr.py --config config/train_gcdpr_nq.yaml --mixed_precision no    (on a CPU)
 Next: doc2embedding.py         Expect: results/demo (make demo); the papers' numbers in docs/replication.md
 
 Four systems train with this file, and a config names only what its system changes. GC-DPR encodes the batch
@@ -16,7 +16,7 @@ in chunks (train_gcdpr_nq.yaml). RocketQA takes 1024 or 4096 questions a batch (
 ANCE-Tele walks through many mined negatives and stops early (train_dpr_ance_tele_nq.yaml). The last two train
 several rounds. Every round starts anew from `init`; only the training file is new.
 
-B questions, P = B * (1 + negatives) passages on this device · Q, N the same on all devices · D hidden
+B questions, P = B * (1 + negatives) passages of this device · Q, N: those of all devices · D hidden
 """
 
 import itertools
@@ -56,7 +56,7 @@ def rotating_negatives(pool, k, seed, epoch):
 
 
 def draw_passages(example, item, epoch, cfg):
-    """Return [positive, negative, ...] of line `item` of the training file; it may have fewer negatives."""
+    """Return entries (a corpus id or an inline passage), the positive first, of line `item` of the file."""
     positives = example["positives"]
     negatives = example["negatives"]
     first = 0
@@ -67,7 +67,7 @@ def draw_passages(example, item, epoch, cfg):
         picked = rotating_negatives(len(negatives), cfg.negatives, seed, epoch)
     else:
         # from: DPR dpr/models/biencoder.py:184 shuffles the pool anew every epoch and takes the first ones
-        rng = np.random.default_rng([cfg.seed, epoch, item, 1])
+        rng = np.random.default_rng([cfg.seed, epoch, item, 1])  # 1: not the stream that orders questions
         if cfg.shuffle_positives:
             first = rng.integers(len(positives))
         picked = rng.permutation(len(negatives))[: cfg.negatives]
@@ -81,7 +81,7 @@ def draw_batch(step, train, cfg):
     Passages lie interleaved, [positive, negatives] question by question, so the positive of question i is
     column i * (1 + negatives). A question with too few negatives is padded with its positive.
     """
-    # the questions: an epoch is one permutation of the file, a step is a slice of it
+    # the questions: an epoch is a permutation of the file, a step a slice; an unfilled last batch is dropped
     steps_per_epoch = len(train) // cfg.batch_size
     epoch, offset = divmod(step, steps_per_epoch)
     rng = np.random.default_rng([cfg.seed, epoch])
@@ -113,10 +113,10 @@ def excluded_pairs(items, entries, padding, train, cfg):
     # batch of four raises the lowest loss that can be reached from 0 to 0.35, and pushes a right answer away
     columns = {}
     for column, entry in enumerate(entries):
-        if column not in padding:
+        if cfg.mask_duplicates and column not in padding:
             columns.setdefault(passage_key(entry), []).append(column)
     duplicates = set()
-    for row, item in enumerate(items if cfg.mask_duplicates else []):
+    for row, item in enumerate(items):
         for positive in train[item]["positives"]:
             for column in columns.get(passage_key(positive), []):
                 duplicates.add((row, column))
@@ -140,7 +140,7 @@ def make_batch(step, train, corpus, encoders, cfg):
     entries = entries[first * width : last * width]
     passages = [passage_of(entry, corpus) for entry in entries]
 
-    # their token ids
+    # their token ids in chunks by length; places: where the vector of each row is found afterwards
     question_ids = encoding.tokenize_questions(encoders["query_encoder"], questions)
     passage_ids = encoding.tokenize_passages(encoders["doc_encoder"], passages)
     question_chunks, question_places = encoding.in_chunks(question_ids, cfg.question_chunk)
@@ -198,8 +198,8 @@ def add_gradient(batch, encoders, accelerator, cfg, step):
         positive_Q = batch["positive_Q"].to(device)
         excluded = batch["excluded"].to(device)
         loss, correct = in_batch_loss(q_QD, p_ND, positive_Q, excluded)
-        # differs: this is the gradient of the full batch on any number of devices. DPR trained with 1/8 of it
-        # (DDP's mean over 8 GPUs), and its clipping saw that; `gradient_scale` restores it.
+        # differs: the gradient of the whole batch, on any number of devices. DPR's was 1/8 of it (DDP's mean
+        # over 8 GPUs). Adam ignores a factor, clipping does not: `gradient_scale` makes it clip as DPR did.
         return loss * cfg.gradient_scale, loss.detach(), correct
 
     # differs: dropout is a function of (seed, step, device, chunk), so a killed run resumes to the same bits
@@ -207,7 +207,7 @@ def add_gradient(batch, encoders, accelerator, cfg, step):
     seed = (cfg.seed, step, accelerator.process_index)
     backward = accelerator.backward  # with fp16's loss scaler
     _, loss, correct = grad_cache_step(encode, chunks, loss_of, seed, backward, cfg.grad_cache)
-    sum_gradients(torch.nn.ModuleDict(encoders).parameters())  # a shared encoder's once
+    sum_gradients(torch.nn.ModuleDict(encoders).parameters())  # each weight of a shared encoder once
     return loss, correct
 
 

@@ -5,7 +5,7 @@ Nobody says which passages are right: the reader finds out, because they make th
 (1) Search the K best passages of each question, by vectors that may be some steps old.
 (2) Fusion-in-Decoder (FiD): T5 encodes each passage by itself, reads all at once and learns the answer.
 (3) Ask the reader, kept constant, how likely the answer is from each passage alone.
-(4) The encoders turn scores into a prior over the K passages, and learn to believe in those that explain it.
+(4) The encoders' scores give a prior over the K passages; (3) makes it a posterior; they learn to match it.
 (5) Every `refresh_every` steps encode the corpus again.
 
 In:   questions with answers, a corpus, two encoders (train_dpr.py), their vectors (doc2embedding.py), any T5
@@ -38,7 +38,7 @@ from utils.plumbing.run import Run, make_optimizer
 from utils.plumbing.weights import TOWERS, load_encoder
 from utils.text import has_answer
 
-SHOWN = ("loss", "has", "ret", "entropy", "agree")  # of a step; the last three where the retriever learns
+SHOWN = ("loss", "has", "ret", "entropy", "agree")  # has: passages with an answer; ret: retriever's loss
 
 
 # ---------------------------------------------------------------- data: a batch is a function of (seed, step)
@@ -131,8 +131,7 @@ def reader_gradient(batch, reader, tokens, accelerator, cfg):
     if cfg.retriever_loss == "none":
         return loss.detach(), None
     # (3) log p(a_t | question, passage k alone), a constant [EM:187-210]
-    states, chunk = (hidden_BKLD, mask_BKL), cfg.score_chunk
-    log_BKT = fid.document_log_likelihood(reader, *states, labels_BT, chunk, autocast)
+    log_BKT = fid.document_log_likelihood(reader, hidden_BKLD, mask_BKL, labels_BT, cfg.score_chunk, autocast)
     return loss.detach(), log_BKT
 
 
@@ -151,7 +150,7 @@ def retriever_gradient(batch, log_likelihood_BKT, models, tokens, accelerator, c
     # the loss [TR:100-178]; the share of this chunk, and the weight of a question, in the batch's mean
     mask_BT = (batch["labels_BT"] != fid.PAD).to(accelerator.device)
     share = len(mask_BT) / cfg.batch_size
-    weight_B1 = 1 / cfg.batch_size
+    weight_B1 = 1 / cfg.batch_size  # a number here, [B, 1] for "token"
     if cfg.retriever_loss == "kl":
         loss = kl_loss(log_prior_BK, log_likelihood_BKT, mask_BT)
     else:
@@ -163,7 +162,7 @@ def retriever_gradient(batch, log_likelihood_BKT, models, tokens, accelerator, c
     (slope_BK,) = torch.autograd.grad(loss, scores_BK, retain_graph=True)  # weight * (prior - posterior)
     accelerator.backward(loss)
 
-    # what is shown: entropy in nats; how often prior and posterior have the same first passage
+    # what is shown: the prior's entropy; do prior and posterior (kl: preference) agree on the first passage?
     prior_BK = log_prior_BK.detach().exp()
     posterior_BK = prior_BK - slope_BK / weight_B1
     agree_B = prior_BK.argmax(1) == posterior_BK.argmax(1)
@@ -332,7 +331,7 @@ def main():
         if evaluated:
             metrics = evaluate(dev, corpus, index, models, run.accelerator, cfg)
             run.dev(metrics, by="em", sign=1)
-        run.save(trained | index.encoder, optimizer, evaluated)
+        run.save(trained | index.encoder, optimizer, evaluated)  # with the encoder that made the index
 
 
 if __name__ == "__main__":

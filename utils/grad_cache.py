@@ -25,12 +25,11 @@ def grad_cache_step(encode, chunks, loss_of, seed, backward=torch.Tensor.backwar
     """
     Add d loss / d parameters to every .grad; return what loss_of returned, detached from the encoders.
 
-    encode(chunk): returns vectors [b, D], with a graph when gradients are on. chunks: a list of what encode
-    takes. loss_of(vectors): takes the list of vectors, one tensor a chunk, leaves with a gradient; returns
-    (loss, ...), the scalar loss first. seed: a tuple of ints >= 0, another one for every step and device; it
-    decides the dropout masks. backward: is called on a scalar (accelerate's, where a loss scaler is needed).
-    cached: False keeps all graphs instead of encoding twice: the plain step, the same gradient, all
-    activations alive.
+    encode(chunk): returns vectors [b, D]; it builds a graph only where torch's gradients are on. chunks: a
+    list; encode takes one. loss_of(vectors): takes the vectors of all chunks, a list of tensors without an
+    encoder behind them; returns (loss, ...), a scalar first. seed: ints >= 0 that no other step or device
+    has; they fix the dropout masks. backward: called in the place of scalar.backward() (accelerate's, for
+    fp16's loss scaler). cached: False is the plain step: every graph stays, the same gradient, more memory.
 
     Side effect: re-seeds torch's global generators (CPU and all CUDA devices).
     """
@@ -56,8 +55,8 @@ def grad_cache_step(encode, chunks, loss_of, seed, backward=torch.Tensor.backwar
         vectors_bD = vectors[i]
         if cached:
             vectors_bD = forward(i)
-        # a scalar whose gradient is the wanted one. trap: in fp16 its value may overflow; float32 vectors
-        # avoid that
+        # why a scalar: the fp16 loss scaler takes one; d scalar / d vectors is leaf.grad. trap: its value may
+        # overflow in fp16, so encode must return float32 (utils/encoder.py does)
         weighted_bD = vectors_bD * leaf.grad
         backward(weighted_bD.sum())
         # free this chunk's graph before the next one is built

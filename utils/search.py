@@ -27,9 +27,10 @@ from utils.plumbing.files import atomic_file, read_json, sha256, write_json
 SPARE = (
     32  # candidates beyond k: the order is right for up to so many passages whose scores are equal at the cut
 )
-TILE = 32  # passages that are represented by their best score
 BLOCK = 2**15  # passages widened to float32 at a time
-SCORES = 2**24  # scores in memory at a time, 64 MB
+# questions from which on FAISS's knn is faster on a CPU; with 32 a product and topk take less than half of
+# its time
+MANY = 256
 
 
 def name_blas_kernel(cpuinfo="/proc/cpuinfo"):
@@ -66,46 +67,45 @@ def exact_topk(queries_QD, shards, k, block=0, device="cpu", resident_ND=None):
     """
     queries_QD = check(queries_QD, shards, k)
     N, Q = sum(map(len, shards)), len(queries_QD)
+    if not Q:
+        return np.zeros((0, min(k, N)), np.float32), np.zeros((0, min(k, N)), np.int64)
     k, K = min(k, N), min(k + SPARE, N)
     device = torch.device(device) if resident_ND is None else resident_ND.device
     q_QD = torch.from_numpy(queries_QD).to(device)
-    best_QK = q_QD.new_full((Q, K), -torch.inf)
-    rows_QK = q_QD.new_full((Q, K), -1, dtype=torch.long)
-
-    block = block or BLOCK
-    questions = max(1, SCORES // block)
-    for start, x_nD in blocks(shards, block, device, resident_ND):
-        for first in range(0, Q, questions):
-            part = slice(first, first + questions)
-            # the best of this block
-            scores_qK, places_qK = best_of_block(q_QD[part] @ x_nD.T, K)
-            # the best of it and of all blocks before
-            scores_qM = torch.cat([best_QK[part], scores_qK], 1)
-            rows_qM = torch.cat([rows_QK[part], places_qK + start], 1)
-            best_QK[part], order_qK = scores_qM.topk(K)
-            rows_QK[part] = rows_qM.gather(1, order_qK)
-    rows_QK = rows_QK.cpu().numpy()
-    if (rows_QK < 0).any():  # nothing was larger than -inf
-        raise UserError("vectors of passages hold NaN or infinity; repeat doc2embedding.py")
-    return rescore(queries_QD, shards, rows_QK, k)
+    best_QK = q_QD.new_empty(Q, 0)
+    rows_QK = q_QD.new_empty(Q, 0, dtype=torch.long)
+    for start, x_nD in blocks(shards, block or BLOCK, device, resident_ND):
+        refuse_non_finite(x_nD, start)
+        # the best of this block, then the best of it and of all blocks before
+        scores_Qk, places_Qk = best_of_block(q_QD, x_nD, K)
+        scores_QM = torch.cat([best_QK, scores_Qk], 1)
+        rows_QM = torch.cat([rows_QK, places_Qk + start], 1)
+        best_QK, order_QK = scores_QM.topk(min(K, scores_QM.shape[1]))
+        rows_QK = rows_QM.gather(1, order_QK)
+    return rescore(queries_QD, shards, rows_QK.cpu().numpy(), k)
 
 
-def best_of_block(scores_qn, K):
-    """
-    Return the K best scores of each question in a block, and their places in it.
+def best_of_block(q_QD, x_nD, K):
+    """Return the K best scores of each question in a block, and their places in it."""
+    K = min(K, len(x_nD))
+    if x_nD.device.type == "cpu" and len(q_QD) >= MANY:
+        scores_QK, places_QK = faiss.knn(q_QD.numpy(), x_nD.numpy(), K, faiss.METRIC_INNER_PRODUCT)
+        return torch.from_numpy(scores_QK), torch.from_numpy(places_QK)
+    scores, places = [], []
+    for q_qD in q_QD.split(1024):  # some questions at a time, to bound the memory of their scores
+        scores_qK, places_qK = (q_qD @ x_nD.T).topk(K)
+        scores.append(scores_qK)
+        places.append(places_qK)
+    return torch.cat(scores), torch.cat(places)
 
-    The K best passages lie in the K tiles of 32 passages that have the best maxima. So most passages are only
-    read for their tile's maximum, which is much cheaper than choosing among all of them.
-    """
-    n = scores_qn.shape[1]
-    if n % TILE or n // TILE <= K:
-        return scores_qn.topk(min(K, n))
-    scores_qTt = scores_qn.unflatten(1, (-1, TILE))
-    tiles_qK = scores_qTt.amax(2).topk(K).indices
-    near_qKt = scores_qTt.gather(1, tiles_qK[:, :, None].expand(-1, -1, TILE))
-    best_qK, places_qK = near_qKt.flatten(1).topk(K)
-    tiles_qK = tiles_qK.gather(1, places_qK // TILE)
-    return best_qK, tiles_qK * TILE + places_qK % TILE
+
+def refuse_non_finite(x_nD, start):
+    """UserError that names the first row of a block whose vector holds NaN or infinity."""
+    # trap: a search does not find such a passage, and says nothing
+    if not torch.isfinite(x_nD.sum()):
+        for i in (~torch.isfinite(x_nD).all(1)).nonzero()[:, 0].tolist():
+            message = f"the vector of passage row {start + i} holds NaN or infinity"
+            raise UserError(f"{message}; repeat doc2embedding.py --dtype float32")
 
 
 def rescore(queries_QD, shards, rows_QK, k):
@@ -127,9 +127,6 @@ def rescore(queries_QD, shards, rows_QK, k):
         q_qD = queries_QD[part].astype(np.float64)
         scores_QK[part] = np.einsum("qkd,qd->qk", x_qKD, q_qD)
 
-    for row in rows_QK[~np.isfinite(scores_QK)]:
-        message = f"the vector of passage row {row} holds NaN or infinity"
-        raise UserError(f"{message}; repeat doc2embedding.py --dtype float32")
     scores_QK[rows_QK < 0] = -np.inf  # trap: list[-1] is the last passage
     order_Qk = np.argsort(-scores_QK, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(scores_QK, order_Qk, 1), np.take_along_axis(rows_QK, order_Qk, 1)
@@ -250,7 +247,8 @@ def fill_index(factory, shards):
             f"index {factory!r}: not an inner-product index of FAISS ({str(error).split(': ')[-1]}); "
             "use stream, Flat, HNSW32, 'IVF4096,PQ48' ..."
         ) from None
-    for _, x_nD in blocks(shards, BLOCK, torch.device("cpu")):
+    for start, x_nD in blocks(shards, BLOCK, torch.device("cpu")):
+        refuse_non_finite(x_nD, start)
         index.add(x_nD.numpy())
     return index
 
