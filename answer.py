@@ -102,7 +102,8 @@ def main():
     accelerator = start(cfg.mixed_precision)
 
     # data and reader
-    corpus = Corpus(cfg.corpus, cfg.corpus_format)
+    with accelerator.main_process_first():  # the first to open a corpus writes its index
+        corpus = Corpus(cfg.corpus, cfg.corpus_format)
     examples, note = reader.read_ranking(cfg.questions, cfg.ranking, corpus, cfg.depth, need=())
     model, depths = load_model(cfg)
     model.to(accelerator.device)

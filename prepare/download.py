@@ -156,11 +156,11 @@ def download(name, out="data"):
     fetch(url, part)
     try:
         check = verify(part, HASHES.get(name))
+        write_json(source, {"url": url, "check": check})  # it counts only where `target` exists
         unpack(part, target, url)
     except ValueError as error:
         bad = part.replace(part.with_suffix(".bad"))
         raise UserError(f"{url}: {error}; kept as {bad}; run the command again") from None
-    write_json(source, {"url": url, "check": check})
     print(f"{target}: complete ({check})")
     return target
 

@@ -18,7 +18,7 @@ while [ ! -f "$RUN/metrics.json" ]; do
         # why at once: the trainer replaces an encoder that nobody works on, and python takes seconds to start
         mkdir "$step/.embeddings" 2>/dev/null || true
         if $LAUNCH doc2embedding.py --doc_encoder "$encoder" --out "$step/.embeddings" "${@:2}"; then
-            mv "$step/.embeddings" "$step/embeddings"
+            if [ -d "$encoder" ]; then mv "$step/.embeddings" "$step/embeddings"; else rm -rf "$step"; fi
         elif [ -d "$encoder" ]; then # what went wrong stands above; repeat the command when it is settled
             exit 1
         fi # the trainer has replaced this encoder by a newer one

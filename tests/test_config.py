@@ -176,7 +176,8 @@ def test_a_wrong_folder_is_found_before_the_corpus_is_read(tmp_path, monkeypatch
         module.main()
 
 
-MEMORY = "error: the memory is full: lower the batch sizes or the chunks, on a GPU use --mixed_precision bf16"
+MEMORY = "error: the memory is full: lower the chunks, which changes no gradient (train_dpr.py: with "
+MEMORY += "--grad_cache true), or the batch sizes, on a GPU use --mixed_precision bf16"
 NO_ROOM = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
 
 

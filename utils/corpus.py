@@ -6,12 +6,13 @@ After that `corpus[row]` is one read of the file, and all processes share the in
 trap: of several processes one must be the first: `with accelerator.main_process_first(): Corpus(path)`.
 """
 
+import contextlib
 import csv
 import hashlib
 import json
 import os
 import re
-import shutil
+import tempfile
 from array import array
 from pathlib import Path
 from typing import NamedTuple
@@ -230,9 +231,16 @@ class Corpus:
             if not os.access(folder.parent, os.W_OK):
                 why = f"its index belongs next to it, and {folder.parent} cannot be written"
                 raise UserError(f"{path}: {why}; link the corpus (ln -s) into a writable folder")
-            with atomic_folder(folder) as building:
-                write_json(building / "meta.json", want | write_index(path, fmt, building))
-                shutil.rmtree(folder, ignore_errors=True)
+            # why a name of its own: two programs may open a new corpus at once; the faster one wins
+            with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
+                new = Path(place) / "new"
+                with atomic_folder(new) as building:
+                    write_json(building / "meta.json", want | write_index(path, fmt, building))
+                if load_index(folder, want) is None:
+                    with contextlib.suppress(OSError):
+                        folder.rename(Path(place) / "old")  # a stale index moves out of the way
+                    with contextlib.suppress(OSError):
+                        new.rename(folder)
         index = load_index(folder, want)
         if index is None:
             raise UserError(f"{path}: changed while it was being read; run the command again")

@@ -178,16 +178,20 @@ class LiveIndex:
         if make_now:
             self.make_rows(doc_encoder, step)
         if self.cfg.refresh == "async":
+            self.take_over(step)  # first, or hand_over would delete what is just complete
             if due and self.run.main:
                 self.hand_over(step, doc_encoder)
-            self.take_over(step)
         self.run.state["index_step"] = self.step
 
     def restore(self, make_now):
         """In a resumed run: get back the vectors that it had, and begin the exchange with the worker anew."""
-        if self.run.main:
-            shutil.rmtree(self.run.dir / "refresh", ignore_errors=True)
         folder = self.run.checkpoint / "index_encoder"
+        if self.run.state.get("index_step") and not folder.is_dir():
+            fault = "has no index_encoder, an older version wrote it"
+            raise UserError(f"{self.run.checkpoint}: {fault}; choose another --run_dir")
+        for old in self.run.dir.glob("refresh/step_*") if self.run.main else ():
+            if not (old / ".embeddings").is_dir():  # the worker is at work there
+                shutil.rmtree(old)
         if folder.is_dir() and not make_now:
             encoder = load_encoder(folder, "passage").to(self.run.device)
             self.make_rows(encoder, self.run.state["index_step"])
@@ -226,13 +230,16 @@ class LiveIndex:
 
     def take_over(self, step):
         """Use the vectors that the worker has completed, if they are newer than those in use."""
-        complete = sorted(self.run.dir.glob("refresh/step_*/embeddings"))
-        newest = int(complete[-1].parent.name.removeprefix("step_")) if complete else 0
+        complete = [0]
+        for folder in self.run.dir.glob("refresh/step_*"):
+            if (folder / "embeddings").is_dir() and (folder / "doc_encoder").is_dir():
+                complete.append(int(folder.name.removeprefix("step_")))
+        newest = max(made for made in complete if made <= step)  # not those of a future that a resume left
         newest = gather_items({world()[0]: newest})[0]  # one device looks: all change over at the same step
         if newest > self.step:
             folder = self.run.dir / "refresh" / f"step_{newest:08d}"
             encoder = load_encoder(folder / "doc_encoder", "passage").to(self.run.device)
-            self.load(folder / "embeddings", newest)
+            self.load(folder / "embeddings", newest, verify=False)  # the worker has just hashed them
             self.check(encoder)
             self.encoder = {"index_encoder": encoder.cpu()}
             self.run.say(f"step {step}: the vectors of step {newest} are in use")

@@ -62,8 +62,8 @@ def exact_topk(queries_QD, shards, k, block=0, device="cpu", resident_ND=None):
     queries_QD: numpy floats. shards: list of [n, D] numpy arrays (memory-mapped fp16 or fp32), corpus order.
     block: passages that are widened to float32 at a time; 0: BLOCK. resident_ND: a torch tensor of the same
     rows, searched where it lies instead of sending blocks to `device`. Returns (scores_Qk float32, rows_Qk
-    int64), numpy, k = min(k, N): the same for any block, sharding and device. UserError for NaN, or a
-    dimension that does not fit.
+    int64), numpy, k = min(k, N): the same for any block, sharding and device, if at most SPARE passages have
+    equal scores at the cut. UserError for NaN or infinity, or a dimension that does not fit.
     """
     queries_QD = check(queries_QD, shards, k)
     N, Q = sum(map(len, shards)), len(queries_QD)

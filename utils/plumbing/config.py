@@ -53,7 +53,8 @@ def in_a_sentence(error):
     if isinstance(error, UserError):
         return str(error)
     if memory_is_full(error):
-        advice = "lower the batch sizes or the chunks, on a GPU use --mixed_precision bf16"
+        advice = "lower the chunks, which changes no gradient (train_dpr.py: with --grad_cache true), "
+        advice += "or the batch sizes, on a GPU use --mixed_precision bf16"
         detail = str(error).strip().partition("\n")[0]
         return f"the memory is full: {advice}" + (f" ({detail})" if detail else "")
     if not isinstance(error, OSError):

@@ -71,6 +71,8 @@ class Run:
         content = {key: folder_hash(getattr(cfg, key)) for key in files}
         content |= {key: weights_hash(getattr(cfg, key)) for key in weights}
         content["corpus"] = self.corpus.sha256 if self.corpus else ""
+        if hasattr(cfg, "embeddings"):  # of EMDR2; its manifest holds the hash of every shard
+            content["embeddings"] = folder_hash(Path(cfg.embeddings) / "manifest.json")
         settings |= {f"content of {key}": digest[:16] for key, digest in content.items()}
         settings["devices"] = devices
         self.fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
@@ -235,7 +237,7 @@ class Run:
         stop = any_device(self.caught, self.device)
         if not (evaluated or stop or done == self.last or done % self.cfg.save_every == 0):
             return
-        if self.state["best"] is None:
+        if not self.cfg.dev:
             self.state["best_step"] = done
         minutes = self.state["minutes"] + (time.time() - self.began) / 60
         if self.main:
