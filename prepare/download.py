@@ -159,6 +159,7 @@ def download(name, out="data"):
         write_json(source, {"url": url, "check": check})  # it counts only where `target` exists
         unpack(part, target, url)
     except ValueError as error:
+        source.unlink(missing_ok=True)
         bad = part.replace(part.with_suffix(".bad"))
         raise UserError(f"{url}: {error}; kept as {bad}; run the command again") from None
     print(f"{target}: complete ({check})")

@@ -292,11 +292,12 @@ def test_a_resumed_run_has_the_vectors_that_it_had(world, tmp_path):
     checkpoint = tmp_path / "checkpoint"
     save_encoder(trained(world), checkpoint / "index_encoder")
     (tmp_path / "refresh" / "step_00000010").mkdir(parents=True)
+    (tmp_path / "refresh" / "step_00000020" / ".embeddings").mkdir(parents=True)
     state = {"step": 13, "index_step": 10}
     index = make_index(world, make_run(tmp_path, state=state, checkpoint=checkpoint, first=13))
     index.refresh(13, None)
     assert index.step == 10 and np.abs(index.shards[0] - rows_in(world / "trained_vectors")).max() < 4e-3
-    assert not (tmp_path / "refresh").exists(), "a step that comes again would find its folder taken"
+    assert names(tmp_path) == {20: [".embeddings"]}, "only what the worker is at work on stays"
     rows_ND = index.shards[0].copy()
     index.refresh(14, None)
     assert np.array_equal(index.shards[0], rows_ND) and index.step == 10
@@ -359,8 +360,14 @@ def test_the_exchange_of_folders(world, tmp_path, monkeypatch):
     for step in (20, 25):
         index.refresh(step, encoder)
     assert names(tmp_path) == {10: ["doc_encoder", "embeddings"], 25: ["doc_encoder"]}
-    shutil.copytree(world / "vectors", folder / "step_00000025" / "embeddings")
+    shutil.copytree(world / "trained_vectors", folder / "step_00000025" / "embeddings")
+    index.refresh(24, encoder)
+    assert index.step == 10, "vectors of a future that a resume has left are not taken"
+    index.refresh(25, encoder)
+    assert index.step == 25
+    index.refresh(30, encoder)
+    shutil.copytree(world / "vectors", folder / "step_00000030" / "embeddings")
     with pytest.raises(
-        UserError, match="step_00000025/embeddings: these vectors are not those of doc_encoder"
+        UserError, match="step_00000030/embeddings: these vectors are not those of doc_encoder"
     ):
-        index.refresh(26, encoder)
+        index.refresh(31, encoder)

@@ -221,7 +221,7 @@ class LiveIndex:
         """Save the passage encoder for the worker, unless it is at work; keep only what is in use."""
         exchange = self.run.dir / "refresh"
         self.run.say(f"step {step}: the vectors in use are those of step {self.step}")
-        if list(exchange.glob("step_*/.embeddings")):
+        if step == self.step or list(exchange.glob("step_*/.embeddings")):
             return
         for folder in exchange.glob("step_*"):
             if folder.name != f"step_{self.step:08d}":
