@@ -2,10 +2,12 @@
 Encode every passage of a corpus once, before any question is asked (Karpukhin et al. 2020, Sec. 3.1).
 
 In:   a corpus, the passage encoder of a training run
-Out:  out/00000.npy ... ("shards" of `shard_size` passages), each with 00000.json (its sha256); manifest.json
+Out:  out/00000.npy ... ("shards" of `shard_size` passages), each with 00000.json (its sha256); manifest.json;
+      ids.txt, line i + 1 is the passage id of row i
 Run:  python doc2embedding.py --config config/doc2embedding.yaml
       accelerate launch doc2embedding.py --config config/doc2embedding.yaml
       After a crash, repeat the command: it continues, and no complete shard is encoded again.
+      python doc2embedding.py --server 0 --servers 4     (machines that do not know of each other; see below)
 Next: test_dpr.py, ask.py
 
 n passages of a shard or of a window · D dimensions
@@ -33,7 +35,7 @@ from utils.plumbing.config import (
     need_model,
 )
 from utils.plumbing.embeddings import refuse_other_job, shards_to_encode, wait_for, write_shard
-from utils.plumbing.files import need_space, read_json, write_json
+from utils.plumbing.files import atomic_file, need_space, read_json, write_json
 from utils.plumbing.weights import encoder_hash, load_encoder
 
 
@@ -80,11 +82,23 @@ def check_finite(vectors_nD, rows, corpus, cfg):
         raise UserError(f"{where} holds NaN or infinity; {advice}")
 
 
+def complete(folder, manifest, shards, corpus):
+    """Write ids.txt and the manifest of a folder with all its shards. Return how many passages may be cut."""
+    notes = {file.name: read_json(file.with_suffix(".json")) for file in shards}
+    with atomic_file(folder / "ids.txt") as file:
+        file.writelines(f"{passage.id}\n" for passage in corpus)
+    hashes = {name: note["sha256"] for name, note in notes.items()}
+    write_json(folder / "manifest.json", manifest | {"shards": hashes, "complete": True})
+    return sum(note["full_length"] for note in notes.values())
+
+
 # ---------------------------------------------------------------- main
 def main():
     cfg = load_config(__doc__, "config/doc2embedding.yaml")
     must_be_one_of(cfg, dtype=("float16", "float32"), mixed_precision=("no", "fp16", "bf16"))
-    at_least(cfg, 1, "batch_size", "shard_size", "sort_window")
+    at_least(cfg, 1, "batch_size", "shard_size", "sort_window", "servers")
+    if cfg.server >= cfg.servers:
+        raise UserError(f"server must be one of 0 to {cfg.servers - 1}, got {cfg.server}")
     need_file(cfg, "corpus")
     need_model(cfg, "doc_encoder")
     need_folder(cfg, "out")
@@ -110,7 +124,9 @@ def main():
     refuse_other_job(folder, stored, manifest, shards)
 
     # find the shards that are missing: of this process, and how many passages of all
-    mine = list(shards.items())[accelerator.process_index :: accelerator.num_processes]
+    # from: DPR's and GC-DPR's --shard_id and --num_shards; there each server writes one file of its own
+    here = list(shards.items())[cfg.server :: cfg.servers]
+    mine = here[accelerator.process_index :: accelerator.num_processes]
     todo = shards_to_encode(dict(mine), stored)
     share = torch.tensor(sum(map(len, todo.values())), device=accelerator.device)
     count = int(accelerator.reduce(share, "sum"))  # a barrier too: all processes have read what is there
@@ -120,7 +136,7 @@ def main():
     # prepare the folder, say what is to come
     if main_process:
         need_space(folder, count * encoder.dim * np.dtype(cfg.dtype).itemsize, "embeddings")
-        for leftover in folder.glob(".*.tmp"):  # of a killed run
+        for leftover in folder.glob(".*.tmp") if cfg.servers == 1 else ():  # of a killed run
             leftover.unlink()
         write_json(folder / "manifest.json", manifest | {"shards": {}, "complete": False})
         if corpus.empty_texts:
@@ -142,17 +158,24 @@ def main():
         for file, rows in todo.items():
             vectors_nD, full_length = encode_shard(rows, tokenized, encoder, corpus, cfg, accelerator, bar)
             write_shard(file, vectors_nD, full_length)
-    wait_for(shards)
+    wait_for(dict(here))
     seconds = time.perf_counter() - began
 
     # complete the manifest
     if main_process:
-        notes = {file.name: read_json(file.with_suffix(".json")) for file in shards}
-        hashes = {name: note["sha256"] for name, note in notes.items()}
-        write_json(folder / "manifest.json", manifest | {"shards": hashes, "complete": True})
-        full = sum(note["full_length"] for note in notes.values())
-        print(f"{full:,} passages fill all {encoder.inputs['passage_tokens']} tokens, their end may be cut")
-        print(f"{folder}: complete | {count:,} passages encoded | {count / seconds:.1f} passages/s")
+        print(f"{count:,} passages encoded | {count / seconds:.1f} passages/s")
+        absent = [file.name for file in shards if not file.is_file()]
+        if absent:
+            print(f"{folder}: {len(absent)} shards are due from other servers, such as {absent[0]}")
+            print(
+                "if they have other disks: bring all files together, then run this once more with --servers 1"
+            )
+        else:
+            full = complete(folder, manifest, shards, corpus)
+            print(
+                f"{full:,} passages fill all {encoder.inputs['passage_tokens']} tokens, their end may be cut"
+            )
+            print(f"{folder}: complete, {len(corpus):,} passages")
     accelerator.end_training()
 
 

@@ -24,7 +24,16 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from utils.data import Corpus, aligned_reader, check_passage, iter_jsonl, iter_run, passage_of, read_questions
+from utils.data import (
+    Corpus,
+    aligned_reader,
+    check_passage,
+    is_itself,
+    iter_jsonl,
+    iter_run,
+    passage_of,
+    read_questions,
+)
 from utils.metrics import gold_ids
 from utils.plumbing.config import (
     UserError,
@@ -212,13 +221,21 @@ def read_found(questions, cfg, counts):
             counts["rankings of other questions, ignored"] += 1
             continue
         ranked = [pid for pid, _ in hits]
+        counts["questions that find their own id first"] += is_itself(question, ranked[0])
         if cfg.scores:
             check_scores(qid, scores, set(ranked), cfg)
         neighbours = [pid for pid, _ in lookahead]
+        if cfg.ignore_identical_ids and is_itself(question, qid):
+            ranked = [pid for pid in ranked if pid != qid]
+            neighbours = [pid for pid in neighbours if pid != qid]
         known = never.get(qid, frozenset())
         yield question, Found(ranked, dict(scores), neighbours, momentum, known)
     for question in waiting.values():
         yield question, Found([])
+    themselves = counts["questions that find their own id first"]
+    if themselves > 0.1 * len(questions) and not cfg.ignore_identical_ids:
+        share = f"{themselves} of {len(questions)} questions find a passage of their own id first"
+        raise UserError(f"{cfg.run}: {share}, it is the question itself; add --ignore_identical_ids true")
     if len(waiting) == len(questions):
         raise UserError(f"{cfg.run}: has none of the questions of {cfg.questions}")
     for _, check_end in readers:
@@ -255,6 +272,7 @@ def mine(questions, corpus, cfg, counts):
         counts["questions with fewer new ones than asked"] += 0 < new < lists * cfg.negatives
         counts["questions without a negative"] += not negatives
         counts["negatives"] += len(negatives)
+        question.pop("grades", None)  # of the given positives, in their order
         yield from training_lines(question | {"positives": positives, "negatives": negatives}, cfg)
 
 

@@ -7,6 +7,7 @@ Run:  python test_dpr.py --config config/test_dpr.yaml
       python test_dpr.py --config config/test_dpr.yaml --index HNSW32
       python test_dpr.py --config config/test_dpr.yaml --bm25_run runs/bm25/test.run --out runs/both/test.run
       python test_dpr.py --questions data/nq/train.jsonl --lookahead true --k 200 --out runs/nq/lookahead.run
+      python test_dpr.py --questions data/nq/train.jsonl --question_vectors runs/nq/train.npy (kept for later)
 Next: mine_negatives.py, rerank.py, ask.py
 
 top-k is the share of questions with an answer in the text of the first k passages. MRR@10, nDCG@10 and hit@k
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.data import Corpus, iter_jsonl, iter_run, read_questions, write_run
+from utils.data import Corpus, is_itself, iter_jsonl, iter_run, read_questions, write_run
 from utils.encoder import embed, tokenize_questions
 from utils.metrics import KS, gold_ids, one_question_at_a_time, print_table, retrieval_metrics
 from utils.plumbing.config import (
@@ -32,13 +33,14 @@ from utils.plumbing.config import (
     load_config,
     must_be_one_of,
     need_file,
+    need_folder,
     need_model,
     need_out,
     need_value,
 )
 from utils.plumbing.embeddings import open_embeddings
-from utils.plumbing.files import sha256, write_json
-from utils.plumbing.weights import load_encoder
+from utils.plumbing.files import atomic_file, read_json, sha256, write_json
+from utils.plumbing.weights import encoder_hash, load_encoder
 from utils.search import as_lists, build_index, exact_topk, faiss, fetch, search_index
 from utils.text import report_regex_failures
 
@@ -59,8 +61,12 @@ def check_settings(cfg):
     need_value(cfg, "embeddings")
     if not cfg.lookahead:
         need_model(cfg, "query_encoder")
-    if cfg.lookahead and cfg.bm25_run:
-        raise UserError("lookahead only looks vectors up: leave out bm25_run")
+    if cfg.lookahead and (cfg.bm25_run or cfg.question_vectors):
+        raise UserError("lookahead only looks vectors up: leave out bm25_run and question_vectors")
+    if cfg.question_vectors and not cfg.question_vectors.endswith(".npy"):
+        raise UserError(f"question_vectors must be the path of a .npy file, got {cfg.question_vectors!r}")
+    if cfg.question_vectors:
+        need_folder(cfg, "question_vectors", Path(cfg.question_vectors).parent)
 
 
 def with_positive_id(questions, path):
@@ -121,6 +127,38 @@ def encode(encoder, questions, cfg):
         return embed(encoder, ids, cfg.batch_size, progress=bar)
 
 
+def encode_once(encoder, questions, cfg):
+    """Return the vectors of the file `question_vectors`; where it is absent, encode and write it."""
+    path = Path(cfg.question_vectors)
+    note = path.with_suffix(".json")
+    job = {"questions": sha256(cfg.questions), "encoder": encoder_hash(encoder)}
+    if path.is_file():
+        # the note tells vectors of another encoder, which fit in size and mean nothing here
+        if note.is_file() and read_json(note) != job:
+            raise UserError(f"{path}: made from other questions or by another encoder; name another file")
+        if not note.is_file():
+            print(f"{path}: no {note.name} says who made these vectors; they are taken as they are")
+        return read_vectors(path, len(questions), encoder.dim)
+    vectors_QD = encode(encoder, questions, cfg)
+    write_json(note, job)
+    with atomic_file(path, "wb") as file:
+        np.save(file, vectors_QD)
+    print(f"written: {path}")
+    return vectors_QD
+
+
+def read_vectors(path, rows, dim):
+    """Return a .npy file as float32 [rows, dim]. UserError where it is something else."""
+    try:
+        vectors = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path}: not a whole .npy file ({error}); delete it, it is written again") from None
+    if vectors.shape != (rows, dim) or vectors.dtype.kind != "f":
+        content = f"{vectors.dtype} {list(vectors.shape)}"
+        raise UserError(f"{path}: holds {content}; {rows} questions by {dim} dimensions are needed")
+    return vectors.astype(np.float32)
+
+
 def vectors_of_positives(questions, shards, corpus):
     """Return the stored vector of each question's first positive, numpy float32 [Q, D]."""
     # differs: ANCE-Tele encodes the same text with the same model again
@@ -129,7 +167,7 @@ def vectors_of_positives(questions, shards, corpus):
 
 
 # ---------------------------------------------------------------- search
-def search(vectors_QD, shards, index, cfg, device):
+def search(vectors_QD, shards, index, k, device):
     """
     Yield per question a list of up to k (row, score), best first. It is empty where the vector holds NaN.
     index: of FAISS, or None for `stream`, exact search that reads the shards one block at a time.
@@ -138,9 +176,9 @@ def search(vectors_QD, shards, index, cfg, device):
         block_QD = vectors_QD[start : start + BLOCK]
         valid_Q = np.isfinite(block_QD).all(axis=1)
         if index is None:
-            hits = as_lists(*exact_topk(block_QD[valid_Q], shards, cfg.k, device=device))
+            hits = as_lists(*exact_topk(block_QD[valid_Q], shards, k, device=device))
         else:
-            hits = search_index(index, block_QD[valid_Q], shards, cfg.k)
+            hits = search_index(index, block_QD[valid_Q], shards, k)
         hits = iter(hits)
         for valid in valid_Q:
             yield next(hits) if valid else []
@@ -168,8 +206,11 @@ def rankings(questions, results, bm25, corpus, cfg):
     """Yield (qid, [(pid, score), ...]) of every question; `results` are its dense hits."""
     for question, hits in zip(questions, results, strict=True):
         if bm25:
-            hits = hybrid(hits, bm25.get(question["qid"], []), cfg.hybrid_weight, cfg.k)
-        yield question["qid"], [(corpus[row].id, score) for row, score in hits]
+            hits = hybrid(hits, bm25.get(question["qid"], []), cfg.hybrid_weight, cfg.k + 1)
+        named = [(corpus[row].id, score) for row, score in hits]
+        if cfg.ignore_identical_ids:
+            named = [(pid, score) for pid, score in named if not is_itself(question, pid)]
+        yield question["qid"], named[: cfg.k]
 
 
 # ---------------------------------------------------------------- main
@@ -210,8 +251,9 @@ def main():
     if cfg.lookahead:
         vectors_QD = vectors_of_positives(questions, shards, corpus)
     else:
-        vectors_QD = encode(encoder, questions, cfg)
-    results = search(vectors_QD, shards, index, cfg, device)
+        vectors_QD = (encode_once if cfg.question_vectors else encode)(encoder, questions, cfg)
+    k = cfg.k + cfg.ignore_identical_ids
+    results = search(vectors_QD, shards, index, k, device)
     write_run(cfg.out, rankings(questions, results, bm25, corpus, cfg))
 
     # name the questions that could not be asked

@@ -78,6 +78,31 @@ def test_two_processes_write_the_same_bits_as_one(keys, encode, tmp_path):
         assert (tmp_path / "two" / name).read_text() == (one / name).read_text()
 
 
+def test_servers_that_do_not_know_of_each_other(encode, tmp_path, capsys):
+    """Each encodes its share of the shards, on one disk or on several; the folder is that of one machine."""
+    one = encode("one")
+    for server in (2, 0, 1):
+        encode("same_disk", server=server, servers=3)
+        encode(f"disk_{server}", server=server, servers=3)
+        assert read_json(tmp_path / f"disk_{server}/manifest.json")["complete"] is False
+    assert "2 shards are due from other servers, such as 00001.npy" in capsys.readouterr().out
+    for server in range(3):
+        shutil.copytree(tmp_path / f"disk_{server}", tmp_path / "together", dirs_exist_ok=True)
+    encode("together")
+    assert "0 passages encoded" in capsys.readouterr().out
+    for name in ("same_disk", "together"):
+        for file in sorted(one.iterdir()):
+            assert sha256(tmp_path / name / file.name) == sha256(file), file.name
+    with pytest.raises(UserError, match="server must be one of 0 to 2, got 3"):
+        encode("wrong", server=3, servers=3)
+
+
+def test_row_i_is_line_i_of_ids_txt(world, encode):
+    """Users of numpy and FAISS need to know what a row is."""
+    ids = (encode() / "ids.txt").read_text().splitlines()
+    assert ids == [passage.id for passage in Corpus(world / "corpus.tsv")]
+
+
 def test_odd_texts_are_encoded_and_counted(encode, tmp_path, capsys):
     """Empty texts, emoji, right-to-left letters, one passage too long: a vector each, and a count."""
     rows = ["1\t\tparis", "2\t😀 🏳️‍🌈\t", "3\tשלום עולם\toslo", f"4\t{'red ' * 9999}\triga", "5\t \t "]

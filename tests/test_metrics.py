@@ -10,12 +10,13 @@ import pytest
 
 from tests.toy import COLOURS
 from utils import metrics
-from utils.data import Corpus
+from utils.data import Corpus, read_questions
 from utils.metrics import bootstrap_interval, hit_at, mrr, ndcg, positive_ranks, topk_accuracy
-from utils.plumbing.config import ROOT
+from utils.plumbing.config import ROOT, UserError
 from utils.text import has_answer
 
 GOLDEN = Path(__file__).parent / "golden"
+IR_MEASURES = 0.17063822328416517  # ir_measures 0.4.3, nDCG@10
 
 
 def golden(name):
@@ -88,10 +89,29 @@ def test_positive_ranks_are_pessimistic():
 
 def test_ndcg_by_hand():
     """DCG over the best DCG that the relevant passages allow, those not retrieved included."""
-    assert ndcg([[True, True, False]], [2], 10) == 1.0
-    assert ndcg([[False, True]], [1], 10) == pytest.approx(1 / np.log2(3))
-    assert ndcg([[True, False, True]], [3], 2) == pytest.approx(1 / (1 + 1 / np.log2(3)))
-    assert ndcg([[], [False], [True]], [1, 0, 1], 10) == pytest.approx(1 / 3)
+    assert ndcg([[1, 1, 0]], [[1, 1]], 10) == 1.0
+    assert ndcg([[0, 1]], [[1]], 10) == pytest.approx(1 / np.log2(3))
+    assert ndcg([[1, 0, 1]], [[1, 1, 1]], 2) == pytest.approx(1 / (1 + 1 / np.log2(3)))
+    assert ndcg([[], [0], [1]], [[1], [], [1]], 10) == pytest.approx(1 / 3)
+    # grades: the better passage second costs, whatever the order in which the positives are listed
+    wanted = (1 + 3 / np.log2(3)) / (3 + 1 / np.log2(3))
+    assert ndcg([[1, 3]], [[1, 3]], 10) == ndcg([[1, 3]], [[3, 1]], 10) == pytest.approx(wanted)
+
+
+def test_graded_ndcg_is_that_of_ir_measures(corpus):
+    """IR_MEASURES was computed of these rankings and grades by ir_measures (pytrec_eval)."""
+    rng = np.random.default_rng(3)
+    ranked = []
+    for _ in range(40):
+        pids = [str(pid) for pid in rng.permutation(np.arange(1, 41))]
+        grades = rng.integers(1, 4, 6).tolist()
+        question = {"qid": "q", "answers": [], "positives": pids[::7], "grades": grades}
+        ranked.append((question, [str(pid) for pid in rng.permutation(np.arange(1, 41))[:20]]))
+    table = value(metrics.retrieval_metrics(ranked, corpus, [20]))
+    assert table["nDCG@10"] == pytest.approx(IR_MEASURES, abs=1e-7)
+    for question, _ in ranked:
+        del question["grades"]
+    assert value(metrics.retrieval_metrics(ranked, corpus, [20]))["nDCG@10"] != pytest.approx(IR_MEASURES)
 
 
 @pytest.mark.parametrize("kind", ["hits", "reciprocal ranks", "all different"])
@@ -141,6 +161,7 @@ def test_metrics_of_a_hand_made_ranking(corpus):
         ({"answers": ["red"], "positives": ["1"]}, []),
         ({"answers": [], "positives": [{"title": "", "text": "inline"}]}, ["1"]),  # in no metric
     ]
+    ranked = [(question | {"qid": "q"}, pids) for question, pids in ranked]
     table = metrics.retrieval_metrics(ranked, corpus, ks=[1, 10])
     counts = {"top-1": 3, "top-10": 3, "MRR@10": 2, "nDCG@10": 2, "hit@1": 2, "hit@10": 2}
     assert {name: metric["n"] for name, metric in table.items()} == counts
@@ -148,23 +169,50 @@ def test_metrics_of_a_hand_made_ranking(corpus):
     wanted["nDCG@10"] = 1 / np.log2(3) / (1 + 1 / np.log2(3)) / 2
     assert value(table) == pytest.approx(wanted)
     for answer, regex, wanted in (("paris", False, 0), (r"gr\w+n\b", False, 0), (r"gr\w+n\b", True, 1)):
-        ranked = [({"answers": [answer], "positives": []}, ["1", "3"])]
+        ranked = [({"qid": "q", "answers": [answer], "positives": []}, ["1", "3"])]
         table = metrics.retrieval_metrics(ranked, corpus, [1, 5], regex)
         assert value(table) == {"top-1": 0, "top-5": wanted}
 
 
 def test_hits_at_50_and_1000_are_ms_marcos_recall(corpus):
     """
-    A hit rate, however many positives: the first at rank 50 counts, at 51 not before 100. Accuracies stay
-    DPR's 1, 5, 20, 100.
+    A hit rate, however many positives: the first at rank 50 counts, at 51 not before 100. Accuracies have
+    the same depths.
     """
     at_50, at_51 = [str(pid) for pid in range(1, 61)], [str(pid) for pid in [60, *range(1, 60)]]
     ranked = [(["50", "59"], at_50), (["50"], at_51), (["1"], [])]
-    ranked = [({"answers": ["red"], "positives": gold}, pids) for gold, pids in ranked]
+    ranked = [({"qid": "q", "answers": ["red"], "positives": gold}, pids) for gold, pids in ranked]
     table = value(metrics.retrieval_metrics(ranked, corpus, metrics.KS))
-    hits = {"hit@1": 0, "hit@5": 0, "hit@20": 0, "hit@50": 1 / 3, "hit@100": 2 / 3, "hit@1000": 2 / 3}
+    hits = {
+        "hit@1": 0,
+        "hit@5": 0,
+        "hit@10": 0,
+        "hit@20": 0,
+        "hit@50": 1 / 3,
+        "hit@100": 2 / 3,
+        "hit@1000": 2 / 3,
+    }
     assert {name: table[name] for name in table if name.startswith("hit")} == pytest.approx(hits)
-    assert [name for name in table if name.startswith("top")] == ["top-1", "top-5", "top-20", "top-100"]
+    tops = [name for name in table if name.startswith("top")]
+    assert tops == ["top-1", "top-5", "top-10", "top-20", "top-50", "top-100", "top-1000"]
+
+
+@pytest.mark.parametrize("grades", [[1], [1, 0], [2, -1], [1, "2"], [1, True], [1, float("inf")], 3])
+def test_grades_are_one_number_above_0_a_positive(tmp_path, grades):
+    question = {"qid": "q", "question": "?", "positives": ["1", "2"], "grades": grades}
+    (tmp_path / "q.jsonl").write_text(json.dumps(question).replace("Infinity", "1e999") + "\n")
+    with pytest.raises(UserError, match="q.jsonl:1: 'grades' must"):
+        read_questions(tmp_path / "q.jsonl")
+    (tmp_path / "q.jsonl").write_text(json.dumps(question | {"grades": [2, 0.5]}) + "\n")
+    assert metrics.gold_ids(read_questions(tmp_path / "q.jsonl")[0]) == {"1": 2, "2": 0.5}
+
+
+def test_questions_that_find_themselves(corpus, capsys):
+    """In ArguAna a question is a passage: a warning, unless the passage is listed as its positive."""
+    for positives, warned in (["2"], True), (["1"], False):
+        ranked = [({"qid": "1", "answers": [], "positives": positives}, ["1", "2"])]
+        metrics.retrieval_metrics(ranked, corpus, [1])
+        assert ("1 of 1 questions find a passage of their own id first" in capsys.readouterr().out) == warned
 
 
 def test_one_ranking_in_memory():

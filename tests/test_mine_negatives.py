@@ -47,6 +47,7 @@ def config(folder, **keys):
         mode="topk", run=folder / "x.run", negatives=2, depth=5, match="string", match_title=False,
         positives="given", keep_without_positives=False, exclude="", scores="", negative_below=0.1,
         positive_above=0.9, fill=False, lookahead_run="", momentum="", seed=111,
+        ignore_identical_ids=False, questions=folder / "q.jsonl",
     )  # fmt: skip
     return SimpleNamespace(**(values | keys))
 
@@ -308,6 +309,22 @@ def test_nothing_is_dropped_silently(corpus, tmp_path):
     assert lines[0]["positives"] == ["3"] and counts["positives found"] == 1
     lines, _ = mined(questions, corpus, config(tmp_path, keep_without_positives=True))
     assert [line["qid"] for line in lines] == ["none", "gold", "unranked"]
+
+
+def test_a_question_is_not_its_own_negative(corpus, tmp_path):
+    """ArguAna: the question is a passage, and finds itself first. Stopped, or left out by the key."""
+    asked = [question("2", ["1"]) | {"grades": [3]}, question("3", ["1"])]
+    hits = [("2", 9.0), ("4", 8.0), ("3", 7.0), ("1", 6.0)]
+    write_run(tmp_path / "x.run", [("2", hits), ("3", hits[2:])])
+    with pytest.raises(UserError, match="2 of 2 questions find a passage of their own id first"):
+        mined(asked, corpus, config(tmp_path))
+    lines, _ = mined(asked, corpus, config(tmp_path, ignore_identical_ids=True))
+    assert [line["negatives"] for line in lines] == [["4", "3"], []]
+    assert "grades" not in lines[0]
+
+    # where the passage is listed as its positive, it is one
+    lines, _ = mined([question("2", ["2"])], corpus, config(tmp_path))
+    assert lines[0]["negatives"] == ["4", "3"]
 
 
 def test_mining_command(corpus, tmp_path, monkeypatch, capsys):

@@ -82,6 +82,51 @@ def test_k_above_the_corpus_lists_every_passage_once(test):
         assert index == "HNSW32" or all(len(hits) == 60 for hits in ranking.values())
 
 
+def test_question_vectors_are_kept_and_read(world, test, tmp_path, capsys):
+    """Written once, read the next time without an encoding; foreign ones need the right size alone."""
+    path = tmp_path / "vectors/test.npy"
+    usual, _ = test(index="stream")
+    assert test(index="stream", question_vectors=path)[0] == usual
+    capsys.readouterr()
+    assert test(index="stream", question_vectors=path)[0] == usual
+    assert "first question" not in capsys.readouterr().out
+
+    # rows are in the order of the questions
+    vectors = np.load(path)
+    np.save(path, vectors[::-1])
+    questions = read_questions(world / "test.jsonl")
+    backwards, _ = test(index="stream", question_vectors=path)
+    assert backwards[questions[0]["qid"]] == usual[questions[-1]["qid"]]
+
+    # of other questions, of another size, not an array
+    for content, message in ((vectors[:3], "10 questions by 32"), (np.array(["a"]), "holds <U1")):
+        np.save(path, content)
+        with pytest.raises(UserError, match=message):
+            test(question_vectors=path)
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"not a whole .npy file .* delete it"):
+        test(question_vectors=path)
+    with pytest.raises(UserError, match="made from other questions or by another encoder"):
+        test(question_vectors=path, questions=world / "dev.jsonl")
+    path.with_suffix(".json").unlink()
+    np.save(path, vectors)
+    assert test(index="stream", question_vectors=path)[0] == usual
+    assert "taken as they are" in capsys.readouterr().out
+
+
+def test_a_question_that_is_a_passage_is_left_out(world, test, tmp_path, capsys):
+    """ArguAna: the best passage is the question itself. The key leaves it out, and k others are listed."""
+    passages = list(Corpus(world / "corpus.tsv"))[:5]
+    rows = [{"qid": p.id, "question": p.text, "positives": [str(int(p.id) + 30)]} for p in passages]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with_itself, before = test(questions=tmp_path / "own.jsonl", k=59)
+    without, after = test(questions=tmp_path / "own.jsonl", k=59, ignore_identical_ids="true")
+    for qid, hits in without.items():
+        others = [hit for hit in with_itself[qid] if hit[0] != qid]
+        assert len(hits) == 59 and hits[: len(others)] == others
+    assert after["MRR@10"]["value"] >= before["MRR@10"]["value"]
+
+
 def test_lookahead_searches_with_the_stored_vector_of_the_positive(world, test, x_ND, tmp_path, capsys):
     """
     The neighbours of a question's positive by a plain sort of the fp16 vectors; the positive itself is first,

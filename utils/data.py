@@ -2,8 +2,9 @@
 The files that pass between stages: question files (jsonl), rankings (.run), corpora (utils/corpus.py).
 
 A question file has one example a line: {"qid", "question", "answers": [], "positives": [], "negatives": []}.
-All but `qid` and `question` are optional. A passage is a corpus id or an inline {"title", "text"}. A .run has
-the lines `qid \\t pid \\t rank \\t score`: ranks begin at 1, the best passage comes first.
+All but `qid` and `question` are optional. A passage is a corpus id or an inline {"title", "text"}. "grades"
+may say how relevant each positive is, in numbers above 0; nDCG counts them. A .run has the lines
+`qid \\t pid \\t rank \\t score`: ranks begin at 1, the best passage comes first.
 Other formats become these: python -m prepare.convert FORMAT IN... OUT
 """
 
@@ -50,6 +51,26 @@ def check_passage(entry):
     return is_string(entry) and entry != ""
 
 
+def grades_fault(question):
+    """Return what is wrong with the `grades` of a question, one number for each positive, or ""."""
+    grades = question.get("grades", [])
+    if not isinstance(grades, list):
+        return f"must be a list of numbers, got {str(grades)[:60]}"
+    if grades and len(grades) != len(question["positives"]):
+        return f"must have one number for each of the {len(question['positives'])} positives"
+    good = all(type(grade) in (int, float) and 0 < grade < math.inf for grade in grades)
+    return "" if good else f"must be numbers above 0, got {str(grades)[:60]}"
+
+
+def is_itself(question, pid):
+    """
+    Return whether a passage is the question's own document: it has the question's id and is no positive.
+
+    In ArguAna and Quora (BEIR) the questions are documents of the corpus. Each finds itself first.
+    """
+    return pid == question["qid"] and pid not in question["positives"]
+
+
 def read_questions(path, need=(), repeats=False):
     """
     Return the examples of a question file as dicts. Absent lists become []; keys of your own are kept.
@@ -80,6 +101,8 @@ def read_questions(path, need=(), repeats=False):
             fits = is_string if key == "answers" else check_passage
             if not isinstance(entries, list) or not all(map(fits, entries)):
                 raise UserError(f"{where}: {key!r} must be a list of {kind}, got {str(entries)[:60]!r}")
+        if fault := grades_fault(question):
+            raise UserError(f"{where}: 'grades' {fault}")
         answers = [answer for answer in question["answers"] if not blank(answer)]
         blanks += len(question["answers"]) - len(answers)
         question["answers"] = answers

@@ -10,10 +10,18 @@ Q questions · N passages
 import numpy as np
 from tqdm import tqdm
 
+from utils.data import is_itself
 from utils.text import exact_match, f1, has_answer
 
-KS = (1, 5, 20, 50, 100, 1000)
-HIT_ONLY = (50, 1000)  # hit@50 and hit@1000 are MS MARCO's R@50 and R@1000; DPR has no top-50 and no top-1000
+KS = (
+    1,
+    5,
+    10,
+    20,
+    50,
+    100,
+    1000,
+)  # DPR counts 20 and 100, MS MARCO's R@50 and R@1000 are hit@50 and hit@1000
 
 
 # ---------------------------------------------------------------- of a list of questions
@@ -45,22 +53,22 @@ def hit_at(ranks, k):
     return mean([0 < rank <= k for rank in ranks])
 
 
-def ndcg(relevances, n_relevant, cutoff):
+def ndcg(gains, all_gains, cutoff):
     """
-    Return the normalised discounted cumulative gain, gains 0 and 1 (Järvelin and Kekäläinen 2002, trec_eval).
-    relevances: hits by id. n_relevant: of each question how many passages are relevant in all; 0 gives 0.
+    Return the normalised discounted cumulative gain (Järvelin and Kekäläinen 2002; trec_eval's and BEIR's).
+
+    gains: of each question the grade of its first, second ... passage, 0 where that is not relevant.
+    all_gains: of each question the grades of all its relevant passages, in any order; none of them gives 0.
     """
     values = []
-    for relevant, n in zip(relevances, n_relevant, strict=True):
-        ranks = [rank for rank, right in enumerate(relevant[:cutoff], 1) if right]
-        gain = discounted(ranks)
-        ideal = discounted(range(1, min(n, cutoff) + 1))
-        values.append(gain / ideal if n else 0.0)
+    for ranked, relevant in zip(gains, all_gains, strict=True):
+        ideal = discounted(sorted(relevant, reverse=True)[:cutoff])
+        values.append(discounted(ranked[:cutoff]) / ideal if ideal else 0.0)
     return mean(values)
 
 
-def discounted(ranks):
-    return sum(1 / np.log2(rank + 1) for rank in ranks)
+def discounted(gains):
+    return sum(gain / np.log2(rank + 1) for rank, gain in enumerate(gains, 1))
 
 
 def positive_ranks(scores_QN, gold_Q):
@@ -113,8 +121,11 @@ def print_table(metrics, name):
 
 # ---------------------------------------------------------------- of a ranking
 def gold_ids(question):
-    """Return the passage ids that a question lists as positives. An inline passage has none."""
-    return {entry for entry in question["positives"] if isinstance(entry, str)}
+    """Return {passage id: grade} of the positives of a question; without grades each has 1."""
+    # an inline passage has no id
+    positives = question["positives"]
+    grades = question.get("grades") or [1] * len(positives)
+    return {pid: grade for pid, grade in zip(positives, grades, strict=True) if isinstance(pid, str)}
 
 
 def one_question_at_a_time(questions, rankings):
@@ -140,14 +151,15 @@ def metrics_of_question(question, pids, corpus, ks, regex):
         texts = (corpus.passage(pid).text for pid in pids)
         hits = [has_answer(text, question["answers"], regex) for text in texts]
         accuracy = topk_accuracy([hits], ks)
-        values |= {f"top-{k}": accuracy[k] for k in ks if k not in HIT_ONLY}
+        values |= {f"top-{k}": accuracy[k] for k in ks}
     gold = gold_ids(question)
     if gold:
         relevant = [pid in gold for pid in pids]
         rank = relevant.index(True) + 1 if any(relevant) else 0
         if max(ks) >= 10:
             values["MRR@10"] = mrr([rank], 10)
-            values["nDCG@10"] = ndcg([relevant], [len(gold)], 10)
+            gains = [gold.get(pid, 0) for pid in pids]
+            values["nDCG@10"] = ndcg([gains], [list(gold.values())], 10)
         for k in ks:
             values[f"hit@{k}"] = hit_at([rank], k)
     return values
@@ -159,10 +171,19 @@ def retrieval_metrics(ranked, corpus, ks, regex=False):
     ranked: of one_question_at_a_time. ks: at most its depth. n: how many questions a metric can judge.
     """
     values = {}
+    questions = 0
+    found_themselves = 0
     for question, pids in ranked:
         metrics = metrics_of_question(question, pids, corpus, ks, regex)
         for name, value in metrics.items():
             values.setdefault(name, []).append(value)
+        questions += 1
+        found_themselves += bool(pids) and is_itself(question, pids[0])
+    if (
+        found_themselves > 0.1 * questions
+    ):  # why a tenth: a few may meet a passage of the same number by chance
+        share = f"{found_themselves} of {questions} questions find a passage of their own id first"
+        print(f"warning: {share}; where that is the question itself, search with --ignore_identical_ids true")
     return with_intervals(values)
 
 
