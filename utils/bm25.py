@@ -14,9 +14,11 @@ import bm25s
 import numpy as np
 from tqdm import tqdm
 
-from utils.data import Corpus, read_questions, write_run
+from utils.data import Corpus, is_itself, iter_run, read_questions, write_run
+from utils.metrics import KS, one_question_at_a_time, print_table, retrieval_metrics
 from utils.plumbing.config import UserError, friendly_errors, need_out
 from utils.plumbing.files import atomic_folder, read_json, write_json
+from utils.text import report_regex_failures
 
 # from: Karpukhin et al. 2020, Sec. 5.1 (Lucene's b and k1)
 SETTINGS = {"k1": 0.9, "b": 0.4, "stopwords": "english"}
@@ -86,6 +88,10 @@ def main():
     parser.add_argument("--questions", required=True)
     parser.add_argument("--out", required=True, help="the .run to write")
     parser.add_argument("--k", type=int, default=100, help="passages per question")
+    parser.add_argument("--match", choices=["string", "regex"], default="string", help="what an answer is")
+    parser.add_argument(
+        "--ignore_identical_ids", action="store_true", help="leave out a passage of its own id"
+    )
     parser.add_argument("--index", default="", help="folder of the index; default: the corpus path + .bm25")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
@@ -96,12 +102,24 @@ def main():
     corpus = Corpus(args.corpus, args.corpus_format)
     index = build_bm25(corpus, args.index or f"{args.corpus}.bm25")
 
-    results = search_bm25(index, [question["question"] for question in questions], args.k)
-    qids = [question["qid"] for question in questions]
-    ranking = [[(corpus[row].id, score) for row, score in hits] for hits in results]
-    write_run(args.out, zip(qids, ranking, strict=True))
-    empty = sum(not hits for hits in results)
+    depth = args.k + args.ignore_identical_ids
+    results = search_bm25(index, [question["question"] for question in questions], depth)
+    rankings = []
+    for question, hits in zip(questions, results, strict=True):
+        named = [(corpus[row].id, score) for row, score in hits]
+        if args.ignore_identical_ids:
+            named = [(pid, score) for pid, score in named if not is_itself(question, pid)]
+        rankings.append((question["qid"], named[: args.k]))
+    write_run(args.out, rankings)
+    empty = sum(not hits for _, hits in rankings)
     print(f"{args.out}: {len(questions)} questions, {empty} of them without a passage")
+
+    # what test_dpr.py counts of a dense ranking
+    ranked = one_question_at_a_time(questions, iter_run(args.out))
+    metrics = retrieval_metrics(ranked, corpus, [k for k in KS if k <= args.k], args.match == "regex")
+    write_json(Path(args.out).with_suffix(".metrics.json"), metrics)
+    report_regex_failures()
+    print_table(metrics, Path(args.out).name)
 
 
 if __name__ == "__main__":

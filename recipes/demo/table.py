@@ -1,9 +1,9 @@
 """
-Print the demo's table: BM25, untrained and trained encoder, hybrid; the reader's answers; seconds a stage.
+Print the table of recipes/own_data.sh: BM25, untrained and trained encoder, both; the reader; seconds.
 
-In:  the run folder of recipes/demo.sh and its data folder
+In:  the run folder of recipes/own_data.sh, its data folder and corpus; `regex`: the answers are patterns
 Out: the table on the screen, RUN/table.json. Every number has its 95 % interval
-Run: python recipes/demo/table.py runs/demo data/demo
+Run: python recipes/demo/table.py runs/demo data/demo data/demo/corpus.tsv string
 """
 
 import re
@@ -24,7 +24,8 @@ from utils.plumbing.config import UserError, friendly_errors  # noqa: E402
 from utils.plumbing.files import read_json, write_json  # noqa: E402
 
 KS = (1, 5, 20, 100)
-COLUMNS = [f"top-{k}" for k in KS] + ["MRR@10"]
+WITH_ANSWERS = [f"top-{k}" for k in KS] + ["MRR@10"]
+BY_ID = [f"hit@{k}" for k in KS] + ["MRR@10", "nDCG@10"]
 RUNS = {
     "BM25": "bm25_runs/test.run",
     "untrained encoder": "untrained/test.run",
@@ -54,16 +55,8 @@ def title_scores(ranked, corpus):
     return with_intervals(answer_scores(examples, answers, [1]))
 
 
-def main(run_dir, data):
-    # what the retrievers find
-    corpus = Corpus(f"{data}/corpus.tsv")
-    questions = read_questions(f"{data}/test.jsonl")
-    table = {}
-    for name, path in RUNS.items():
-        ranked = one_question_at_a_time(questions, iter_run(f"{run_dir}/{path}"))
-        table[name] = retrieval_metrics(ranked, corpus, KS)
-
-    # what the reader answers from the first passages
+def reader_scores(run_dir, questions, corpus):
+    """Return {row: {"EM", "F1"}} of the reader, and of one that says the title of the first passage."""
     ranked = one_question_at_a_time(questions, iter_run(f"{run_dir}/test/test.run"))
     titles = title_scores(ranked, corpus)
     answers = {"title of passage 1": {metric: titles[f"{metric}@1"] for metric in ("EM", "F1")}}
@@ -71,27 +64,43 @@ def main(run_dir, data):
     for depth in [name.partition("@")[2] for name in found if name.startswith("EM@")]:
         row = {metric: found[f"{metric}@{depth}"] for metric in ("EM", "F1")}
         answers[f"reader, best of {depth}"] = row
+    return answers
+
+
+def main(run_dir, data, corpus, match):
+    # what the retrievers find, and what a reader answers from it
+    corpus = Corpus(corpus)
+    questions = read_questions(f"{data}/test.jsonl")
+    table = {}
+    for name, path in RUNS.items():
+        ranked = one_question_at_a_time(questions, iter_run(f"{run_dir}/{path}"))
+        table[name] = retrieval_metrics(ranked, corpus, KS, match == "regex")
+    answers = {}
+    if Path(f"{run_dir}/test/reader.metrics.json").is_file():
+        answers = reader_scores(run_dir, questions, corpus)
     write_json(Path(run_dir) / "table.json", table | answers)
 
     # print both, and the time
     print(f"n = {len(questions)} questions, {len(corpus):,} passages; percent, 95 % bootstrap interval")
-    print(f"{'':18}" + "".join(f"{column:>20}" for column in COLUMNS))
+    columns = WITH_ANSWERS if "top-1" in table["BM25"] else BY_ID
+    print(f"{'':18}" + "".join(f"{column:>20}" for column in columns))
     for name, metrics in table.items():
-        print(f"{name:18}" + "".join(f"{cell(metrics, column):>20}" for column in COLUMNS))
+        print(f"{name:18}" + "".join(f"{cell(metrics, column):>20}" for column in columns))
     print("top-k: one of the k best passages holds an answer; MRR: by the rank of the question's own passage")
-    print(f"\n{'':28}{'exact match':>20}{'F1':>20}")
+    if answers:
+        print(f"\n{'':28}{'exact match':>20}{'F1':>20}")
     for name, metrics in answers.items():
         print(f"{name:28}{cell(metrics, 'EM'):>20}{cell(metrics, 'F1'):>20}")
     seconds = [line.split("\t") for line in (Path(run_dir) / "seconds.tsv").read_text().splitlines()]
     print("seconds: " + ", ".join(f"{name} {time}" for name, time in seconds), end="")
     print(f"; in all {sum(int(time) for _, time in seconds) / 60:.1f} minutes")
-    trained, untrained = table["trained encoder"]["top-20"], table["untrained encoder"]["top-20"]
+    trained, untrained = table["trained encoder"][columns[2]], table["untrained encoder"][columns[2]]
     verdict = "beats" if trained["low"] > untrained["high"] else "does not beat"
-    print(f"The trained encoder {verdict} the untrained one by more than the interval (top-20).")
+    print(f"The trained encoder {verdict} the untrained one by more than the interval ({columns[2]}).")
 
 
 if __name__ == "__main__":
     with friendly_errors():
-        if len(sys.argv) != 3:
-            raise UserError("usage: python recipes/demo/table.py RUN_FOLDER DATA_FOLDER")
+        if len(sys.argv) != 5:
+            raise UserError("usage: python recipes/demo/table.py RUN_FOLDER DATA_FOLDER CORPUS string|regex")
         main(*sys.argv[1:])
