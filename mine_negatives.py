@@ -242,6 +242,21 @@ def read_found(questions, cfg, counts):
         check_end()
 
 
+def refuse_strange_answers(questions, corpus, cfg):
+    """UserError where most questions have no answer in their positives: right passages would be mined."""
+    judged = [question for question in questions if question["answers"] and question["positives"]]
+    without = []
+    for question in judged:
+        passages = [passage_of(entry, corpus) for entry in question["positives"]]
+        if not any(holds_answer(passage, question, cfg) for passage in passages):
+            without.append(question)
+    if len(without) > 0.5 * len(judged):
+        share = f"{len(without)} of {len(judged)} questions have no answer in a positive passage of theirs"
+        example = f"such as {without[0]['qid']!r} with {without[0]['answers'][0]!r}"
+        cure = "try --match regex or --match_title true; answers that stand in no text at all: leave them out"
+        raise UserError(f"{cfg.questions}: {share}, {example}. Right passages would become negatives; {cure}")
+
+
 # ---------------------------------------------------------------- choosing
 def mine(questions, corpus, cfg, counts):
     """Yield the lines of the training file. `counts` tells what became of the questions."""
@@ -314,12 +329,16 @@ def main():
     cfg = load_config(__doc__, "config/mine_negatives.yaml")
     check_settings(cfg)
 
-    questions = read_questions(cfg.questions)
+    match = "" if cfg.mode == "pseudo_label" else cfg.match
+    questions = read_questions(cfg.questions, match=match)
     corpus = Corpus(cfg.corpus, cfg.corpus_format)
     unanswered = sum(not question["answers"] for question in questions)
     if unanswered and cfg.mode != "pseudo_label":  # MARCO: what is not judged is negative
         warning = f"warning: {unanswered} questions have no answers: any passage may be their negative"
         print(warning, file=sys.stderr)
+
+    if match:
+        refuse_strange_answers(questions, corpus, cfg)
 
     # mine and write, line by line
     counts = Counter()

@@ -42,7 +42,7 @@ from utils.text import report_regex_failures
 # ---------------------------------------------------------------- data
 def read_inputs(cfg, corpus, say):
     """Return {qid: question} in the order of the run, unranked ones last, and the pairs of each block."""
-    unranked = {question["qid"]: question for question in read_questions(cfg.questions)}
+    unranked = {question["qid"]: question for question in read_questions(cfg.questions, match=cfg.match)}
     for question in unranked.values():
         for pid in gold_ids(question):
             corpus.row(pid)

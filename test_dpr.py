@@ -219,7 +219,7 @@ def main():
     check_settings(cfg)
 
     # read everything but the model
-    questions = read_questions(cfg.questions)
+    questions = read_questions(cfg.questions, match="" if cfg.lookahead else cfg.match)
     if cfg.lookahead:
         questions = with_positive_id(questions, cfg.questions)
     if cfg.check_leak:

@@ -44,7 +44,7 @@ SHOWN = ("loss", "has", "ret", "entropy", "agree")  # has: passages with an answ
 # ---------------------------------------------------------------- data: a batch is a function of (seed, step)
 def load_questions(path, corpus):
     """Return (the questions with answers, a line for the log); "own": rows that one never retrieves."""
-    questions = read_questions(path, need=("answers",))
+    questions = read_questions(path, need=("answers",), match="string")
     kept = [question for question in questions if question["answers"]]
     for question in kept:
         question["own"] = own_rows(question, path, corpus)

@@ -3,6 +3,8 @@ Compare rankings of the same questions, or the answers of two readers: what each
 
 Run: python recipes/compare.py data/nq/corpus.tsv data/nq/test.jsonl runs/x/d0/test.run runs/x/d1/test.run
      python recipes/compare.py data/nq/corpus.tsv data/nq/test.jsonl runs/fid.answers.json runs/x.answers.json
+     python recipes/compare.py --regex data/trec/corpus.tsv data/trec/test.jsonl any.run
+     One .run alone is a table of it. --regex: the answers are regular expressions (CuratedTREC).
 
 All intervals are 95 % bootstrap over the questions. A gain is taken question by question (a paired test). Its
 interval is narrower than the two separate ones suggest: most questions are right or wrong in both systems,
@@ -17,12 +19,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.data import Corpus, read_questions, read_run  # noqa: E402
-from utils.metrics import answer_scores, bootstrap_interval, gold_ids, mrr  # noqa: E402
+from utils.metrics import KS, answer_scores, bootstrap_interval, gold_ids, mrr  # noqa: E402
 from utils.plumbing.config import UserError, friendly_errors  # noqa: E402
 from utils.plumbing.files import read_json  # noqa: E402
-from utils.text import has_answer  # noqa: E402
-
-KS = (1, 5, 20, 100)
+from utils.text import has_answer, report_regex_failures  # noqa: E402
 
 
 def first_rank(hits):
@@ -40,12 +40,12 @@ def answers_per_question(path, questions):
     return {metric.partition("@")[0]: np.array(numbers) for metric, numbers in values.items()}
 
 
-def per_question(path, questions, corpus):
+def per_question(path, questions, corpus, regex=False):
     """
     Return {metric: array [Q]} of one .run or .answers.json, a number a question.
 
-    top-k is for questions with answers, MRR@10 for those with passage ids. A k beyond the run's depth is left
-    out.
+    top-k is for questions with answers, MRR@10 and hit@k for those with passage ids. A k beyond the run's
+    depth is left out.
     """
     if str(path).endswith(".answers.json"):
         return answers_per_question(path, questions)
@@ -57,13 +57,16 @@ def per_question(path, questions, corpus):
         answers, gold = question["answers"], gold_ids(question)
         if answers:
             texts = (corpus.passage(pid).text for pid in pids)
-            rank = first_rank(has_answer(text, answers) for text in texts)
+            rank = first_rank(has_answer(text, answers, regex) for text in texts)
             for k in KS:
                 if k <= depth:
                     values.setdefault(f"top-{k}", []).append(0 < rank <= k)
         if gold:
             rank = first_rank(pid in gold for pid in pids)
             values.setdefault("MRR@10", []).append(mrr([rank], 10))
+            for k in KS:
+                if k <= depth:
+                    values.setdefault(f"hit@{k}", []).append(0 < rank <= k)
     return {metric: np.array(numbers, dtype=float) for metric, numbers in values.items()}
 
 
@@ -74,25 +77,26 @@ def cell(values, signed=False):
     return f"{mean:+.1f} ({low:.1f} to {high:.1f})" if signed else f"{mean:.1f} ({low:.1f} to {high:.1f})"
 
 
-def main(corpus, questions, *runs):
-    questions = read_questions(questions)
+def main(corpus, questions, *runs, regex=False):
+    questions = read_questions(questions, match="regex" if regex else "string")
     # why not always: without answers, as on MS MARCO, the ids are enough
     corpus = Corpus(corpus) if any(question["answers"] for question in questions) else None
-    print(f"n = {len(questions)} questions; percent (95 % interval); second lines: the gain over {runs[0]}")
+    print(f"n = {len(questions)} questions; percent (95 % interval); then the gain over {runs[0]}")
     baseline = {}
     for run in runs:
-        values = per_question(run, questions, corpus)
-        print(f"{run}\n    " + "   ".join(f"{metric} {cell(v)}" for metric, v in values.items()))
-        if baseline:
-            gains = {metric: v - baseline[metric] for metric, v in values.items() if metric in baseline}
-            print("    " + "   ".join(f"{metric} {cell(v, True)}" for metric, v in gains.items()))
+        values = per_question(run, questions, corpus, regex)
+        print(run)
+        for metric, numbers in values.items():
+            gain = cell(numbers - baseline[metric], signed=True) if metric in baseline else ""
+            print(f"    {metric:10} {cell(numbers):24} {gain}".rstrip())
         baseline = baseline or values
+    report_regex_failures()
 
 
 if __name__ == "__main__":
     with friendly_errors():
-        if len(sys.argv) < 4:
-            raise UserError(
-                "usage: python recipes/compare.py CORPUS QUESTIONS X [X ...], X a .run or .answers.json"
-            )
-        main(*sys.argv[1:])
+        arguments = [argument for argument in sys.argv[1:] if argument != "--regex"]
+        if len(arguments) < 3:
+            usage = "usage: python recipes/compare.py [--regex] CORPUS QUESTIONS X [X ...]"
+            raise UserError(f"{usage}, X a .run or .answers.json")
+        main(*arguments, regex="--regex" in sys.argv)

@@ -41,7 +41,7 @@ def right_passages(question, pids, corpus, regex):
 
 def main(corpus, questions, bm25, dense, match="string"):
     corpus = Corpus(corpus)
-    questions = read_questions(questions)
+    questions = read_questions(questions, match=match)
     bm25, dense = read_run(bm25), read_run(dense)
     unit = spread(bm25) / (spread(dense) or 1.0)
 

@@ -20,13 +20,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recipes.compare import KS, per_question  # noqa: E402
+from recipes.compare import per_question  # noqa: E402
 from utils.data import Corpus, iter_jsonl, read_questions  # noqa: E402
 from utils.metrics import with_intervals  # noqa: E402
 from utils.plumbing.config import UserError, friendly_errors  # noqa: E402
 from utils.plumbing.files import atomic_file, read_json  # noqa: E402
 
 DUAL = "inbatch d0 gc m1 m2 m3 d1 d2 d0_long".split()  # one dev pool for all; lower rungs first
+KS = (1, 5, 20, 100)
 METRICS = [f"top-{k}" for k in KS] + ["MRR@10", "EM", "F1"]
 GAINS = ("top-5", "top-20", "MRR@10", "EM")
 NOT_RUN = "not run"

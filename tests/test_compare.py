@@ -1,6 +1,7 @@
 """recipes/compare.py: rankings and answers next to each other."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -40,11 +41,24 @@ def world(tmp_path):
 def test_rankings_by_hand(world, capsys):
     """Two passages deep: top-1 and MRR@10 alone; the gain is of pairs."""
     x = per_question(world / "x.run", read_questions(world / "q.jsonl"), Corpus(world / "corpus.tsv"))
-    assert {name: value.tolist() for name, value in x.items()} == {"top-1": [1, 0, 0], "MRR@10": [1, 0.5, 0]}
+    assert {name: value.tolist() for name, value in x.items()} == {
+        "top-1": [1, 0, 0], "MRR@10": [1, 0.5, 0], "hit@1": [1, 0, 0],
+    }  # fmt: skip
     main(world / "corpus.tsv", world / "q.jsonl", world / "x.run", world / "y.run")
-    lines = capsys.readouterr().out.splitlines()
-    assert "top-1 33.3" in lines[2] and "top-1 100.0" in lines[4]
-    assert "top-1 +66.7 (0.0 to 100.0)" in lines[5] and "MRR@10 +50.0" in lines[5]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[2][:2] == ["top-1", "33.3"] and len(lines[2]) == 5
+    assert lines[6][:2] == ["top-1", "100.0"] and lines[6][5:] == "+66.7 (0.0 to 100.0)".split()
+    assert lines[7][0] == "MRR@10" and lines[7][5] == "+50.0"
+
+
+def test_answers_that_are_patterns(world, capsys):
+    """CuratedTREC: as plain strings they are in no passage, so they are refused; with the flag they count."""
+    rows = [question | {"answers": [r"A\w+\s?Lee|blue|B[a-z]+"]} for question in QUESTIONS]
+    (world / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"3 of 3 questions have answers like .*add --match regex"):
+        main(world / "corpus.tsv", world / "q.jsonl", world / "y.run")
+    main(world / "corpus.tsv", world / "q.jsonl", world / "y.run", regex=True)
+    assert re.search(r"top-1 +100.0", capsys.readouterr().out)
 
 
 def test_answers_by_hand(world, capsys):
@@ -52,6 +66,6 @@ def test_answers_by_hand(world, capsys):
     x = per_question(world / "x.answers.json", QUESTIONS, None)
     assert x["EM"].tolist() == [0, 0, 0] and np.allclose(x["F1"], [0, 0.8, 0])
     main(world / "corpus.tsv", world / "q.jsonl", *(str(world / f"{name}.answers.json") for name in "xy"))
-    assert "EM +100.0 (100.0 to 100.0)" in capsys.readouterr().out
+    assert re.search(r"EM +100.0 \(.*\) +\+100.0 \(100.0 to 100.0\)", capsys.readouterr().out)
     with pytest.raises(UserError, match="other questions"):
         per_question(str(world / "z.answers.json"), QUESTIONS, None)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import os
 import pickle
 import random
@@ -98,6 +99,83 @@ def test_tolerated_files(tmp_path):
         assert list(other) == [Passage("1", "A", "x")], header
 
 
+@pytest.mark.parametrize(
+    ("column", "text"),
+    [
+        ('"Relativity is his theory', '"Relativity is his theory'),
+        ('said "if I have seen', 'said "if I have seen'),
+        ('"Hi" or "Hello"', '"Hi" or "Hello"'),
+        ('"a ""b"" c"', 'a "b" c'),
+        ('"tab\there"', "tab\there"),
+        ('""', ""),
+        ('"', '"'),
+        ('"""', '"""'),
+    ],
+)
+def test_one_line_is_one_passage(tmp_path, column, text):
+    """A quote that is never closed swallows nothing, whatever the ids and the lines after it."""
+    lines = ["id\ttext\ttitle", f"Albert Einstein\t{column}\tPhysics", 'x\tas "b\tB', "Ada L.\tc\tC"]
+    rows = list(Corpus(save(tmp_path / "c.tsv", "\n".join(lines) + "\n")))[::2]
+    assert rows == [Passage("Albert Einstein", "Physics", text), Passage("Ada L.", "C", "c")]
+
+
+@pytest.mark.parametrize(
+    "header", ["docid contents title", "pid passage title", "_id text title", "DocID Body Heading"]
+)
+def test_headers_are_not_passages(tmp_path, header):
+    path = save(tmp_path / "c.tsv", "\t".join(header.split()) + "\n7\tx\tA\n")
+    assert list(Corpus(path)) == [Passage("7", "A", "x")]
+
+
+def test_text_and_title_in_each_others_place(tmp_path):
+    """Without a header the lengths tell; a format that was named is believed."""
+    long = "a sentence of some length that is a text, " * 3
+    path = save(tmp_path / "c.tsv", "".join(f"{i}\tname {i}\t{long}{i}\n" for i in range(9)))
+    fails(lambda: Corpus(path), "c.tsv", "the third column is longer", "--corpus_format marco")
+    assert Corpus(path, "marco")[3] == Passage("3", "name 3", f"{long}3")
+    assert Corpus(path, "dpr")[3] == Passage("3", f"{long}3", "name 3")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"PK\x03\x04rest", "unzip"),
+        (b"PAR1\x15\x04", "parquet"),
+        (b"\xff\xfe{\x00", "iconv -f UTF-16"),
+        (b"BZh9", "bunzip2"),
+        (b"\xfd7zXZ\x00", "unxz"),
+        (b"\x1f\x8b\x08", "gunzip"),
+        (b'{"positive_passages": [], "query": "x"}', "convert tevatron"),
+        (b'{"question": "x", "positive_ctxs": []}', "convert dpr_json"),
+        (b'{"id": "1", "question": "x", "ctxs": []}', "convert from_dpr_result"),
+        (b'{"version": "1.1", "paragraphs": []}', "SQuAD"),
+        (b'{"_id": "1", "text": "x"}', "convert beir"),
+        (b'{"question": "x", "answer": ["y"]}', "convert nq_open"),
+        (b"[\n", "convert dpr_json"),
+        (b"who wrote it\t['x']\n", "dpr_qa"),
+        (b"question,answer\n", "is a table"),
+    ],
+)
+def test_other_peoples_files_are_named_with_their_cure(tmp_path, content, words):
+    fails(lambda: read_questions(save(tmp_path / "q.jsonl", content)), "q.jsonl", words)
+    if not content.startswith((b"{", b"[", b"who", b"question")):
+        fails(lambda: Corpus(tmp_path / "q.jsonl", "dpr"), "q.jsonl", words)
+
+
+def test_numbers_and_nulls_are_what_they_stand_for(tmp_path):
+    """Ids and answers written as whole numbers; null lists, titles and texts; a blank last line."""
+    row = {"qid": 0, "question": "x", "answers": [1990, "y"], "positives": [0, {"title": None, "text": "t"}]}
+    path = save(tmp_path / "q.jsonl", json.dumps(row | {"negatives": None}) + "\n\n \n")
+    (question,) = read_questions(path)
+    assert question["qid"] == "0" and question["answers"] == ["1990", "y"] and question["negatives"] == []
+    passages = save(
+        tmp_path / "c.jsonl", '{"_id": 0, "title": null, "text": "a"}\n{"_id": 1, "text": null}\n\n'
+    )
+    corpus = Corpus(passages)
+    assert list(corpus) == [Passage("0", "", "a"), Passage("1", "", "")] and corpus.empty_texts == 1
+    assert [passage_of(entry, corpus) for entry in question["positives"]] == [corpus[0], Passage("", "", "t")]
+
+
 @pytest.mark.parametrize("quoted", [False, True])
 def test_text_is_kept_exactly(tmp_path, quoted):
     """A passage that ends in a quote keeps it (DPR's strip('"') does not); 200,000 characters are allowed."""
@@ -124,11 +202,9 @@ def test_marco_and_beir(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("1\ta\tT\n2\tb\n", [":2:", "expected 3 columns (id, text, title), got 2"]),
+        ("1\ta\tT\n2\tb\n", [":2:", "expected 3 columns (id, text, title), got 2; MS MARCO's"]),
         ("1\ta\tT\n2\tb\tT\tx\n", [":2:", "got 4"]),
-        ('1\ta\tT\n2\t"b\tT\n3\tc\tT\n4\t"d"\tT\n', [":2:", "quote"]),
-        ('1\ta\tT\n2\t"b\nc"\tT\n', [":2:", "a quote opened on this line is never closed on it"]),
-        ('1\ta\tT\n2\t"b\tT', [":2:", "quote"]),
+        ('1\ta\tT\n2\t"b\nc"\tT\n', [":2:", "a quote that is opened on a line must be closed on it"]),
         ("1\ta\tT\n2\tb\rc\tT\n", [":2:", "carriage return"]),
         ("1\ta\tT\n2\tb\0\tT\n", [":2:", "no utf-8 text"]),
         (b"1\ta\tT\n2\tb\xff\tT\n", [":2:", "no utf-8 text; convert it (iconv)"]),
@@ -141,7 +217,8 @@ def test_marco_and_beir(tmp_path):
         ("id\ttext\ttitle\n", ["0 passages"]),
         ("", ["0 passages"]),
         (b"\x1f\x8b\x08\x00rest", ["gunzip"]),
-        ('{"_id": 1, "text": "x"}\n', [":1:", "_id"]),
+        ('{"_id": 1.5, "text": "x"}\n', [":1:", "_id"]),
+        ('{"_id": "1", "contents": "x"}\n', [":1:", "_id"]),
         ('{"_id": "1", "text": "\\ud83d x"}\n', [":1:", "surrogates not allowed"]),
     ],
 )
@@ -218,10 +295,10 @@ def test_questions_are_read(tmp_path, capsys):
     ("content", "words"),
     [
         ('{"qid": "1", "question": "x", "answers": "Ann"}', [":1:", "answers", "list of strings", "Ann"]),
-        ('{"qid": "1", "question": "x", "answers": [1990]}', [":1:", "answers"]),
+        ('{"qid": "1", "question": "x", "answers": [19.5]}', [":1:", "answers"]),
         ('{"qid": "1"}', [":1:", "question"]),
         ('{"qid": "1", "question": " "}', [":1:", "question"]),
-        ('{"qid": 1, "question": "x"}', [":1:", "qid", "string"]),
+        ('{"qid": 1.5, "question": "x"}', [":1:", "qid", "string"]),
         ('{"qid": "1\\t", "question": "x"}', [":1:", "a qid cannot hold tabs"]),
         ('{"qid": "1", "question": "x"}\n\n{"qid": "1", "question": "y"}', [":3:", "'1'", "line 1"]),
         ('{"qid": "1", "question": "x"}\n{"qid": "2", "ques', [":2:", "json"]),
@@ -229,7 +306,7 @@ def test_questions_are_read(tmp_path, capsys):
         ('[{"qid": "1", "question": "x"}]', ["python -m prepare.convert dpr_json"]),
         ("5", [":1:", "object"]),
         ('{"qid": "1", "question": "x\\ud83d\\ude00 \\uD800"}', [":1:", "surrogates not allowed"]),
-        ('{"qid": "1", "question": "x", "positives": [7]}', [":1:", "positives", "corpus ids"]),
+        ('{"qid": "1", "question": "x", "positives": [7.5]}', [":1:", "positives", "corpus ids"]),
         ('{"qid": "1", "question": "x", "negatives": [{"title": "T"}]}', [":1:", "negatives"]),
         ("", ["no questions"]),
     ],

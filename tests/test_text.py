@@ -18,7 +18,7 @@ FLAGS = regex.IGNORECASE | regex.UNICODE | regex.MULTILINE
 # Characters that a careless short cut gets wrong: İ, Kelvin's K and ſ change length or alphabet with case;
 # Angstrom's Å, é, ≠ and 한 are written otherwise in NFD; Σ has two lower cases; then white space that is not
 # ASCII, invisible characters, lone accents, numbers that are not digits, and half of a surrogate pair.
-ODD = "İiıI\u212akſsßẞ\u212båéÉe\u0301\u0338\u0323\u0345=≠≮<;\u037e`\u1fef한국ΣσςΌόⅣⅳⒶⓐ²½٣１🚀👍🏽"
+ODD = "İiıI\u212akſsßẞ\u212båéÉe\u0301\u0338\u0323\u0345=≠≮<;\u037e`\u1fefΣσςΌόⅣⅳⒶⓐ²½٣１🚀👍🏽"
 ODD += "\u00a0\u3000\u2028\u200b\u00ad\u0085\n\t\x00\ufeff\ud800.,'-_$()aA bB "
 
 

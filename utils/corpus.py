@@ -15,6 +15,7 @@ import re
 import tempfile
 from array import array
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -24,9 +25,32 @@ from utils.plumbing.config import UserError, file_fault
 from utils.plumbing.files import atomic_folder, read_json, write_json
 
 csv.field_size_limit(2**31 - 1)  # trap: csv refuses fields of more than 131,072 characters
+# how people name the columns of a passage or question file, small letters alone
+COLUMN_NAMES = "id pid qid did docid docno documentid passageid psgid queryid questionid corpusid text title"
+COLUMN_NAMES += (
+    " contents content passage passages body document doc paragraph context abstract heading headline"
+)
+COLUMN_NAMES += " url query question answer answers score relevance label iter rel"
+COLUMN_NAMES = frozenset(COLUMN_NAMES.split())
 
 
 # ---------------------------------------------------------------- a line
+# the first bytes of files that are not text, and the command that makes one of them
+KINDS = {
+    b"\x1f\x8b": "is compressed; unpack it first: gunzip {path}",
+    b"PK\x03\x04": "is a zip archive (or a spreadsheet); unpack it first: unzip {path}",
+    b"BZh": "is compressed; unpack it first: bunzip2 {path}",
+    b"\xfd7zXZ": "is compressed; unpack it first: unxz {path}",
+    b"\x28\xb5\x2f\xfd": "is compressed; unpack it first: zstd -d {path}",
+    b"PAR1": "is a parquet file; README.md shows how ten lines of python make a text file of a table",
+    b"ARROW1": "is an arrow file; README.md shows how ten lines of python make a text file of a table",
+    b"SQLite": "is a database; README.md shows how ten lines of python make a text file of a table",
+    b"%PDF": "is a PDF; make a text of it first: pdftotext {path}",
+    b"\xff\xfe": "is UTF-16; convert it first: iconv -f UTF-16 -t UTF-8 {path} -o OUT",
+    b"\xfe\xff": "is UTF-16; convert it first: iconv -f UTF-16 -t UTF-8 {path} -o OUT",
+}
+
+
 def read_lines(path, digest=None):
     """
     Yield (number, byte offset, text with its line end) of every line of a utf-8 file, in constant memory.
@@ -40,8 +64,9 @@ def read_lines(path, digest=None):
     end = 0
     with bar, open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if number == 1 and line.startswith(b"\x1f\x8b"):
-                raise UserError(f"{path}: is compressed; unpack it first: gunzip {path}")
+            kind = next((kind for kind in KINDS if line.startswith(kind)), None) if number == 1 else None
+            if kind:
+                raise UserError(f"{path}: {KINDS[kind].format(path=path)}")
             if digest:
                 digest.update(line)
             bar.update(len(line))
@@ -81,16 +106,31 @@ class Passage(NamedTuple):
     text: str
 
 
-def split_csv(line):
-    """Return the columns of a line in DPR's csv quoting. ValueError says what is wrong."""
-    try:
-        columns = next(csv.reader([line + "\n"], delimiter="\t"))
-    except csv.Error:
-        raise ValueError("a carriage return in a field without quotes; put the field into quotes") from None
-    # differs: general csv lets a field go on over several lines; no line of psgs_w100.tsv does
-    if columns[-1].endswith("\n"):
-        raise ValueError('a quote opened on this line is never closed on it; remove it or double it ("")')
+def split_fields(line):
+    """
+    Return the columns of a line between tabs. One line is one record, and a lone quote is a character.
+
+    A column is in csv quoting (DPR's psgs_w100.tsv) only if it begins and ends with a quote and doubles those
+    inside: `"a ""b"" c"` is `a "b" c`, but `"a" or "b"` is as it stands. ValueError for a carriage return
+    outside such quotes.
+    """
+    raw = line.split("\t")
+    if len(raw) > 3 and '\t"' in line:  # a tab may stand inside quotes
+        quoted = next(csv.reader([line + "\n"], delimiter="\t"))
+        if len(quoted) == 3:
+            return quoted
+    columns = [unquote(column) for column in raw]
+    for before, after in zip(raw, columns, strict=True):
+        if "\r" in before and before == after:
+            raise ValueError("a carriage return in a field without quotes; put the field into quotes")
     return columns
+
+
+def unquote(column):
+    """Return a column without its csv quotes, or as it stands where it is not in csv quoting."""
+    inside = column[1:-1]
+    quoted = len(column) > 1 and column[0] == column[-1] == '"' and '"' not in inside.replace('""', "")
+    return inside.replace('""', '"') if quoted else column
 
 
 def parse(text, fmt):
@@ -100,11 +140,13 @@ def parse(text, fmt):
         entry = load_json(line)
         if not isinstance(entry, dict):
             entry = {}
-        columns = [entry.get("_id"), entry.get("text"), entry.get("title") or ""]
-        if not all(isinstance(column, str) for column in columns):
+        columns = [entry.get("_id"), entry.get("text") or "", entry.get("title") or ""]
+        if type(columns[0]) is int:  # an id that was written as a number
+            columns[0] = str(columns[0])
+        if "text" not in entry or not all(isinstance(column, str) for column in columns):
             raise ValueError('expected {"_id": "...", "title": "...", "text": "..."}')
     elif fmt == "dpr" and ('"' in line or "\r" in line):
-        columns = split_csv(line)
+        columns = split_fields(line)
     else:
         columns = line.split("\t")
 
@@ -115,21 +157,38 @@ def parse(text, fmt):
 
     if len(columns) != 3:
         names = "id, title, text" if fmt == "marco" else "id, text, title"
-        raise ValueError(f"expected 3 columns ({names}), got {len(columns)}")
+        advice = ""
+        if any(column.startswith('"') for column in columns):
+            advice = "; one line is one record, so a quote that is opened on a line must be closed on it"
+        elif len(columns) == 2 and fmt == "dpr":
+            advice = "; MS MARCO's collection.tsv has two: add --corpus_format marco"
+        raise ValueError(f"expected 3 columns ({names}), got {len(columns)}{advice}")
     pid, body, title = columns
     if not pid or "\t" in pid or "\r" in pid:
         raise ValueError(f"{pid!r} cannot be a passage id")
     return Passage(pid, title, body)
 
 
+def names_columns(columns):
+    """Return whether the columns of a first line are names, such as `docid contents title` or `qid query`."""
+    return COLUMN_NAMES.issuperset(re.sub("[^a-z]", "", column.lower()) or "?" for column in columns)
+
+
 def is_header(path, passage):
     """Return whether the first line names the columns. UserError when it names them in another order."""
-    names = [name.strip().lower() for name in (passage.id, passage.text, passage.title)]
-    if names[0] != "id" and not {"text", "title"} <= set(names):
+    columns = [passage.id, passage.text, passage.title]
+    if not names_columns(columns):
         return False
-    if "title" in names[:2] or "text" in (names[0], names[2]):
+    names = [name.strip().lower() for name in columns]
+    if not any(key in names[0] for key in ("id", "doc")) or any("title" in name for name in names[:2]):
         raise UserError(f"{path}:1: the columns are {', '.join(names)}; write them as id, text, title")
     return True
+
+
+def look_swapped(lengths):
+    """Return whether texts and titles of these (text, title) lengths stand in each other's place."""
+    text, title = (median(numbers) for numbers in zip(*lengths, strict=True))
+    return title > 40 and title > 2 * text
 
 
 # ---------------------------------------------------------------- the index
@@ -149,16 +208,20 @@ def write_index(path, fmt, folder):
     hashes = array("Q")
     first_ids = {0, 1}  # the ids count up from one of them, or from none
     empty_texts = 0
+    lengths = []  # of the first passages of a file whose columns have no names
     digest = hashlib.sha256()
     for number, offset, text in read_lines(path, digest):
-        if text in ("\n", "\r\n"):
+        if not text.strip(" \r\n"):
             continue
         try:
             passage = parse(text, fmt)
         except ValueError as error:
             raise UserError(f"{path}:{number}: {error}") from None
         if number == 1 and fmt == "dpr" and is_header(path, passage):
+            lengths = None
             continue
+        if lengths is not None and len(lengths) < 1000:
+            lengths.append((len(passage.text), len(passage.title)))
         first_ids = {first for first in first_ids if passage.id == str(first + len(offsets))}
         hashes.append(id_hash(passage.id))
         offsets.append(offset)
@@ -186,7 +249,8 @@ def write_index(path, fmt, folder):
             raise UserError(f"{path}: id {pid!r} is there twice, as passages {first + 1} and {second + 1}")
         np.save(folder / "hashes.npy", hashes)
         np.save(folder / "rows.npy", order)
-    return {"rows": rows, "first_id": first_id, "empty_texts": empty_texts, "sha256": digest.hexdigest()}
+    meta = {"rows": rows, "first_id": first_id, "empty_texts": empty_texts, "sha256": digest.hexdigest()}
+    return meta | {"swapped": bool(lengths) and look_swapped(lengths)}
 
 
 def load_index(folder, want):
@@ -225,7 +289,7 @@ class Corpus:
 
         # open the index, or build it in the place of one that is broken or of another file
         stat = self.path.stat()
-        want = {"version": 2, "fmt": fmt, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        want = {"version": 3, "fmt": fmt, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         folder = Path(f"{path}.index")
         if load_index(folder, want) is None:
             if not os.access(folder.parent, os.W_OK):
@@ -245,6 +309,9 @@ class Corpus:
         if index is None:
             raise UserError(f"{path}: changed while it was being read; run the command again")
         self.meta, self.arrays = index
+        if self.fmt == "auto" and self.meta["swapped"]:
+            what = "without a header, and the third column is longer than the second: is it id, title, text?"
+            raise UserError(f"{path}: {what} Add --corpus_format marco; if it is id, text, title: dpr")
         self.sha256 = self.meta["sha256"]
         self.empty_texts = self.meta["empty_texts"]
         self.file = open(self.path, "rb", buffering=0)

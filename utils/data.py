@@ -9,6 +9,7 @@ Other formats become these: python -m prepare.convert FORMAT IN... OUT
 """
 
 import math
+import re
 import sys
 import unicodedata
 
@@ -17,15 +18,42 @@ from utils.corpus import Passage, load_json, read_lines
 from utils.plumbing.config import UserError
 from utils.plumbing.files import atomic_file
 
+# \d, .*, (a|b), a|b, [A-Z], x)?: signs of a regular expression that hardly any plain answer has
+REGEX_SYNTAX = re.compile(r"\\[a-zA-Z.()?+]|\.[*+]|\([^)]*\|[^)]*\)|\w\|\w|\[[^\]]*-[^\]]*\]|\)[?*]|\(\?")
+
 
 # ---------------------------------------------------------------- question files
+# the keys of other people's lines -> what the file is, and what to do with it
+CONVERT = "first: python -m prepare.convert"
+FOREIGN = {
+    ("positive_passages",): f"is Tevatron's training file; {CONVERT} tevatron {{path}} OUT",
+    ("positive_ctxs",): f"is DPR's training file; {CONVERT} dpr_json {{path}} OUT",
+    ("ctxs",): f"is a retrieval result (DPR, FiD); {CONVERT} from_dpr_result {{path}} FOLDER",
+    ("paragraphs",): "is SQuAD's json; README.md shows how ten lines of python convert it",
+    ("_id", "text"): f"is BEIR's; {CONVERT} beir {{path}} [qrels/test.tsv] OUT",
+    ("question", "answer"): f"is NQ-open's; {CONVERT} nq_open {{path}} OUT",
+}
+
+
+def foreign(entry, path):
+    """Return what a line of somebody else's question file is, with the cure; "" for one that is not known."""
+    for keys, cure in FOREIGN.items():
+        if entry.keys() >= set(keys) and "qid" not in entry:
+            return cure.format(path=path)
+    return ""
+
+
 def iter_jsonl(path):
     """Yield (line number, dict) of every line of a jsonl file but blank ones, in constant memory."""
     for number, _, text in read_lines(path):
         if not text.strip():
             continue
         if number == 1 and text.lstrip().startswith("["):
-            raise UserError(f"{path}: is one json list; first: python -m prepare.convert dpr_json {path} OUT")
+            raise UserError(f"{path}: is one json list; {CONVERT} dpr_json {path} OUT")
+        if number == 1 and not text.lstrip().startswith("{") and ("\t" in text or "," in text):
+            formats = "dpr_qa (DPR's .qa.csv), msmarco (qid, question), rocketqa (six columns)"
+            what = f"is a table, not json lines; {CONVERT} FORMAT {path} OUT"
+            raise UserError(f"{path}: {what}, with FORMAT one of {formats}")
         try:
             entry = load_json(text)
         except (ValueError, RecursionError) as error:
@@ -44,10 +72,15 @@ def is_string(entry):
     return isinstance(entry, str)
 
 
+def whole_number(value):
+    """Return an id or answer that was written as a number, 17, as the string that it stands for."""
+    return str(value) if type(value) is int else value
+
+
 def check_passage(entry):
     """Return whether an entry of `positives` or `negatives` is a corpus id or a passage."""
     if isinstance(entry, dict):
-        return is_string(entry.get("text")) and is_string(entry.get("title", ""))
+        return is_string(entry.get("text")) and is_string(entry.get("title") or "")
     return is_string(entry) and entry != ""
 
 
@@ -71,20 +104,35 @@ def is_itself(question, pid):
     return pid == question["qid"] and pid not in question["positives"]
 
 
-def read_questions(path, need=(), repeats=False):
+def refuse_patterns(questions, path):
+    """UserError where the answers look like regular expressions, which as plain strings are in no passage."""
+    answered = [question["answers"] for question in questions if question["answers"]]
+    patterns = [answers[0] for answers in answered if any(map(REGEX_SYNTAX.search, answers))]
+    if len(patterns) > 0.2 * len(
+        answered
+    ):  # why a fifth: most patterns of CuratedTREC are plain words or years
+        share = f"{len(patterns)} of {len(answered)} questions have answers like {patterns[0]!r}"
+        cure = "where the script has the key, add --match regex; a reader needs plain answers"
+        raise UserError(f"{path}: {share}, which are regular expressions: {cure}")
+
+
+def read_questions(path, need=(), repeats=False, match=""):
     """
     Return the examples of a question file as dicts. Absent lists become []; keys of your own are kept.
 
     need: lists that every line must have, such as ("answers",); some may be empty, but not all of them.
-    repeats: a qid may come back. Blank answers are left out. UserError names file:line.
+    repeats: a qid may come back. match: how the answers will be looked for, string or regex; "" for not at
+    all. Blank answers are left out. UserError names file:line.
     """
     questions = []
     line_of = {}
     blanks = 0
     for number, question in iter_jsonl(path):
         where = f"{path}:{number}"
+        if hint := foreign(question, path):
+            raise UserError(f"{path}: {hint}")
         for key in ("qid", "question"):
-            value = question.get(key)
+            value = question[key] = whole_number(question.get(key))
             if not is_string(value) or not value.strip():
                 raise UserError(f"{where}: {key!r} must be a string with something in it, got {value!r}")
         qid = question["qid"]
@@ -96,7 +144,11 @@ def read_questions(path, need=(), repeats=False):
         for key in ("answers", "positives", "negatives"):
             if key in need and key not in question:
                 raise UserError(f"{where}: {key!r} is missing; this step needs it (an empty list is allowed)")
-            entries = question.setdefault(key, [])
+            if question.get(key) is None:  # absent, or null
+                question[key] = []
+            if isinstance(question[key], list):
+                question[key] = [whole_number(entry) for entry in question[key]]
+            entries = question[key]
             kind = "strings" if key == "answers" else 'corpus ids (strings) or {"title", "text"} objects'
             fits = is_string if key == "answers" else check_passage
             if not isinstance(entries, list) or not all(map(fits, entries)):
@@ -113,6 +165,8 @@ def read_questions(path, need=(), repeats=False):
     for key in need:
         if not any(question[key] for question in questions):
             raise UserError(f"{path}: no question has any {key}; this step needs some")
+    if match == "string":
+        refuse_patterns(questions, path)
     if blanks:
         print(f"warning: {path}: {blanks} blank answers left out", file=sys.stderr)
     return questions
@@ -138,7 +192,7 @@ def read_training(path, corpus):
 def passage_of(entry, corpus):
     """Return the Passage that an entry of `positives` or `negatives` names. An inline one gets the id ""."""
     if isinstance(entry, dict):
-        return Passage("", entry.get("title", ""), entry["text"])
+        return Passage("", entry.get("title") or "", entry["text"])
     if corpus is None:
         raise UserError(f"passage {entry!r} is named by its id: give the corpus too")
     return corpus.passage(entry)
@@ -148,7 +202,7 @@ def passage_key(entry):
     """Return what makes two entries the same passage: the corpus id, or title and text of an inline one."""
     if isinstance(entry, str):
         return entry
-    return entry.get("title", ""), entry["text"]
+    return entry.get("title") or "", entry["text"]
 
 
 # ---------------------------------------------------------------- rankings
@@ -171,6 +225,8 @@ def iter_run(path):
     finished = set()
     for number, _, text in read_lines(path):
         where = f"{path}:{number}"
+        if not text.strip():
+            continue
         try:
             line_qid, pid, rank, score = text.rstrip("\r\n").split("\t")
             rank = int(rank)

@@ -44,7 +44,7 @@ def read_ranking(path, run, corpus, depth, need=("answers",)):
     """
     examples = {}
     patterns = []
-    for question in read_questions(path, need=need):
+    for question in read_questions(path, need=need, match="string"):
         example = {key: question[key] for key in ("qid", "question", "answers")}
         examples[question["qid"]] = example | {"rows": np.zeros(0, dtype=np.int64)}
         patterns += [answer for answer in question["answers"][:1] if PATTERN.search(answer)]

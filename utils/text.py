@@ -4,8 +4,13 @@ Words of questions, passages and answers: does a passage hold an answer, exact m
 `has_answer` decides what a retriever found: NFD, lower case, the answer's tokens in a row among the passage's
 (DPR, dpr/data/qa_validation.py). Accents count: "Beyonce" is not in "Beyoncé". `exact_match` and `f1` score a
 reader (SQuAD): ASCII punctuation and articles are deleted, without any unicode normalisation.
+
+Chinese, Japanese, Thai, Lao, Khmer and Burmese write no spaces, and Korean ties particles to its words. DPR's
+tokens are whole runs of letters, so it finds hardly an answer there. Here an answer may begin and end inside
+such a run (Korean: only end), but not inside a syllable. BM25 indexes such runs by pairs of characters.
 """
 
+import re as standard_re
 import string
 import unicodedata
 from collections import Counter
@@ -14,12 +19,25 @@ from functools import lru_cache
 import regex as re  # trap: the standard re has no \p{...}, no timeout, and other word borders
 
 WORD = r"[\p{L}\p{N}\p{M}]"  # letters, digits, accents
+# scripts whose words stand without spaces, and the signs that kana share
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}ーｰ\u3099\u309A"
+SPACED = rf"(?:(?![{UNSPACED}]){WORD})"  # a word character of the other scripts
 GAP = r"[\p{Z}\p{C}]"  # white space, invisible characters
 TOKEN = re.compile(WORD + r"+|[^\p{Z}\p{C}]")  # a word, or one sign
 ARTICLE = re.compile(r"\b(a|an|the)\b")
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 # differs: DPR has no limit. A search takes microseconds, but one for `(a|aa)+$` can take years
 TIMEOUT = 1.0  # seconds for an answer and a passage
+
+# the words of BM25: those of bm25s for text without the scripts and signs of PAIRED, else RUN (`words`)
+USUAL_WORD = standard_re.compile(r"\b\w\w+\b|\b[a-z](?:\+\+|#)(?!\w)")
+PAIRED = rf"[{UNSPACED}\p{{Hangul}}]"
+PAIRED_OR_MARK = re.compile(rf"{PAIRED}|\p{{M}}")
+RUN = re.compile(
+    rf"(?P<pairs>(?:{PAIRED}\p{{M}}*)+)"
+    rf"|(?:(?!{PAIRED})[\p{{L}}\p{{N}}\p{{M}}_]){{2,}}"
+    rf"|(?<!{WORD})[a-z](?:\+\+|#)(?!{WORD})"
+)
 
 # {(pattern, "does not compile" or "timed out"): how many searches}, for the caller to report
 regex_failures = Counter()
@@ -45,6 +63,27 @@ def tokenize(text):
     return TOKEN.findall(_normalise(text))
 
 
+def words(text):
+    """
+    Return the words that BM25 counts, in lower case: "Ada's C++ 北京大学" -> [ada, c++, 北京, 京大, 大学].
+
+    A word is a run of two or more letters, digits and accents; "c++" and "c#" are words too. Of a run without
+    spaces and of a Korean word each pair of neighbouring characters counts (as in Lucene's CJKAnalyzer).
+    """
+    text = unicodedata.normalize("NFC", text.lower())
+    if text.isascii() or not PAIRED_OR_MARK.search(text):
+        return USUAL_WORD.findall(text)
+    found = []
+    for match in RUN.finditer(text):
+        if not match["pairs"]:
+            found.append(match[0])
+            continue
+        characters = re.findall(r"\X", match[0])  # with their marks
+        pairs = [first + second for first, second in zip(characters, characters[1:], strict=False)]
+        found += pairs or characters
+    return found
+
+
 @lru_cache(1 << 12)
 def _probe(answer):
     """
@@ -68,13 +107,25 @@ def _token_pattern(answer):
     tokens = tokenize(answer)
     if not tokens:
         return re.compile("(?!)")  # differs: matches nothing; in DPR a blank answer matches every passage
-    is_word = [re.match(WORD, token) is not None for token in tokens]
-    pattern = f"(?<!{WORD})" if is_word[0] else ""
-    for i, token in enumerate(tokens):
-        if i:
-            pattern += GAP + ("+" if is_word[i - 1] and is_word[i] else "*")
+
+    # differs: in DPR a word ends only where its run of letters does, in every script
+    # why not one character alone: 北 in 北京 is hardly ever the word that is meant
+    inside = len(re.findall(r"\X", "".join(tokens))) > 1
+    pattern = ""
+    if re.match(SPACED if inside else WORD, tokens[0]):
+        pattern += f"(?<!{SPACED})" if re.match(SPACED, tokens[0]) else f"(?<!{WORD})"
+    for before, token in zip(["", *tokens], tokens, strict=False):
+        if before:
+            two_words = re.match(SPACED, before[-1]) and re.match(SPACED, token)
+            pattern += GAP + ("+" if two_words else "*")
         pattern += re.escape(token)
-    return re.compile(pattern + (f"(?!{WORD})" if is_word[-1] else ""))
+    last = tokens[-1][-1]
+    if re.match(PAIRED, last):
+        # not inside a syllable: before its vowel sign, or the last consonant of a Korean one
+        pattern += r"(?![\p{M}\u1160-\u11FF])" if inside else f"(?!{WORD})"
+    elif re.match(WORD, last):
+        pattern += rf"(?!(?!\p{{Hangul}}){SPACED})"
+    return re.compile(pattern)
 
 
 @lru_cache(1 << 12)
