@@ -133,9 +133,8 @@ def main():
     # what spoils a training or a test
     train, positives = parts["train"]
     if len(train) < cfg.batch_size:
-        raise UserError(
-            f'{len(train)} training questions fill no batch: FLAGS="--batch_size {len(train) // 2}"'
-        )
+        cure = f'FLAGS="--batch_size {max(1, len(train) // 2)}"'
+        raise UserError(f"{len(train)} training questions fill no batch of {cfg.batch_size}; {cure}")
     seen = {question["question"].casefold() for question in train}
     leaked = sum(question["question"].casefold() in seen for question in parts["test"][0])
     if leaked:

@@ -4,13 +4,14 @@ Compare rankings of the same questions, or the answers of two readers: what each
 Run: python recipes/compare.py data/nq/corpus.tsv data/nq/test.jsonl runs/x/d0/test.run runs/x/d1/test.run
      python recipes/compare.py data/nq/corpus.tsv data/nq/test.jsonl runs/fid.answers.json runs/x.answers.json
      python recipes/compare.py --regex data/trec/corpus.tsv data/trec/test.jsonl any.run
-     One .run alone is a table of it. --regex: the answers are regular expressions (CuratedTREC).
+     One .run alone gives its table.
 
 All intervals are 95 % bootstrap over the questions. A gain is taken question by question (a paired test). Its
 interval is narrower than the two separate ones suggest: most questions are right or wrong in both systems,
 and only those that change count.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -95,8 +96,11 @@ def main(corpus, questions, *runs, regex=False):
 
 if __name__ == "__main__":
     with friendly_errors():
-        arguments = [argument for argument in sys.argv[1:] if argument != "--regex"]
-        if len(arguments) < 3:
-            usage = "usage: python recipes/compare.py [--regex] CORPUS QUESTIONS X [X ...]"
-            raise UserError(f"{usage}, X a .run or .answers.json")
-        main(*arguments, regex="--regex" in sys.argv)
+        parser = argparse.ArgumentParser(description=__doc__)
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        parser.add_argument("corpus")
+        parser.add_argument("questions")
+        parser.add_argument("runs", nargs="+", help="of .run or .answers.json")
+        parser.add_argument("--regex", action="store_true", help="the answers are regular expressions")
+        args = parser.parse_args()
+        main(args.corpus, args.questions, *args.runs, regex=args.regex)
