@@ -86,7 +86,7 @@ MISTAKES = [
     ("mine_negatives", {"scores": "test.run"}, "scores is for mode denoise or pseudo_label, not topk"),
     ("mine_negatives", {"lookahead_run": "test.run", "mode": "denoise"}, "lookahead_run is for mode tele"),
     ("mine_negatives", {"mode": "denoise", "fill": "true"}, "fill tops up what the scores leave"),
-    ("mine_negatives", {"mode": "teleport", "momentum": "test.run"}, "test.run:1: "),
+    ("mine_negatives", {"mode": "teleport", "momentum": "test.run"}, "test.run: is a table, not json lines"),
     ("mine_negatives", {"mode": "teleport", "momentum": "bare.jsonl"}, "bare.jsonl:1: 'negatives' must be"),
     ("rerank", {"out": "x.tsv"}, "out must be the path of a .run file"),
     ("rerank", {"out": "test.run"}, "is an input too (ranking)"),

@@ -30,7 +30,7 @@ COLUMN_NAMES = "id pid qid did docid docno documentid passageid psgid queryid qu
 COLUMN_NAMES += (
     " contents content passage passages body document doc paragraph context abstract heading headline"
 )
-COLUMN_NAMES += " url query question answer answers score relevance label iter rel"
+COLUMN_NAMES += " name page url query question answer answers score relevance label iter rel"
 COLUMN_NAMES = frozenset(COLUMN_NAMES.split())
 
 
@@ -42,11 +42,17 @@ KINDS = {
     b"BZh": "is compressed; unpack it first: bunzip2 {path}",
     b"\xfd7zXZ": "is compressed; unpack it first: unxz {path}",
     b"\x28\xb5\x2f\xfd": "is compressed; unpack it first: zstd -d {path}",
-    b"PAR1": "is a parquet file; README.md shows how ten lines of python make a text file of a table",
-    b"ARROW1": "is an arrow file; README.md shows how ten lines of python make a text file of a table",
-    b"SQLite": "is a database; README.md shows how ten lines of python make a text file of a table",
+    b"PAR1": "is a parquet file; README.md shows how python makes text of a table",
+    b"ARROW1": "is an arrow file; README.md shows how python makes text of a table",
+    b"SQLite": "is a database; README.md shows how python makes text of a table",
     b"%PDF": "is a PDF; make a text of it first: pdftotext {path}",
     b"\xff\xfe": "is UTF-16; convert it first: iconv -f UTF-16 -t UTF-8 {path} -o OUT",
+    b"<!": "is an html page; was its download refused?",
+    b"<html": "is an html page; was its download refused?",
+    b"version https://git-lfs": "is a pointer of git-lfs; get the file itself: git lfs pull",
+    b"[": "is one json list; DPR's: python -m prepare.convert dpr_json {path} OUT; others: one object a line",
+    b"\x80\x04": "is a pickle; let the program that made it write text",
+    b"\xff\xff\xff\xff": "is an arrow file; README.md shows how python makes text of a table",
     b"\xfe\xff": "is UTF-16; convert it first: iconv -f UTF-16 -t UTF-8 {path} -o OUT",
 }
 
@@ -140,10 +146,12 @@ def parse(text, fmt):
         entry = load_json(line)
         if not isinstance(entry, dict):
             entry = {}
-        columns = [entry.get("_id"), entry.get("text") or "", entry.get("title") or ""]
-        if type(columns[0]) is int:  # an id that was written as a number
-            columns[0] = str(columns[0])
-        if "text" not in entry or not all(isinstance(column, str) for column in columns):
+        # BEIR's names, Tevatron's and Pyserini's
+        pid = entry.get("_id", entry.get("docid", entry.get("id")))
+        pid = str(pid) if type(pid) is int else pid
+        body = entry.get("text", entry.get("contents", 0))
+        columns = [pid, "" if body is None else body, entry.get("title") or ""]
+        if not all(isinstance(column, str) for column in columns):
             raise ValueError('expected {"_id": "...", "title": "...", "text": "..."}')
     elif fmt == "dpr" and ('"' in line or "\r" in line):
         columns = split_fields(line)
@@ -162,6 +170,8 @@ def parse(text, fmt):
             advice = "; one line is one record, so a quote that is opened on a line must be closed on it"
         elif len(columns) == 2 and fmt == "dpr":
             advice = "; MS MARCO's collection.tsv has two: add --corpus_format marco"
+        elif len(columns) == 1 and line.count(",") > 1:
+            advice = "; a csv with commas? README.md shows how ten lines of python make a corpus.tsv of it"
         raise ValueError(f"expected 3 columns ({names}), got {len(columns)}{advice}")
     pid, body, title = columns
     if not pid or "\t" in pid or "\r" in pid:
@@ -171,24 +181,27 @@ def parse(text, fmt):
 
 def names_columns(columns):
     """Return whether the columns of a first line are names, such as `docid contents title` or `qid query`."""
-    return COLUMN_NAMES.issuperset(re.sub("[^a-z]", "", column.lower()) or "?" for column in columns)
+    words = [re.findall("[a-z]+", column.lower()) for column in columns]
+    return all(named and COLUMN_NAMES.issuperset(named) for named in words)
 
 
-def is_header(path, passage):
+def is_header(path, passage, fmt):
     """Return whether the first line names the columns. UserError when it names them in another order."""
     columns = [passage.id, passage.text, passage.title]
     if not names_columns(columns):
         return False
     names = [name.strip().lower() for name in columns]
-    if not any(key in names[0] for key in ("id", "doc")) or any("title" in name for name in names[:2]):
-        raise UserError(f"{path}:1: the columns are {', '.join(names)}; write them as id, text, title")
+    if not any(key in names[0] for key in ("id", "doc")) or "title" in names[1] + names[0]:
+        order = f"{names[0]}, {names[2]}, {names[1]}" if fmt == "marco" else ", ".join(names)
+        cure = "write them as id, text, title, or add --corpus_format marco for id, title, text"
+        raise UserError(f"{path}:1: the columns are {order}; {cure}")
     return True
 
 
 def look_swapped(lengths):
     """Return whether texts and titles of these (text, title) lengths stand in each other's place."""
     text, title = (median(numbers) for numbers in zip(*lengths, strict=True))
-    return title > 40 and title > 2 * text
+    return title > 15 and title > 2 * text
 
 
 # ---------------------------------------------------------------- the index
@@ -217,7 +230,7 @@ def write_index(path, fmt, folder):
             passage = parse(text, fmt)
         except ValueError as error:
             raise UserError(f"{path}:{number}: {error}") from None
-        if number == 1 and fmt == "dpr" and is_header(path, passage):
+        if number == 1 and fmt != "beir" and is_header(path, passage, fmt):
             lengths = None
             continue
         if lengths is not None and len(lengths) < 1000:
@@ -274,7 +287,7 @@ class Corpus:
     (of the file), corpus.empty_texts (how many passages have no text). It can be pickled and forked.
 
     fmt: "dpr" (id, text, title; csv quoting; header optional), "marco" (id, title, text or id, text; raw),
-    "beir" (jsonl), "auto" (.jsonl is beir, all else dpr).
+    "beir" (jsonl; Tevatron's and Pyserini's too), "auto" (what begins with { is beir, all else dpr).
     """
 
     def __init__(self, path, fmt="auto"):
@@ -285,7 +298,8 @@ class Corpus:
         if fault := file_fault(path):
             raise UserError(f"{path}: {fault}")
         if fmt == "auto":
-            fmt = "beir" if self.path.suffix == ".jsonl" else "dpr"
+            with open(path, "rb") as file:
+                fmt = "beir" if file.read(100).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{") else "dpr"
 
         # open the index, or build it in the place of one that is broken or of another file
         stat = self.path.stat()
@@ -327,6 +341,8 @@ class Corpus:
             raise IndexError(f"{self.path}: row {row} of {len(self)}")
         begin, end = self.arrays["offsets"][row : row + 2].tolist()
         line = os.pread(self.file.fileno(), end - begin, begin)  # why pread: forks share no file position
+        if os.fstat(self.file.fileno()).st_mtime_ns != self.meta["mtime_ns"]:
+            raise UserError(f"{self.path}: changed while it was being read; run the command again")
         return parse(line.decode(), self.meta["fmt"])
 
     def row(self, pid):

@@ -29,6 +29,7 @@ FOREIGN = {
     ("positive_passages",): f"is Tevatron's training file; {CONVERT} tevatron {{path}} OUT",
     ("positive_ctxs",): f"is DPR's training file; {CONVERT} dpr_json {{path}} OUT",
     ("ctxs",): f"is a retrieval result (DPR, FiD); {CONVERT} from_dpr_result {{path}} FOLDER",
+    ("data",): "is SQuAD's json; README.md shows how ten lines of python convert it",
     ("paragraphs",): "is SQuAD's json; README.md shows how ten lines of python convert it",
     ("_id", "text"): f"is BEIR's; {CONVERT} beir {{path}} [qrels/test.tsv] OUT",
     ("question", "answer"): f"is NQ-open's; {CONVERT} nq_open {{path}} OUT",
@@ -48,12 +49,12 @@ def iter_jsonl(path):
     for number, _, text in read_lines(path):
         if not text.strip():
             continue
-        if number == 1 and text.lstrip().startswith("["):
-            raise UserError(f"{path}: is one json list; {CONVERT} dpr_json {path} OUT")
         if number == 1 and not text.lstrip().startswith("{") and ("\t" in text or "," in text):
             formats = "dpr_qa (DPR's .qa.csv), msmarco (qid, question), rocketqa (six columns)"
             what = f"is a table, not json lines; {CONVERT} FORMAT {path} OUT"
             raise UserError(f"{path}: {what}, with FORMAT one of {formats}")
+        if number == 1 and text.strip() == "{":
+            raise UserError(f"{path}: is one json over many lines; one question a line is needed (README.md)")
         try:
             entry = load_json(text)
         except (ValueError, RecursionError) as error:
@@ -131,8 +132,9 @@ def read_questions(path, need=(), repeats=False, match=""):
         where = f"{path}:{number}"
         if hint := foreign(question, path):
             raise UserError(f"{path}: {hint}")
+        question["qid"] = whole_number(question.get("qid"))
         for key in ("qid", "question"):
-            value = question[key] = whole_number(question.get(key))
+            value = question.get(key)
             if not is_string(value) or not value.strip():
                 raise UserError(f"{where}: {key!r} must be a string with something in it, got {value!r}")
         qid = question["qid"]

@@ -22,6 +22,10 @@ WORD = r"[\p{L}\p{N}\p{M}]"  # letters, digits, accents
 # scripts whose words stand without spaces, and the signs that kana share
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}ーｰ\u3099\u309A"
 SPACED = rf"(?:(?![{UNSPACED}]){WORD})"  # a word character of the other scripts
+CLOSED = rf"(?:(?!\p{{Hangul}}){SPACED})"  # also not Korean, which ties particles to the end of a word
+# what goes on with a syllable: marks, Korean vowels and last consonants, Thai and Lao vowels, small kana
+GOES_ON = r"[\p{M}\u1160-\u11FFะาำๅະາຳぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮー]"
+LEADING_VOWEL = "[เแโใไເແໂໃໄ]"  # Thai and Lao write it before the consonant with which its syllable begins
 GAP = r"[\p{Z}\p{C}]"  # white space, invisible characters
 TOKEN = re.compile(WORD + r"+|[^\p{Z}\p{C}]")  # a word, or one sign
 ARTICLE = re.compile(r"\b(a|an|the)\b")
@@ -112,20 +116,26 @@ def _token_pattern(answer):
     # why not one character alone: 北 in 北京 is hardly ever the word that is meant
     inside = len(re.findall(r"\X", "".join(tokens))) > 1
     pattern = ""
-    if re.match(SPACED if inside else WORD, tokens[0]):
-        pattern += f"(?<!{SPACED})" if re.match(SPACED, tokens[0]) else f"(?<!{WORD})"
+    if re.match(WORD, tokens[0]):
+        pattern = f"(?<!{_before(tokens[0]) if inside else WORD})"
     for before, token in zip(["", *tokens], tokens, strict=False):
         if before:
-            two_words = re.match(SPACED, before[-1]) and re.match(SPACED, token)
+            two_words = re.match(CLOSED, before[-1]) and re.match(CLOSED, token)
             pattern += GAP + ("+" if two_words else "*")
         pattern += re.escape(token)
     last = tokens[-1][-1]
     if re.match(PAIRED, last):
-        # not inside a syllable: before its vowel sign, or the last consonant of a Korean one
-        pattern += r"(?![\p{M}\u1160-\u11FF])" if inside else f"(?!{WORD})"
+        pattern += f"(?!{GOES_ON if inside else WORD})"
     elif re.match(WORD, last):
-        pattern += rf"(?!(?!\p{{Hangul}}){SPACED})"
+        pattern += f"(?!{CLOSED})"
     return re.compile(pattern)
+
+
+def _before(token):
+    """Return the pattern of the characters that cannot stand before the first word of an answer."""
+    if re.match(r"\p{Hangul}", token):
+        return r"\p{Hangul}"
+    return SPACED if re.match(SPACED, token) else LEADING_VOWEL
 
 
 @lru_cache(1 << 12)
@@ -190,7 +200,11 @@ def exact_match(prediction, answers):
 
 
 def f1(prediction, answers):
-    """Return the harmonic mean of word precision and recall, 0 to 1, of the answer that fits best (SQuAD)."""
+    """
+    Return the harmonic mean of word precision and recall, 0 to 1, of the answer that fits best (SQuAD).
+
+    As in SQuAD words stand between spaces: a Chinese answer is one word, right or wrong.
+    """
     best = 0.0
     predicted = _squad_words(prediction)
     for gold in map(_squad_words, answers):
