@@ -47,7 +47,16 @@ TEXTS = ("pair", "question_prefix", "passage_prefix")
 KEYS = (*DPR_INPUTS, *DEFAULTS)  # those of an encoder that a script has as keys
 HAVE_POOLER = ("bert", "ernie", "roberta", "xlm-roberta", "albert", "camembert", "mpnet")
 # heads of other tasks: an encoder has no place for them. Any other weight that finds no place is a fault
-HEADS = ("cls.", "pooler.", "lm_head.", "classifier.", "pre_classifier.", "qa_outputs.", "score.")
+HEADS = (
+    "position_ids",
+    "cls.",
+    "pooler.",
+    "lm_head.",
+    "classifier.",
+    "pre_classifier.",
+    "qa_outputs.",
+    "score.",
+)
 HEADS += ("vocab_transform.", "vocab_layer_norm.", "vocab_projector.", "predictions.", "sop_classifier.")
 HEADS += (
     "discriminator_predictions.",
@@ -268,7 +277,7 @@ def check_complete(path, missing, optional=("pooler.",), what="this architecture
 
 def check_sound(path, model, unexpected=()):
     """UserError for weights that find no place in the model, or that hold NaN or infinity."""
-    lost = [key for key in sorted(unexpected) if "position_ids" not in key and not key.startswith(HEADS)]
+    lost = [key for key in sorted(unexpected) if not any(f".{name}" in f".{key}" for name in HEADS)]
     if lost:
         fault = f"{len(lost)} weights have no place in a {type(model).__name__}, such as {lost[0]}"
         raise UserError(f"{path}: {fault}: they would be left out, and its vectors would be others")
