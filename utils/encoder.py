@@ -45,9 +45,13 @@ class Encoder(nn.Module):
     def __init__(self, model, tokenizer, inputs, projection=None):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
-        self.inputs, self.projection = DEFAULTS | inputs, projection
+        self.inputs, self.projection = inputs, projection
         linears = [layer for layer in self.modules() if isinstance(layer, nn.Linear)] if projection else []
         self.dim = linears[-1].out_features if linears else model.config.hidden_size
+
+    def how(self, key):
+        """Return an entry of DEFAULTS, as `inputs` has it or not."""
+        return self.inputs.get(key, DEFAULTS[key])
 
     def forward(self, input_ids, attention_mask, token_type_ids):
         """Turn [B, L] integer tensors into vectors_BD in float32."""
@@ -63,7 +67,7 @@ class Encoder(nn.Module):
         if self.projection:
             vectors_BD = self.projection(vectors_BD)
         vectors_BD = vectors_BD.float()
-        return normalize(vectors_BD, dim=1) if self.inputs["normalize"] else vectors_BD
+        return normalize(vectors_BD, dim=1) if self.how("normalize") else vectors_BD
 
 
 def call(model, input_ids, attention_mask, token_type_ids):
@@ -86,9 +90,9 @@ def tokenize_questions(encoder, questions):
     """Turn strings into id lists `[CLS] question [SEP]`, cut to question_tokens."""
     # from: DPR dpr/utils/data_utils.py:63 and nanoDPR: the typographic apostrophe is replaced, in training
     # and test
-    if encoder.inputs["passage"] == "pair":
+    if encoder.how("passage") == "pair":
         questions = [question.replace("’", "'") for question in questions]
-    questions = [encoder.inputs["question_prefix"] + question for question in questions]
+    questions = [encoder.how("question_prefix") + question for question in questions]
     return _ids(encoder, questions, None, encoder.inputs["question_tokens"])
 
 
@@ -99,11 +103,11 @@ def tokenize_passages(encoder, passages):
     `[CLS] title [SEP] text [SEP]`, or `[CLS] text [SEP]` without a title; the longer part is cut first (DPR
     dpr/models/hf_models.py:288-308). Texts are stripped, titles are not. `joined`: `[CLS] title text [SEP]`.
     """
-    prefix = encoder.inputs["passage_prefix"]
+    prefix = encoder.how("passage_prefix")
     pairs = []
     for passage in passages:
         title, text = passage.title, passage.text.strip()
-        if encoder.inputs["passage"] == "joined":  # from: BEIR, and sentence-transformers' own examples
+        if encoder.how("passage") == "joined":  # from: BEIR, and sentence-transformers' own examples
             title, text = "", f"{title} {text}".strip()
         pairs.append((prefix + title, text) if title else (prefix + text, None))
 

@@ -186,7 +186,7 @@ def write_folder(folder, encoder):
             place = f"{len(steps)}_Dense"
             steps.append(("Dense", place))
             write_dense(folder / place, layer, behind)
-    if inputs["normalize"]:
+    if encoder.how("normalize"):
         steps.append(("Normalize", f"{len(steps)}_Normalize"))
         (folder / steps[-1][1]).mkdir()
 
@@ -200,7 +200,7 @@ def write_folder(folder, encoder):
     lengths = {"question": inputs["question_tokens"], "passage": inputs["passage_tokens"]}
     length = lengths.get(inputs["role"], max(lengths.values()))
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False})
-    prompts = {"query": inputs["question_prefix"], "document": inputs["passage_prefix"]}
+    prompts = {"query": encoder.how("question_prefix"), "document": encoder.how("passage_prefix")}
     settings = {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "dot"}
     write_json(folder / "config_sentence_transformers.json", settings)
 

@@ -297,7 +297,7 @@ def check_bert_like(path, encoder):
     if inputs["token_types"] == "segments" and not knows_segments(encoder.model, tokenizer):
         raise UserError(f"{path}: {kind} knows no second segment; token_types must be zeros")
     separators = tokenizer.num_special_tokens_to_add(pair=True) - tokenizer.num_special_tokens_to_add()
-    if inputs["passage"] == "pair" and separators < 1:
+    if encoder.how("passage") == "pair" and separators < 1:
         raise UserError(f"{path}: {kind} puts nothing between title and text; passage must be joined")
 
 
