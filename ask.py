@@ -52,7 +52,7 @@ def check_inputs(cfg, question):
     if not Path(cfg.run).is_dir():
         raise UserError(f"run: {cfg.run}: no such folder; name the run_dir of train_dpr.py")
     for part, script in (("query_encoder", "train_dpr.py"), ("embeddings/manifest.json", "doc2embedding.py")):
-        if not (Path(cfg.run) / part).exists():
+        if not (Path(cfg.run) / part).exists() and not (part == "query_encoder" and cfg.query_encoder):
             raise UserError(f"{cfg.run} has no {part}; {script} writes it")
     config.need_file(cfg, "corpus", optional=["questions"])
     if cfg.reader:
@@ -68,18 +68,18 @@ def load(cfg):
     from utils.bm25 import build_bm25
     from utils.data import Corpus
     from utils.plumbing.embeddings import open_embeddings
-    from utils.plumbing.weights import load_encoder, read_inputs
+    from utils.plumbing.weights import given_inputs, load_encoder, read_inputs
 
     # the passages, their vectors, their words
     run = Path(cfg.run)
-    query_encoder = run / "query_encoder"
+    query_encoder = cfg.query_encoder or run / "query_encoder"
     corpus = Corpus(cfg.corpus, cfg.corpus_format)
     shards, _ = open_embeddings(run / "embeddings", corpus.sha256, False, query_encoder, len(corpus))
     bm25 = build_bm25(corpus, run / "bm25")
 
     # the models
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = load_encoder(query_encoder, "question").to(device)
+    encoder = load_encoder(query_encoder, "question", given_inputs(cfg)).to(device)
     model = None
     if cfg.reader:
         role = read_inputs(cfg.reader, "reader").get("role")

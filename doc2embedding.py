@@ -36,7 +36,7 @@ from utils.plumbing.config import (
 )
 from utils.plumbing.embeddings import refuse_other_job, shards_to_encode, wait_for, write_shard
 from utils.plumbing.files import atomic_file, need_space, read_json, write_json
-from utils.plumbing.weights import encoder_hash, load_encoder
+from utils.plumbing.weights import encoder_hash, given_inputs, load_encoder
 
 
 # ---------------------------------------------------------------- the vectors
@@ -101,6 +101,7 @@ def main():
         raise UserError(f"server must be one of 0 to {cfg.servers - 1}, got {cfg.server}")
     need_file(cfg, "corpus")
     need_model(cfg, "doc_encoder")
+    given_inputs(cfg)  # UserError for a value that no encoder knows
     need_folder(cfg, "out")
 
     # start the processes, open the corpus, load the encoder
@@ -108,7 +109,7 @@ def main():
     main_process = accelerator.is_main_process
     with accelerator.main_process_first():  # the first process to open a corpus writes its index
         corpus = Corpus(cfg.corpus, cfg.corpus_format)
-    encoder = load_encoder(cfg.doc_encoder, "passage").to(accelerator.device)
+    encoder = load_encoder(cfg.doc_encoder, "passage", given_inputs(cfg)).to(accelerator.device)
 
     # cut the corpus into shards
     # differs: DPR and nanoDPR write one file a process; another number of processes means other files
@@ -143,6 +144,7 @@ def main():
             print(f"warning: {corpus.empty_texts:,} passages have no text; only their titles are encoded")
         print(f"{len(corpus):,} passages, {len(corpus) - count:,} of them done before | {len(shards)} shards")
         print(f"{encoder.dim} x {cfg.dtype} | {accelerator.num_processes} x {accelerator.device.type}")
+        print(f"inputs: {encoder.inputs}")
         first = tokenize_passages(encoder, [corpus[0]])[0]
         print(f"first passage: {encoder.tokenizer.decode(first)}", flush=True)
     for file in todo:

@@ -40,7 +40,7 @@ from utils.plumbing.config import (
 )
 from utils.plumbing.embeddings import open_embeddings
 from utils.plumbing.files import atomic_file, read_json, sha256, write_json
-from utils.plumbing.weights import encoder_hash, load_encoder
+from utils.plumbing.weights import encoder_hash, given_inputs, load_encoder
 from utils.search import as_lists, build_index, exact_topk, faiss, fetch, search_index
 from utils.text import report_regex_failures
 
@@ -61,6 +61,7 @@ def check_settings(cfg):
     need_value(cfg, "embeddings")
     if not cfg.lookahead:
         need_model(cfg, "query_encoder")
+        given_inputs(cfg)  # UserError for a value that no encoder knows
     if cfg.lookahead and (cfg.bm25_run or cfg.question_vectors):
         raise UserError("lookahead only looks vectors up: leave out bm25_run and question_vectors")
     if cfg.question_vectors and not cfg.question_vectors.endswith(".npy"):
@@ -108,14 +109,10 @@ def read_bm25(questions, corpus, cfg):
 # ---------------------------------------------------------------- model
 def load_question_encoder(cfg, dim, device):
     """Return the question tower; its vectors must have `dim` dimensions."""
-    encoder = load_encoder(cfg.query_encoder, "question").to(device)
+    encoder = load_encoder(cfg.query_encoder, "question", given_inputs(cfg)).to(device)
     if encoder.dim != dim:
         raise UserError(f"{cfg.query_encoder}: {encoder.dim} dimensions, {cfg.embeddings}: {dim}")
-    longest = encoder.model.config.max_position_embeddings
-    if cfg.question_tokens > longest:
-        raise UserError(f"question_tokens: {cfg.query_encoder} reads at most {longest} tokens")
-    if cfg.question_tokens:
-        encoder.inputs["question_tokens"] = cfg.question_tokens
+    print(f"inputs: {encoder.inputs}")
     return encoder
 
 

@@ -33,9 +33,9 @@ from utils.data import passage_key, passage_of, read_training
 from utils.distributed import gather_rows, sum_gradients, world
 from utils.grad_cache import grad_cache_step
 from utils.metrics import positive_ranks
-from utils.plumbing.config import UserError, at_least, friendly_errors, load_config, must_be_one_of, need_file
+from utils.plumbing.config import UserError, at_least, friendly_errors, load_config, need_file
 from utils.plumbing.run import Run
-from utils.plumbing.weights import TOWERS, load_towers
+from utils.plumbing.weights import TOWERS, given_inputs, load_towers
 
 
 # ---------------------------------------------------------------- data: a batch is a function of (seed, step)
@@ -289,7 +289,7 @@ def evaluate(pool, encoders, accelerator, cfg):
 def main():
     # settings, checked before anything is loaded
     cfg = load_config(__doc__, "config/train_dpr_nq.yaml")
-    must_be_one_of(cfg, pooling=encoding.POOLINGS, token_types=encoding.TOKEN_TYPES)
+    given_inputs(cfg)  # UserError for a value that no encoder knows
     at_least(cfg, 1, "question_chunk", "passage_chunk")
     at_least(cfg, 4, "question_tokens", "passage_tokens")
     need_file(cfg, "train", optional=("dev", "corpus"))

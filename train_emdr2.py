@@ -249,8 +249,6 @@ def load_models(run, cfg):
     for name, role in TOWERS.items():
         source = run.source(name, getattr(cfg, name)) if learns else getattr(cfg, name)
         encoder = load_encoder(source, role, dropout=cfg.dropout)
-        if learns and encoder.projection:
-            raise UserError(f"{name}: {source} has a projection on top, and would not be saved with it")
         encoder.inputs["role"] = role  # a shared encoder becomes two, which part from here on
         models[name] = encoder
     for model in models.values():

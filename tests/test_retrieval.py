@@ -165,7 +165,7 @@ def test_question_tokens_overrides_the_stored_length(test, monkeypatch):
     rankings = [test(question_tokens=n)[0] for n in (0, 16, 5)]
     assert lengths[0] == lengths[1] > 5 == lengths[2]
     assert rankings[0] == rankings[1] != rankings[2]
-    with pytest.raises(UserError, match="at most 256 tokens"):
+    with pytest.raises(UserError, match="257 tokens a text, but only 256"):
         test(question_tokens=257)
 
 

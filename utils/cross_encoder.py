@@ -13,14 +13,12 @@ import sys
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from utils.distributed import world
-from utils.encoder import batches_by_length
+from utils.encoder import batches_by_length, call
+from utils.plumbing import weights
 from utils.plumbing.config import UserError
-from utils.plumbing.weights import check_complete, check_sizes, explain_load_errors, read_inputs, set_dropout
-
-HEAD = ("classifier.", "pooler.")  # what a plain BERT lacks: the labels, and perhaps the layer before them
 
 
 class CrossEncoder(nn.Module):
@@ -39,8 +37,7 @@ class CrossEncoder(nn.Module):
 
     def forward(self, input_ids, attention_mask, token_type_ids):
         """Turn [B, L] integer tensors into logits_B2 in float32."""
-        output = self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
-        logits = output.logits.float()
+        logits = call(self.model, input_ids, attention_mask, token_type_ids).logits.float()
         if logits.shape[1] == 1:  # one label l is [0, l]: its softmax is the sigmoid of l
             logits = nn.functional.pad(logits, (1, 0))
         return logits
@@ -79,34 +76,44 @@ def load_cross_encoder(path, pair_tokens=0, dropout=0.0, new_head=False, layer_n
     """
     Load a folder of train_cross_encoder.py, or a Hugging Face sequence classifier with one or two labels.
 
-    pair_tokens: maximum length of a pair; 0: as stored. new_head: training starts here, and what HEAD names
-    may be missing; torch's generator draws it. layer_norm_epsilon above 0 overrides what is stored.
+    pair_tokens: maximum length of a pair; 0: as stored. new_head: training starts here, and what a plain BERT
+    lacks may be missing (the labels, and the layer before them); torch's generator draws it.
+    layer_norm_epsilon above 0 overrides what is stored.
     """
     path = str(path)
-    stored = read_inputs(path, "cross-encoder")
+    stored = weights.read_inputs(path, "cross-encoder")
     if stored.get("role", "cross") != "cross" and not new_head:
         raise UserError(f"{path}: this is a {stored['role']} encoder; a cross-encoder is needed here")
-    with explain_load_errors(path):
-        config = AutoConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+    with weights.explain_load_errors(path):
+        folder = weights.local_folder(path)
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer = weights.load_tokenizer(folder)
         if config.num_labels not in (1, 2):
             raise UserError(f"{path}: a classifier of {config.num_labels} labels; a cross-encoder has 1 or 2")
         options = {"config": config, "output_loading_info": True, "dtype": torch.float32}
-        model, report = AutoModelForSequenceClassification.from_pretrained(path, **options)
+        model, report = AutoModelForSequenceClassification.from_pretrained(folder, **options)
 
     length = pair_tokens or stored.get("pair_tokens", 0)
     if not length:
         fault = "no encoder_inputs.json, so the length of a pair is unknown"
         fix = 'write one there, such as {"role": "cross", "pair_tokens": 160}'
         raise UserError(f"{path}: {fault}; {fix}")
-    missing = [key.removeprefix(f"{model.base_model_prefix}.") for key in report["missing_keys"]]
-    optional = HEAD if new_head else ()
-    check_complete(path, missing, optional, "a cross-encoder; train_cross_encoder.py makes one")
-    if any(key.startswith("pooler.") for key in missing) and world()[0] == 0:
+    missing = report["missing_keys"]
+    if new_head:  # all that lies outside the model that both kinds share, and the pooler within it
+        body = f"{model.base_model_prefix}."
+        missing = [key for key in missing if key.startswith(body) and not key.startswith(f"{body}pooler.")]
+    what = "this architecture" if new_head else "a cross-encoder; train_cross_encoder.py makes one"
+    weights.check_complete(path, missing, (), what)
+    weights.check_sound(path, model, report["unexpected_keys"])
+    if any("pooler." in key for key in report["missing_keys"]) and world()[0] == 0:
         print(f"warning: {path}: no pooler in it, so one is trained from random weights", file=sys.stderr)
-    set_dropout(model, dropout, layer_norm_epsilon)
-    check_sizes(path, model, tokenizer, length, "tokens a pair")
+    weights.set_dropout(model, dropout, layer_norm_epsilon)
+    weights.check_sizes(path, model, tokenizer, length, "tokens a pair")
+    if weights.is_causal(model.base_model):
+        raise UserError(
+            f"{path}: {config.model_type} reads from left to right; a cross-encoder reads both ways"
+        )
 
-    types = "segments" if getattr(config, "type_vocab_size", 2) > 1 else "zeros"  # RoBERTa has one segment
+    types = "segments" if weights.knows_segments(model, tokenizer) else "zeros"  # RoBERTa has one segment
     inputs = {"role": "cross", "pair_tokens": length, "token_types": types, "pair": stored.get("pair", "")}
     return CrossEncoder(model, tokenizer, inputs)

@@ -10,26 +10,35 @@ all
 """
 
 import contextlib
+import inspect
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.functional import normalize
 
 from utils.distributed import prefetch, world
 
-POOLINGS = ("cls", "mean")  # Encoder.forward
+POOLINGS = ("cls", "mean", "last")  # Encoder.forward
 TOKEN_TYPES = ("zeros", "segments")  # collate
+PASSAGES = ("pair", "joined")  # tokenize_passages
+# what DPR does, where encoder_inputs.json says nothing else
+DEFAULTS = {"normalize": False, "question_prefix": "", "passage_prefix": "", "passage": "pair"}
 
 
 class Encoder(nn.Module):
     """
-    model: a BERT-like model with `last_hidden_state`. projection: a layer on top of the pooled state, or
-    None. inputs: a dict with
+    model: a BERT-like model with `last_hidden_state`. projection: a Linear, or a Sequential of them and their
+    activations, on top of the pooled state; or None. inputs: a dict with
       role            question | passage | shared (one model is both towers)
       question_tokens, passage_tokens   maximum lengths, special tokens included
-      pooling         cls (DPR) | mean (sentence-transformers)
+      pooling         cls (DPR) | mean (most of sentence-transformers) | last (decoders): the last token
       token_types     zeros (DPR) | segments (nanoDPR, RocketQA: title 0, text 1)
+      normalize       whether a vector is cut to length 1
+      question_prefix, passage_prefix   what stands before every text (E5: "query: ", "passage: ")
+      passage         pair: title and text with [SEP] between (DPR) | joined: one text, as BEIR gives it to
+                      sentence-transformers; its questions are left as they are typed
       pair            an id that a question encoder shares with the passage encoder it was trained with, or ""
     """
 
@@ -37,20 +46,43 @@ class Encoder(nn.Module):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.inputs, self.projection = inputs, projection
-        self.dim = projection.out_features if projection else model.config.hidden_size
+        linears = [layer for layer in self.modules() if isinstance(layer, nn.Linear)] if projection else []
+        self.dim = linears[-1].out_features if linears else model.config.hidden_size
+
+    def how(self, key):
+        """Return an entry of DEFAULTS, as `inputs` has it or not."""
+        return self.inputs.get(key, DEFAULTS[key])
 
     def forward(self, input_ids, attention_mask, token_type_ids):
         """Turn [B, L] integer tensors into vectors_BD in float32."""
-        states = self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
-        hidden_BLD = states.last_hidden_state
+        hidden_BLD = call(self.model, input_ids, attention_mask, token_type_ids).last_hidden_state
         if self.inputs["pooling"] == "cls":
             vectors_BD = hidden_BLD[:, 0]
-        else:  # the mean over real tokens
+        elif self.inputs["pooling"] == "mean":  # over real tokens
             mask_BL1 = attention_mask[:, :, None].to(hidden_BLD.dtype)
             vectors_BD = (hidden_BLD * mask_BL1).sum(1) / mask_BL1.sum(1)
+        else:
+            last_B = attention_mask.sum(1) - 1
+            vectors_BD = hidden_BLD[torch.arange(len(last_B)), last_B]
         if self.projection:
             vectors_BD = self.projection(vectors_BD)
-        return vectors_BD.float()
+        vectors_BD = vectors_BD.float()
+        return normalize(vectors_BD, dim=1) if self.how("normalize") else vectors_BD
+
+
+def call(model, input_ids, attention_mask, token_type_ids):
+    """Return a model's output; token types are left out where it takes none (DistilBERT, ModernBERT)."""
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if takes_token_types(model):
+        batch["token_type_ids"] = token_type_ids
+    return model(**batch)
+
+
+def takes_token_types(model):
+    """Return whether a model has embeddings for token types."""
+    # trap: GPT-2 takes them too, and adds the embedding of the word of that number
+    types = getattr(model.config, "type_vocab_size", 0)
+    return types > 0 and "token_type_ids" in inspect.signature(model.forward).parameters
 
 
 # ---------------------------------------------------------------- text -> token ids
@@ -58,7 +90,9 @@ def tokenize_questions(encoder, questions):
     """Turn strings into id lists `[CLS] question [SEP]`, cut to question_tokens."""
     # from: DPR dpr/utils/data_utils.py:63 and nanoDPR: the typographic apostrophe is replaced, in training
     # and test
-    questions = [question.replace("’", "'") for question in questions]
+    if encoder.how("passage") == "pair":
+        questions = [question.replace("’", "'") for question in questions]
+    questions = [encoder.how("question_prefix") + question for question in questions]
     return _ids(encoder, questions, None, encoder.inputs["question_tokens"])
 
 
@@ -67,15 +101,21 @@ def tokenize_passages(encoder, passages):
     Turn passages (with .title and .text) into id lists, cut to passage_tokens.
 
     `[CLS] title [SEP] text [SEP]`, or `[CLS] text [SEP]` without a title; the longer part is cut first (DPR
-    dpr/models/hf_models.py:288-308). Texts are stripped, titles are not.
+    dpr/models/hf_models.py:288-308). Texts are stripped, titles are not. `joined`: `[CLS] title text [SEP]`.
     """
+    prefix = encoder.how("passage_prefix")
+    pairs = []
+    for passage in passages:
+        title, text = passage.title, passage.text.strip()
+        if encoder.how("passage") == "joined":  # from: BEIR, and sentence-transformers' own examples
+            title, text = "", f"{title} {text}".strip()
+        pairs.append((prefix + title, text) if title else (prefix + text, None))
+
     ids = [None] * len(passages)
     for titled in (True, False):
-        places = [i for i, passage in enumerate(passages) if bool(passage.title) == titled]
-        first = [passages[i].text.strip() for i in places]
-        second = None
-        if titled:
-            first, second = [passages[i].title for i in places], first
+        places = [i for i, (_, text) in enumerate(pairs) if (text is not None) == titled]
+        first = [pairs[i][0] for i in places]
+        second = [pairs[i][1] for i in places] if titled else None
         rows = _ids(encoder, first, second, encoder.inputs["passage_tokens"])
         for place, row in zip(places, rows, strict=True):
             ids[place] = row
@@ -95,10 +135,12 @@ def collate(encoder, ids):
     the encoder's device.
     """
     tokenizer = encoder.tokenizer
-    input_ids = np.full((len(ids), max(map(len, ids))), tokenizer.pad_token_id, dtype=np.int64)
-    for row, tokens in zip(input_ids, ids, strict=True):
-        row[: len(tokens)] = tokens
-    mask = (input_ids != tokenizer.pad_token_id).astype(np.int64)
+    padding = tokenizer.pad_token_id or 0  # GPT-2 and Llama have none; what is masked is not read
+    input_ids = np.full((len(ids), max(map(len, ids))), padding, dtype=np.int64)
+    mask = np.zeros_like(input_ids)
+    for i, tokens in enumerate(ids):
+        input_ids[i, : len(tokens)] = tokens
+        mask[i, : len(tokens)] = 1  # trap: the padding of some models is a token of the text too
     types = np.zeros_like(input_ids)
     if encoder.inputs["token_types"] == "segments":  # 1 after the first [SEP], up to the end of the sequence
         is_sep = input_ids == tokenizer.sep_token_id

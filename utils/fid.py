@@ -22,13 +22,21 @@ from torch import nn
 from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, T5ForConditionalGeneration
+from transformers import AutoConfig, GenerationConfig, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from utils.distributed import gather_items, prefetch, world
 from utils.encoder import batches_by_length
 from utils.plumbing.config import UserError
-from utils.plumbing.weights import check_sizes, explain_load_errors, load_complete, read_inputs, set_dropout
+from utils.plumbing.weights import (
+    check_sizes,
+    explain_load_errors,
+    load_complete,
+    load_tokenizer,
+    local_folder,
+    read_inputs,
+    set_dropout,
+)
 
 PAD = -100  # the label that counts nowhere (torch's cross_entropy)
 INPUTS = {
@@ -234,12 +242,13 @@ def load_fid(path, inputs=None, dropout=0.0):
     if stored.get("role", "fid") != "fid":
         raise UserError(f"{path}: this is a {stored['role']} encoder; a FiD reader (a T5) is needed here")
     with explain_load_errors(path):
-        config = AutoConfig.from_pretrained(path)
+        folder = local_folder(path)
+        config = AutoConfig.from_pretrained(folder)
         if config.model_type != "t5":
             raise UserError(f"{path}: FiD reads with a T5, this is a {config.model_type}")
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = load_tokenizer(folder)
         # transformers warns of a v1.1 or Flan-T5 that it will NOT tie two weights: that is right, they differ
-        model = load_complete(T5ForConditionalGeneration, path)
+        model = load_complete(T5ForConditionalGeneration, folder)
     set_dropout(model, dropout)
 
     # write greedily, whatever generation_config.json in the folder asks (beams, samples)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoTokenizer, DPRConfig, DPRReader
+from transformers import AutoConfig, AutoModel, DPRConfig, DPRReader
 
 from utils.data import iter_run, read_questions
 from utils.distributed import gather_items, prefetch, world
@@ -243,10 +243,16 @@ def load_reader(path, inputs=None, dropout=0.0, new_head=False):
     if stored.get("role", "reader") != "reader" and not new_head:
         raise UserError(f"{path}: this is a {stored['role']} encoder; a reader is needed here")
     with weights.explain_load_errors(path):
-        config = AutoConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = open_model(path, config, new_head)
+        folder = weights.local_folder(path)
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer = weights.load_tokenizer(folder)
+        model = open_model(folder, config, new_head)
     weights.set_dropout(model, dropout)
+    if not tokenizer.is_fast:
+        fault = f"{type(tokenizer).__name__} is written in Python and does not tell where a token stands"
+        raise UserError(
+            f"{path}: {fault}, so no answer can be cut out; start from a model with tokenizer.json"
+        )
 
     # how its inputs are built: as given, else as stored, else as DPR does
     how = {"role": "reader", "pair": ""} | DPR_READER

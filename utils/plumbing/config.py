@@ -161,6 +161,8 @@ def typed(key, value, default, where):
             if not isinstance(items, list):
                 items = [] if items in (None, "") else [items]  # why: --eval_top_docs 10 means a list of one
             return [typed(key, item, default[0], where) for item in items] if default else items
+        if default == "auto" and isinstance(value, bool):  # `normalize: true` in a yaml
+            return str(value).lower()
         if value is None or isinstance(value, bool | list):
             raise ValueError
         if kind is str:
@@ -202,7 +204,7 @@ def model_fault(path, kind="model"):
     """Return what is seen at once to be wrong with the path of a model (a folder or a hub name), or ""."""
     name, path = str(path), Path(path)
     inside = sorted(config.parent.name for config in path.glob("*/config.json"))
-    if inside and not (path / "config.json").is_file():
+    if inside and not (path / "config.json").is_file() and not (path / "modules.json").is_file():
         return f"is no model, but the folder of {', '.join(inside)}; name one of these"
     if name.endswith(".cp"):
         return "is a checkpoint of the original DPR; first: python -m prepare.checkpoints from_cp"

@@ -325,9 +325,9 @@ def make_optimizer(named, cfg):
     dpr/models/hf_models.py:166, RocketQA model/src/optimization.py:102-131).
     """
     plain, decayed = [], []
-    for name, parameter in named:
-        norm_or_bias = name.endswith("bias") or "LayerNorm" in name or "layer_norm" in name  # BERT's, T5's
-        (plain if norm_or_bias else decayed).append(parameter)
+    for _, parameter in named:
+        # why not by name, as DPR does: in every model they are the vectors, but not in all so named
+        (plain if parameter.ndim < 2 else decayed).append(parameter)
     groups = [
         {"params": plain, "weight_decay": 0.0},
         {"params": decayed, "weight_decay": cfg.weight_decay},

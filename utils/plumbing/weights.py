@@ -2,22 +2,30 @@
 Load and save the weights of every model in this repository.
 
 A model is a Hugging Face folder with `encoder_inputs.json`, which says how the inputs of these weights are
-built (utils/encoder.py). `python -m prepare.checkpoints` makes such folders of the original DPR's files.
+built (utils/encoder.py). `python -m prepare.checkpoints` makes such folders of the original DPR's files. A
+folder of sentence-transformers says it in files of its own. Of any other, the keys of a script say it.
 """
 
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import pickle
+import sys
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import transformers
 from safetensors import SafetensorError
+from tokenizers import normalizers
 from torch import nn
+from transformers.models.auto import modeling_auto
 
-from utils.encoder import POOLINGS, TOKEN_TYPES, Encoder
+from utils.distributed import world
+from utils.encoder import DEFAULTS, PASSAGES, POOLINGS, TOKEN_TYPES, Encoder, takes_token_types
+from utils.plumbing import sentence_transformers
 from utils.plumbing.config import UserError, memory_is_full, model_fault, nearest
 from utils.plumbing.files import atomic_folder, read_json, write_json
 
@@ -26,14 +34,41 @@ TOWERS = {"query_encoder": "question", "doc_encoder": "passage"}
 # the inputs of the original DPR, right for facebook/dpr-*: 256 tokens, CLS, zero segment ids
 # from: GC-DPR dpr/models/hf_models.py:127-159 (the June 2020 snapshot of DPR)
 DPR_INPUTS = {"question_tokens": 256, "passage_tokens": 256, "pooling": "cls", "token_types": "zeros"}
-# what encoder_inputs.json may say; the lengths are numbers, `pair` is a text
+# what encoder_inputs.json may say; the lengths are numbers
 CHOICES = {
     "role": ("question", "passage", "shared", "cross", "reader", "fid"),
     "pooling": POOLINGS,
     "token_types": TOKEN_TYPES,
+    "passage": PASSAGES,
+    "normalize": (False, True),
 }
 LENGTHS = ("question_tokens", "passage_tokens", "pair_tokens", "reader_tokens", "answer_tokens")
-HAVE_POOLER = ("bert", "ernie", "roberta", "xlm-roberta")
+TEXTS = ("pair", "question_prefix", "passage_prefix")
+KEYS = (*DPR_INPUTS, *DEFAULTS)  # those of an encoder that a script has as keys
+HAVE_POOLER = ("bert", "ernie", "roberta", "xlm-roberta", "albert", "camembert", "mpnet")
+# heads of other tasks: an encoder has no place for them. Any other weight that finds no place is a fault
+HEADS = (
+    "position_ids",
+    "cls.",
+    "pooler.",
+    "lm_head.",
+    "classifier.",
+    "pre_classifier.",
+    "qa_outputs.",
+    "score.",
+)
+HEADS += ("vocab_transform.", "vocab_layer_norm.", "vocab_projector.", "predictions.", "sop_classifier.")
+HEADS += (
+    "discriminator_predictions.",
+    "generator_",
+    "lm_predictions.",
+    "mask_predictions.",
+    "head.",
+    "decoder.",
+)
+# of a hub's folder: the small files, and the weights in one of two formats
+SMALL = ("*.json", "*.txt", "*.model", "*.codes", "*.spm", "*.safetensors")
+OTHER_FORMATS = ("onnx/*", "openvino/*", "coreml/*", "original/*")
 transformers.utils.logging.disable_progress_bar()  # two bars for every small file drown the log
 
 
@@ -42,45 +77,84 @@ def load_encoder(path, role, inputs=None, dropout=0.0, layer_norm_epsilon=0.0):
     """
     Load the tower `role` (question | passage) as an Encoder.
 
-    path: a folder that save_encoder wrote, facebook/dpr-* or a copy of it, or any BERT-like Hugging Face
-    folder or hub name (then `inputs` must say how inputs are built). inputs overrides what is stored, and so
-    does layer_norm_epsilon above 0. UserError when the path is the other tower, incomplete, or not reachable.
+    path: a folder that save_encoder wrote, facebook/dpr-* or a copy of it, a folder of sentence-transformers,
+    or any BERT-like Hugging Face folder (then `inputs` must name the pooling); or the hub name of one. inputs
+    overrides what is stored, and so does layer_norm_epsilon above 0. UserError when the path is the other
+    tower (where inputs names no role), incomplete, not reachable, or not BERT-like.
     """
-    path = str(path)
+    path, inputs = str(path), inputs or {}
     stored = read_inputs(path, "encoder")
-    if stored.get("role", "shared") not in (role, "shared") and not inputs:
+    if stored.get("role", "shared") not in (role, "shared") and "role" not in inputs:
         raise UserError(f"{path}: this is a {stored['role']} encoder; a {role} encoder is needed here")
 
     # the weights
-    projection = None
     with explain_load_errors(path):
-        config = transformers.AutoConfig.from_pretrained(path)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        described, projection, folder = sentence_transformers.read_folder(local_folder(path))
+        config = transformers.AutoConfig.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder, described.pop("do_lower_case", False))
+        if config.model_type in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+            raise UserError(f"{path}: {config.model_type} has a decoder; a BERT-like encoder is needed here")
         if config.model_type == "dpr":
-            model, projection = from_hf_dpr(path, role, config)
-            stored = DPR_INPUTS | stored
+            model, projection = from_hf_dpr(folder, role, config)
+            described = dict(DPR_INPUTS)
         else:
             # the pooler is BERT's head for next-sentence prediction: DPR takes the plain CLS
             options = {"add_pooling_layer": False} if config.model_type in HAVE_POOLER else {}
-            model = load_complete(transformers.AutoModel, path, **options)
+            model = load_complete(transformers.AutoModel, folder, **options)
+    for key in described.keys() & {"question_tokens", "passage_tokens"}:
+        described[key] = min(described[key], places_of(model) or described[key])
     set_dropout(model, dropout, layer_norm_epsilon)
 
-    # how their inputs are built
-    stored |= inputs or {}
-    absent = ", ".join(sorted({*DPR_INPUTS} - {*stored}))
-    if absent:
-        example = json.dumps({"role": "shared", **DPR_INPUTS, "pair": ""})
-        fix = f"write it there, such as {example}"
-        raise UserError(f"{path}: encoder_inputs.json does not say {absent}; {fix}")
-    longest = max(stored["question_tokens"], stored["passage_tokens"])
+    # how their inputs are built: by the keys, else by encoder_inputs.json, else by the folder's other files
+    if not stored or config.model_type == "dpr":
+        stored = described | stored
+    for key in sorted({"pooling", "normalize"} & inputs.keys() & stored.keys()):
+        if stored[key] != inputs[key] and world()[0] == 0:
+            said = f"{key} {stored[key]!r} is stored with these weights, {inputs[key]!r} is asked for"
+            print(f"warning: {path}: {said}", file=sys.stderr)
+    if "pooling" not in stored | inputs:
+        raise UserError(f"{path}: {what_is_missing(path, role, stored | inputs)}")
+    most = min(tokenizer.model_max_length, places_of(model) or 512)
+    how = {"role": role, "pair": "", "token_types": "zeros", "question_tokens": most, "passage_tokens": most}
+    how |= stored | inputs
+    longest = max(how["question_tokens"], how["passage_tokens"])
     check_sizes(path, model, tokenizer, longest, "tokens a text")
-    return Encoder(model, tokenizer, {"role": role, "pair": ""} | stored, projection)
+    encoder = Encoder(model, tokenizer, how, projection)
+    check_bert_like(path, encoder)
+    return encoder
+
+
+def what_is_missing(path, role, known):
+    """Return what nothing says of how an encoder's inputs are built, and two ways to say it."""
+    absent = ", ".join(sorted({*DPR_INPUTS} - {*known}))
+    command = "test_dpr.py --query_encoder" if role == "question" else "doc2embedding.py --doc_encoder"
+    keys = "--pooling cls|mean|last --normalize true|false --token_types zeros|segments --passage pair|joined"
+    lengths = f"--{role}_tokens 256 --{role}_prefix ''"
+    example = json.dumps({"role": "shared", **DPR_INPUTS, "pair": ""})
+    return (
+        f"encoder_inputs.json does not say {absent}; write it there, such as {example}; or give the keys: "
+        f"python {command} {path} {keys} {lengths}"
+    )
+
+
+def given_inputs(cfg):
+    """Return {key: value} of the keys of a script about an encoder's inputs, without "auto" and 0."""
+    given = {}
+    for key in KEYS:
+        value = getattr(cfg, key, "auto")
+        if key == "normalize":
+            value = {"true": True, "false": False}.get(str(value).lower(), value)
+        if value == "auto" or type(value) is int and value == 0:
+            continue
+        if fault := input_fault(key, value):
+            raise UserError(f"{key}: {value!r}: {fault}")
+        given[key] = value
+    return given
 
 
 def load_towers(sources, cfg, device):
     """Load {"query_encoder": ..., "doc_encoder": ...} from {name: path}; a shared one has both names."""
-    keys = ("question_tokens", "passage_tokens", "pooling", "token_types")
-    inputs = {key: getattr(cfg, key) for key in keys}
+    inputs = given_inputs(cfg)
     encoders = {}
     for name, role in TOWERS.items():
         if name == "doc_encoder" and cfg.shared_encoder:
@@ -117,7 +191,48 @@ def load_complete(model_class, path, **options):
     options |= {"output_loading_info": True, "dtype": torch.float32}
     model, report = model_class.from_pretrained(path, **options)
     check_complete(path, report["missing_keys"])
+    check_sound(path, model, report["unexpected_keys"])
     return model
+
+
+@functools.cache
+def local_folder(path):
+    """Return the folder of a model: `path` itself, or the copy of a hub's folder that is fetched first."""
+    # why one copy first: all files of it are one version, and what loads them does not ask the network again,
+    # which would wait a minute where there is none
+    if Path(path).is_dir():
+        return str(path)
+    if world()[0] == 0:
+        print(f"{path}: no folder here, looked up on the hub ...", file=sys.stderr, flush=True)
+    with explain_load_errors(path):
+        fetch = functools.partial(huggingface_hub.snapshot_download, path, etag_timeout=5)
+        folder = Path(fetch(allow_patterns=SMALL, ignore_patterns=OTHER_FORMATS))
+        steps = [folder, *folder.glob("*_Dense"), *folder.glob("*_Transformer")]
+        if not all([*step.glob("*.safetensors")] for step in steps if (step / "config.json").is_file()):
+            fetch(allow_patterns="*pytorch_model*.bin")  # of before safetensors
+    return str(folder)
+
+
+def load_tokenizer(folder, lower=False):
+    """Load the tokenizer of a folder. lower: it is to lower-case, whatever its own files say."""
+    folder = Path(folder)
+    options = {}
+    if (folder / "vocab.txt").is_file() and not (folder / "tokenizer.json").is_file():
+        file = folder / "tokenizer_config.json"
+        settings = read_json(file) if file.is_file() else {}
+        words = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
+        cased = sum(word != word.lower() for word in words if not word.startswith("["))
+        if "do_lower_case" not in settings and cased > len(words) / 100:
+            # trap: a lone vocab.txt is lower-cased by default, and every name becomes [UNK]
+            options["do_lower_case"] = False
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+    if lower and tokenizer.is_fast:
+        backend = tokenizer.backend_tokenizer
+        steps = [step for step in [backend.normalizer] if step]
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
+    elif lower:
+        tokenizer.do_lower_case = True
+    return tokenizer
 
 
 # ---------------------------------------------------------------- checks
@@ -129,7 +244,7 @@ def read_inputs(path, what="model"):
     """
     if fault := model_fault(path, what):
         raise UserError(f"{path}: {fault}")
-    file = Path(path) / "encoder_inputs.json"
+    file = Path(local_folder(str(path))) / "encoder_inputs.json"
     stored = read_json(file) if file.is_file() else {}
     if not isinstance(stored, dict):
         raise UserError(f"{file}: expected a json object")
@@ -144,12 +259,13 @@ def read_inputs(path, what="model"):
 def input_fault(key, value):
     """Return what is wrong with an entry of encoder_inputs.json, or ""."""
     if key in CHOICES:
-        return "" if value in CHOICES[key] else f"must be one of {', '.join(CHOICES[key])}"
+        known = ", ".join(map(str, CHOICES[key])).lower()
+        return "" if value in CHOICES[key] else f"must be one of {known}"
     if key in LENGTHS:
         return "" if type(value) is int and value > 1 else "must be a number of at least 2"
-    if key == "pair":
+    if key in TEXTS:
         return "" if isinstance(value, str) else "must be a text"
-    return nearest(key, [*CHOICES, *LENGTHS, "pair"])
+    return nearest(key, [*CHOICES, *LENGTHS, *TEXTS])
 
 
 def check_complete(path, missing, optional=("pooler.",), what="this architecture"):
@@ -157,6 +273,55 @@ def check_complete(path, missing, optional=("pooler.",), what="this architecture
     lost = [key for key in missing if "position_ids" not in key and not key.startswith(optional)]
     if lost:
         raise UserError(f"{path}: {len(lost)} weights are missing, such as {lost[0]}: not {what}")
+
+
+def check_sound(path, model, unexpected=()):
+    """UserError for weights that find no place in the model, or that hold NaN or infinity."""
+    lost = [key for key in sorted(unexpected) if not any(f".{name}" in f".{key}" for name in HEADS)]
+    if lost:
+        fault = f"{len(lost)} weights have no place in a {type(model).__name__}, such as {lost[0]}"
+        raise UserError(f"{path}: {fault}: they would be left out, and its vectors would be others")
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise UserError(f"{path}: its weights hold NaN or infinity, in {name}; get or train it again")
+
+
+def check_bert_like(path, encoder):
+    """UserError where a model cannot make a vector in the way that its inputs ask for."""
+    inputs = encoder.inputs
+    tokenizer = encoder.tokenizer
+    kind = encoder.model.config.model_type
+    if inputs["pooling"] != "last" and is_causal(encoder.model):
+        fault = f"{kind} reads from left to right, so only its last token has seen the whole text"
+        raise UserError(f"{path}: {fault}; pooling {inputs['pooling']} is wrong, last is right")
+    if inputs["token_types"] == "segments" and not knows_segments(encoder.model, tokenizer):
+        raise UserError(f"{path}: {kind} knows no second segment; token_types must be zeros")
+    separators = tokenizer.num_special_tokens_to_add(pair=True) - tokenizer.num_special_tokens_to_add()
+    if encoder.how("passage") == "pair" and separators < 1:
+        raise UserError(f"{path}: {kind} puts nothing between title and text; passage must be joined")
+
+
+def knows_segments(model, tokenizer):
+    """Return whether a model tells a second segment from the first."""
+    known = takes_token_types(model) and tokenizer.sep_token_id is not None
+    return known and model.config.type_vocab_size > 1
+
+
+@torch.no_grad()
+def is_causal(model):
+    """Return whether the state of a token is the same for every token that may follow it."""
+    # why tried: no entry of config.json says it of all architectures
+    was_training = model.training
+    model.eval()
+    words_VD = model.get_input_embeddings().weight
+    other = (words_VD - words_VD[0]).abs().sum(1).argmax().item()
+    states = []
+    for second in (0, other):
+        ids = torch.tensor([[0, second]], device=words_VD.device)
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        states.append(output.last_hidden_state[0, 0])
+    model.train(was_training)
+    return torch.equal(*states)
 
 
 @contextlib.contextmanager
@@ -168,8 +333,10 @@ def explain_load_errors(path):
         if memory_is_full(error):
             raise
         fault = "its weights are damaged, or of another shape than in config.json (get it again)"
-        if isinstance(error, OSError | ValueError):
-            fault = "neither a complete local folder nor reachable on the hub"
+        if isinstance(error, OSError | ValueError) and Path(path).is_dir():
+            fault = "not a complete model folder, or not one that transformers knows (copy all of its files)"
+        elif isinstance(error, OSError | ValueError):
+            fault = "neither a local folder nor reachable on the hub"
             fault += f" (with a network, `hf download {path}` fetches it)"
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{path}: {fault}: {reason}") from error
@@ -181,12 +348,22 @@ def check_sizes(path, model, tokenizer, tokens, what):
         # trap: transformers 5 makes an empty tokenizer of nothing, which reads every word as [UNK]
         raise UserError(f"{path}: no tokenizer in it; copy tokenizer.json and tokenizer_config.json there")
     words = len(tokenizer)
-    known = model.config.vocab_size
+    known = getattr(model.config, "vocab_size", 0)
     if words > known:
         raise UserError(f"{path}: {words} words in its tokenizer, but only {known} embeddings for them")
-    places = getattr(model.config, "max_position_embeddings", tokens)  # T5 learns distances, not places
-    if tokens > places:
+    places = places_of(model)
+    if places and tokens > places:
         raise UserError(f"{path}: {tokens} {what}, but only {places} embeddings for them")
+
+
+def places_of(model):
+    """Return how many tokens a model has places for, 0 where there is no limit (T5 learns distances)."""
+    places = max(0, getattr(model.config, "max_position_embeddings", 0))
+    for name, module in model.named_modules():
+        # trap: RoBERTa's first place is padding_idx + 1, so 514 embeddings are 512 places
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            places = len(module.weight) - module.padding_idx - 1
+    return places
 
 
 def set_dropout(model, dropout, layer_norm_epsilon=0.0):
@@ -211,19 +388,24 @@ def set_dropout(model, dropout, layer_norm_epsilon=0.0):
 
 # ---------------------------------------------------------------- save
 def save_encoder(encoder, folder):
-    """Write weights, tokenizer and encoder_inputs.json atomically; any Hugging Face code loads the folder."""
-    if encoder.projection:
-        raise UserError("an encoder with a projection layer cannot be saved as a plain BERT folder")
+    """
+    Write weights, tokenizer and encoder_inputs.json atomically; any Hugging Face code loads the folder.
+
+    Of an encoder of texts, sentence-transformers loads it too, and gives the same vectors.
+    """
     with atomic_folder(folder) as temporary:
         encoder.model.save_pretrained(temporary)
         words = copy.deepcopy(encoder.tokenizer)  # another thread may be using the original
-        words.backend_tokenizer.no_truncation()  # the last length used is no part of a tokenizer
+        if words.is_fast:
+            words.backend_tokenizer.no_truncation()  # the last length used is no part of a tokenizer
         words.save_pretrained(temporary)
-        if encoder.inputs["token_types"] == "segments":
-            # why: other libraries pass on only the inputs that are named here
-            config = read_json(temporary / "tokenizer_config.json")
-            config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
-            write_json(temporary / "tokenizer_config.json", config)
+        # why: other libraries pass on only the inputs that are named here; a BERT would get types 0 and 1
+        config = read_json(temporary / "tokenizer_config.json")
+        types = ["token_type_ids"] if encoder.inputs["token_types"] == "segments" else []
+        config["model_input_names"] = ["input_ids", *types, "attention_mask"]
+        write_json(temporary / "tokenizer_config.json", config)
+        if "pooling" in encoder.inputs:
+            sentence_transformers.write_folder(temporary, encoder)
         write_json(temporary / "encoder_inputs.json", encoder.inputs)
 
 
@@ -233,8 +415,12 @@ def encoder_hash(encoder):
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    # why not DEFAULTS: an encoder of before they could be said has the same vectors
     inputs = {key: value for key, value in encoder.inputs.items() if key not in ("pair", "role")}
+    inputs = {key: value for key, value in inputs.items() if value != DEFAULTS.get(key)}
     digest.update(json.dumps(inputs, sort_keys=True).encode())
+    if isinstance(encoder.projection, nn.Sequential):
+        digest.update(str(encoder.projection).encode())  # an activation has no weights
     return digest.hexdigest()
 
 
