@@ -20,8 +20,8 @@ START=${START:-data/models/tinybert-4l}            # of all encoders, cross-enco
 T5=${T5-data/models/flan-t5-small}                 # of FiD and EMDR2; with a hub: google/flan-t5-small
 RUNGS=${RUNGS:-dpr gc ance rocket reader emdr2}
 FLAGS="--passage_tokens 96 --question_tokens 32 --seed $SEED ${FLAGS:-}"    # to all trainings of dual encoders
-CROSS_FLAGS="--adversarial_epsilon 0 --layer_norm_epsilon 0 --pair_tokens 128 --learning_rate 1e-4 --warmup 0.1
-    --batch_size 32 --seed $SEED ${CROSS_FLAGS:-}" # those of results/nq16k
+export CROSS_CONFIG=${CROSS_CONFIG:-config/train_cross_encoder_demo.yaml}
+CROSS_FLAGS="--seed $SEED ${CROSS_FLAGS:-}"
 EMDR2="--temperature 1.0 --learning_rate 2.0e-4 --retriever_lr_scale 0.05 --gradient_checkpointing false --epochs 1"
 case $SIZE in
 small) # the demo's 10,033 passages and 970 questions, on two CPU cores

@@ -22,14 +22,17 @@ from utils.plumbing.config import UserError, friendly_errors  # noqa: E402
 from utils.plumbing.files import atomic_file  # noqa: E402
 
 # A full stop after a small letter or digit, then a capital: "St. Paul" and "J. S. Bach" mostly stay whole.
-SENTENCE_END = re.compile(r'(?<=[a-z0-9)"][.!?]) (?=[A-Z])')
+# Chinese and Japanese have stops of their own and no space, Hindi a bar; scripts without capitals need none.
+SENTENCE_END = re.compile(
+    r'(?<=[a-z0-9)"][.!?]) (?=[A-Z])|(?<=[。！？])|(?<=[।؟۔]) |(?<=[^\x00-\u024f][.!?]) '
+)
 
 
 def main(corpus_path, out):
     rng, corpus, written = random.Random(0), Corpus(corpus_path), 0
     with atomic_file(out) as file:
         for passage in corpus:
-            sentences = SENTENCE_END.split(passage.text)
+            sentences = [part for part in SENTENCE_END.split(passage.text) if part.strip()]
             if len(sentences) < 2:
                 continue
             # differs: ORQA takes the sentence out of its passage nine times in ten, and leaves the title out
