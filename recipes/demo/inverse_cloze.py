@@ -22,17 +22,23 @@ from utils.plumbing.config import UserError, friendly_errors  # noqa: E402
 from utils.plumbing.files import atomic_file  # noqa: E402
 
 # A full stop after a small letter or digit, then a capital: "St. Paul" and "J. S. Bach" mostly stay whole.
-# Chinese and Japanese have stops of their own and no space, Hindi a bar; scripts without capitals need none.
-SENTENCE_END = re.compile(
-    r'(?<=[a-z0-9)"][.!?]) (?=[A-Z])|(?<=[。！？])|(?<=[।؟۔]) |(?<=[^\x00-\u024f][.!?]) '
-)
+SENTENCE_END = re.compile(r'(?<=[a-z0-9)"][.!?]) (?=[A-Z])')
+# Other scripts: Chinese and Japanese have stops of their own, without spaces; Hindi has a bar.
+OTHER_END = re.compile("(?<=[。！？])|(?<=[.!?।؟۔]) ")
+
+
+def split_sentences(text):
+    """Return the sentences of a text, by the rule of the script in which most of it is written."""
+    latin = sum(character < "\u0250" for character in text)
+    end = SENTENCE_END if 2 * latin > len(text) else OTHER_END
+    return [sentence for sentence in end.split(text) if sentence]
 
 
 def main(corpus_path, out):
     rng, corpus, written = random.Random(0), Corpus(corpus_path), 0
     with atomic_file(out) as file:
         for passage in corpus:
-            sentences = [part for part in SENTENCE_END.split(passage.text) if part.strip()]
+            sentences = split_sentences(passage.text)
             if len(sentences) < 2:
                 continue
             # differs: ORQA takes the sentence out of its passage nine times in ten, and leaves the title out
