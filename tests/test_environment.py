@@ -41,7 +41,7 @@ def of(text):
     ],
 )
 def test_a_variable_that_would_change_the_work_is_refused(environment, variables, words):
-    """accelerate would divide the gradient by four, shard the model, or wait for a process that is not there."""
+    """accelerate would divide the gradient by four, shard the model, or wait in vain."""
     environment(of(variables))
     with pytest.raises(UserError, match=words):
         start()

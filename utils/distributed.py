@@ -43,21 +43,27 @@ def check_environment(mixed_precision):
     numbers = {name for name in LAUNCHED if env.get(name, "").isdigit()}
     launched = "LOCAL_RANK" in env or env.get("WORLD_SIZE", "1") != "1"
     if launched and (numbers < LAUNCHED or not env.get("MASTER_ADDR")):
-        fault = f"the environment has {', '.join(sorted(env.keys() & LAUNCHED))}, but no launcher set them all"
+        fault = (
+            f"the environment has {', '.join(sorted(env.keys() & LAUNCHED))}, but no launcher set them all"
+        )
         raise UserError(f"{fault}; start with torchrun, or: unset {' '.join(sorted(LAUNCHED))} MASTER_ADDR")
 
     # what accelerate was told, and is not used
     warnings = []
     precision = env.get("ACCELERATE_MIXED_PRECISION", mixed_precision)
     if precision not in ("no", mixed_precision):
-        warnings.append(f"accelerate's mixed_precision {precision} is not used, the key says {mixed_precision}")
+        warnings.append(
+            f"accelerate's mixed_precision {precision} is not used, the key says {mixed_precision}"
+        )
     if Path(default_config_file).is_file() and not launched and precision is mixed_precision:
         warnings.append(f"{default_config_file} is not used: only `accelerate launch` reads it")
     # trap: asked for several processes without a GPU, it starts one and only sets MASTER_ADDR
     if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env and not launched:
         warnings.append("accelerate launch started one process; for several: torchrun --nproc_per_node N")
     if launched and "TORCHELASTIC_RUN_ID" not in env:
-        warnings.append(f"waits for {env['WORLD_SIZE']} processes, as WORLD_SIZE says; no torchrun is at work")
+        warnings.append(
+            f"waits for {env['WORLD_SIZE']} processes, as WORLD_SIZE says; no torchrun is at work"
+        )
     for warning in warnings if env.get("RANK", "0") == "0" else ():
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 

@@ -10,6 +10,7 @@ nearest key. No number may be negative. `--help` prints the full yaml.
 import contextlib
 import difflib
 import errno
+import math
 import os
 import sys
 import traceback
@@ -120,11 +121,17 @@ def read_yaml(path):
     if fault := file_fault(path):
         raise UserError(f"config {path}: {fault}")
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        values = yaml.safe_load(text)
+        node = yaml.compose(text, yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2026-13-45 is a ValueError
         raise UserError(f"{path}: not valid yaml: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
         raise UserError(f"{path}: expected flat `key: value` lines")
+    keys = [key.value for key, _ in node.value]
+    for place, key in enumerate(keys):  # trap: yaml takes the last of two values without a word
+        if key in keys[:place]:
+            raise UserError(f"{path}:{node.value[place][0].start_mark.line + 1}: {key!r} stands there twice")
     return values
 
 
@@ -166,13 +173,13 @@ def typed(key, value, default, where):
         if kind is str:
             return str(value)
         number = float(value)  # trap: PyYAML reads 2e-5 as a string, only 2.0e-5 as a number
-        if kind is int and number != int(number):
+        if kind is int and (number != int(number) or number > 2**53):  # from there on it would be another one
             raise ValueError
     except (KeyError, TypeError, ValueError, OverflowError, yaml.YAMLError):
         message = f"{where}: {key} must be of type {kind.__name__} (such as {default!r}), got {value!r}"
         raise UserError(message) from None
-    if not number >= 0:  # NaN too
-        raise UserError(f"{where}: {key} must be at least 0, got {value}")
+    if not 0 <= number < math.inf:  # NaN too
+        raise UserError(f"{where}: {key} must be at least 0 and finite, got {value}")
     return kind(number)
 
 

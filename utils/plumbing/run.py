@@ -78,7 +78,7 @@ class Run:
         self.fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
         self.state = {"step": 0, "best": None, "best_step": 0, "settings": settings, "minutes": 0.0}
-        self.notes, self.caught, self.wandb = [], [], None
+        self.notes, self.caught, self.wandb, self.idle = [], [], None, False
         self.checkpoint = newest_checkpoint(self.dir, self.notes.append)
         if self.checkpoint:
             self._resume(settings)
@@ -183,10 +183,16 @@ class Run:
     def refuse_non_finite(self, loss, norm, lr):
         """Stop before the optimizer steps. A loss scaler (fp16) skips an infinite gradient by itself."""
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.accelerator.scaler):
+            advice = "lower learning_rate, or raise adam_epsilon"
+            if self.state["step"] == self.first and not self.weights_are_finite():
+                advice = "the weights that the training starts from hold NaN or infinity: take others"
             raise UserError(
                 f"step {self.state['step'] + 1}: loss {loss}, gradient norm {norm}, learning rate {lr:.2e}: "
-                f"stopped before the weights changed, what {self.dir} holds is good; lower learning_rate"
+                f"stopped before the weights changed, what {self.dir} holds is good; {advice}"
             )
+
+    def weights_are_finite(self):
+        return all(bool(torch.isfinite(weight).all()) for weight in self.weights)
 
     def log(self, shown, hidden):
         """
@@ -197,6 +203,10 @@ class Run:
         seconds = time.time() - self.step_began
         self.state["step"] += 1
         done = self.state["step"]
+        idle = not (shown["loss"] or hidden["grad_norm"])
+        if idle and not self.idle:
+            self.say(f"warning: loss and gradient of step {done} are 0: from this batch nothing is learned")
+        self.idle = idle
         self.record({"step": done, **shown, **hidden, "seconds": seconds})
         if done % self.cfg.log_every and done != self.last:
             return
@@ -240,6 +250,11 @@ class Run:
         if not self.cfg.dev:
             self.state["best_step"] = done
         minutes = self.state["minutes"] + (time.time() - self.began) / 60
+        # trap: an optimizer can make NaN of a finite gradient, for example with adam_epsilon 0
+        if not self.weights_are_finite():
+            kept = newest_checkpoint(self.dir, self.say) or "there is no checkpoint yet"
+            fault = f"step {done}: a weight is NaN or infinite, nothing is saved (good: {kept})"
+            raise UserError(f"{fault}; lower learning_rate, or raise adam_epsilon")
         if self.main:
             state = self.state | {"minutes": minutes}
             if self.accelerator.scaler:
