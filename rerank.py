@@ -136,7 +136,7 @@ def main():
     at_least(cfg, 1, "depth", "batch_size", "block")
     need_file(cfg, "questions", "ranking", "corpus")
     need_model(cfg, "cross_encoder")
-    need_out(cfg, "out", "questions", "ranking", "corpus")
+    need_out(cfg, "out", ".metrics.json")
     out = Path(cfg.out)
     if out.suffix != ".run":
         raise UserError(f"out must be the path of a .run file, got {cfg.out!r}")

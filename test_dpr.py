@@ -55,7 +55,7 @@ def check_settings(cfg):
     need_file(cfg, "questions", "corpus", optional=("bm25_run", "check_leak"))
     if not cfg.out.endswith(".run"):
         raise UserError(f"out must be the path of a .run file, got {cfg.out!r}")
-    need_out(cfg, "out", "questions", "corpus", "bm25_run", "check_leak")
+    need_out(cfg, "out", ".metrics.json")
     need_value(cfg, "embeddings")
     if not cfg.lookahead:
         need_model(cfg, "query_encoder")

@@ -120,6 +120,12 @@ MISTAKES = [
     ("test_dpr", {"out": "x.txt"}, "out must be the path of a .run file"),
     ("test_dpr", {"out": "folder.run"}, "out: folder.run is a folder; name a file"),
     ("test_dpr", {"bm25_run": "test.run", "out": "test.run"}, "is an input too (bm25_run)"),
+    (
+        "test_dpr",
+        {"questions": "o.metrics.json", "out": "o.run"},
+        "o.metrics.json is an input too (questions)",
+    ),
+    ("rerank", {"questions": "o.metrics.json", "out": "o.run"}, "o.metrics.json is an input too (questions)"),
     ("test_dpr", {"question_tokens": 2}, "question_tokens must be at least 4, got 2"),
     ("train_cross_encoder", {"train": "lone.jsonl"}, "lone.jsonl: no question has any negatives"),
     ("train_cross_encoder", {"dev": "lone.jsonl"}, "lone.jsonl: no question has any negatives"),
