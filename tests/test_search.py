@@ -251,6 +251,10 @@ def test_a_saved_index_is_read_only_while_its_hash_and_its_embeddings_match(tmp_
         build_index("HNSW8", shards, tmp_path, embeddings)
         assert "building it again" in capsys.readouterr().out
         assert json.loads((tmp_path / "HNSW8.json").read_text())["sha256"] == sha256(tmp_path / "HNSW8.faiss")
+    for note in ("", "{", "[]", "{}"):
+        (tmp_path / "HNSW8.json").write_text(note)
+        build_index("HNSW8", shards, tmp_path, "two")
+        assert "building it again" in capsys.readouterr().out
 
 
 def test_an_index_that_finds_too_little_gives_a_shorter_list_and_says_so(tmp_path, capsys):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from utils.data import Corpus, read_questions, write_run
 from utils.plumbing.config import UserError, friendly_errors, need_out
-from utils.plumbing.files import atomic_folder, read_json, write_json
+from utils.plumbing.files import atomic_folder, lock, read_json, write_json
 
 # from: Karpukhin et al. 2020, Sec. 5.1 (Lucene's b and k1)
 SETTINGS = {"k1": 0.9, "b": 0.4, "stopwords": "english"}
@@ -30,6 +30,7 @@ def tokens(texts):
 def build_bm25(corpus, folder):
     """Return the BM25 index of title + text: the one in `folder` if it is of this corpus, else a new one."""
     folder = Path(folder)
+    lock_file = folder.with_name(f".{folder.name}.lock")
     want = {"corpus": corpus.sha256, "rows": len(corpus), **SETTINGS}
     if folder.exists():
         if not (folder / "bm25.json").is_file():
@@ -40,8 +41,11 @@ def build_bm25(corpus, folder):
         # why no other OSError: after "too many open files" the index may be whole
         except (UserError, FileNotFoundError, ValueError, EOFError, LookupError) as error:
             print(f"{folder}: damaged ({error}), it is built again", file=sys.stderr)
+        lock(lock_file)
         shutil.rmtree(folder)
 
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    lock(lock_file)
     passages = tqdm(corpus, "BM25 index", delay=5, disable=None)
     words = tokens(f"{passage.title} {passage.text}" for passage in passages)
     if not words.vocab:

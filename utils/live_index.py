@@ -27,7 +27,7 @@ from utils import encoder as encoding
 from utils.distributed import gather_items, prefetch, world
 from utils.plumbing.config import UserError, at_least, must_be_one_of, need_value
 from utils.plumbing.embeddings import check_storable, open_embeddings
-from utils.plumbing.weights import load_encoder, save_encoder
+from utils.plumbing.weights import encoder_hash, load_encoder, save_encoder
 from utils.search import exact_topk, fetch
 
 BLOCK = 16384  # rows that are sent to the GPU at a time
@@ -69,7 +69,11 @@ class LiveIndex:
         # why on one device: every device would hash all 32 GB of Wikipedia
         self.load(cfg.embeddings, 0, verify=rank == 0, query_encoder=cfg.query_encoder)
         if not run.state.get("index_step"):
-            self.check(load_encoder(cfg.doc_encoder, "passage").to(run.device))
+            encoder = load_encoder(cfg.doc_encoder, "passage").to(run.device)
+            self.check(encoder)
+            if encoder_hash(encoder) != self.made_by:  # an edit that eight passages do not show
+                fault = f"{cfg.embeddings}: made by an encoder of other weights than {cfg.doc_encoder}"
+                raise UserError(f"{fault}; repeat doc2embedding.py with this one, or name the other")
 
     def load(self, folder, step, **how):
         """Take over the embeddings in `folder`, made by the encoder of `step`; no row is copied."""
@@ -77,6 +81,7 @@ class LiveIndex:
         self.folder = folder
         self.step = step
         self.dtype = manifest["dtype"]
+        self.made_by = manifest.get("encoder")
         self.shards = []
         first = 0
         for shard in shards:

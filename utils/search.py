@@ -11,6 +11,7 @@ or the number of questions.
 Q questions, q of them at a time · D dimensions · k results · K candidates · n rows of a block · N passages
 """
 
+import contextlib
 import os
 import platform
 import re
@@ -212,11 +213,13 @@ def build_index(factory, shards, folder, embeddings, nprobe=64, ef_search=128):
         raise UserError(f"index Flat needs {need:.1f} GB, {free:.1f} GB are free; use index stream")
     path = Path(folder) / (re.sub(r"[^\w,.-]", "_", factory) + ".faiss")
     stamp = path.with_suffix(".json")
-    saved = read_json(stamp) if stamp.is_file() and path.is_file() else {}
+    saved = {}
+    with contextlib.suppress(UserError):  # no note, or a damaged one
+        saved = read_json(stamp) if path.is_file() else {}
     if saved and saved == {"factory": factory, "embeddings": embeddings, "sha256": sha256(path)}:
         index = faiss.read_index(str(path))
     else:
-        if saved:
+        if path.is_file():
             print(f"{path}: damaged, or made from other embeddings; building it again", flush=True)
         index = fill_index(factory, shards)
         if factory != "Flat":

@@ -33,6 +33,8 @@ def open_embeddings(folder, corpus_sha256="", verify=True, query_encoder="", row
     if not (folder / "manifest.json").is_file():
         refuse(folder, "no manifest.json, so no finished embeddings")
     manifest = read_json(folder / "manifest.json")
+    if not isinstance(manifest, dict):
+        refuse(folder, "manifest.json is damaged")
     if absent := KEYS - manifest.keys():
         refuse(folder, f"manifest.json has no {', '.join(sorted(absent))}")
     if manifest["complete"] is not True:
@@ -145,11 +147,13 @@ def shards_to_encode(shards, stored):
     """
     todo = {}
     for file, rows in tqdm(shards.items(), "checking shards", delay=5, disable=None, leave=False):
-        note = file.with_suffix(".json")
-        noted = read_json(note)["sha256"] if note.is_file() else ""
+        try:
+            noted = read_json(file.with_suffix(".json"))["sha256"]
+        except (UserError, LookupError, TypeError):  # no note, or a damaged one
+            noted = ""
         if not file.is_file():
             todo[file] = rows
-        elif sha256(file) != stored.get("shards", {}).get(file.name, noted):
+        elif noted == "" or sha256(file) != stored.get("shards", {}).get(file.name, noted):
             print(f"{file}: damaged (another sha256 than when written), it is encoded again", flush=True)
             todo[file] = rows
     return todo

@@ -28,7 +28,15 @@ from utils.corpus import Corpus
 from utils.distributed import any_device, peak_memory, prefetch, start
 from utils.plumbing.checkpoint import load_moments, newest_checkpoint, publish, save_checkpoint
 from utils.plumbing.config import ROOT, UserError, at_least, must_be_one_of, need_folder, need_model
-from utils.plumbing.files import atomic_file, folder_hash, need_space, read_json, weights_hash, write_json
+from utils.plumbing.files import (
+    atomic_file,
+    folder_hash,
+    lock,
+    need_space,
+    read_json,
+    weights_hash,
+    write_json,
+)
 
 # keys that a resume may change: files are compared by content, the others do not change what is learned
 FREE = "config run_dir resume tracker log_every save_every corpus train dev init".split()
@@ -58,6 +66,8 @@ class Run:
         if cfg.tracker == "wandb" and not find_spec("wandb"):
             raise UserError("tracker wandb: `pip install wandb` first, or use --tracker none")
 
+        if (self.dir / ".lock").exists() and os.environ.get("RANK", "0") == "0":
+            lock(self.dir / ".lock")
         self.accelerator = start(cfg.mixed_precision)
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         devices = self.accelerator.num_processes
@@ -136,6 +146,7 @@ class Run:
             if not self.checkpoint:  # two, the best, one being written (weights, two moments); the best again
                 need_space(self.dir, (4 * 12 + 4) * size, "checkpoints")
             self.dir.mkdir(parents=True, exist_ok=True)
+            lock(self.dir / ".lock")
             self._open_logs()
             self._write_config()
         for note in self.notes:
@@ -290,14 +301,15 @@ class Run:
     def _open_logs(self):
         """Open log.txt and metrics.jsonl, without the rows after the checkpoint: every step stands once."""
         path, kept = self.dir / "metrics.jsonl", []
-        for line in path.read_text().splitlines() if path.is_file() else []:
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
             try:
                 kept += [line + "\n"] if json.loads(line)["step"] <= self.first else []
             except ValueError:  # the half line of a killed run
                 pass
         with atomic_file(path) as file:
             file.writelines(kept)
-        self.jsonl, self.text = open(path, "a"), open(self.dir / "log.txt", "a", encoding="utf-8")
+        self.jsonl = open(path, "a", encoding="utf-8")
+        self.text = open(self.dir / "log.txt", "a", encoding="utf-8")
         if self.cfg.tracker == "wandb":
             import wandb
 
