@@ -11,7 +11,6 @@ Run:  accelerate launch answer.py --reader runs/reader_nq/reader --depth 100 --o
 Next: recipes/compare.py, which compares two .answers.json question by question
 """
 
-import copy
 import time
 from pathlib import Path
 
@@ -55,15 +54,11 @@ def answer_all(model, examples, corpus, depths, accelerator, cfg):
 
 
 # ---------------------------------------------------------------- files
-def need_predictions_out(cfg, *inputs):
+def need_predictions_out(cfg):
     """UserError where one of the three files cannot be written, or would replace an input."""
-    path = Path(cfg.out)
-    if path.suffix != ".json":
+    if Path(cfg.out).suffix != ".json":
         raise UserError(f"out must be the path of a .json file, got {cfg.out!r}")
-    for suffix in SUFFIXES:
-        changed = copy.copy(cfg)
-        changed.out = str(path.with_suffix(suffix))
-        need_out(changed, "out", *inputs)
+    need_out(cfg, "out", *SUFFIXES[1:])
 
 
 def write_predictions(out, examples, depths, answers):
@@ -97,7 +92,7 @@ def main():
     must_be_one_of(cfg, mixed_precision=("no", "fp16", "bf16"))
     at_least(cfg, 1, "depth", "max_answer_length", "batch_size")
     need_file(cfg, "questions", "ranking", "corpus")
-    need_predictions_out(cfg, "questions", "ranking", "corpus")
+    need_predictions_out(cfg)
     need_model(cfg, "reader")
     accelerator = start(cfg.mixed_precision)
 

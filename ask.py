@@ -74,7 +74,8 @@ def load(cfg):
     run = Path(cfg.run)
     query_encoder = cfg.query_encoder or run / "query_encoder"
     corpus = Corpus(cfg.corpus, cfg.corpus_format)
-    shards, _ = open_embeddings(run / "embeddings", corpus.sha256, False, query_encoder, len(corpus))
+    verify = len(corpus) < 10**6  # why not always: to hash the 32 GB of Wikipedia takes a minute
+    shards, _ = open_embeddings(run / "embeddings", corpus.sha256, verify, query_encoder, len(corpus))
     bm25 = build_bm25(corpus, run / "bm25")
 
     # the models

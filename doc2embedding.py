@@ -34,7 +34,14 @@ from utils.plumbing.config import (
     need_folder,
     need_model,
 )
-from utils.plumbing.embeddings import refuse_other_job, shards_to_encode, wait_for, write_shard
+from utils.plumbing.embeddings import (
+    check_storable,
+    open_embeddings,
+    refuse_other_job,
+    shards_to_encode,
+    wait_for,
+    write_shard,
+)
 from utils.plumbing.files import atomic_file, need_space, read_json, write_json
 from utils.plumbing.weights import encoder_hash, given_inputs, load_encoder
 
@@ -63,23 +70,12 @@ def encode_shard(rows, tokenized, encoder, corpus, cfg, accelerator, bar):
         # differs: DPR pads to 256 tokens, `embed` to the longest of a batch; the same vectors to 1e-6
         ids = next(tokenized)
         window_nD = embed(encoder, ids, cfg.batch_size, accelerator.autocast, bar)
-        check_finite(window_nD, window, corpus, cfg)
+        advice = "the weights are broken" if cfg.mixed_precision == "no" else "use --mixed_precision no"
+        check_storable(window_nD, cfg.dtype, corpus, window, advice)
         # differs: DPR and nanoDPR store float32, which takes twice the space of float16
         vectors_nD[window.start - rows.start : window.stop - rows.start] = window_nD
         full_length += sum(len(tokens) == encoder.inputs["passage_tokens"] for tokens in ids)
     return vectors_nD, full_length
-
-
-def check_finite(vectors_nD, rows, corpus, cfg):
-    """UserError that names the first passage whose vector cannot be stored in cfg.dtype."""
-    largest_n = np.abs(vectors_nD).max(axis=1)
-    for i in np.flatnonzero(~(largest_n <= np.finfo(cfg.dtype).max)):
-        where = f"{corpus.path}: passage {corpus[rows[i]].id!r}: its vector"
-        if np.isfinite(largest_n[i]):
-            reach = f"reaches {largest_n[i]:.4g}, float16 ends at 65504"
-            raise UserError(f"{where} {reach}; use --dtype float32")
-        advice = "the weights are broken" if cfg.mixed_precision == "no" else "use --mixed_precision no"
-        raise UserError(f"{where} holds NaN or infinity; {advice}")
 
 
 def complete(folder, manifest, shards, corpus):
@@ -169,14 +165,12 @@ def main():
         absent = [file.name for file in shards if not file.is_file()]
         if absent:
             print(f"{folder}: {len(absent)} shards are due from other servers, such as {absent[0]}")
-            print(
-                "if they have other disks: bring all files together, then run this once more with --servers 1"
-            )
+            print("if they have other disks: bring all files together, then repeat this with --servers 1")
         else:
             full = complete(folder, manifest, shards, corpus)
-            print(
-                f"{full:,} passages fill all {encoder.inputs['passage_tokens']} tokens, their end may be cut"
-            )
+            open_embeddings(folder, verify=False)  # warns where the vectors hardly differ
+            length = encoder.inputs["passage_tokens"]
+            print(f"{full:,} passages fill all {length} tokens, their end may be cut")
             print(f"{folder}: complete, {len(corpus):,} passages")
     accelerator.end_training()
 

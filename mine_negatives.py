@@ -309,7 +309,7 @@ def check_settings(cfg):
     """UserError for every mistake that can be seen without reading a file."""
     must_be_one_of(cfg, mode=tuple(MODES), match=("string", "regex"), positives=("given", "find", "ranking"))
     need_file(cfg, "questions", "run", "corpus", optional=("scores", "lookahead_run", "momentum", "exclude"))
-    need_out(cfg, "out", "questions", "run", "corpus", "scores", "lookahead_run", "momentum", "exclude")
+    need_out(cfg, "out")
     at_least(cfg, 1, "negatives")
     if cfg.depth < cfg.negatives:
         raise UserError(f"negatives ({cfg.negatives}) must be at most depth ({cfg.depth})")

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pairs
-from utils.data import Corpus, iter_run, read_questions, write_run
+from utils.data import Corpus, check_ids, iter_run, read_questions, write_run
 from utils.distributed import prefetch, start
 from utils.metrics import KS, gold_ids, one_question_at_a_time, print_table, retrieval_metrics
 from utils.plumbing.config import (
@@ -35,7 +35,7 @@ from utils.plumbing.config import (
     need_out,
 )
 from utils.plumbing.embeddings import refuse_other_job, wait_for
-from utils.plumbing.files import folder_hash, need_space, read_json, sha256, write_json
+from utils.plumbing.files import folder_hash, lock, need_space, read_json, sha256, write_json
 from utils.text import report_regex_failures
 
 
@@ -44,8 +44,7 @@ def read_inputs(cfg, corpus, say):
     """Return {qid: question} in the order of the run, unranked ones last, and the pairs of each block."""
     unranked = {question["qid"]: question for question in read_questions(cfg.questions, match=cfg.match)}
     for question in unranked.values():
-        for pid in gold_ids(question):
-            corpus.row(pid)
+        check_ids(cfg.questions, question, gold_ids(question), corpus)
 
     # does the corpus have all passages of the run, and how much work is it?
     questions = {}
@@ -136,7 +135,7 @@ def main():
     at_least(cfg, 1, "depth", "batch_size", "block")
     need_file(cfg, "questions", "ranking", "corpus")
     need_model(cfg, "cross_encoder")
-    need_out(cfg, "out", "questions", "ranking", "corpus")
+    need_out(cfg, "out", ".metrics.json")
     out = Path(cfg.out)
     if out.suffix != ".run":
         raise UserError(f"out must be the path of a .run file, got {cfg.out!r}")
@@ -169,6 +168,8 @@ def main():
     if main_process:
         lines = sum(sizes) + count  # in `out`, and in the blocks
         need_space(out.parent, 100 * lines, "the ranking")
+        folder.mkdir(parents=True, exist_ok=True)
+        lock(folder / ".lock")
         write_json(folder / "manifest.json", manifest)
         work = f"{sum(sizes):,} pairs, {sum(sizes) - count:,} of them done before | {len(sizes):,} blocks"
         print(f"{work} | {accelerator.num_processes} x {accelerator.device.type}", flush=True)

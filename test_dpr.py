@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.data import Corpus, is_itself, iter_jsonl, iter_run, read_questions, write_run
+from utils.data import Corpus, check_ids, is_itself, iter_jsonl, iter_run, read_questions, write_run
 from utils.encoder import embed, tokenize_questions
 from utils.metrics import KS, gold_ids, one_question_at_a_time, print_table, retrieval_metrics
 from utils.plumbing.config import (
@@ -57,7 +57,7 @@ def check_settings(cfg):
     need_file(cfg, "questions", "corpus", optional=("bm25_run", "check_leak"))
     if not cfg.out.endswith(".run"):
         raise UserError(f"out must be the path of a .run file, got {cfg.out!r}")
-    need_out(cfg, "out", "questions", "corpus", "bm25_run", "check_leak")
+    need_out(cfg, "out", ".metrics.json")
     need_value(cfg, "embeddings")
     if not cfg.lookahead:
         need_model(cfg, "query_encoder")
@@ -223,8 +223,7 @@ def main():
         count_leaks(questions, cfg.check_leak)
     corpus = Corpus(cfg.corpus, cfg.corpus_format)
     for question in questions:
-        for pid in gold_ids(question):
-            corpus.row(pid)  # UserError for an id that the corpus does not have
+        check_ids(cfg.questions, question, gold_ids(question), corpus)
     bm25 = read_bm25(questions, corpus, cfg) if cfg.bm25_run else {}
     partner = "" if cfg.lookahead else cfg.query_encoder
     shards, manifest = open_embeddings(cfg.embeddings, corpus.sha256, cfg.verify, partner, len(corpus))

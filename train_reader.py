@@ -22,6 +22,7 @@ from utils.distributed import chunk_seed, sum_gradients, world
 from utils.encoder import collate
 from utils.metrics import answer_scores
 from utils.plumbing.config import (
+    UserError,
     at_least,
     friendly_errors,
     load_config,
@@ -251,6 +252,9 @@ def main():
     # what it learns from: the passages in which its tokens spell an answer
     train, rows_note = reading.find_training_rows(cfg.train, examples, corpus, reader, gold)
     run.notes += [train_note, rows_note, dev_note]
+    if not any(len(example["negatives"]) for example in train):
+        fault = "every passage holds an answer, so none is wrong and relevance cannot be learned"
+        raise UserError(f"{cfg.train}: {fault}; raise train_depth, or give a longer --train_run")
 
     def batch_of(step):
         return make_batch(step, train, corpus, reader, cfg)

@@ -251,7 +251,7 @@ def main(argv=None):
         if args.format == "from_dpr_result":
             need_folder(paths, "OUT")
         else:
-            need_out(paths, "OUT", "IN")
+            need_out(paths, "OUT")
         need_file(paths, "IN")
 
     if args.format in RANKINGS:

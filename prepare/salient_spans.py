@@ -159,7 +159,7 @@ def main():
     cfg = config.load_config(__doc__, "config/salient_spans.yaml")
     config.need_value(cfg, "model")
     config.need_file(cfg, "corpus")
-    config.need_out(cfg, "out", "corpus")
+    config.need_out(cfg, "out")
     config.at_least(cfg, 1, "min_words")
     config.at_least(cfg, cfg.min_words, "max_words")
     if Path(cfg.out).exists():

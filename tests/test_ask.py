@@ -65,6 +65,16 @@ def test_what_it_prints_is_what_search_finds(world, monkeypatch, capsys):
     assert re.search(r"\nencode \d+ ms \| search \d+ ms \| BM25 \d+ ms\n\n$", printed)
 
 
+def test_damaged_vectors_are_not_searched(world, tmp_path, monkeypatch):
+    """One flipped bit: the shard is named, as in test_dpr.py."""
+    shutil.copytree(world, tmp_path / "run")
+    content = bytearray((tmp_path / "run/embeddings/00000.npy").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "run/embeddings/00000.npy").write_bytes(content)
+    with pytest.raises(UserError, match="00000.npy has another sha256"):
+        say(tmp_path / "run", monkeypatch, QUESTION)
+
+
 def test_the_readers_answer_stands_first(world, tmp_path, monkeypatch, capsys):
     """--reader: the best span of the most relevant of the k passages, both scores, and where it stands."""
     reader, corpus = open_reader(world / "bert"), Corpus(world / "corpus.tsv")

@@ -1,8 +1,10 @@
 """Settings: what a yaml and the command line may say; a mistake ends in one line with the right name."""
 
 import importlib
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,16 +12,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from utils.plumbing import run
 from utils.plumbing.config import (
     ROOT,
+    SYNONYMS,
     UserError,
     friendly_errors,
     load_config,
     need_file,
     need_folder,
     need_model,
+    need_out,
 )
 from utils.plumbing.files import folder_hash, weights_hash
 
@@ -93,11 +98,22 @@ def test_what_a_run_was_made_from_has_a_name(tmp_path, monkeypatch):
         (["--config", "nowhere.yaml"], ["nowhere.yaml: no such file"]),
         (["--config", "config"], ["config: is a folder; name a file"]),
         (["--config", sys.executable], [sys.executable, "not valid yaml"]),
-        (["--seed", "-1"], ["seed must be at least 0, got -1"]),
+        (["--seed", "-1"], ["seed must be at least 0 and finite, got -1"]),
         (["--learning_rate", "-2e-5"], ["learning_rate must be at least 0"]),
-        (["--learning_rate", "nan"], ["learning_rate must be at least 0, got nan"]),
+        (["--learning_rate", "nan"], ["learning_rate must be at least 0 and finite, got nan"]),
         ("epoch: 3", ["x.yaml: unknown key 'epoch'", "did you mean 'epochs'"]),
         ("seed: one", ["x.yaml: seed must be of type int", "'one'"]),
+        (["--learning_rate", "1e400"], ["learning_rate must be at least 0 and finite, got 1e400"]),
+        (["--dropout=inf"], ["dropout must be at least 0 and finite"]),
+        (["--seed", "inf"], ["seed must be of type int"]),
+        (["--seed", "9007199254740993000"], ["seed must be of type int"]),
+        ("learning_rate: .inf", ["x.yaml: learning_rate must be at least 0 and finite"]),
+        ("1: 2", ["x.yaml: unknown key 1; known: run_dir"]),
+        ("true: 2", ["x.yaml: unknown key True"]),
+        ("epochs: 1\n\nseed: 1\n'epochs': 2", ["x.yaml:4: 'epochs' stands there twice"]),
+        ("seed: [1, 2]", ["x.yaml: seed must be of type int", "[1, 2]"]),
+        ("? [a]\n: 1", ["x.yaml: not valid yaml", "unhashable"]),
+        ("dev: 2026-13-45", ["x.yaml: not valid yaml: month must be in 1..12"]),
         ("a: [1", ["x.yaml: not valid yaml"]),
         ("seed: {a: 1}", ["x.yaml: expected flat `key: value` lines"]),
     ],
@@ -140,6 +156,123 @@ def test_paths_that_cannot_be(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
     with pytest.raises(UserError, match="key: .*run/new: .*run cannot be written"):
         need_folder(SimpleNamespace(key=str(tmp_path / "run" / "new")), "key")
+
+
+def test_a_link_to_nowhere_is_named_wherever_it_stands(tmp_path, capsys):
+    """A run on a disk that is not mounted: as a folder, above one, as a file to read or to write."""
+    (tmp_path / "runs").symlink_to("/mnt/not-there/runs")
+    (tmp_path / "x.run").symlink_to("/mnt/not-there/x.run")
+    for need, path in (
+        (need_folder, "runs"), (need_folder, "runs/x/y"), (need_file, "runs/x.tsv"), (need_file, "x.run"),
+        (need_out, "runs/x.run"), (need_out, "x.run"),
+    ):  # fmt: skip
+        with pytest.raises(
+            UserError, match="is a link to /mnt/not-there/.*, which is not there; is its disk"
+        ):
+            need(SimpleNamespace(key=str(tmp_path / path)), "key")
+    with pytest.raises(SystemExit), friendly_errors():  # in a script without any check
+        (tmp_path / "runs" / "x").mkdir(parents=True)
+    assert "is a link to /mnt/not-there/runs" in capsys.readouterr().err
+
+
+def test_no_file_that_a_command_reads_is_replaced(tmp_path):
+    """Under every name that is written, and every spelling; nor a part of a model, a device or a pipe."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("a.run", "a.metrics.json", "model/config.json"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "link.run").symlink_to(tmp_path / "a.run")
+    os.link(tmp_path / "a.run", tmp_path / "hard.run")
+    os.mkfifo(tmp_path / "pipe.run")
+    for out, keys, words in (
+        ("a.run", {"questions": tmp_path / "a.run"}, "a.run is an input too .questions"),
+        ("a.run", {"ranking": f"{model}/../a.metrics.json"}, "a.metrics.json is an input too .ranking"),
+        ("link.run", {"questions": tmp_path / "a.run"}, "link.run is an input too"),
+        ("hard.run", {"questions": tmp_path / "link.run"}, "hard.run is an input too"),
+        ("model/config.json", {"reader": model}, "config.json is an input too .reader"),
+        ("pipe.run", {}, "is a device or a pipe"),
+        ("model", {}, "is a folder"),
+    ):
+        cfg = SimpleNamespace(out=str(tmp_path / out), **{key: str(value) for key, value in keys.items()})
+        with pytest.raises(UserError, match=words):
+            need_out(cfg, "out", ".metrics.json")
+    need_out(
+        SimpleNamespace(out=str(tmp_path / "a.run"), questions="", k=3, reader=str(model)), "out", ".json"
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "words"),
+    [
+        ("train_dpr_nq", "--lr", "lr is learning_rate here"),
+        ("train_dpr_nq", "--q_chunk_size", "is question_chunk here"),
+        ("train_dpr_nq", "--ctx_chunk_size", "is passage_chunk here"),
+        ("train_dpr_nq", "--hard_negatives", "is negatives here"),
+        ("train_dpr_nq", "--per_device_train_batch_size", "is batch_size here"),
+        ("train_dpr_nq", "--max_train_epochs", "is epochs here"),
+        ("train_dpr_nq", "--wikipedia_path", "is corpus here"),
+        ("train_dpr_nq", "--fp16", "is mixed_precision here"),
+        ("train_dpr_nq", "--encoded_ctx_file", "is embeddings of test_dpr.py"),
+        ("train_dpr_nq", "train.batch_size=8", "train.batch_size is batch_size here"),
+        ("train_dpr_nq", "+train.lr=1", "is learning_rate here"),
+        ("train_dpr_nq", "-lr", "is learning_rate here"),
+        ("train_dpr_nq", "batch_size=8", "did you mean 'batch_size'"),
+        ("doc2embedding", "--pretrained_model_path", "is doc_encoder here"),
+        ("doc2embedding", "--model_file", "is doc_encoder here"),
+        ("doc2embedding", "--ctx_file", "is corpus here"),
+        ("test_dpr", "--pretrained_model_path", "is query_encoder here"),
+        ("test_dpr", "--nq_test_file", "is questions here"),
+        ("test_dpr", "--qa_file", "is questions here"),
+        ("test_dpr", "--n-docs", "is k here"),
+    ],
+)
+def test_flags_of_the_originals_name_ours(script, flag, words):
+    """DPR's, GC-DPR's and nanoDPR's flags, and hydra's form: what is called so here, or in which script."""
+    with pytest.raises(UserError, match=re.escape(words)):
+        load_config("doc", f"config/{script}.yaml", [flag, "1"])
+
+
+def test_every_synonym_is_a_key_of_a_script():
+    """What a hint names exists; no key of ours is hidden behind a flag of theirs."""
+    texts = [path.read_text(encoding="utf-8") for path in ROOT.glob("config/*.yaml")]
+    keys = set(re.findall(r"^(\w+):", "\n".join(texts), re.M)) | {"server", "servers"}
+    assert {name for names in SYNONYMS.values() for name in names.split()} <= keys
+
+
+STREAMS = r"""
+import os, sys
+from utils.plumbing.config import friendly_errors
+with friendly_errors():
+    print("Dvo\u0159\xe1k", flush=True)
+    print("\u0159", file=sys.stderr)
+    file = open(sys.argv[1], "w")
+    for _ in range(9000):
+        print("a line", flush=True)
+    os.write(2, b"faiss")
+    print(file.fileno() > 2, file=file)
+"""
+
+
+@pytest.mark.parametrize(
+    ("redirect", "code", "words"),
+    [
+        ("", 0, r"Dvo\u0159\xe1k"),
+        (">&-", 0, ""),
+        ("2>&-", 0, "Dvo"),
+        ("<&- >&- 2>&-", 0, ""),
+        ("| head -1", 2, "error: the program that read the output has ended"),
+        ("> /dev/full", 2, "error: the disk is full"),
+    ],
+)
+def test_standard_streams_may_be_ascii_closed_or_broken(tmp_path, redirect, code, words):
+    """No letter is an error; a file never gets the number of a closed stream; a broken one is a sentence."""
+    script = f"'{sys.executable}' -c '{STREAMS}' '{tmp_path}/file' {redirect}; exit ${{PIPESTATUS[0]}}"
+    environment = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    how = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run(["bash", "-c", script], **how)
+    assert done.returncode == code and words in done.stdout + done.stderr, done
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done
+    assert code or (tmp_path / "file").read_text() == "True\n"
 
 
 TRAINERS = ("train_dpr", "train_cross_encoder", "train_reader", "train_emdr2")
@@ -193,11 +326,24 @@ NO_ROOM = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memor
         (NO_ROOM, MEMORY),
         (MemoryError("Unable to allocate 9 GiB\nfor"), f"{MEMORY} (Unable to allocate 9 GiB)\n"),
         (MemoryError(), f"{MEMORY}\n"),
+        (
+            OSError(24, "Too many open files", "runs/x"),
+            "error: runs/x: too many open files; raise the limit: ul",
+        ),
+        (
+            OSError(27, "File too large"),
+            "error: the file is larger than is allowed; raise the limit: ulimit -f",
+        ),
+        (SafetensorError("I/O error: File too large (os error 27)"), "error: the file is larger than is"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "error: the disk is full"),
+        (BrokenPipeError(32, "Broken pipe"), "error: the program that read the output has ended"),
+        (OSError(116, "Stale file handle", "runs/x"), "error: runs/x: Stale file handle"),
         (KeyboardInterrupt(), "stopped by Ctrl-C"),
     ],
 )
-def test_faults_of_the_machine_are_one_line(capsys, error, line):
+def test_faults_of_the_machine_are_one_line(capsys, monkeypatch, error, line):
     """A folder that cannot be written, a full disk, a full GPU: the place and the fix, no traceback."""
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
     with pytest.raises(SystemExit) as stopped, friendly_errors():
         raise error
     printed = capsys.readouterr().err
@@ -209,6 +355,6 @@ def test_faults_of_ours_keep_their_traceback():
     """Only what the user or the machine did becomes a sentence."""
     lost = FileNotFoundError(2, "No such file or directory", "x")
     kept = OSError(39, "Directory not empty", ".x.tmp", None, "x")
-    for error in (ValueError("x"), OSError("a socket"), BrokenPipeError(32, "Broken pipe"), lost, kept):
+    for error in (ValueError("x"), OSError("a socket"), OSError(13, "no place"), lost, kept):
         with pytest.raises(type(error)), friendly_errors():
             raise error

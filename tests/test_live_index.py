@@ -242,10 +242,23 @@ def test_vectors_of_another_encoder_are_refused(world):
             index.check(encoder)
 
 
+def test_an_edit_of_the_encoder_that_no_cosine_shows_is_refused(world, tmp_path):
+    """The manifest holds the hash of the weights that made the vectors."""
+    encoder = load_encoder(world / "doc_encoder", "passage")
+    with torch.no_grad():
+        encoder.model.embeddings.word_embeddings.weight[-1] += 1e-3
+    save_encoder(encoder, tmp_path / "edited")
+    with pytest.raises(UserError, match="made by an encoder of other weights than .*edited; repeat doc2emb"):
+        make_index(world, doc_encoder=tmp_path / "edited")
+
+
 def test_a_diverged_encoder_ends_the_refresh(world):
     """NaN, and values beyond float16, name the passage and the step."""
     index = make_index(world)
-    for value, first in ((float("nan"), 16), (1e6, 1)):
+    for value, first, fault in (
+        (float("nan"), 16, "holds NaN.*after step 10"),
+        (1e6, 1, "reaches .*float32"),
+    ):
         encoder = trained(world)
         oslo = encoder.tokenizer.convert_tokens_to_ids("oslo")
         with torch.no_grad():
@@ -253,9 +266,7 @@ def test_a_diverged_encoder_ends_the_refresh(world):
             encoder.model.embeddings.word_embeddings.weight[oslo] = value
             if np.isfinite(value):
                 encoder.model.encoder.layer[-1].output.LayerNorm.weight.fill_(value)
-        with pytest.raises(
-            UserError, match=f"passage '{first}': after step 10 its vector holds NaN .* float16"
-        ):
+        with pytest.raises(UserError, match=f"passage '{first}': its vector {fault}"):
             index.refresh(10, encoder)
 
 

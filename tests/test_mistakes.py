@@ -38,6 +38,7 @@ CORRECT = {
         "questions": "test.jsonl", "embeddings": "embeddings", "query_encoder": "query_encoder",
         "out": "new/x.run"
     },
+    "train_emdr2": {"train": "train.jsonl", "dev": "", "embeddings": "embeddings", "run_dir": "new"},
 }  # fmt: skip
 MISTAKES = [
     *(
@@ -97,7 +98,7 @@ MISTAKES = [
     ("rerank", {"ranking": "ghost.run"}, "no passage has the id '999'"),
     ("rerank", {"ranking": "rising.run"}, "rising.run:2: score 3.0 under rank 2 is not in descending order"),
     ("rerank", {"ranking": "other.run"}, "has none of the questions of"),
-    ("rerank", {"questions": "ghost.jsonl"}, "no passage has the id '999'"),
+    ("rerank", {"questions": "ghost.jsonl"}, "ghost.jsonl:1: ... no passage has the id '999'"),
     ("rerank", {"cross_encoder": "doc_encoder"}, "a cross-encoder is needed"),
     ("test_dpr", {"embeddings": "damaged"}, "00001.npy has another sha256"),
     ("test_dpr", {"embeddings": "truncated"}, "00001.npy is missing or not a whole .npy file"),
@@ -106,7 +107,14 @@ MISTAKES = [
     ("test_dpr", {"corpus": "pink.tsv"}, "another corpus"),
     ("test_dpr", {"query_encoder": "stranger"}, "stranger (pair another) was not trained with the passage"),
     ("test_dpr", {"query_encoder": "a/b/c"}, "query_encoder: a/b/c: no such model folder"),
-    ("test_dpr", {"questions": "ghost.jsonl"}, "no passage has the id '999'"),
+    ("test_dpr", {"questions": "ghost.jsonl"}, "ghost.jsonl:1: ... no passage has the id '999'"),
+    ("test_dpr", {"embeddings": "blank"}, "blank/manifest.json: not valid json ... delete it and repeat"),
+    ("test_dpr", {"embeddings": "listed"}, "listed: manifest.json is damaged; repeat doc2embedding.py"),
+    ("train_dpr", {"train": "second.jsonl"}, "second.jsonl:2: ... no passage has the id '999'"),
+    ("train_cross_encoder", {"dev": "second.jsonl"}, "second.jsonl:2: ... no passage has the id '999'"),
+    ("train_dpr", {"train": "same.jsonl", "negatives": 0}, "nothing to tell apart"),
+    ("train_emdr2", {"top_k": 1}, "top_k 1: the prior of one passage is always 1"),
+    ("train_reader", {"train": "everywhere.jsonl"}, "every passage holds an answer ... raise train_depth"),
     ("test_dpr", {"questions": "missing.jsonl"}, "questions: missing.jsonl: no such file"),
     ("test_dpr", {"questions": "empty.tsv"}, "empty.tsv: no questions in it"),
     ("test_dpr", {"questions": ""}, "questions: give a path, it is empty"),
@@ -120,6 +128,12 @@ MISTAKES = [
     ("test_dpr", {"out": "x.txt"}, "out must be the path of a .run file"),
     ("test_dpr", {"out": "folder.run"}, "out: folder.run is a folder; name a file"),
     ("test_dpr", {"bm25_run": "test.run", "out": "test.run"}, "is an input too (bm25_run)"),
+    (
+        "test_dpr",
+        {"questions": "o.metrics.json", "out": "o.run"},
+        "o.metrics.json is an input too (questions)",
+    ),
+    ("rerank", {"questions": "o.metrics.json", "out": "o.run"}, "o.metrics.json is an input too (questions)"),
     ("test_dpr", {"question_tokens": 2}, "question_tokens must be at least 4, got 2"),
     ("train_cross_encoder", {"train": "lone.jsonl"}, "lone.jsonl: no question has any negatives"),
     ("train_cross_encoder", {"dev": "lone.jsonl"}, "lone.jsonl: no question has any negatives"),
@@ -178,6 +192,10 @@ def mistakes(tmp_path_factory):
         (folder / name).mkdir(parents=True)
     shutil.copy(folder / "embeddings/00000.npy", folder / "unnamed")
 
+    for name, note in (("blank", ""), ("listed", "[]")):
+        shutil.copytree(folder / "embeddings", folder / name)
+        (folder / name / "manifest.json").write_text(note)
+
     # models
     write_json(folder / "half/reading/config.json", {})
     write_json(folder / "stranger/encoder_inputs.json", {"role": "question", "pair": "another"})
@@ -192,6 +210,13 @@ def mistakes(tmp_path_factory):
         "pink.tsv": (folder / "corpus.tsv").read_text().replace("red", "pink"),
         "bare.jsonl": f"{{{question}}}\n",
         "far.jsonl": '{"qid": "q0", "question": "who", "answers": ["nowhere"]}\n',
+        "second.jsonl": '{"qid": "q", "question": "who", "positives": ["1"], "negatives": ["2"]}\n'
+        f'{{{question}, "positives": ["1"], "negatives": ["999"]}}\n',
+        "same.jsonl": f'{{{question}, "positives": ["1"]}}\n' * 40,
+        "everywhere.jsonl": "".join(
+            f'{{"qid": "q{n}", "question": "who", "answers": ["the"], "positives": ["1"]}}\n'
+            for n in range(40)
+        ),
         "ghost.jsonl": f'{{{question}, "answers": ["x"], "positives": ["999"]}}\n',
         "lone.jsonl": f'{{{question}, "positives": ["1"]}}\n',
         "number.jsonl": '{"qid": "1", "question": 5}\n',

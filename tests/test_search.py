@@ -154,6 +154,30 @@ def test_infinity_in_a_passage_is_never_just_not_found(questions):
             exact_topk(np.abs(vectors(29, questions)), cut(x_ND, 100), 5)
 
 
+@pytest.mark.parametrize("factory", ["Flat", "HNSW8", "IVF4,Flat", "PQ4x4"])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_no_index_takes_a_passage_that_it_could_not_find(factory, value, tmp_path):
+    """Training and adding: the row is named, and no index is written."""
+    x_ND = vectors(30, 500, 16)
+    x_ND[433, 0] = value
+    with pytest.raises(UserError, match="passage row 433"):
+        build_index(factory, cut(x_ND, 100), tmp_path, "e")
+    assert not list(tmp_path.iterdir())
+
+
+def test_vectors_that_do_not_differ_are_said(tmp_path, capsys):
+    """Twelve vectors for sixty passages, one vector and noise, no length at all; equal scores of a search."""
+    good_ND = vectors(31, 60)
+    for i, x_ND in enumerate(
+        (good_ND[np.arange(60) % 12], 5 + good_ND / 1000, np.zeros_like(good_ND), good_ND, good_ND[:1])
+    ):
+        open_embeddings(embeddings_folder(tmp_path / str(i), x_ND))
+        assert ("does not tell passages apart" in capsys.readouterr().err) == (i < 3), i
+    for scores_Qk, warned in (([[2, 2], [1, 1]], 1), ([[2, 2], [1, 0]], 0), ([[3], [3]], 0)):
+        as_lists(np.array(scores_Qk, np.float32), np.zeros((2, len(scores_Qk[0])), int))
+        assert capsys.readouterr().err.count("all scores are equal") == warned
+
+
 def test_row_0_is_a_passage_and_minus_1_is_none():
     """The first passage of the corpus stays in a list; FAISS's "nothing found" never does."""
     rows_Qk, scores_Qk = np.array([[0, 7, -1], [3, 0, -1]]), np.array([[2.0, 1.0, -9.0], [5.0, 4.0, -9.0]])
@@ -227,16 +251,22 @@ def test_a_saved_index_is_read_only_while_its_hash_and_its_embeddings_match(tmp_
         build_index("HNSW8", shards, tmp_path, embeddings)
         assert "building it again" in capsys.readouterr().out
         assert json.loads((tmp_path / "HNSW8.json").read_text())["sha256"] == sha256(tmp_path / "HNSW8.faiss")
+    for note in ("", "{", "[]", "{}"):
+        (tmp_path / "HNSW8.json").write_text(note)
+        build_index("HNSW8", shards, tmp_path, "two")
+        assert "building it again" in capsys.readouterr().out
 
 
-def test_an_index_that_finds_too_little_gives_a_shorter_list(tmp_path):
+def test_an_index_that_finds_too_little_gives_a_shorter_list_and_says_so(tmp_path, capsys):
     """With nprobe 1 an IVF index sees one list of passages and pads with -1, which never comes out."""
     x_ND = vectors(16, 300, 16)
     index = build_index("IVF30,Flat", [x_ND], tmp_path, "e", nprobe=1)
+    assert "300 vectors are few to train 30 lists, 1170 would do" in capsys.readouterr().err
     seen = (index.search(vectors(17, 9, 16), 100)[1] >= 0).sum(1)
     found = search_index(index, vectors(17, 9, 16), [x_ND], 100)
     assert [len(results) for results in found] == seen.tolist() and 0 < seen.max() < 100
     assert all(row >= 0 and np.isfinite(score) for results in found for row, score in results)
+    assert "fewer than 100 passages for 9 of 9 questions: raise nprobe" in capsys.readouterr().err
     assert search_index(index, np.zeros((0, 16)), [x_ND], 5) == []
 
 
@@ -246,6 +276,10 @@ def test_an_index_that_cannot_be_built_says_why(tmp_path):
         ("IVF400,Flat", "at least 400 vectors"),
         ("Bogus", "Bogus"),
         ("LSH", "inner-product"),
+        ("IDMap,Flat", "add does not make sense with IndexIDMap"),
+        ("IVF4,PQ3", "should be a multiple"),
+        ("IVF0,Flat", "cur_nprobe > 0"),
+        ("", "could not parse"),
     ):
         with pytest.raises(UserError, match=why):
             build_index(factory, [vectors(18, 300, 16)], tmp_path, "e")

@@ -16,6 +16,7 @@ from tests.saved import Saved
 from tests.toy import make_world
 from train_dpr import (
     add_gradient,
+    count_negatives,
     dev_pool,
     draw_batch,
     draw_passages,
@@ -28,7 +29,7 @@ from train_dpr import (
 from utils.data import Corpus, Passage, passage_of, read_questions
 from utils.distributed import chunk_seed
 from utils.encoder import collate, embed, tokenize_passages, tokenize_questions
-from utils.plumbing.config import load_config
+from utils.plumbing.config import UserError, load_config
 from utils.plumbing.run import make_optimizer
 from utils.plumbing.weights import TOWERS, load_encoder, load_towers, save_encoder
 
@@ -155,6 +156,34 @@ def test_a_batch_is_a_function_of_seed_and_step(world):
             assert fact(passages[batch["positive_Q"][i] + 1]) != fact(question)
         seen += map(fact, questions)
     assert len(set(seen)) == 40
+
+
+@pytest.mark.parametrize(
+    ("changes", "own", "words"),
+    [
+        ({"batch_size": 1, "negatives": 0}, {}, "refused"),
+        ({"batch_size": 1, "negatives": 1}, {"negatives": []}, "refused"),
+        ({"batch_size": 1, "negatives": 1}, {"positives": ["1"], "negatives": ["1"]}, "refused"),
+        ({"batch_size": 8, "negatives": 0}, {"positives": ["1"]}, "refused"),
+        ({"batch_size": 8, "negatives": 2}, {"positives": ["1"], "negatives": []}, "refused"),
+        ({"batch_size": 8, "negatives": 2}, {"positives": ["1"]}, "all questions have the same positive"),
+        (
+            {"batch_size": 1, "negatives": 1},
+            {},
+            "1.0 negatives of its own for a question on average, 1 asked",
+        ),
+        ({"batch_size": 8, "negatives": 9}, {}, "no question has more than 2 .* use --negatives 2"),
+    ],
+)
+def test_negatives_are_counted_and_none_at_all_is_refused(world, changes, own, words):
+    """A batch without a wrong passage has the loss 0 to the end; padding is encoded and teaches nothing."""
+    cfg, train, *_ = load(world, **changes)
+    train = [example | own for example in train]
+    if words == "refused":
+        with pytest.raises(UserError, match="no question meets a wrong passage.* nothing to tell apart"):
+            count_negatives(train, cfg)
+    else:
+        assert re.search(words, "\n".join(count_negatives(train, cfg)))
 
 
 def test_padding_and_duplicates_are_excluded_and_counted(world):

@@ -336,9 +336,37 @@ def test_a_loss_that_is_not_a_number_stops_before_the_weights_change(world, tmp_
     trainer = TRAINERS[name]
     keys = trainer.keys(world, tmp_path / "run")
     keys[trainer.starts[0]] = poisoned(keys[trainer.starts[0]], tmp_path / "start")
-    with pytest.raises(UserError, match="step 1: loss nan"):
+    with pytest.raises(UserError, match="step 1: loss nan.*the training starts from hold NaN"):
         main(trainer.script, keys)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_weights_that_the_optimizer_broke_are_never_saved(world, tmp_path, name):
+    """adam_epsilon 0 divides 0 by 0: the first step is not saved; what an earlier step saved stays."""
+    trainer = TRAINERS[name]
+    broken = {"adam_epsilon": 0, "warmup": 0, "stop_after": 1, "dev": ""}
+    with pytest.raises(UserError, match="step 1: a weight is NaN .*no checkpoint yet.*raise adam_epsilon"):
+        main(trainer.script, trainer.keys(world, tmp_path / "run", **broken))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_question_without_a_vector_names_the_step(world, tmp_path):
+    """EMDR2 searches before it learns: the step, and what to do, not the number of a question."""
+    keys = emdr2_keys(world, tmp_path / "run")
+    keys["query_encoder"] = poisoned(keys["query_encoder"], tmp_path / "start")
+    with pytest.raises(UserError, match="step 1: query_encoder gives NaN.* lower learning_rate"):
+        main("train_emdr2.py", keys)
+
+
+def test_a_step_that_teaches_nothing_is_said_once(world, tmp_path, capsys):
+    """The loss and the gradient of a batch of one question without a negative are exactly 0."""
+    lines = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+    lines = [line | {"negatives": line["negatives"] if i == 0 else []} for i, line in enumerate(lines)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    keys = {"batch_size": 1, "negatives": 1, "stop_after": 3, "dev": "", "train": tmp_path / "train.jsonl"}
+    main("train_dpr.py", test_train_dpr.keys(world, tmp_path / "run", **keys))
+    assert capsys.readouterr().out.count("are 0: from this batch nothing is learned") == 1
 
 
 def test_a_model_without_a_run_is_not_replaced(world, tmp_path):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from utils.data import Corpus, is_itself, iter_run, read_questions, write_run
 from utils.metrics import KS, one_question_at_a_time, print_table, retrieval_metrics
 from utils.plumbing.config import UserError, friendly_errors, need_out
-from utils.plumbing.files import atomic_folder, read_json, sha256, write_json
+from utils.plumbing.files import atomic_folder, lock, read_json, sha256, write_json
 from utils.text import report_regex_failures, words
 
 # from: Karpukhin et al. 2020, Sec. 5.1 (Lucene's b and k1)
@@ -46,6 +46,7 @@ def hashes_of(folder):
 def build_bm25(corpus, folder):
     """Return the BM25 index of title + text: the one in `folder` if it is of this corpus, else a new one."""
     folder = Path(folder)
+    lock_file = folder.with_name(f".{folder.name}.lock")
     want = {"corpus": corpus.sha256, "rows": len(corpus), **SETTINGS}
     if folder.exists():
         if not (folder / "bm25.json").is_file():
@@ -61,8 +62,11 @@ def build_bm25(corpus, folder):
         # why no other OSError: after "too many open files" the index may be whole
         except (UserError, FileNotFoundError, ValueError, EOFError, LookupError) as error:
             print(f"{folder}: damaged ({error}), it is built again", file=sys.stderr)
+        lock(lock_file)
         shutil.rmtree(folder)
 
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    lock(lock_file)
     passages = tqdm(corpus, "BM25 index", delay=5, disable=None)
     indexed = tokens(f"{passage.title} {passage.text}" for passage in passages)
     if not indexed.vocab:
@@ -114,7 +118,7 @@ def main():
     args = parser.parse_args()
     if args.k < 1:
         raise UserError(f"--k must be 1 or more, got {args.k}")
-    need_out(args, "out", "questions", "corpus")
+    need_out(args, "out", ".metrics.json")
     questions = read_questions(args.questions, match=args.match)
     corpus = Corpus(args.corpus, args.corpus_format)
     index = build_bm25(corpus, args.index or f"{args.corpus}.bm25")

@@ -174,6 +174,22 @@ def read_questions(path, need=(), repeats=False, match=""):
     return questions
 
 
+def check_ids(path, example, entries, corpus):
+    """UserError for an id of `entries` that the corpus lacks: the line of `example` in the file `path`."""
+    for pid in filter(is_string, entries):
+        if corpus is None:
+            fault = f"question {example['qid']} names passage {pid!r}, but corpus is empty"
+            raise UserError(f"{path}: {fault}")
+        try:
+            corpus.row(pid)
+        except UserError as error:
+            for number, entry in iter_jsonl(path):
+                named = [*entry.get("positives", []), *entry.get("negatives", [])]
+                if entry["qid"] == example["qid"] and pid in named:
+                    raise UserError(f"{path}:{number}: {error}") from None
+            raise
+
+
 def read_training(path, corpus):
     """Return (the questions that have a positive passage, a line on those left out). corpus: may be None."""
     examples = read_questions(path, repeats=True)  # why: RocketQA has one line for each negative
@@ -181,11 +197,7 @@ def read_training(path, corpus):
     if not kept:
         raise UserError(f"{path}: none of its {len(examples)} questions has a positive passage")
     for example in kept:
-        for pid in filter(is_string, example["positives"] + example["negatives"]):
-            if corpus is None:
-                fault = f"question {example['qid']} names passage {pid!r}, but corpus is empty"
-                raise UserError(f"{path}: {fault}")
-            corpus.row(pid)
+        check_ids(path, example, example["positives"] + example["negatives"], corpus)
     bare = sum(not example["negatives"] for example in kept)
     note = f"{path}: {len(kept)} questions, {len(examples) - len(kept)} without a positive left out"
     return kept, f"{note}, {bare} have no negative of their own"

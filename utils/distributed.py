@@ -12,15 +12,60 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.commands.config.config_args import default_config_file
 from accelerate.utils import InitProcessGroupKwargs
 
 from utils.plumbing.config import UserError
+
+# accelerate obeys these variables: each fails here, or changes what is learned. {name: what changes nothing}
+PLAIN = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "ACCELERATE_DYNAMO_BACKEND": "no"}
+PLAIN |= {f"ACCELERATE_USE_{name}": "false" for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "SAGEMAKER")}
+PLAIN |= {"ACCELERATE_USE_PARALLELISM_CONFIG": "false"}
+LAUNCHED = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"}  # numbers that torchrun tells each process
+
+
+def check_environment(mixed_precision):
+    """UserError for what the environment must not say; a warning for what it says and is not used."""
+    env = os.environ
+    for name, plain in PLAIN.items():
+        if env.get(name, "").lower() not in ("", "0", plain):
+            fault = f"{name}={env[name]} in the environment would change what this script does"
+            raise UserError(f"{fault}; unset it, or run `accelerate config` again and choose {plain}")
+
+    # the variables of a launcher: all of them, or none
+    numbers = {name for name in LAUNCHED if env.get(name, "").isdigit()}
+    launched = "LOCAL_RANK" in env or env.get("WORLD_SIZE", "1") != "1"
+    if launched and (numbers < LAUNCHED or not env.get("MASTER_ADDR")):
+        fault = (
+            f"the environment has {', '.join(sorted(env.keys() & LAUNCHED))}, but no launcher set them all"
+        )
+        raise UserError(f"{fault}; start with torchrun, or: unset {' '.join(sorted(LAUNCHED))} MASTER_ADDR")
+
+    # what accelerate was told, and is not used
+    warnings = []
+    precision = env.get("ACCELERATE_MIXED_PRECISION", mixed_precision)
+    if precision not in ("no", mixed_precision):
+        warnings.append(
+            f"accelerate's mixed_precision {precision} is not used, the key says {mixed_precision}"
+        )
+    if Path(default_config_file).is_file() and not launched and precision is mixed_precision:
+        warnings.append(f"{default_config_file} is not used: only `accelerate launch` reads it")
+    # trap: asked for several processes without a GPU, it starts one and only sets MASTER_ADDR
+    if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env and not launched:
+        warnings.append("accelerate launch started one process; for several: torchrun --nproc_per_node N")
+    if launched and "TORCHELASTIC_RUN_ID" not in env:
+        warnings.append(
+            f"waits for {env['WORLD_SIZE']} processes, as WORLD_SIZE says; no torchrun is at work"
+        )
+    for warning in warnings if env.get("RANK", "0") == "0" else ():
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def start(mixed_precision="no"):
@@ -28,6 +73,7 @@ def start(mixed_precision="no"):
     Return the Accelerator of this process. UserError unless as many processes run as the launcher was asked
     for.
     """
+    check_environment(mixed_precision)
     # why: cores / processes threads each; two processes with all cores each are slower than one (measured:
     # 1.17x of one thread against 1.87x). More than one in OMP_NUM_THREADS is the user's choice and kept.
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -40,7 +86,10 @@ def start(mixed_precision="no"):
     # why: while one device hashes tens of GB the others wait, and NCCL ends them after ten minutes
     # from: EMDR2 megatron/mpu/initialize.py:255-264
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=4))
-    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=lonely, kwargs_handlers=[patience])
+    try:
+        accelerator = Accelerator(mixed_precision=mixed_precision, cpu=lonely, kwargs_handlers=[patience])
+    except (ValueError, RuntimeError) as error:  # of a variable, a port that is taken, a GPU that is busy
+        raise UserError(f"accelerate cannot start with this environment: {error}") from None
 
     # trap: `accelerate launch --cpu --num_processes 2` has been seen to start a single process without a word
     if accelerator.num_processes != asked:

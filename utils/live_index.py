@@ -26,8 +26,8 @@ from tqdm import tqdm
 from utils import encoder as encoding
 from utils.distributed import gather_items, prefetch, world
 from utils.plumbing.config import UserError, at_least, must_be_one_of, need_value
-from utils.plumbing.embeddings import open_embeddings
-from utils.plumbing.weights import load_encoder, save_encoder
+from utils.plumbing.embeddings import check_storable, open_embeddings
+from utils.plumbing.weights import encoder_hash, load_encoder, save_encoder
 from utils.search import exact_topk, fetch
 
 BLOCK = 16384  # rows that are sent to the GPU at a time
@@ -69,7 +69,11 @@ class LiveIndex:
         # why on one device: every device would hash all 32 GB of Wikipedia
         self.load(cfg.embeddings, 0, verify=rank == 0, query_encoder=cfg.query_encoder)
         if not run.state.get("index_step"):
-            self.check(load_encoder(cfg.doc_encoder, "passage").to(run.device))
+            encoder = load_encoder(cfg.doc_encoder, "passage").to(run.device)
+            self.check(encoder)
+            if encoder_hash(encoder) != self.made_by:  # an edit that eight passages do not show
+                fault = f"{cfg.embeddings}: made by an encoder of other weights than {cfg.doc_encoder}"
+                raise UserError(f"{fault}; repeat doc2embedding.py with this one, or name the other")
 
     def load(self, folder, step, **how):
         """Take over the embeddings in `folder`, made by the encoder of `step`; no row is copied."""
@@ -77,6 +81,7 @@ class LiveIndex:
         self.folder = folder
         self.step = step
         self.dtype = manifest["dtype"]
+        self.made_by = manifest.get("encoder")
         self.shards = []
         first = 0
         for shard in shards:
@@ -137,6 +142,11 @@ class LiveIndex:
         ids = encoding.tokenize_questions(query_encoder, [example["question"] for example in examples])
         size = self.cfg.encoding_batch_size
         q_QD = encoding.embed_on_devices(query_encoder, ids, size, self.run.accelerator)
+
+        if not torch.isfinite(q_QD).all():
+            fault = f"step {self.run.state['step'] + 1}: query_encoder gives NaN or infinity"
+            good = f"what {self.run.dir} holds is good"
+            raise UserError(f"{fault}: its first weights are broken, or lower learning_rate ({good})")
 
         # find some more, because a question's own passages are left out [EM:389-391]
         spare = max(len(example["own"]) for example in examples)
@@ -206,11 +216,8 @@ class LiveIndex:
         with tqdm(total=len(self.rows), desc="refresh", delay=5, leave=False, disable=None) as bar:
             for rows, ids in zip(windows, tokenized, strict=True):
                 fresh_nD = encoding.embed(encoder, ids, size, autocast, bar)
-                largest_n = np.abs(fresh_nD).max(axis=1)
-                for i in np.flatnonzero(~(largest_n <= np.finfo(self.dtype).max)):
-                    where = f"{self.corpus.path}: passage {self.corpus[rows[i]].id!r}: after step {step}"
-                    fault = f"its vector holds NaN or infinity, or more than {self.dtype} can"
-                    raise UserError(f"{where} {fault}; training diverged: lower learning_rate")
+                advice = f"after step {step} training diverged: lower learning_rate"
+                check_storable(fresh_nD, self.dtype, self.corpus, rows, advice)
                 begin = rows.start - self.rows.start
                 self.shards[0][begin : begin + len(rows)] = fresh_nD
         self.step = step

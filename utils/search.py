@@ -11,9 +11,11 @@ or the number of questions.
 Q questions, q of them at a time · D dimensions · k results · K candidates · n rows of a block · N passages
 """
 
+import contextlib
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +77,7 @@ def exact_topk(queries_QD, shards, k, block=0, device="cpu", resident_ND=None):
     best_QK = q_QD.new_empty(Q, 0)
     rows_QK = q_QD.new_empty(Q, 0, dtype=torch.long)
     for start, x_nD in blocks(shards, block or BLOCK, device, resident_ND):
-        refuse_non_finite(x_nD, start)
+        refuse_non_finite(x_nD, range(start, start + len(x_nD)))
         # the best of this block, then the best of it and of all blocks before
         scores_Qk, places_Qk = best_of_block(q_QD, x_nD, K)
         scores_QM = torch.cat([best_QK, scores_Qk], 1)
@@ -99,12 +101,12 @@ def best_of_block(q_QD, x_nD, K):
     return torch.cat(scores), torch.cat(places)
 
 
-def refuse_non_finite(x_nD, start):
-    """UserError that names the first row of a block whose vector holds NaN or infinity."""
+def refuse_non_finite(x_nD, rows):
+    """UserError that names the first of `rows`, whose vectors x_nD are, that holds NaN or infinity."""
     # trap: a search does not find such a passage, and says nothing
     if not torch.isfinite(x_nD.sum()):
         for i in (~torch.isfinite(x_nD).all(1)).nonzero()[:, 0].tolist():
-            message = f"the vector of passage row {start + i} holds NaN or infinity"
+            message = f"the vector of passage row {rows[i]} holds NaN or infinity"
             raise UserError(f"{message}; repeat doc2embedding.py --dtype float32")
 
 
@@ -135,6 +137,8 @@ def rescore(queries_QD, shards, rows_QK, k):
 def as_lists(scores_Qk, rows_Qk):
     """Turn the arrays of a search into a list of (row, score) a question, best first, without FAISS's -1."""
     results = []
+    if scores_Qk.size > len(scores_Qk) and (scores_Qk[:, 0] == scores_Qk[:, -1]).all():
+        print("warning: all scores are equal, the ranking is the order of the corpus", file=sys.stderr)
     for scores, rows in zip(scores_Qk.tolist(), rows_Qk.tolist(), strict=True):
         results.append([(row, score) for row, score in zip(rows, scores, strict=True) if row >= 0])
     return results
@@ -209,11 +213,13 @@ def build_index(factory, shards, folder, embeddings, nprobe=64, ef_search=128):
         raise UserError(f"index Flat needs {need:.1f} GB, {free:.1f} GB are free; use index stream")
     path = Path(folder) / (re.sub(r"[^\w,.-]", "_", factory) + ".faiss")
     stamp = path.with_suffix(".json")
-    saved = read_json(stamp) if stamp.is_file() and path.is_file() else {}
+    saved = {}
+    with contextlib.suppress(UserError):  # no note, or a damaged one
+        saved = read_json(stamp) if path.is_file() else {}
     if saved and saved == {"factory": factory, "embeddings": embeddings, "sha256": sha256(path)}:
         index = faiss.read_index(str(path))
     else:
-        if saved:
+        if path.is_file():
             print(f"{path}: damaged, or made from other embeddings; building it again", flush=True)
         index = fill_index(factory, shards)
         if factory != "Flat":
@@ -233,9 +239,19 @@ def fill_index(factory, shards):
         # trap: without the metric, every factory string means L2
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
         if not index.is_trained:
-            centroids = max(256, *map(int, re.findall(r"IVF(\d+)", factory)), 0)
-            sample = np.linspace(0, N - 1, min(N, 256 * centroids))  # FAISS uses 256 for each centroid
-            index.train(fetch(shards, sample.astype(np.int64)).astype(np.float32))
+            lists = max(map(int, re.findall(r"IVF(\d+)", factory)), default=0)
+            if N < 39 * lists:  # from: FAISS's ClusteringParameters.min_points_per_centroid
+                few = f"{N} vectors are few to train {lists} lists, {39 * lists} would do"
+                print(f"warning: index {factory}: {few}; stream and HNSW32 need no training", file=sys.stderr)
+            # FAISS uses 256 for each centroid, and a PQ has 256 centroids
+            sample = np.linspace(0, N - 1, min(N, 256 * max(256, lists))).astype(np.int64)
+            x_nD = fetch(shards, sample).astype(np.float32)
+            refuse_non_finite(torch.from_numpy(x_nD), sample)
+            index.train(x_nD)
+        for start, x_nD in blocks(shards, BLOCK, torch.device("cpu")):
+            refuse_non_finite(x_nD, range(start, start + len(x_nD)))
+            index.add(x_nD.numpy())
+        index.search(x_nD[:1].numpy(), 1)
     except RuntimeError as error:
         few = re.search(r"number of clusters \((\d+)\)", str(error))
         if few:
@@ -244,12 +260,9 @@ def fill_index(factory, shards):
             )
             raise UserError(message) from None
         raise UserError(
-            f"index {factory!r}: not an inner-product index of FAISS ({str(error).split(': ')[-1]}); "
-            "use stream, Flat, HNSW32, 'IVF4096,PQ48' ..."
+            f"index {factory!r}: not an inner-product index that FAISS can fill "
+            f"({str(error).split(': ')[-1]}); use stream, Flat, HNSW32, 'IVF4096,PQ48' ..."
         ) from None
-    for start, x_nD in blocks(shards, BLOCK, torch.device("cpu")):
-        refuse_non_finite(x_nD, start)
-        index.add(x_nD.numpy())
     return index
 
 
@@ -262,4 +275,8 @@ def search_index(index, queries_QD, shards, k):
     if not len(queries_QD):
         return []
     _, rows_QK = index.search(queries_QD, min(k + SPARE, index.ntotal))
+    short = int(((rows_QK >= 0).sum(1) < min(k, index.ntotal)).sum())
+    if short:
+        fewer = f"the index found fewer than {k} passages for {short} of {len(rows_QK)} questions"
+        print(f"warning: {fewer}: raise nprobe (IVF) or ef_search (HNSW), or use stream", file=sys.stderr)
     return as_lists(*rescore(queries_QD, shards, rows_QK, k))

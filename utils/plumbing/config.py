@@ -10,8 +10,12 @@ nearest key. No number may be negative. `--help` prints the full yaml.
 import contextlib
 import difflib
 import errno
+import json
+import math
 import os
+import re
 import sys
+import time
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,10 +23,61 @@ from types import SimpleNamespace
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-# Errors of the system that the user or the machine caused. Not ENOENT, EEXIST and ENOTEMPTY: the user's paths
-# are checked at the start, so these are renames of ours that went wrong.
-NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO}
-NOT_OURS |= {errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EMFILE}
+# Errors of the system that the user or the machine caused, and what to do. Not ENOENT, EEXIST and ENOTEMPTY:
+# the user's paths are checked at the start, so these are renames of ours that went wrong.
+NAMES = "EACCES EPERM EROFS EIO ENAMETOOLONG EISDIR ENOTDIR ELOOP ESTALE EBUSY ETXTBSY ENXIO ENODEV".split()
+CURES = {getattr(errno, name): "" for name in NAMES if hasattr(errno, name)}
+FULL = "the disk is full; free some space and repeat the command"
+CURES |= {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.ENFILE: "too many open files in the system"}
+CURES |= {errno.EMFILE: "too many open files; raise the limit: ulimit -n 4096"}
+CURES |= {errno.EFBIG: "the file is larger than is allowed; raise the limit: ulimit -f unlimited"}
+CURES |= {errno.EPIPE: "the program that read the output has ended; write the output into a file"}
+
+# flags of DPR, GC-DPR and nanoDPR: what is called so here, by script
+SYNONYMS = {
+    "lr": "learning_rate",
+    "train_file": "train",
+    "dev_file": "dev",
+    "q_chunk_size": "question_chunk",
+    "ctx_chunk_size": "passage_chunk",
+    "hard_negatives": "negatives",
+    "other_negatives": "negatives",
+    "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "dev_batch_size": "eval_batch_size",
+    "encoding_batch_size": "batch_size",
+    "max_train_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "warmup_steps": "warmup",
+    "adam_eps": "adam_epsilon",
+    "sequence_length": "passage_tokens question_tokens reader_tokens",
+    "logging_steps": "log_every",
+    "log_batch_step": "log_every",
+    "base_model": "init",
+    "pretrained_model_cfg": "init",
+    "pretrained_file": "init",
+    "pretrained_model_path": "doc_encoder query_encoder",
+    "model_file": "doc_encoder query_encoder reader init",
+    "wikipedia_path": "corpus",
+    "ctx_file": "corpus",
+    "ctx_src": "corpus",
+    "nq_test_file": "questions",
+    "qa_file": "questions",
+    "qa_dataset": "questions",
+    "embedding_dir": "embeddings",
+    "encoded_ctx_file": "embeddings",
+    "encoded_ctx_files": "embeddings",
+    "output_dir": "run_dir out",
+    "out_file": "out",
+    "prediction_results_file": "out",
+    "n_docs": "k",
+    "top_k": "k",
+    "num_shards": "servers",
+    "shard_id": "server",
+    "fp16": "mixed_precision",
+    "passages_per_question_predict": "depth test_depth",
+    "hnsw_index": "index",
+}
 
 
 class UserError(Exception):
@@ -33,6 +88,7 @@ class UserError(Exception):
 @contextlib.contextmanager
 def friendly_errors():
     """Turn a fault of user or machine into one line and exit code 2, Ctrl-C into 130 (--debug: traceback)."""
+    open_streams()
     try:
         yield
     except KeyboardInterrupt:
@@ -44,8 +100,28 @@ def friendly_errors():
             raise
         if "--debug" in sys.argv:
             traceback.print_exc()
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(f"error: {message}", file=sys.stderr, flush=True)
+            # what torchrun prints last
+            file = os.environ.get("TORCHELASTIC_ERROR_FILE") or os.devnull
+            when = {"timestamp": str(int(time.time()))}
+            report = {"message": {"message": f"error: {message}", "extraInfo": when}}
+            Path(file).write_text(json.dumps(report), encoding="utf-8")
         sys.exit(2)
+
+
+def open_streams():
+    """Make the standard streams usable: open where they are closed, and in ASCII no letter is an error."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # trap: the next file to be opened would get this number, and FAISS's warnings
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")
+        setattr(sys, name, stream)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def in_a_sentence(error):
@@ -57,13 +133,22 @@ def in_a_sentence(error):
         advice += "or the batch sizes, on a GPU use --mixed_precision bf16"
         detail = str(error).strip().partition("\n")[0]
         return f"the memory is full: {advice}" + (f" ({detail})" if detail else "")
-    if not isinstance(error, OSError):
+    # trap: safetensors and shutil give the number of the system's error only in their text; numpy gives none
+    number = getattr(error, "errno", None)
+    if found := re.search(r"os error (\d+)|\[Errno (\d+)\]", str(error)):
+        number = number or int(found[1] or found[2])
+    if "requested and" in str(error) and isinstance(error, OSError):
+        number = errno.ENOSPC
+    if number == errno.EPIPE:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # why: python writes the rest when it ends
+    place = getattr(error, "filename2", None) or getattr(
+        error, "filename", None
+    )  # of a rename the final name
+    if place and (fault := broken_link(place)):
+        return f"{place}: {fault}"
+    if number not in CURES or not (place or CURES[number]):
         return ""
-    place = error.filename2 or error.filename  # of a rename the final name, not the temporary one
-    if disk_is_full(error):
-        prefix = f"{place}: " if place else ""
-        return f"{prefix}the disk is full; free some space and repeat the command"
-    return f"{place}: {error.strerror}" if place and error.errno in NOT_OURS else ""
+    return (f"{place}: " if place else "") + (CURES[number] or os.strerror(number))
 
 
 def memory_is_full(error):
@@ -76,15 +161,37 @@ def memory_is_full(error):
 
 def disk_is_full(error):
     """Return whether an error of the system, of safetensors, shutil or numpy means ENOSPC."""
-    # trap: numpy gives no errno where it could not write all of an array
-    signs = ("os error 28", "No space left", "requested and")
-    return getattr(error, "errno", None) == errno.ENOSPC or any(sign in str(error) for sign in signs)
+    return in_a_sentence(error).endswith(FULL)
+
+
+def broken_link(path):
+    """Return what is wrong where a path, or a folder above it, is a link to nowhere, or ""."""
+    for part in (Path(path).absolute(), *Path(path).absolute().parents):
+        if part.is_symlink() and not part.exists():
+            return f"{part} is a link to {os.readlink(part)}, which is not there; is its disk mounted?"
+    return ""
 
 
 def nearest(name, names):
     """Return `did you mean ...?` for a misspelt name, or the list of the right names."""
     close = difflib.get_close_matches(name, names, 1, 0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+
+
+def hint(key, names):
+    """Return what a key of another program is called here, or in another script; else the nearest name."""
+    plain = key.rpartition(".")[2].replace("-", "_").lstrip("+_")  # hydra's train.batch_size, DPR's n-docs
+    wanted = SYNONYMS.get(plain, plain).split()
+    for name in wanted:
+        if name in names and name != key:
+            return f"{key} is {name} here"
+    for path in sorted((ROOT / "config").glob("*.yaml")):
+        script = path.stem.removesuffix("_nq")
+        here = re.findall(r"^(\w+):", path.read_text(encoding="utf-8"), re.M)
+        for name in wanted:
+            if name in here and plain in SYNONYMS and (ROOT / f"{script}.py").is_file():
+                return f"{key} is {name} of {script}.py"
+    return nearest(key, names)
 
 
 # ---------------------------------------------------------------- settings
@@ -105,7 +212,7 @@ def load_config(doc, base, argv=None):
     changes = read_yaml(path)
     for key in changes:
         if key not in defaults:
-            raise UserError(f"{path}: unknown key {key!r}; {nearest(str(key), list(defaults))}")
+            raise UserError(f"{path}: unknown key {key!r}; {hint(str(key), list(defaults))}")
     values = {}
     for key, default in defaults.items():
         # why even where a flag wins: a wrong line of the yaml is told all the same
@@ -120,11 +227,17 @@ def read_yaml(path):
     if fault := file_fault(path):
         raise UserError(f"config {path}: {fault}")
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        values = yaml.safe_load(text)
+        node = yaml.compose(text, yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2026-13-45 is a ValueError
         raise UserError(f"{path}: not valid yaml: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
         raise UserError(f"{path}: expected flat `key: value` lines")
+    keys = [key.value for key, _ in node.value]
+    for place, key in enumerate(keys):  # trap: yaml takes the last of two values without a word
+        if key in keys[:place]:
+            raise UserError(f"{path}:{node.value[place][0].start_mark.line + 1}: {key!r} stands there twice")
     return values
 
 
@@ -135,9 +248,10 @@ def read_flags(argv, defaults):
         flag, equals, value = argv.pop(0).partition("=")
         key = flag.removeprefix("--")
         if not flag.startswith("--"):
-            raise UserError(f"command line: {flag!r} is not a flag; write --key value (see --help)")
+            advice = f"; {hint(flag, names)}" if equals or flag.startswith("-") else ""
+            raise UserError(f"command line: {flag!r} is not a flag; write --key value (see --help){advice}")
         if key not in names:
-            raise UserError(f"command line: unknown key {flag}; {nearest(key, names)}")
+            raise UserError(f"command line: unknown key {flag}; {hint(key, names)}")
         if not equals:
             value_follows = argv and not argv[0].startswith("--")
             if isinstance(defaults.get(key), bool) and not value_follows:
@@ -168,13 +282,13 @@ def typed(key, value, default, where):
         if kind is str:
             return str(value)
         number = float(value)  # trap: PyYAML reads 2e-5 as a string, only 2.0e-5 as a number
-        if kind is int and number != int(number):
+        if kind is int and (number != int(number) or number > 2**53):  # from there on it would be another one
             raise ValueError
     except (KeyError, TypeError, ValueError, OverflowError, yaml.YAMLError):
         message = f"{where}: {key} must be of type {kind.__name__} (such as {default!r}), got {value!r}"
         raise UserError(message) from None
-    if not number >= 0:  # NaN too
-        raise UserError(f"{where}: {key} must be at least 0, got {value}")
+    if not 0 <= number < math.inf:  # NaN too
+        raise UserError(f"{where}: {key} must be at least 0 and finite, got {value}")
     return kind(number)
 
 
@@ -197,7 +311,7 @@ def file_fault(path):
     """Return what keeps a file from being read, or ""."""
     if Path(path).is_file():
         return ""
-    return "is a folder; name a file" if Path(path).is_dir() else "no such file"
+    return "is a folder; name a file" if Path(path).is_dir() else broken_link(path) or "no such file"
 
 
 def model_fault(path, kind="model"):
@@ -243,6 +357,8 @@ def need_folder(cfg, key, folder=""):
     """UserError where a key's folder (or `folder`) cannot be made or written into."""
     need_value(cfg, key)
     path = Path(folder or getattr(cfg, key)).absolute()
+    if fault := broken_link(path):
+        raise UserError(f"{key}: {fault}")
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     if not existing.is_dir():
         raise UserError(f"{key}: {getattr(cfg, key)}: {existing} is a file, not a folder")
@@ -250,13 +366,26 @@ def need_folder(cfg, key, folder=""):
         raise UserError(f"{key}: {getattr(cfg, key)}: {existing} cannot be written")
 
 
-def need_out(cfg, key, *inputs):
-    """UserError where the file that a key names cannot be written, or is one of the inputs."""
+def need_out(cfg, key, *suffixes):
+    """
+    UserError where the file that a key names cannot be written, or is one that the command reads.
+
+    suffixes: of the files that are written beside it, such as ".metrics.json".
+    """
     need_value(cfg, key)
-    path = Path(getattr(cfg, key))
-    if path.is_dir():
-        raise UserError(f"{key}: {path} is a folder; name a file")
-    need_folder(cfg, key, path.parent)
-    for other in inputs:
-        if getattr(cfg, other) and Path(getattr(cfg, other)).resolve() == path.resolve():
-            raise UserError(f"{key}: {path} is an input too ({other}); name another file")
+    inputs = {k: Path(v) for k, v in vars(cfg).items() if k != key and isinstance(v, str) and v}
+    out = Path(getattr(cfg, key))
+    for path in (out, *map(out.with_suffix, suffixes)):
+        fault = broken_link(path)
+        if path.is_dir():
+            fault = "is a folder; name a file"
+        elif path.exists() and not path.is_file():
+            fault = "is a device or a pipe, and would be replaced; name a file"
+        for name, other in inputs.items() if path.exists() else ():
+            model = (other / "config.json").is_file() and other.resolve() in path.resolve().parents
+            # why samefile: a file may have two spellings, a link, another case
+            if model or (other.exists() and path.samefile(other)):
+                fault = f"is an input too ({name}); name another file"
+        if fault:
+            raise UserError(f"{key}: {path} {fault}")
+        need_folder(cfg, key, path.parent)

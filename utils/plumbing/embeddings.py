@@ -33,6 +33,8 @@ def open_embeddings(folder, corpus_sha256="", verify=True, query_encoder="", row
     if not (folder / "manifest.json").is_file():
         refuse(folder, "no manifest.json, so no finished embeddings")
     manifest = read_json(folder / "manifest.json")
+    if not isinstance(manifest, dict):
+        refuse(folder, "manifest.json is damaged")
     if absent := KEYS - manifest.keys():
         refuse(folder, f"manifest.json has no {', '.join(sorted(absent))}")
     if manifest["complete"] is not True:
@@ -46,7 +48,9 @@ def open_embeddings(folder, corpus_sha256="", verify=True, query_encoder="", row
         refuse(folder, f"made from {manifest['rows']} passages, the corpus as it is read now has {rows}")
     if query_encoder:
         check_pair(folder, manifest.get("pair"), query_encoder)
-    return open_shards(folder, manifest, verify), manifest
+    shards = open_shards(folder, manifest, verify)
+    warn_where_alike(folder, shards)
+    return shards, manifest
 
 
 def refuse(folder, fault):
@@ -95,7 +99,31 @@ def open_shards(folder, manifest, verify):
     return shards
 
 
+def warn_where_alike(folder, shards):
+    """Warn where the vectors of up to 256 passages hardly differ: then a ranking is the corpus's order."""
+    rows = [shard[:: max(1, len(shard) * len(shards) // 256)] for shard in shards]
+    x_nD = np.concatenate(rows).astype(np.float32)
+    length = max(1e-30, np.linalg.norm(x_nD, axis=1).mean())
+    spread = np.linalg.norm(x_nD - x_nD.mean(0), axis=1).mean() / length
+    distinct = len(np.unique(x_nD, axis=0))
+    # why a half: a corpus may hold texts twice. why 1 %: a BERT that was never trained reaches 10 %
+    if world()[0] == 0 and len(x_nD) > 1 and not (spread > 0.01 and 2 * distinct >= len(x_nD)):
+        fault = f"{folder}: of the vectors of {len(x_nD)} passages {distinct} differ, by {spread:.1%}"
+        print(f"warning: {fault}: the encoder does not tell passages apart", file=sys.stderr)
+
+
 # ---------------------------------------------------------------- writing
+def check_storable(vectors_nD, dtype, corpus, rows, advice):
+    """UserError for the first of the passages `rows` whose vector holds NaN, or more than `dtype` can."""
+    largest_n = np.abs(vectors_nD).max(axis=1)
+    for i in np.flatnonzero(~(largest_n <= np.finfo(dtype).max)):  # trap: a comparison with NaN is false
+        fault = "holds NaN or infinity"
+        if np.isfinite(largest_n[i]):
+            fault = f"reaches {largest_n[i]:.4g}, {dtype} ends at {np.finfo(dtype).max:.6g}"
+            advice = "doc2embedding.py: use --dtype float32"
+        raise UserError(f"{corpus.path}: passage {corpus[rows[i]].id!r}: its vector {fault}; {advice}")
+
+
 def refuse_other_job(folder, stored, job, files):
     """
     UserError unless what `folder` holds is part of this job. stored: its manifest, {} where there is none.
@@ -119,11 +147,13 @@ def shards_to_encode(shards, stored):
     """
     todo = {}
     for file, rows in tqdm(shards.items(), "checking shards", delay=5, disable=None, leave=False):
-        note = file.with_suffix(".json")
-        noted = read_json(note)["sha256"] if note.is_file() else ""
+        try:
+            noted = read_json(file.with_suffix(".json"))["sha256"]
+        except (UserError, LookupError, TypeError):  # no note, or a damaged one
+            noted = ""
         if not file.is_file():
             todo[file] = rows
-        elif sha256(file) != stored.get("shards", {}).get(file.name, noted):
+        elif noted == "" or sha256(file) != stored.get("shards", {}).get(file.name, noted):
             print(f"{file}: damaged (another sha256 than when written), it is encoded again", flush=True)
             todo[file] = rows
     return todo

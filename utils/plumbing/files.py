@@ -5,23 +5,64 @@ A file or a folder is written under a temporary name, forced to the disk, and re
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import platform
 import shutil
 from pathlib import Path
 
+import psutil
 from safetensors import SafetensorError
 
 from utils.plumbing.config import UserError, disk_is_full
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+HELD = {}  # path -> open file: the system gives a lock back when its process ends, however it ends
+
+
+def lock(path):
+    """Hold the file `path` for the life of this process. UserError where another process holds it."""
+    if not fcntl or path in HELD:  # Windows
+        return
+    file = open(path, "a+", encoding="utf-8")
+    try:
+        # why not flock: that knows no NFS. trap: closing the same file anywhere in this process unlocks it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        raise UserError(
+            f"{Path(path).parent}: {holder} is at work there; wait until it ends, or end it"
+        ) from None
+    except OSError:  # a file system without locks
+        return
+    file.truncate(0)
+    print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
+    HELD[path] = file
+
 
 @contextlib.contextmanager
 def atomic_file(path, mode="w"):
-    """Open a temporary file (utf-8, newlines untouched) that becomes `path` when the block ends well."""
-    path = Path(path)
+    """
+    Open a temporary file (utf-8, newlines untouched) that becomes `path` when the block ends well.
+
+    A link stays a link: the file that it points to is replaced. What a killed process left is deleted.
+    """
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    name = f".{path.name}.{platform.node()[:20]}"
+    for leftover in path.parent.glob(f"{glob.escape(name)}.*.tmp"):
+        pid = leftover.name.split(".")[-2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            leftover.unlink(missing_ok=True)
+    temporary = path.with_name(f"{name}.{os.getpid()}.tmp")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
         with explain_full_disk(path):
@@ -98,8 +139,9 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid json: {error}") from None
+    except (ValueError, RecursionError) as error:
+        advice = "get it again, or delete it and repeat the command that wrote it (of vectors: the folder)"
+        raise UserError(f"{path}: not valid json: {error}; {advice}") from None
 
 
 def sha256(path):

@@ -28,7 +28,15 @@ from utils.corpus import Corpus
 from utils.distributed import any_device, peak_memory, prefetch, start
 from utils.plumbing.checkpoint import load_moments, newest_checkpoint, publish, save_checkpoint
 from utils.plumbing.config import ROOT, UserError, at_least, must_be_one_of, need_folder, need_model
-from utils.plumbing.files import atomic_file, folder_hash, need_space, read_json, weights_hash, write_json
+from utils.plumbing.files import (
+    atomic_file,
+    folder_hash,
+    lock,
+    need_space,
+    read_json,
+    weights_hash,
+    write_json,
+)
 
 # keys that a resume may change: files are compared by content, the others do not change what is learned
 FREE = "config run_dir resume tracker log_every save_every corpus train dev init".split()
@@ -58,6 +66,8 @@ class Run:
         if cfg.tracker == "wandb" and not find_spec("wandb"):
             raise UserError("tracker wandb: `pip install wandb` first, or use --tracker none")
 
+        if (self.dir / ".lock").exists() and os.environ.get("RANK", "0") == "0":
+            lock(self.dir / ".lock")
         self.accelerator = start(cfg.mixed_precision)
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         devices = self.accelerator.num_processes
@@ -78,7 +88,7 @@ class Run:
         self.fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
         self.state = {"step": 0, "best": None, "best_step": 0, "settings": settings, "minutes": 0.0}
-        self.notes, self.caught, self.wandb = [], [], None
+        self.notes, self.caught, self.wandb, self.idle = [], [], None, False
         self.checkpoint = newest_checkpoint(self.dir, self.notes.append)
         if self.checkpoint:
             self._resume(settings)
@@ -136,6 +146,7 @@ class Run:
             if not self.checkpoint:  # two, the best, one being written (weights, two moments); the best again
                 need_space(self.dir, (4 * 12 + 4) * size, "checkpoints")
             self.dir.mkdir(parents=True, exist_ok=True)
+            lock(self.dir / ".lock")
             self._open_logs()
             self._write_config()
         for note in self.notes:
@@ -183,10 +194,16 @@ class Run:
     def refuse_non_finite(self, loss, norm, lr):
         """Stop before the optimizer steps. A loss scaler (fp16) skips an infinite gradient by itself."""
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.accelerator.scaler):
+            advice = "lower learning_rate, or raise adam_epsilon"
+            if self.state["step"] == self.first and not self.weights_are_finite():
+                advice = "the weights that the training starts from hold NaN or infinity: take others"
             raise UserError(
                 f"step {self.state['step'] + 1}: loss {loss}, gradient norm {norm}, learning rate {lr:.2e}: "
-                f"stopped before the weights changed, what {self.dir} holds is good; lower learning_rate"
+                f"stopped before the weights changed, what {self.dir} holds is good; {advice}"
             )
+
+    def weights_are_finite(self):
+        return all(bool(torch.isfinite(weight).all()) for weight in self.weights)
 
     def log(self, shown, hidden):
         """
@@ -197,6 +214,10 @@ class Run:
         seconds = time.time() - self.step_began
         self.state["step"] += 1
         done = self.state["step"]
+        idle = not (shown["loss"] or hidden["grad_norm"])
+        if idle and not self.idle:
+            self.say(f"warning: loss and gradient of step {done} are 0: from this batch nothing is learned")
+        self.idle = idle
         self.record({"step": done, **shown, **hidden, "seconds": seconds})
         if done % self.cfg.log_every and done != self.last:
             return
@@ -240,6 +261,11 @@ class Run:
         if not self.cfg.dev:
             self.state["best_step"] = done
         minutes = self.state["minutes"] + (time.time() - self.began) / 60
+        # trap: an optimizer can make NaN of a finite gradient, for example with adam_epsilon 0
+        if not self.weights_are_finite():
+            kept = newest_checkpoint(self.dir, self.say) or "there is no checkpoint yet"
+            fault = f"step {done}: a weight is NaN or infinite, nothing is saved (good: {kept})"
+            raise UserError(f"{fault}; lower learning_rate, or raise adam_epsilon")
         if self.main:
             state = self.state | {"minutes": minutes}
             if self.accelerator.scaler:
@@ -275,14 +301,15 @@ class Run:
     def _open_logs(self):
         """Open log.txt and metrics.jsonl, without the rows after the checkpoint: every step stands once."""
         path, kept = self.dir / "metrics.jsonl", []
-        for line in path.read_text().splitlines() if path.is_file() else []:
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
             try:
                 kept += [line + "\n"] if json.loads(line)["step"] <= self.first else []
             except ValueError:  # the half line of a killed run
                 pass
         with atomic_file(path) as file:
             file.writelines(kept)
-        self.jsonl, self.text = open(path, "a"), open(self.dir / "log.txt", "a", encoding="utf-8")
+        self.jsonl = open(path, "a", encoding="utf-8")
+        self.text = open(self.dir / "log.txt", "a", encoding="utf-8")
         if self.cfg.tracker == "wandb":
             import wandb
 

@@ -1,0 +1,73 @@
+"""What the environment of a process says: to accelerate, of a launcher that is gone, and to the terminal."""
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from utils.distributed import LAUNCHED, PLAIN, start
+from utils.plumbing.config import UserError
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Set variables for a process that no launcher started."""
+    for name in (*PLAIN, *LAUNCHED, "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("utils.distributed.default_config_file", "none")
+    AcceleratorState._reset_state(True)
+
+    def set_all(variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    yield set_all
+    AcceleratorState._reset_state(True)
+
+
+def of(text):
+    return dict(word.split("=") for word in text.split())
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4", "STEPS=4 in the environment would change .* choose 1"),
+        *((f"{name}=true", f"{name}=true in the environment") for name in PLAIN if "_USE_" in name),
+        ("ACCELERATE_DYNAMO_BACKEND=INDUCTOR", "BACKEND=INDUCTOR in the environment"),
+        ("ACCELERATE_USE_CPU=maybe", "cannot start .* invalid truth value maybe"),
+        ("WORLD_SIZE=2", "the environment has WORLD_SIZE, but no launcher .* unset LOCAL_RANK"),
+        ("WORLD_SIZE=two RANK=0 LOCAL_RANK=0 MASTER_ADDR=h MASTER_PORT=1", "no launcher set them all"),
+        ("WORLD_SIZE=2 RANK=0 LOCAL_RANK=0 MASTER_ADDR=h", "RANK, WORLD_SIZE, but no launcher set them all"),
+        ("LOCAL_RANK=0", "the environment has LOCAL_RANK, but no launcher"),
+    ],
+)
+def test_a_variable_that_would_change_the_work_is_refused(environment, variables, words):
+    """accelerate would divide the gradient by four, shard the model, or wait in vain."""
+    environment(of(variables))
+    with pytest.raises(UserError, match=words):
+        start()
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS=1 ACCELERATE_DYNAMO_BACKEND=NO WORLD_SIZE=1 RANK=0", ""),
+        ("ACCELERATE_USE_FSDP=false ACCELERATE_MIXED_PRECISION=no MASTER_PORT=29500", ""),
+        ("ACCELERATE_MIXED_PRECISION=bf16", "mixed_precision bf16 is not used, the key says no"),
+        ("ACCELERATE_MIXED_PRECISION=no MASTER_ADDR=h", "one process; for several: torchrun"),
+    ],
+)
+def test_what_is_not_used_is_said(environment, capsys, variables, words):
+    """What `accelerate launch` sets by itself is no conflict; what it asks for in vain is one line."""
+    environment(of(variables))
+    accelerator = start()
+    assert (accelerator.num_processes, accelerator.gradient_accumulation_steps) == (1, 1)
+    said = capsys.readouterr().err
+    assert words in said and said.count("warning") == bool(words)
+
+
+def test_a_config_file_of_accelerate_is_not_read_by_python(environment, capsys, monkeypatch, tmp_path):
+    """Only `accelerate launch` reads it, so its precision and its processes would be missed in silence."""
+    (tmp_path / "default_config.yaml").write_text("mixed_precision: bf16\nnum_processes: 2\n")
+    monkeypatch.setattr("utils.distributed.default_config_file", str(tmp_path / "default_config.yaml"))
+    start()
+    assert "default_config.yaml is not used: only `accelerate launch`" in capsys.readouterr().err

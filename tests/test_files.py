@@ -1,0 +1,101 @@
+"""Files that are whole or absent, also when two processes want the same ones, or one was killed."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests import test_train_dpr
+from tests.test_trainers import main
+from tests.toy import make_world
+from utils.bm25 import build_bm25
+from utils.data import Corpus
+from utils.plumbing.config import ROOT, UserError
+from utils.plumbing.files import HELD, atomic_file, read_json
+
+pytest.importorskip("fcntl")  # Windows has no locks
+HOLDER = "import sys, utils.plumbing.files as f; f.lock(sys.argv[1]); print(flush=True); sys.stdin.read()"
+
+
+@pytest.fixture
+def world(tmp_path):
+    HELD.clear()
+    return make_world(tmp_path / "world")
+
+
+def hold(path):
+    """Start a process that holds a lock until it dies."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], cwd=ROOT, **pipes)
+    process.stdout.readline()
+    return process
+
+
+def rerank(world, out):
+    from tests.test_rerank import save_cross
+    from tests.toy import tokenizer
+
+    if not (world / "cross_encoder").exists():
+        save_cross(world / "cross_encoder", tokenizer(world))
+    (world / "test.run").write_text("q50\t51\t1\t2.0\n")
+    keys = {"questions": world / "test.jsonl", "ranking": world / "test.run", "out": f"{out}/x.run"}
+    main("rerank.py", keys | {"corpus": world / "corpus.tsv", "cross_encoder": world / "cross_encoder"})
+
+
+COMMANDS = {
+    ".lock": lambda world, out: main("train_dpr.py", test_train_dpr.keys(world, out, stop_after=1, dev="")),
+    ".bm25.lock": lambda world, out: build_bm25(Corpus(world / "corpus.tsv"), out / "bm25"),
+    "x.run.parts/.lock": rerank,
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_second_of_two_is_refused_in_a_sentence(world, tmp_path, name):
+    """A run, an index, a ranking on which a living process works; a killed one gives it back at once."""
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    process = hold(path)
+    before = sorted(tmp_path.joinpath("out").rglob("*"))
+    with pytest.raises(UserError, match=f"{path.parent}: process {process.pid} on .* is at work there; wait"):
+        COMMANDS[name](world, tmp_path / "out")
+    assert sorted(tmp_path.joinpath("out").rglob("*")) == before
+    process.kill()
+    process.communicate()
+    COMMANDS[name](world, tmp_path / "out")
+    assert sorted(tmp_path.joinpath("out").rglob("*")) != before
+
+
+def test_what_a_killed_write_left_goes_with_the_next_one(tmp_path):
+    """Of a process that is dead, on this machine: not that of a living one, of another file or machine."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    with atomic_file(tmp_path / "x[1].run") as file:
+        own = next(tmp_path.glob(".x*.tmp")).name
+        file.write("whole")
+    stay = [
+        own,
+        own.replace("x[1]", "y").replace(str(os.getpid()), str(dead.pid)),
+        f".x[1].run.far.{dead.pid}.tmp",
+    ]
+    for name in [*stay, own.replace(str(os.getpid()), str(dead.pid))]:
+        (tmp_path / name).write_text("half")
+    with atomic_file(tmp_path / "x[1].run"):
+        assert sorted(path.name for path in tmp_path.glob(".*")) == sorted(stay)
+
+
+def test_a_link_stays_a_link(tmp_path):
+    """What is written lands where the link points to, on the large disk."""
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large/x.run").write_text("old")
+    (tmp_path / "x.run").symlink_to("large/x.run")
+    with atomic_file(tmp_path / "x.run") as file:
+        file.write("new")
+    assert (tmp_path / "x.run").is_symlink() and (tmp_path / "large/x.run").read_text() == "new"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 9999])
+def test_a_damaged_note_says_what_to_do(tmp_path, content):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(UserError, match="x.json: not valid json: .*; get it again, or delete it and repeat"):
+        read_json(tmp_path / "x.json")
