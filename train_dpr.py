@@ -29,45 +29,16 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from utils import encoder as encoding
-from utils.data import passage_key, passage_of, read_training
+from utils.data import count_negatives, passage_key, passage_of, read_training
 from utils.distributed import gather_rows, sum_gradients, world
 from utils.grad_cache import grad_cache_step
 from utils.metrics import positive_ranks
-from utils.plumbing.config import UserError, at_least, friendly_errors, load_config, need_file
+from utils.plumbing.config import at_least, friendly_errors, load_config, need_file
 from utils.plumbing.run import Run
 from utils.plumbing.weights import TOWERS, given_inputs, load_towers
 
 
 # ---------------------------------------------------------------- data: a batch is a function of (seed, step)
-def count_negatives(train, cfg):
-    """Return what the log says of the negatives. UserError where no batch can hold a wrong passage."""
-    counts = [len(example["negatives"]) for example in train]
-    taken = sum(min(count, cfg.negatives) for count in counts) / len(train)
-    positives = {passage_key(entry) for example in train for entry in example["positives"]}
-    all_keys = {passage_key(entry) for example in train for entry in example["negatives"]}
-    all_keys = positives | all_keys if cfg.negatives else positives
-
-    def meets_a_wrong_one(example):
-        own = [passage_key(entry) for entry in example["negatives"] if cfg.negatives]
-        beside = all_keys if cfg.batch_size > 1 else set(own)
-        return not beside <= {passage_key(entry) for entry in example["positives"]}
-
-    if not any(map(meets_a_wrong_one, train)):
-        fault = (
-            f"batch_size {cfg.batch_size} with negatives {cfg.negatives}: no question meets a wrong passage"
-        )
-        raise UserError(f"{cfg.train}: {fault}, there is nothing to tell apart; mine negatives first")
-    notes = [f"{taken:.1f} negatives of its own for a question on average, {cfg.negatives} asked for"]
-    if max(counts) < cfg.negatives:
-        padding = (
-            f"no question has more than {max(counts)} negatives, the rest is padding that is encoded too"
-        )
-        notes.append(f"warning: {padding}: use --negatives {max(counts)}")
-    if len(positives) == 1 and len(train) > 1:
-        notes.append("warning: all questions have the same positive, so what a question says does not matter")
-    return notes
-
-
 def rotating_negatives(pool, k, seed, epoch):
     """
     Return the indexes of k of `pool` negatives: each epoch reads on where the last one stopped.
@@ -330,7 +301,7 @@ def main():
     dev, dev_note = [], "no dev set: the last checkpoint is the best"
     if cfg.dev:
         dev, dev_note = read_training(cfg.dev, corpus)
-    run.notes += [train_note, *count_negatives(train, cfg), dev_note]
+    run.notes += [train_note, *count_negatives(cfg, train), dev_note]
 
     # models
     sources = {name: run.source(name, cfg.init) for name in TOWERS}

@@ -276,12 +276,10 @@ def main():
     # settings, checked before anything is loaded
     cfg = config.load_config(__doc__, "config/train_emdr2_nq.yaml")
     config.must_be_one_of(cfg, retriever_loss=("emdr2", "kl", "none"), marginal=("token", "sequence"))
-    config.at_least(cfg, 1, "top_k", "question_chunk", "passage_chunk", "score_chunk")
+    # why 2: the prior of one passage is always 1, so no retriever learns
+    config.at_least(cfg, 1 if cfg.retriever_loss == "none" else 2, "top_k")
+    config.at_least(cfg, 1, "question_chunk", "passage_chunk", "score_chunk")
     config.at_least(cfg, 2, "answer_tokens", "reader_tokens")
-    if cfg.retriever_loss != "none" and cfg.top_k < 2:
-        raise UserError(
-            "top_k 1: the prior of one passage is always 1, so no retriever learns; use 2 or more"
-        )
     if not cfg.eval_hits or min(cfg.eval_hits) < 1:
         raise UserError(f"eval_hits must name depths of at least 1, got {cfg.eval_hits}")
     config.need_file(cfg, "train", "corpus", optional=("dev",))

@@ -28,7 +28,7 @@ TEST_DEPTH=${TEST_DEPTH:-100}
 TEST_TOKENS=${TEST_TOKENS:-0}                      # length of a test question; 0: as in training
 TRAIN_FLAGS=${TRAIN_FLAGS:-}
 ENCODE_FLAGS=${ENCODE_FLAGS---mixed_precision fp16}
-LAUNCH=${LAUNCH:-accelerate launch} FORMAT=${FORMAT:-auto}
+LAUNCH=${LAUNCH:-accelerate launch --quiet} FORMAT=${FORMAT:-auto}
 . "$(dirname "$0")/stage.sh"
 
 # Data: DPR's. why --ids: look-ahead searches with the positive's vector, so it needs the passage's id; the train.jsonl

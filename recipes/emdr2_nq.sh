@@ -35,7 +35,7 @@ READ=${READ:-50}                                   # so many of them are read
 TRAIN_FLAGS=${TRAIN_FLAGS:-}
 ANSWER_FLAGS=${ANSWER_FLAGS---mixed_precision bf16}
 ENCODE_FLAGS=${ENCODE_FLAGS---mixed_precision fp16}
-LAUNCH=${LAUNCH:-accelerate launch} FORMAT=${FORMAT:-auto}
+LAUNCH=${LAUNCH:-accelerate launch --quiet} FORMAT=${FORMAT:-auto}
 . "$(dirname "$0")/stage.sh"
 
 # Data: all questions of DPR's split, 79,168 and 8,757; DPR trains on the 58,880 for which it knows a passage.

@@ -23,7 +23,7 @@ UNLABELLED_DEPTH=${UNLABELLED_DEPTH:-50}
 BELOW=${BELOW:-0.1} ABOVE=${ABOVE:-0.9}
 TRAIN_FLAGS=${TRAIN_FLAGS:-} CROSS_FLAGS=${CROSS_FLAGS:-}
 ENCODE_FLAGS=${ENCODE_FLAGS---mixed_precision fp16}
-LAUNCH=${LAUNCH:-accelerate launch} FORMAT=${FORMAT:-marco}
+LAUNCH=${LAUNCH:-accelerate launch --quiet} FORMAT=${FORMAT:-marco}
 . "$(dirname "$0")/stage.sh"
 
 # Data: recipes/marco_data.sh. From RocketQA's data (its wget_data.sh): the unlabelled questions and, if you have it,

@@ -27,7 +27,7 @@ POSITIVES=${POSITIVES:-ranking}                    # ranking: the first with the
 BELOW=${BELOW:-0.1} ABOVE=${ABOVE:-0.9}            # the cross-encoder is sure: a negative, a positive
 TRAIN_FLAGS=${TRAIN_FLAGS:-} CROSS_FLAGS=${CROSS_FLAGS:-}
 ENCODE_FLAGS=${ENCODE_FLAGS---mixed_precision fp16}
-LAUNCH=${LAUNCH:-accelerate launch} FORMAT=${FORMAT:-auto}
+LAUNCH=${LAUNCH:-accelerate launch --quiet} FORMAT=${FORMAT:-auto}
 . "$(dirname "$0")/stage.sh"
 
 # Data: DPR's, as in recipes/dpr_nq.sh; 58,880 training questions with the positive and a negative from BM25's 100 best.

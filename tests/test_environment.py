@@ -1,10 +1,13 @@
 """What the environment of a process says: to accelerate, of a launcher that is gone, and to the terminal."""
 
+import subprocess
+import sys
+
 import pytest
 from accelerate.state import AcceleratorState
 
 from utils.distributed import LAUNCHED, PLAIN, start
-from utils.plumbing.config import UserError
+from utils.plumbing.config import ROOT, UserError
 
 
 @pytest.fixture
@@ -71,3 +74,35 @@ def test_a_config_file_of_accelerate_is_not_read_by_python(environment, capsys, 
     monkeypatch.setattr("utils.distributed.default_config_file", str(tmp_path / "default_config.yaml"))
     start()
     assert "default_config.yaml is not used: only `accelerate launch`" in capsys.readouterr().err
+
+
+WITHOUT = """
+import importlib, os, sys
+import accelerate, bm25s, faiss, psutil, transformers  # they know each system, and choose for themselves
+sys.modules |= {"resource": None, "fcntl": None}  # None: cannot be imported
+for name in ("pread", "sched_getaffinity"):
+    delattr(os, name)
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+"""
+
+
+def modules():
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("utils/**/*.py"), *ROOT.glob("prepare/*.py")]
+    return [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths if path.stem != "__init__"
+    ]
+
+
+def test_every_module_is_imported_where_unix_is_not():
+    """Windows has no resource, fcntl and pread, macOS no affinity: an import must not ask for them."""
+    names = modules()
+    done = subprocess.run([sys.executable, "-c", WITHOUT, *names], cwd=ROOT, capture_output=True, text=True)
+    assert len(names) > 25 and done.returncode == 0, done.stderr[-600:]
+
+
+def test_every_file_is_opened_as_utf_8():
+    """Where LC_ALL is C, or on Windows, a file without an encoding fails at the first accent."""
+    select = ["--preview", "--select", "PLW1514", "--exclude", "tests", "."]
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", *select], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stdout.decode()

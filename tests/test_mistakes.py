@@ -113,7 +113,7 @@ MISTAKES = [
     ("train_dpr", {"train": "second.jsonl"}, "second.jsonl:2: ... no passage has the id '999'"),
     ("train_cross_encoder", {"dev": "second.jsonl"}, "second.jsonl:2: ... no passage has the id '999'"),
     ("train_dpr", {"train": "same.jsonl", "negatives": 0}, "nothing to tell apart"),
-    ("train_emdr2", {"top_k": 1}, "top_k 1: the prior of one passage is always 1"),
+    ("train_emdr2", {"top_k": 1}, "top_k must be at least 2, got 1"),
     ("train_reader", {"train": "everywhere.jsonl"}, "every passage holds an answer ... raise train_depth"),
     ("test_dpr", {"questions": "missing.jsonl"}, "questions: missing.jsonl: no such file"),
     ("test_dpr", {"questions": "empty.tsv"}, "empty.tsv: no questions in it"),

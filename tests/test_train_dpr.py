@@ -16,7 +16,6 @@ from tests.saved import Saved
 from tests.toy import make_world
 from train_dpr import (
     add_gradient,
-    count_negatives,
     dev_pool,
     draw_batch,
     draw_passages,
@@ -26,7 +25,7 @@ from train_dpr import (
     make_batch,
     rotating_negatives,
 )
-from utils.data import Corpus, Passage, passage_of, read_questions
+from utils.data import Corpus, Passage, count_negatives, passage_of, read_questions
 from utils.distributed import chunk_seed
 from utils.encoder import collate, embed, tokenize_passages, tokenize_questions
 from utils.plumbing.config import UserError, load_config
@@ -181,9 +180,9 @@ def test_negatives_are_counted_and_none_at_all_is_refused(world, changes, own, w
     train = [example | own for example in train]
     if words == "refused":
         with pytest.raises(UserError, match="no question meets a wrong passage.* nothing to tell apart"):
-            count_negatives(train, cfg)
+            count_negatives(cfg, train)
     else:
-        assert re.search(words, "\n".join(count_negatives(train, cfg)))
+        assert re.search(words, "\n".join(count_negatives(cfg, train)))
 
 
 def test_padding_and_duplicates_are_excluded_and_counted(world):

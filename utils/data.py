@@ -219,6 +219,36 @@ def passage_key(entry):
     return entry.get("title") or "", entry["text"]
 
 
+def count_negatives(cfg, train):
+    """Return what the log says of the negatives. UserError where no batch can hold a wrong passage."""
+    # the passages that may stand beside a question in a batch
+    counts = [len(example["negatives"]) for example in train]
+    positives = {passage_key(entry) for example in train for entry in example["positives"]}
+
+    def meets_a_wrong_one(example):
+        own = {passage_key(entry) for entry in example["negatives"] if cfg.negatives}
+        beside = positives | own if cfg.batch_size > 1 else own
+        return not beside <= {passage_key(entry) for entry in example["positives"]}
+
+    if not any(map(meets_a_wrong_one, train)):
+        fault = (
+            f"batch_size {cfg.batch_size} with negatives {cfg.negatives}: no question meets a wrong passage"
+        )
+        raise UserError(f"{cfg.train}: {fault}, there is nothing to tell apart; mine negatives first")
+
+    # how many there are, and what is encoded for nothing
+    taken = sum(min(count, cfg.negatives) for count in counts) / len(train)
+    notes = [f"{taken:.1f} negatives of its own for a question on average, {cfg.negatives} asked for"]
+    if max(counts) < cfg.negatives:
+        padding = (
+            f"no question has more than {max(counts)} negatives, the rest is padding that is encoded too"
+        )
+        notes.append(f"warning: {padding}: use --negatives {max(counts)}")
+    if len(positives) == 1 and len(train) > 1:
+        notes.append("warning: all questions have the same positive, so what a question says does not matter")
+    return notes
+
+
 # ---------------------------------------------------------------- rankings
 def write_run(path, results):
     """Write [(qid, [(pid, score), ...]), ...], the best passage first, as a .run (RocketQA's format)."""

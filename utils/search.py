@@ -39,7 +39,7 @@ def name_blas_kernel(cpuinfo="/proc/cpuinfo"):
     """Name OpenBLAS's kernel by the processor's flags, before faiss is imported; a user's choice is kept."""
     # why: the OpenBLAS in the faiss-cpu wheel does not know every processor; its fallback was 5x slower
     if platform.machine() in ("x86_64", "AMD64") and Path(cpuinfo).is_file():
-        line = re.search(r"^flags\s*:(.*)|\Z", Path(cpuinfo).read_text(), re.M)
+        line = re.search(r"^flags\s*:(.*)|\Z", Path(cpuinfo).read_text(encoding="utf-8"), re.M)
         flags = set(line[0].split())
         if {"avx512f", "avx512dq", "avx512bw", "avx512vl"} <= flags:
             os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
