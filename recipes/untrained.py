@@ -14,14 +14,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.plumbing.config import friendly_errors, load_config  # noqa: E402
-from utils.plumbing.weights import load_encoder, save_encoder  # noqa: E402
-
-INPUTS = ("question_tokens", "passage_tokens", "pooling", "token_types")
+from utils.plumbing.weights import given_inputs, load_encoder, save_encoder  # noqa: E402
 
 
 def main():
     cfg = load_config(__doc__, "config/train_dpr_nq.yaml")
-    inputs = {key: getattr(cfg, key) for key in INPUTS} | {"role": "shared"}
+    inputs = given_inputs(cfg) | {"role": "shared"}
     query_encoder = Path(cfg.run_dir) / "query_encoder"
     doc_encoder = Path(cfg.run_dir) / "doc_encoder"
     if not query_encoder.exists():

@@ -245,6 +245,17 @@ def test_a_bare_folder_takes_keys(tmp_path):
     assert load_encoder(tmp_path / "saved", "passage").inputs == encoder.inputs
 
 
+def test_a_projection_is_saved(tmp_path):
+    """DPR's Linear on top, which no BERT folder has a place for, stands beside it as a Dense step."""
+    encoder = load_encoder(model_folder(tmp_path / "e", "bert"), "passage", SHORT)
+    encoder.projection = nn.Linear(32, 8)
+    encoder.dim = 8
+    save_encoder(encoder, tmp_path / "saved")
+    again = load_encoder(tmp_path / "saved", "passage")
+    assert again.dim == 8 and np.array_equal(vectors(again)[1], vectors(encoder)[1])
+    assert encoder_hash(again) == encoder_hash(encoder)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [

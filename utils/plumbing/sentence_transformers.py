@@ -79,7 +79,9 @@ def read_folder(folder):
     layers = []
     for kind, place in steps[2:]:
         layers += read_dense(place) if kind == "Dense" else []
-    return inputs, nn.Sequential(*layers) if layers else None, transformer
+    if len(layers) < 2:  # DPR's own projection is a plain Linear
+        return inputs, layers[0] if layers else None, transformer
+    return inputs, nn.Sequential(*layers), transformer
 
 
 def refuse(place, fault):
