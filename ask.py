@@ -54,6 +54,10 @@ def check_inputs(cfg, question):
     for part, script in (("query_encoder", "train_dpr.py"), ("embeddings/manifest.json", "doc2embedding.py")):
         if not (Path(cfg.run) / part).exists() and not (part == "query_encoder" and cfg.query_encoder):
             raise UserError(f"{cfg.run} has no {part}; {script} writes it")
+    if not cfg.corpus and (Path(cfg.run) / "config.yaml").is_file():
+        trained = config.read_yaml(Path(cfg.run) / "config.yaml")
+        cfg.corpus = trained.get("corpus") or ""
+        cfg.corpus_format = trained.get("corpus_format") or "auto"
     config.need_file(cfg, "corpus", optional=["questions"])
     if cfg.reader:
         config.need_model(cfg, "reader")

@@ -18,7 +18,7 @@ import json
 import random
 import sys
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ from utils.data import (
     iter_run,
     passage_of,
     read_questions,
+    refuse_strange_answers,
 )
 from utils.metrics import gold_ids
 from utils.plumbing.config import (
@@ -242,21 +243,6 @@ def read_found(questions, cfg, counts):
         check_end()
 
 
-def refuse_strange_answers(questions, corpus, cfg):
-    """UserError where most questions have no answer in their positives: right passages would be mined."""
-    judged = [question for question in questions if question["answers"] and question["positives"]]
-    without = []
-    for question in judged:
-        passages = [passage_of(entry, corpus) for entry in question["positives"]]
-        if not any(holds_answer(passage, question, cfg) for passage in passages):
-            without.append(question)
-    if len(without) > 0.5 * len(judged):
-        share = f"{len(without)} of {len(judged)} questions have no answer in a positive passage of theirs"
-        example = f"such as {without[0]['qid']!r} with {without[0]['answers'][0]!r}"
-        cure = "try --match regex or --match_title true; answers that stand in no text at all: leave them out"
-        raise UserError(f"{cfg.questions}: {share}, {example}. Right passages would become negatives; {cure}")
-
-
 # ---------------------------------------------------------------- choosing
 def mine(questions, corpus, cfg, counts):
     """Yield the lines of the training file. `counts` tells what became of the questions."""
@@ -338,7 +324,7 @@ def main():
         print(warning, file=sys.stderr)
 
     if match:
-        refuse_strange_answers(questions, corpus, cfg)
+        refuse_strange_answers(cfg.questions, questions, corpus, partial(holds_answer, cfg=cfg))
 
     # mine and write, line by line
     counts = Counter()

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from prepare.hints import kind_of
 from utils.plumbing.config import UserError, file_fault
 from utils.plumbing.files import atomic_folder, read_json, write_json
 
@@ -35,28 +36,6 @@ COLUMN_NAMES = frozenset(COLUMN_NAMES.split())
 
 
 # ---------------------------------------------------------------- a line
-# the first bytes of files that are not text, and the command that makes one of them
-KINDS = {
-    b"\x1f\x8b": "is compressed; unpack it first: gunzip {path}",
-    b"PK\x03\x04": "is a zip archive (or a spreadsheet); unpack it first: unzip {path}",
-    b"BZh": "is compressed; unpack it first: bunzip2 {path}",
-    b"\xfd7zXZ": "is compressed; unpack it first: unxz {path}",
-    b"\x28\xb5\x2f\xfd": "is compressed; unpack it first: zstd -d {path}",
-    b"PAR1": "is a parquet file; README.md shows how python makes text of a table",
-    b"ARROW1": "is an arrow file; README.md shows how python makes text of a table",
-    b"SQLite": "is a database; README.md shows how python makes text of a table",
-    b"%PDF": "is a PDF; make a text of it first: pdftotext {path}",
-    b"\xff\xfe": "is UTF-16; convert it first: iconv -f UTF-16 -t UTF-8 {path} -o OUT",
-    b"<!": "is an html page; was its download refused?",
-    b"<html": "is an html page; was its download refused?",
-    b"version https://git-lfs": "is a pointer of git-lfs; get the file itself: git lfs pull",
-    b"[": "is one json list; DPR's: python -m prepare.convert dpr_json {path} OUT; others: one object a line",
-    b"\x80\x04": "is a pickle; let the program that made it write text",
-    b"\xff\xff\xff\xff": "is an arrow file; README.md shows how python makes text of a table",
-    b"\xfe\xff": "is UTF-16; convert it first: iconv -f UTF-16 -t UTF-8 {path} -o OUT",
-}
-
-
 def read_lines(path, digest=None):
     """
     Yield (number, byte offset, text with its line end) of every line of a utf-8 file, in constant memory.
@@ -70,9 +49,8 @@ def read_lines(path, digest=None):
     end = 0
     with bar, open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            kind = next((kind for kind in KINDS if line.startswith(kind)), None) if number == 1 else None
-            if kind:
-                raise UserError(f"{path}: {KINDS[kind].format(path=path)}")
+            if number == 1 and (fault := kind_of(line, path)):
+                raise UserError(f"{path}: {fault}")
             if digest:
                 digest.update(line)
             bar.update(len(line))

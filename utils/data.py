@@ -13,6 +13,7 @@ import re
 import sys
 import unicodedata
 
+from prepare.hints import CONVERT, foreign
 from utils.corpus import Corpus as Corpus
 from utils.corpus import Passage, load_json, read_lines
 from utils.plumbing.config import UserError
@@ -23,27 +24,6 @@ REGEX_SYNTAX = re.compile(r"\\[a-zA-Z.()?+]|\.[*+]|\([^)]*\|[^)]*\)|\w\|\w|\[[^\
 
 
 # ---------------------------------------------------------------- question files
-# the keys of other people's lines -> what the file is, and what to do with it
-CONVERT = "first: python -m prepare.convert"
-FOREIGN = {
-    ("positive_passages",): f"is Tevatron's training file; {CONVERT} tevatron {{path}} OUT",
-    ("positive_ctxs",): f"is DPR's training file; {CONVERT} dpr_json {{path}} OUT",
-    ("ctxs",): f"is a retrieval result (DPR, FiD); {CONVERT} from_dpr_result {{path}} FOLDER",
-    ("data",): "is SQuAD's json; README.md shows how ten lines of python convert it",
-    ("paragraphs",): "is SQuAD's json; README.md shows how ten lines of python convert it",
-    ("_id", "text"): f"is BEIR's; {CONVERT} beir {{path}} [qrels/test.tsv] OUT",
-    ("question", "answer"): f"is NQ-open's; {CONVERT} nq_open {{path}} OUT",
-}
-
-
-def foreign(entry, path):
-    """Return what a line of somebody else's question file is, with the cure; "" for one that is not known."""
-    for keys, cure in FOREIGN.items():
-        if entry.keys() >= set(keys) and "qid" not in entry:
-            return cure.format(path=path)
-    return ""
-
-
 def iter_jsonl(path):
     """Yield (line number, dict) of every line of a jsonl file but blank ones, in constant memory."""
     for number, _, text in read_lines(path):
@@ -201,6 +181,24 @@ def read_training(path, corpus):
     bare = sum(not example["negatives"] for example in kept)
     note = f"{path}: {len(kept)} questions, {len(examples) - len(kept)} without a positive left out"
     return kept, f"{note}, {bare} have no negative of their own"
+
+
+def refuse_strange_answers(path, questions, corpus, holds):
+    """
+    UserError where most questions of a file have no answer in any of their positives: mined from such a file,
+    right passages would be negatives. holds(passage, question): whether an answer stands in the passage.
+    """
+    judged = [question for question in questions if question["answers"] and question["positives"]]
+    without = []
+    for question in judged:
+        passages = [passage_of(entry, corpus) for entry in question["positives"]]
+        if not any(holds(passage, question) for passage in passages):
+            without.append(question)
+    if len(without) > 0.5 * len(judged):
+        share = f"{len(without)} of {len(judged)} questions have no answer in a positive passage of theirs"
+        example = f"such as {without[0]['qid']!r} with {without[0]['answers'][0]!r}"
+        cure = "try --match regex or --match_title true; answers that stand in no text at all: leave them out"
+        raise UserError(f"{path}: {share}, {example}. Right passages would become negatives; {cure}")
 
 
 def passage_of(entry, corpus):

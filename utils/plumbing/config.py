@@ -22,6 +22,8 @@ from types import SimpleNamespace
 
 import yaml
 
+from prepare.hints import SYNONYMS
+
 ROOT = Path(__file__).resolve().parents[2]
 # Errors of the system that the user or the machine caused, and what to do. Not ENOENT, EEXIST and ENOTEMPTY:
 # the user's paths are checked at the start, so these are renames of ours that went wrong.
@@ -32,52 +34,6 @@ CURES |= {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.ENFILE: "too many open f
 CURES |= {errno.EMFILE: "too many open files; raise the limit: ulimit -n 4096"}
 CURES |= {errno.EFBIG: "the file is larger than is allowed; raise the limit: ulimit -f unlimited"}
 CURES |= {errno.EPIPE: "the program that read the output has ended; write the output into a file"}
-
-# flags of DPR, GC-DPR and nanoDPR: what is called so here, by script
-SYNONYMS = {
-    "lr": "learning_rate",
-    "train_file": "train",
-    "dev_file": "dev",
-    "q_chunk_size": "question_chunk",
-    "ctx_chunk_size": "passage_chunk",
-    "hard_negatives": "negatives",
-    "other_negatives": "negatives",
-    "per_device_train_batch_size": "batch_size",
-    "per_device_eval_batch_size": "eval_batch_size",
-    "dev_batch_size": "eval_batch_size",
-    "encoding_batch_size": "batch_size",
-    "max_train_epochs": "epochs",
-    "num_train_epochs": "epochs",
-    "warmup_steps": "warmup",
-    "adam_eps": "adam_epsilon",
-    "sequence_length": "passage_tokens question_tokens reader_tokens",
-    "logging_steps": "log_every",
-    "log_batch_step": "log_every",
-    "base_model": "init",
-    "pretrained_model_cfg": "init",
-    "pretrained_file": "init",
-    "pretrained_model_path": "doc_encoder query_encoder",
-    "model_file": "doc_encoder query_encoder reader init",
-    "wikipedia_path": "corpus",
-    "ctx_file": "corpus",
-    "ctx_src": "corpus",
-    "nq_test_file": "questions",
-    "qa_file": "questions",
-    "qa_dataset": "questions",
-    "embedding_dir": "embeddings",
-    "encoded_ctx_file": "embeddings",
-    "encoded_ctx_files": "embeddings",
-    "output_dir": "run_dir out",
-    "out_file": "out",
-    "prediction_results_file": "out",
-    "n_docs": "k",
-    "top_k": "k",
-    "num_shards": "servers",
-    "shard_id": "server",
-    "fp16": "mixed_precision",
-    "passages_per_question_predict": "depth test_depth",
-    "hnsw_index": "index",
-}
 
 
 class UserError(Exception):
