@@ -68,7 +68,7 @@ def report_cut(kind, ids, limit):
 
 def report_questions(name, path, corpus, regex):
     """Print how many questions of a file can be used for what. Return (the questions, their positives)."""
-    questions = read_questions(path)
+    questions = read_questions(path, match="regex" if regex else "string")
     positives = []
     holding = []
     for question in questions:

@@ -145,7 +145,9 @@ def test_answers_that_are_patterns(look):
         row | {"answers": [rf"\b{row['answers'][0][:2]}\w+"]} for row in read_questions(world / "train.jsonl")
     ]
     write_lines(world / "train.jsonl", train)
-    assert "hold an answer" in call() and "hold an answer" not in call("--match", "regex")
+    with pytest.raises(UserError, match="which are regular expressions: add --match regex"):
+        call()
+    assert "hold an answer" not in call("--match", "regex")
 
 
 # ---------------------------------------------------------------- the hybrid's weight

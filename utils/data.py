@@ -93,7 +93,7 @@ def refuse_patterns(questions, path):
         answered
     ):  # why a fifth: most patterns of CuratedTREC are plain words or years
         share = f"{len(patterns)} of {len(answered)} questions have answers like {patterns[0]!r}"
-        cure = "where the script has the key, add --match regex; a reader needs plain answers"
+        cure = "add --match regex (a recipe: MATCH=regex); a reader needs plain answers"
         raise UserError(f"{path}: {share}, which are regular expressions: {cure}")
 
 
