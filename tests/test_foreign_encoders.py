@@ -20,7 +20,7 @@ from tests.toy import CITIES, COLOURS, OTHER, THINGS, make_world
 from tests.toy_t5 import t5
 from utils.corpus import Passage
 from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pairs
-from utils.encoder import collate, embed, tokenize_passages, tokenize_questions
+from utils.encoder import DEFAULTS, collate, embed, tokenize_passages, tokenize_questions
 from utils.fid import load_fid
 from utils.plumbing import weights
 from utils.plumbing.config import UserError
@@ -281,7 +281,7 @@ def test_a_key_prevails_over_the_folder_and_says_so(tmp_path, capsys):
 
 def test_an_older_encoder_keeps_its_identity(tmp_path):
     """A folder of before these keys has the same hash as one that says their defaults."""
-    encoder = load_encoder(model_folder(tmp_path / "e", "bert"), "passage", SHORT)
+    encoder = load_encoder(model_folder(tmp_path / "e", "bert"), "passage", SHORT | DEFAULTS)
     save_encoder(encoder, tmp_path / "new")
     shutil.copytree(tmp_path / "new", tmp_path / "old")
     old = SHORT | {"token_types": "zeros", "pair": ""}
@@ -545,3 +545,12 @@ def test_only_matrices_are_decayed(tmp_path, kind):
         assert list(map(id, by_name)) == list(map(id, plain["params"]))
         others = [p for _, p in named if id(p) not in vectors]
         assert list(map(id, others)) == list(map(id, decayed["params"]))
+
+
+def test_a_local_folder_without_weights_is_no_hub_name(tmp_path):
+    """What lies on this disk is not looked for on the hub, and no download is advised."""
+    folder = model_folder(tmp_path / "e", "bert")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="e: not a complete model folder") as stopped:
+        load_encoder(folder, "passage", SHORT)
+    assert "download" not in str(stopped.value)
