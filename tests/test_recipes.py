@@ -128,13 +128,14 @@ def rehearse(recipe, folder, python):
 
     python: the folder of a warm one; own_data, the first that a newcomer runs, has the real one.
     """
-    world, run, arguments = make_data(recipe, folder / "my data"), folder / "run", []
+    data = "my data" if recipe == "own_data" else "data"
+    world, run, arguments = make_data(recipe, folder / data), folder / "run", []
     variables = COMMON | {"DATA": world, "TRAIN": world / "train.jsonl", "RUN": run}
     variables |= dict.fromkeys(("START", "CROSS_START", "INIT", "READER_INIT"), world / "bert")
     variables |= {"RETRIEVER": world / "dpr", "READER": world / "t5"} | RECIPES[recipe]
     place = ROOT
     if recipe == "own_data":  # started from elsewhere, with relative paths
-        place, arguments, variables["RUN"] = folder, ["my data"], "run"
+        place, arguments, variables["RUN"] = folder, [data], "run"
     else:
         variables["PATH"] = f"{python}:{COMMON['PATH']}"
 
