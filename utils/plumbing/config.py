@@ -76,7 +76,7 @@ def open_streams():
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")
         setattr(sys, name, stream)
-        if hasattr(stream, "reconfigure"):
+        with contextlib.suppress(OSError, AttributeError):  # a stream of another kind is left as it is
             stream.reconfigure(errors="backslashreplace")
 
 
