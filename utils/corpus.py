@@ -144,7 +144,10 @@ def parse(text, fmt):
         if type(columns[0]) is int:  # an id that was written as a number
             columns[0] = str(columns[0])
         if "text" not in entry or not all(isinstance(column, str) for column in columns):
-            raise ValueError('expected {"_id": "...", "title": "...", "text": "..."}')
+            advice = ""
+            if "docid" in entry or "contents" in entry:
+                advice = "; Tevatron's or Anserini's, first: python -m prepare.convert tevatron_corpus IN OUT"
+            raise ValueError('expected {"_id": "...", "title": "...", "text": "..."}' + advice)
     elif fmt == "dpr" and ('"' in line or "\r" in line):
         columns = split_fields(line)
     else:

@@ -29,6 +29,10 @@ FOREIGN = {
     ("positive_passages",): f"is Tevatron's training file; {CONVERT} tevatron {{path}} OUT",
     ("positive_ctxs",): f"is DPR's training file; {CONVERT} dpr_json {{path}} OUT",
     ("ctxs",): f"is a retrieval result (DPR, FiD); {CONVERT} from_dpr_result {{path}} FOLDER",
+    ("contexts",): f"is Pyserini's retrieval result; {CONVERT} from_dpr_result {{path}} FOLDER",
+    ("qid", "positive_ctxs"): f"is ANCE-Tele's training file; {CONVERT} ance_tele {{path}} OUT",
+    ("query", "negatives"): f"is ANCE-Tele's, token ids; {CONVERT} ance_tele_hn {{path}} vocab.txt OUT",
+    ("query_id", "query"): f"is Tevatron's question file; {CONVERT} tevatron {{path}} OUT",
     ("paragraphs",): "is SQuAD's json; README.md shows how ten lines of python convert it",
     ("_id", "text"): f"is BEIR's; {CONVERT} beir {{path}} [qrels/test.tsv] OUT",
     ("question", "answer"): f"is NQ-open's; {CONVERT} nq_open {{path}} OUT",
@@ -38,7 +42,8 @@ FOREIGN = {
 def foreign(entry, path):
     """Return what a line of somebody else's question file is, with the cure; "" for one that is not known."""
     for keys, cure in FOREIGN.items():
-        if entry.keys() >= set(keys) and "qid" not in entry:
+        ours = "qid" in entry and ("qid" not in keys or "positives" in entry)
+        if entry.keys() >= set(keys) and not ours:
             return cure.format(path=path)
     return ""
 
