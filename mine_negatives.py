@@ -56,6 +56,7 @@ class Found(NamedTuple):
     scores: dict = {}  # id -> the cross-encoder's probability, for the first passages of the ranking
     lookahead: list = []  # the retriever's ranking for the question's positive passage
     momentum: list = []  # the question's negatives in the last episode
+    momentum_positives: list = []  # and its positives there
     never: frozenset = frozenset()  # positives that another question file (`exclude`) knows
 
 
@@ -176,6 +177,12 @@ def teleport(question, found, corpus, cfg, rngs):
     lookahead = sample(found.lookahead, rngs[1])
     if not ann:  # from: AT build_train_em_hn.py:163: a question is left out if all its neighbours answer it
         return positives, []
+    # from: AT combine_nq_triviaqa_negative.py:55-70: the positives are joined too; the newest stays first
+    # differs: there a positive that all three have stands three times
+    more = positives_of(question, found.lookahead, corpus, cfg) if lookahead else []
+    for positive in more + found.momentum_positives:
+        if positive not in positives:
+            positives.append(positive)
     # differs: ANCE-Tele has momentum first on MARCO, last on NQ; it drops a question that momentum lacks
     return positives, ann + lookahead + found.momentum
 
@@ -184,13 +191,15 @@ MODES = {"topk": topk, "denoise": denoise, "pseudo_label": pseudo_label, "telepo
 
 
 # ---------------------------------------------------------------- reading, question by question
-def iter_negatives(path):
-    """Yield (qid, negatives) of every line of a training file."""
+def iter_lists(path):
+    """Yield (qid, (negatives, positives)) of every line of a training file."""
     for number, example in iter_jsonl(path):
-        negatives = example.get("negatives")
-        if not isinstance(negatives, list) or not all(map(check_passage, negatives)):
-            raise UserError(f"{path}:{number}: 'negatives' must be a list of passages; not a training file")
-        yield example.get("qid"), negatives
+        lists = (example.get("negatives"), example.get("positives") or [])
+        for name, passages in zip(("negatives", "positives"), lists, strict=True):
+            if not isinstance(passages, list) or not all(map(check_passage, passages)):
+                fault = f"{name!r} must be a list of passages; not a training file"
+                raise UserError(f"{path}:{number}: {fault}")
+        yield example.get("qid"), lists
 
 
 def check_scores(qid, scores, ranked, cfg):
@@ -211,12 +220,13 @@ def read_found(questions, cfg, counts):
 
     # differs: the originals keep all rankings in memory; here all files must be in one order
     readers = []
-    for path, read in (cfg.scores, iter_run), (cfg.lookahead_run, iter_run), (cfg.momentum, iter_negatives):
+    for path, read in (cfg.scores, iter_run), (cfg.lookahead_run, iter_run), (cfg.momentum, iter_lists):
         readers.append(aligned_reader(path, read(path) if path else iter(()), cfg.run))
 
     waiting = {question["qid"]: question for question in questions}
     for qid, hits in iter_run(cfg.run):
-        scores, lookahead, momentum = (take(qid) or [] for take, _ in readers)
+        scores, lookahead = (take(qid) or [] for take, _ in readers[:2])
+        momentum = readers[2][0](qid) or ([], [])
         question = waiting.pop(qid, None)
         if question is None:
             counts["rankings of other questions, ignored"] += 1
@@ -230,7 +240,7 @@ def read_found(questions, cfg, counts):
             ranked = [pid for pid in ranked if pid != qid]
             neighbours = [pid for pid in neighbours if pid != qid]
         known = never.get(qid, frozenset())
-        yield question, Found(ranked, dict(scores), neighbours, momentum, known)
+        yield question, Found(ranked, dict(scores), neighbours, *momentum, known)
     for question in waiting.values():
         yield question, Found([])
     themselves = counts["questions that find their own id first"]

@@ -1,267 +1,118 @@
 """
-Other people's files become ours, and a ranking becomes theirs. All is streamed: DPR's json is 7 GB.
+Other people's files become ours, and ours theirs. All is streamed: DPR's json is 7 GB.
 
 Run: python -m prepare.convert FORMAT IN... OUT
-into a question file:
-  dpr_json         biencoder-nq-train.json        OUT     DPR's training json; --ids: passages by id, not text
-  dpr_qa           nq-test.qa.csv                 OUT     question \\t python list of answers
-  nq_open          NQ-open.dev.jsonl              OUT     {"question", "answer": [...]}
-  msmarco          queries.train.tsv [qrels.tsv]  OUT     without qrels: unlabelled questions
-  beir             queries.jsonl [qrels/test.tsv] OUT
-rankings:
-  trec             test.run                       OUT     TREC's six columns, for trec_eval
-  dpr_result       test.run test.jsonl corpus.tsv OUT     DPR's result json, which its reader reads
-  from_dpr_result  result.json                    FOLDER  questions.jsonl, corpus.jsonl and result.run
+into a question file (--ids: passages by id, not by text):
+  dpr_json          biencoder-nq-train.json          OUT     DPR's training json, or jsonl; --ids
+  dpr_qa            nq-test.qa.csv                   OUT     question \\t python list of answers
+  nq_open           NQ-open.dev.jsonl                OUT     {"question", "answer": [...]}
+  msmarco           queries.train.tsv [qrels.tsv]    OUT     without qrels: unlabelled questions
+  beir              queries.jsonl [qrels/test.tsv]   OUT
+  rocketqa          data_train/nq_de1_denoise.tsv    OUT     six columns, one line a negative
+  rocketqa_answers  test.query.txt test.answers.txt  OUT     RocketQA's NQ
+  ance_tele         nq-train-qrels.jsonl             OUT     ANCE-Tele's questions with positives; --ids
+  ance_tele_hn      split*.hn.json vocab.txt         OUT     its negatives, which are token ids of BERT
+  tevatron          train.jsonl                      OUT     {"query_id", "positive_passages", ...}; --ids
+into a corpus or vectors:
+  vectors           FILES corpus.tsv                 FOLDER  DPR's .pkl or nanoDPR's .npy -> embeddings
+into a ranking:
+  from_trec         run.trec                         OUT     sorted as trec_eval sorts it
+  from_dpr_result   result.json                      FOLDER  of DPR, FiD (or jsonl), Pyserini:
+                                                             questions.jsonl, corpus.jsonl, result.run
+  rocketqa_scores   res.top50 scores.txt             OUT     one score of a cross-encoder a line
+from ours:
+  trec              test.run                         OUT     TREC's six columns, for trec_eval
+  dpr_result        test.run test.jsonl corpus.tsv   OUT     DPR's result json, which its reader reads
+  to_dpr_json       train.jsonl [corpus.tsv]         OUT     DPR's training json
+  to_dpr_qa         test.jsonl                       OUT     DPR's question \\t list of answers
 """
 
 import argparse
-import ast
-import csv
-import json
-import warnings
+import sys
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
-import ijson
-from tqdm import tqdm
-
-from utils.corpus import read_lines
-from utils.data import Corpus, aligned_reader, iter_jsonl, iter_run, read_questions
+from prepare import questions, rankings
 from utils.plumbing.config import UserError, friendly_errors, need_file, need_folder, need_out
-from utils.plumbing.files import atomic_file
-from utils.text import has_answer
+
+MANY = tuple(range(2, 1000))
+RESULT = ("questions.jsonl", "corpus.jsonl", "result.run")  # what from_dpr_result writes
 
 
-# ---------------------------------------------------------------- question files
-def iter_json_list(path):
-    """Yield (index, entry) of a file that is one json list, with one entry in memory."""
-    bar = {"total": Path(path).stat().st_size, "desc": f"reading {path}", "delay": 5, "disable": None}
-    with open(path, "rb") as file, tqdm.wrapattr(file, "read", **bar) as blocks:
-        if not file.read(64).lstrip().startswith(b"["):
-            fix = "is it empty, jsonl already, or compressed (gunzip)?"
-            raise UserError(f"{path}: does not start with [, so it is no json list; {fix}")
-        file.seek(0)
-        try:
-            yield from enumerate(ijson.items(blocks, "item", use_float=True))
-        except ijson.JSONError as error:
-            fault = " ".join(str(error).split()).partition(" (right here)")[0]
-            raise UserError(f"{path}: {fault}; get the file again") from None
+class Format(NamedTuple):
+    convert: object  # a function; one for questions yields entries, another takes the paths and OUT
+    inputs: tuple = (1,)  # how many files it takes
+    questions: bool = False
+    folder: bool = False  # whether OUT is a folder
+    ids: bool = False  # whether --ids is for it
 
 
-def answer_list(value, where):
-    """Return the value, a list of answers. UserError when it is anything else."""
-    if not isinstance(value, list) or not all(isinstance(answer, str) for answer in value):
-        raise UserError(f"{where}: the answers must be a list of strings, got {str(value)[:60]!r}")
-    return value
+def from_vectors(*paths):
+    from prepare.vectors import from_vectors  # why here: it loads torch, which takes seconds
+
+    from_vectors(*paths)
 
 
-def dpr_passages(ctxs, ids, where):
-    """Return passages of DPR's training json as entries of a question file: {"title", "text"}, or ids."""
-    if not ids:
-        return [{"title": ctx.get("title") or "", "text": ctx["text"]} for ctx in ctxs]
-    pids = [ctx.get("passage_id", ctx.get("psg_id")) for ctx in ctxs]
-    if not all(pids):
-        raise UserError(f"{where} has a passage without an id; convert without --ids")
-    return [str(pid) for pid in pids]
-
-
-def from_dpr_json(path, *, counts, ids=False):
-    """Yield the questions of DPR's training json. positives[0] stays first: DPR trains on that one."""
-    for index, entry in iter_json_list(path):
-        where = f"{path}: example {index}"
-        try:
-            question = entry["question"]
-            positives = dpr_passages(entry["positive_ctxs"], ids, where)
-            # from: DPR dpr/models/biencoder.py:188 (hard_neg_fallback)
-            hard = entry.get("hard_negative_ctxs") or entry.get("negative_ctxs") or []
-            negatives = [passage for passage in dpr_passages(hard, ids, where) if passage not in positives]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{where} is not DPR's: {error!r}; wrong file?") from None
-        if not positives and not ids:
-            counts["dropped, no positive"] += 1
-            continue
-        counts["without a positive, kept"] += not positives  # why: ANCE-Tele finds one (--positives find)
-        counts["negatives that are positives too, left out"] += len(hard) - len(negatives)
-        counts["without negatives"] += not negatives
-        answers = answer_list(entry.get("answers", []), where)
-        yield {"question": question, "answers": answers, "positives": positives, "negatives": negatives}
-
-
-def from_dpr_qa(path, *, counts):
-    """Yield the questions of DPR's csv: question \\t python list of answers."""
-    rows = csv.reader((text for _, _, text in read_lines(path)), delimiter="\t")
-    try:
-        for question, cell in rows:
-            # trap: DPR and nanoDPR use eval, which runs what the file says
-            with warnings.catch_warnings(action="ignore"):  # why: a pattern's "\d" is no escape of python's
-                answers = ast.literal_eval(cell)
-            yield {"question": question, "answers": answer_list(answers, f"{path}:{rows.line_num}")}
-    except (csv.Error, ValueError, SyntaxError, MemoryError, RecursionError) as error:
-        raise UserError(f"{path}:{rows.line_num}: not `question \\t list of answers`: {error}") from None
-
-
-def from_nq_open(path, *, counts):
-    """Yield the questions of Google's jsonl, {"question", "answer": [...]}."""
-    for number, entry in iter_jsonl(path):
-        answers = answer_list(entry.get("answer"), f"{path}:{number}")
-        yield {"question": entry.get("question"), "answers": answers}
-
-
-def judged(queries, qrels, counts):
-    """Yield those of the queries, (qid, text), that the file `qrels` judges; without qrels all of them."""
-    positives = {}
-    for number, _, text in read_lines(qrels) if qrels else ():
-        columns = text.split()
-        if number == 1 and columns[:1] == ["query-id"]:
-            continue  # BEIR's header
-        if len(columns) not in (2, 3, 4) or (len(columns) > 2 and not columns[-1].isdigit()):
-            expected = "expected `qid 0 pid relevance`, `qid pid relevance` or `qid pid`"
-            raise UserError(f"{qrels}:{number}: {expected}")
-        if len(columns) == 2 or int(columns[-1]) > 0:
-            pid = columns[2] if len(columns) == 4 else columns[1]
-            positives.setdefault(columns[0], {})[pid] = True  # why a dict: no id twice, in the file's order
-    for qid, text in queries:
-        if not qrels:
-            yield {"qid": qid, "question": text}
-        elif qid in positives:
-            yield {"qid": qid, "question": text, "positives": list(positives.pop(qid))}
-        else:
-            counts["dropped, not judged"] += 1
-    counts["judged but not among the questions"] += len(positives)
-
-
-def msmarco_queries(path):
-    for number, _, text in read_lines(path):
-        columns = text.rstrip("\r\n").split("\t")
-        if len(columns) != 2:
-            raise UserError(f"{path}:{number}: expected 2 columns (qid, question), got {len(columns)}")
-        yield columns
-
-
-def from_msmarco(path, qrels=None, *, counts):
-    return judged(msmarco_queries(path), qrels, counts)
-
-
-def from_beir(path, qrels=None, *, counts):
-    queries = ((entry.get("_id"), entry.get("text")) for _, entry in iter_jsonl(path))
-    return judged(queries, qrels, counts)
-
-
-def write_questions(out, source, entries, counts):
-    """Write a question file. An entry without a qid gets its number."""
-    stem = Path(out).name.split(".")[0]
-    qids = set()
-    with atomic_file(out) as file:
-        for i, entry in enumerate(entries):
-            entry = {"qid": f"{stem}-{i}"} | entry
-            if not all(isinstance(entry[key], str) and entry[key].strip() for key in ("qid", "question")):
-                raise UserError(f"{source}: question {i} is empty or not text: {str(entry)[:80]}")
-            if entry["qid"] in qids:
-                raise UserError(f"{source}: question id {entry['qid']!r} is there twice")
-            qids.add(entry["qid"])
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        if not qids:
-            raise UserError(f"{source}: no question left: {dict(counts)}")
-    counts["questions"] = len(qids)
-    print(f"{out}: " + ", ".join(f"{n:,} {what}" for what, n in sorted(counts.items()) if n))
-
-
-# ---------------------------------------------------------------- rankings
-def to_trec(run, out):
-    """Write a .run in TREC's six columns, `qid Q0 pid rank score tag`."""
-    with atomic_file(out) as file:
-        for qid, hits in iter_run(run):
-            for rank, (pid, score) in enumerate(hits, 1):
-                if len(f"{qid} {pid}".split()) != 2:
-                    raise UserError(f"{out}: TREC's columns end at spaces; {qid!r} or {pid!r} holds one")
-                file.write(f"{qid} Q0 {pid} {rank} {score!r} run\n")
-
-
-def to_dpr_result(run, questions, corpus, out):
-    """Write a .run as DPR's result json: the answers of every question, its passages, and who has_answer."""
-    corpus = Corpus(corpus)
-    take, check = aligned_reader(run, iter_run(run), questions)
-    begin = "[\n"
-    with atomic_file(out) as file:
-        for question in read_questions(questions):
-            ctxs = []
-            for pid, score in take(question["qid"]) or []:
-                passage = corpus.passage(pid)
-                has = has_answer(passage.text, question["answers"])
-                ctxs.append({**passage._asdict(), "score": repr(score), "has_answer": has})
-            entry = {"question": question["question"], "answers": question["answers"], "ctxs": ctxs}
-            file.write(begin + json.dumps(entry, indent=4, ensure_ascii=False))
-            begin = ",\n"
-        check()
-        file.write("\n]\n")
-
-
-def from_dpr_result(path, folder):
-    """Write DPR's result json as questions.jsonl, corpus.jsonl and result.run in `folder`."""
-    folder = Path(folder)
-    pids = set()
-    with (
-        atomic_file(folder / "questions.jsonl") as questions,
-        atomic_file(folder / "corpus.jsonl") as corpus,
-        atomic_file(folder / "result.run") as run,
-    ):
-        for index, entry in iter_json_list(path):
-            try:
-                answers = answer_list(entry["answers"], f"{path}: example {index}")
-                question = {"qid": str(index), "question": entry["question"], "answers": answers}
-                questions.write(json.dumps(question, ensure_ascii=False) + "\n")
-                scores = [float(ctx["score"]) for ctx in entry["ctxs"]]
-                if scores != sorted(scores, reverse=True):
-                    raise ValueError("its passages are not sorted by score")
-                for rank, (ctx, score) in enumerate(zip(entry["ctxs"], scores, strict=True), 1):
-                    pid = str(ctx["id"])
-                    run.write(f"{index}\t{pid}\t{rank}\t{score!r}\n")
-                    if pid not in pids:
-                        passage = {"_id": pid, "title": ctx.get("title") or "", "text": ctx["text"]}
-                        corpus.write(json.dumps(passage, ensure_ascii=False) + "\n")
-                        pids.add(pid)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                fix = "DPR's training files are converted by dpr_json"
-                raise UserError(f"{path}: example {index} is no retrieval result: {error!r}; {fix}") from None
-
-
-QUESTIONS = {"dpr_json": from_dpr_json, "dpr_qa": from_dpr_qa, "nq_open": from_nq_open}
-QUESTIONS |= {"msmarco": from_msmarco, "beir": from_beir}
-RANKINGS = {"trec": to_trec, "dpr_result": to_dpr_result, "from_dpr_result": from_dpr_result}
+FORMATS = {
+    "dpr_json": Format(questions.from_training, questions=True, ids=True),
+    "dpr_qa": Format(questions.from_dpr_qa, questions=True),
+    "nq_open": Format(questions.from_nq_open, questions=True),
+    "msmarco": Format(questions.from_msmarco, (1, 2), questions=True),
+    "beir": Format(questions.from_beir, (1, 2), questions=True),
+    "rocketqa": Format(questions.from_rocketqa, questions=True),
+    "rocketqa_answers": Format(questions.from_rocketqa_answers, (2,), questions=True),
+    "ance_tele": Format(questions.from_ance_tele, questions=True, ids=True),
+    "ance_tele_hn": Format(questions.from_ance_tele_hn, MANY, questions=True),
+    "tevatron": Format(questions.from_tevatron, questions=True, ids=True),
+    "vectors": Format(from_vectors, MANY, folder=True),
+    "from_trec": Format(rankings.from_trec),
+    "from_dpr_result": Format(rankings.from_dpr_result, folder=True),
+    "rocketqa_scores": Format(rankings.from_rocketqa_scores, (2,)),
+    "trec": Format(rankings.to_trec),
+    "dpr_result": Format(rankings.to_dpr_result, (3,)),
+    "to_dpr_json": Format(questions.to_dpr_json, (1, 2)),
+    "to_dpr_qa": Format(questions.to_dpr_qa),
+}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser("python -m prepare.convert", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("format", choices=[*QUESTIONS, *RANKINGS])
+    parser.add_argument("format", choices=FORMATS, metavar="FORMAT")
     parser.add_argument("files", nargs="+", metavar="IN... OUT")
-    parser.add_argument("--ids", action="store_true", help="dpr_json: passages by id, not by text")
+    parser.add_argument("--ids", action="store_true", help="passages by id, not by text")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv or ["--help"])
 
     # refuse wrong arguments before any work
     *inputs, out = args.files
-    numbers = {"msmarco": (1, 2), "beir": (1, 2), "dpr_result": (3,)}.get(args.format, (1,))
-    if len(inputs) not in numbers:
-        raise UserError(f"{args.format} takes {' or '.join(map(str, numbers))} input files and OUT")
-    if args.ids and args.format != "dpr_json":
-        raise UserError("--ids belongs to dpr_json")
+    chosen = FORMATS[args.format]
+    if len(inputs) not in chosen.inputs:
+        allowed = "2 or more" if chosen.inputs == MANY else " or ".join(map(str, chosen.inputs))
+        raise UserError(f"{args.format} takes {allowed} input files and OUT")
+    if args.ids and not chosen.ids:
+        with_ids = ", ".join(name for name, known in FORMATS.items() if known.ids)
+        raise UserError(f"--ids belongs to {with_ids}")
     for path in inputs:
         paths = argparse.Namespace(IN=path, OUT=out)
-        if args.format == "from_dpr_result":
+        if chosen.folder:
             need_folder(paths, "OUT")
+            if Path(path).name in RESULT and Path(path).resolve().parent == Path(out).resolve():
+                raise UserError(f"OUT: {path} would be overwritten; name another folder")
         else:
             need_out(paths, "OUT")
         need_file(paths, "IN")
 
-    if args.format in RANKINGS:
-        RANKINGS[args.format](*inputs, out)
-        print(f"written: {out}")
-    else:
+    if chosen.questions:
         options = {"ids": True} if args.ids else {}
         counts = Counter()
-        entries = QUESTIONS[args.format](*inputs, counts=counts, **options)
-        write_questions(out, inputs[0], entries, counts)
+        entries = chosen.convert(*inputs, counts=counts, **options)
+        questions.write_questions(out, inputs[0], entries, counts)
+    else:
+        chosen.convert(*inputs, out)
+        print(f"written: {out}")
 
 
 if __name__ == "__main__":

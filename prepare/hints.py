@@ -65,7 +65,6 @@ KINDS = {
     b"<!": "is an html page; was its download refused?",
     b"<html": "is an html page; was its download refused?",
     b"version https://git-lfs": "is a pointer of git-lfs; get the file itself: git lfs pull",
-    b"[": "is one json list; DPR's: python -m prepare.convert dpr_json {path} OUT; others: one object a line",
     b"\x80\x04": "is a pickle; let the program that made it write text",
     b"\xff\xff\xff\xff": "is an arrow file; README.md shows how python makes text of a table",
     b"\xfe\xff": "is UTF-16; convert it first: iconv -f UTF-16 -t UTF-8 {path} -o OUT",
@@ -86,6 +85,10 @@ FOREIGN = {
     ("positive_passages",): f"is Tevatron's training file; {CONVERT} tevatron {{path}} OUT",
     ("positive_ctxs",): f"is DPR's training file; {CONVERT} dpr_json {{path}} OUT",
     ("ctxs",): f"is a retrieval result (DPR, FiD); {CONVERT} from_dpr_result {{path}} FOLDER",
+    ("contexts",): f"is Pyserini's retrieval result; {CONVERT} from_dpr_result {{path}} FOLDER",
+    ("qid", "positive_ctxs"): f"is ANCE-Tele's training file; {CONVERT} ance_tele {{path}} OUT",
+    ("query", "negatives"): f"is ANCE-Tele's, token ids; {CONVERT} ance_tele_hn {{path}} vocab.txt OUT",
+    ("query_id", "query"): f"is Tevatron's question file; {CONVERT} tevatron {{path}} OUT",
     ("data",): "is SQuAD's json; README.md shows how ten lines of python convert it",
     ("paragraphs",): "is SQuAD's json; README.md shows how ten lines of python convert it",
     ("_id", "text"): f"is BEIR's; {CONVERT} beir {{path}} [qrels/test.tsv] OUT",
@@ -96,6 +99,7 @@ FOREIGN = {
 def foreign(entry, path):
     """Return what a line of somebody else's question file is, with the cure; "" for one that is not known."""
     for keys, cure in FOREIGN.items():
-        if entry.keys() >= set(keys) and "qid" not in entry:
+        ours = "qid" in entry and ("qid" not in keys or "positives" in entry)
+        if entry.keys() >= set(keys) and not ours:
             return cure.format(path=path)
     return ""

@@ -221,7 +221,7 @@ def test_marco_and_beir(tmp_path):
         ('{"_id": 1.5, "text": "x"}\n', [":1:", "_id"]),
         ('{"_id": "1", "body": "x"}\n', [":1:", "_id"]),
         ("1,a,T\n2,b,T\n", [":1:", "a csv with commas?"]),
-        ("[\n", ["is one json list"]),
+        ("[\n", [":1:", "is one json list"]),
         ("<!DOCTYPE html>\n", ["html page"]),
         ('{"_id": "1", "text": "\\ud83d x"}\n', [":1:", "surrogates not allowed"]),
     ],

@@ -214,6 +214,14 @@ def test_ance_tele_golden(case, tmp_path):
         assert row["positives"][0] == (first if isinstance(first, str) else f"ctx:{qid}:0")
     if "reference_quirk" in case:
         return
+    for qid, row in expected["with_momentum"].items() if nq else ():
+        # the positives of all three, each once; the ranking of the question alone gives the first
+        last = case["momentum"].get(str(qid), {})
+        lists = (case["lookahead_run"].get(qid, []), last.get("negatives", []), last.get("positives", []))
+        found = Found(case["ann_run"][qid], {}, *lists)
+        positives, _ = teleport(questions[qid], found, corpus, cfg, [random.Random(0), random.Random(0)])
+        given = {f"ctx:{qid}:{i}": entry for i, entry in enumerate(questions[qid]["positives"])}
+        assert positives == [given.get(name, name) for name in dict.fromkeys(row["positives"])]
     both = {qid: negatives + ahead.get(qid, []) for qid, negatives in ann.items()}
     assert both == {qid: of(expected["combined"])[qid] for qid in both}
     last = of(case["momentum"])

@@ -31,7 +31,7 @@ COLUMN_NAMES = "id pid qid did docid docno documentid passageid psgid queryid qu
 COLUMN_NAMES += (
     " contents content passage passages body document doc paragraph context abstract heading headline"
 )
-COLUMN_NAMES += " name page url query question answer answers score relevance label iter rel"
+COLUMN_NAMES += " name page corpus url query question answer answers score relevance label iter rel"
 COLUMN_NAMES = frozenset(COLUMN_NAMES.split())
 
 
@@ -110,6 +110,13 @@ def split_fields(line):
     return columns
 
 
+def split_contents(text):
+    """Return (title, text) of Anserini's `"title"\\ntext`; without such a first line the title is ""."""
+    first, line_end, rest = text.partition("\n")
+    quoted = line_end and len(first) > 1 and first[0] == first[-1] == '"'
+    return (first[1:-1], rest) if quoted else ("", text)
+
+
 def unquote(column):
     """Return a column without its csv quotes, or as it stands where it is not in csv quoting."""
     inside = column[1:-1]
@@ -127,8 +134,10 @@ def parse(text, fmt):
         # BEIR's names, Tevatron's and Pyserini's
         pid = entry.get("_id", entry.get("docid", entry.get("id")))
         pid = str(pid) if type(pid) is int else pid
-        body = entry.get("text", entry.get("contents", 0))
-        columns = [pid, "" if body is None else body, entry.get("title") or ""]
+        title, body = entry.get("title") or "", entry.get("text", 0)
+        if isinstance(entry.get("contents"), str):
+            title, body = split_contents(entry["contents"])
+        columns = [pid, "" if body is None else body, title]
         if not all(isinstance(column, str) for column in columns):
             raise ValueError('expected {"_id": "...", "title": "...", "text": "..."}')
     elif fmt == "dpr" and ('"' in line or "\r" in line):
@@ -148,6 +157,8 @@ def parse(text, fmt):
             advice = "; one line is one record, so a quote that is opened on a line must be closed on it"
         elif len(columns) == 2 and fmt == "dpr":
             advice = "; MS MARCO's collection.tsv has two: add --corpus_format marco"
+        elif len(columns) == 1 and line.startswith("["):
+            advice = "; is one json list? One object a line is needed, as README.md shows"
         elif len(columns) == 1 and line.count(",") > 1:
             advice = "; a csv with commas? README.md shows how ten lines of python make a corpus.tsv of it"
         raise ValueError(f"expected 3 columns ({names}), got {len(columns)}{advice}")

@@ -29,6 +29,8 @@ def iter_jsonl(path):
     for number, _, text in read_lines(path):
         if not text.strip():
             continue
+        if number == 1 and text.lstrip().startswith("["):
+            raise UserError(f"{path}: is one json list; {CONVERT} dpr_json {path} OUT")
         if number == 1 and not text.lstrip().startswith("{") and ("\t" in text or "," in text):
             formats = "dpr_qa (DPR's .qa.csv), msmarco (qid, question), rocketqa (six columns)"
             what = f"is a table, not json lines; {CONVERT} FORMAT {path} OUT"
