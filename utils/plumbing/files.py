@@ -114,7 +114,8 @@ def folder_hash(path):
         return ""
     path = Path(path)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    lines = [f"{file.name} {sha256(file)}" for file in files if file.is_file()]
+    files = [file for file in files if file.is_file() and file.name != "README.md"]  # words about a model
+    lines = [f"{file.name} {sha256(file)}" for file in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else ""
 
 
