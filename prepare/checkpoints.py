@@ -24,7 +24,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 import transformers
-from tokenizers import normalizers
+from tokenizers import models, normalizers
 from transformers import AutoTokenizer, DPRConfig, DPRContextEncoder, DPRQuestionEncoder, DPRReader
 
 from utils.plumbing.config import UserError, friendly_errors, memory_is_full
@@ -334,8 +334,7 @@ def to_cp(folder, out, config="", tokens=0):
         file = temporary / "dpr.cp"
         torch.save(state | {"encoder_params": settings}, file, _use_new_zipfile_serialization=False)
         transformers.BertConfig(**bert_settings(passage)).save_pretrained(temporary)
-        passage.tokenizer.save_pretrained(temporary)
-        write_words(temporary, passage.tokenizer)
+        save_words(temporary, passage.tokenizer)
     print(f"{out}: dpr.cp, {settings}")
 
 
@@ -359,22 +358,27 @@ def bert_settings(encoder):
     return {key: getattr(encoder.model.config, key) for key in (*SIZES, *SETTINGS)}
 
 
-def write_words(folder, tokenizer):
-    """Write vocab.txt, which programs of before tokenizer.json read, where the words are BERT's."""
-    words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    text = "".join(f"{word}\n" for word, _ in words)
-    Path(folder, "vocab.txt").write_text(text, encoding="utf-8")
+def save_words(folder, tokenizer):
+    """Write a tokenizer for programs of every age: names of before transformers 5, vocab.txt of a BERT's."""
+    tokenizer.save_pretrained(folder)
+    file = Path(folder, "tokenizer_config.json")
+    settings = read_json(file)
+    if settings["tokenizer_class"] == "TokenizersBackend":  # what transformers 4 does not know
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # why: token types are zeros, and a BERT's tokenizer hands out ones too
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    write_json(file, settings)
+    if isinstance(tokenizer.backend_tokenizer.model, models.WordPiece):
+        words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        text = "".join(f"{word}\n" for word, _ in words)
+        Path(folder, "vocab.txt").write_text(text, encoding="utf-8")
 
 
 def write_folder(out, model, tokenizer, inputs):
     """Write a model, its tokenizer and encoder_inputs.json into the new folder `out`."""
     with atomic_folder(out) as temporary:
         model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        # why: token types are zeros, and a BERT's tokenizer hands out ones too
-        file = temporary / "tokenizer_config.json"
-        names = {"model_input_names": ["input_ids", "attention_mask"]}
-        write_json(file, read_json(file) | names)
+        save_words(temporary, tokenizer)
         write_json(temporary / "encoder_inputs.json", inputs)
     print(f"{out}: {model.config.num_attention_heads} attention heads, {inputs}")
 

@@ -268,6 +268,9 @@ def test_capitals_as_the_cp_says(tmp_path, words, lower):
     from_cp(tmp_path / "dpr.cp", tmp_path / "out", "question", heads=2)
     encoder = load_encoder(tmp_path / "out", "question")
     wanted = BertTokenizer(vocab=str(tmp_path / "vocab.txt"), do_lower_case=lower)
+    assert (tmp_path / "out" / "vocab.txt").read_text().split() == (
+        tmp_path / "vocab.txt"
+    ).read_text().split()
     text = "Which River of PARIS?"
     assert tokenize_questions(encoder, [text]) == [wanted(text).input_ids]
     assert encoder.tokenizer("a").keys() == {"input_ids", "attention_mask"}
