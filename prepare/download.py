@@ -2,6 +2,8 @@
 Download an official file, go on where a broken download stopped, check it, unpack it.
 
 Run: python -m prepare.download NAME [--out data]      (without NAME: the list of names)
+NAME is one of the list, or a name of DPR's own download_data.py: data.retriever.qas.nq-test. As there, the
+beginning of a name stands for all that begin so: data.retriever.qas.nq.
 What stands under its final name is complete. "verified": it has the published hash. "unverified": no hash is
 published, so only the server's length (and gzip's own checksum) was compared. NAME.source.json says which.
 """
@@ -10,6 +12,7 @@ import argparse
 import gzip
 import hashlib
 import http.client
+import re
 import shutil
 import tarfile
 import time
@@ -45,6 +48,25 @@ for name in "nq-train nq-dev nq-test squad1-test webquestions-test curatedtrec-t
     URLS[f"{name}.qa.csv"] = f"{DPR}data/retriever/{name}.qa.csv"
 for name in "trivia-train trivia-dev trivia-test".split():
     URLS[f"{name}.qa.csv"] = f"{DPR}data/retriever/{name}.qa.csv.gz"
+for name in "nq-train nq-dev nq-test".split():
+    URLS[f"dpr-results-{name}.json"] = f"{DPR}data/retriever_results/single/{name}.json.gz"
+# from: the names of DPR's dpr/data/download_data.py; ours follow from them, but for these
+RESOURCES = {  # theirs: ours
+    "data.wikipedia_split.psgs_w100": "psgs_w100.tsv",
+    "data.gold_passages_info.nq_train": "nq-train_gold_info.json",
+    "checkpoint.retriever.single.nq.bert-base-encoder": "dpr-single-nq.cp",
+    "checkpoint.retriever.multiset.bert-base-encoder": "dpr-multiset.cp",
+    "checkpoint.retriever.single-adv-hn.nq.bert-base-encoder": "dpr-single-adv-hn-nq.cp",
+    "checkpoint.reader.nq-single.hf-bert-base": "dpr-reader-nq-single.cp",
+}
+for name in URLS:
+    short = name.replace("webquestions", "webq").partition(".")[0]
+    if name.startswith("biencoder-"):
+        RESOURCES[f"data.retriever.{short.removeprefix('biencoder-')}"] = name
+    elif name.endswith(".qa.csv"):
+        RESOURCES[f"data.retriever.qas.{short}"] = name
+    elif name.startswith("dpr-results-"):
+        RESOURCES[f"data.retriever_results.nq.single.{short.rpartition('-')[2]}"] = name
 # name: hash of what the server sends. from: huggingface/datasets, dataset_infos.json of wiki_dpr and of
 # nq_open; allenai/ir_datasets, etc/downloads.json (md5: proof against accidents only)
 HASHES = {
@@ -57,6 +79,8 @@ HASHES = {
     "biencoder-trivia-dev.json": "md5:d559dffe09acfe5a6370adea55b8abf2",
     "msmarco": "md5:31644046b18952c1386cd4564ba2ae69",
 }
+# no file of ours begins like a page: a tag, a comment or a declaration, after white space or a byte mark
+PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*(<[!?a-z]|$)", re.IGNORECASE)
 TRIES = 6  # in a row without a byte of progress
 PAUSE = 2.0  # seconds before the second try, doubled before every other
 
@@ -97,7 +121,7 @@ def fetch(url, part):
             code = getattr(error, "code", 500)
             if disk_is_full(error):
                 raise
-            if code == 416:  # the part is longer than the file
+            if code == 416 and part.exists():  # it is longer than the file
                 part.unlink()
             elif code < 500 and code not in (408, 429):
                 raise UserError(f"{url}: HTTP {code} {error.reason}; is the name still right?") from None
@@ -113,7 +137,7 @@ def verify(part, published):
     """Return what is known about `part`. ValueError: it is not the file of the published hash."""
     with open(part, "rb") as file:
         if not published:
-            if file.read(100).lstrip()[:5].lower() in (b"", b"<!doc", b"<html"):
+            if PAGE.match(file.read(4096)):
                 raise ValueError("is empty or a web page; is a login page between?")
             return "unverified: no hash of it is published"
         kind, _, expected = published.partition(":")
@@ -137,6 +161,21 @@ def unpack(part, target, url):
     except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
         raise ValueError(f"is a broken archive: {error}") from None
     part.unlink(missing_ok=True)
+
+
+def our_names(name):
+    """Return the names in URLS that `name` means: one, or all of DPR's that begin with it."""
+    if name in URLS:
+        return [name]
+    if name in RESOURCES:
+        return [RESOURCES[name]]
+    ours = [our for theirs, our in RESOURCES.items() if theirs.startswith(name) and "." in name]
+    if ours:
+        return ours
+    if name.startswith(("data.", "checkpoint.", "indexes.", "pretrained.")):
+        near = nearest(name, list(RESOURCES))
+        raise UserError(f"{name}: a name of DPR's that has no file here (the list: no name at all); {near}")
+    raise UserError(f"no file is called {name!r}; {nearest(name, list(URLS))}")
 
 
 def download(name, out="data"):
@@ -176,7 +215,8 @@ def main():
     if args.name is None:
         return print("\n".join(URLS))
     need_folder(args, "out")
-    download(args.name, args.out)
+    for name in our_names(args.name):
+        download(name, args.out)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Run: python recipes/untrained.py --config config/train_dpr_demo.yaml --run_dir r
      what says how inputs are built.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def main():
         encoder = load_encoder(cfg.init, "passage", inputs, layer_norm_epsilon=cfg.layer_norm_epsilon)
         save_encoder(encoder, query_encoder)
     if not doc_encoder.exists():
-        doc_encoder.symlink_to(query_encoder.name)  # one model is both
+        shutil.copytree(query_encoder, doc_encoder)  # one model is both
     print(f"{cfg.run_dir}: the weights of {cfg.init}, as they are")
 
 

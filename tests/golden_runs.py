@@ -209,7 +209,7 @@ def hashes(world):
     found = {}
     for path in sorted(world.rglob("*")):
         name = str(path.relative_to(world))
-        skipped = path.suffix in (".txt", ".yaml", ".png", ".cfg") or path.name in (
+        skipped = path.suffix in (".txt", ".md", ".yaml", ".png", ".cfg") or path.name in (
             "state.json",
             "metrics.json",
         )

@@ -1,5 +1,6 @@
 """The original DPR's checkpoints become Hugging Face's DPR classes and back; the oracle is those classes."""
 
+import importlib
 import json
 import pickle
 import shutil
@@ -7,13 +8,22 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, DPRConfig, DPRContextEncoder, DPRQuestionEncoder, DPRReader
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    DPRConfig,
+    DPRContextEncoder,
+    DPRQuestionEncoder,
+    DPRReader,
+)
 
-from prepare.checkpoints import from_cp, main, to_hf_dpr
+from prepare.checkpoints import from_cp, main, to_cp, to_hf_dpr
 from tests.test_encoder import Attack
 from tests.toy import INPUTS, bert, tokenizer
 from utils.corpus import Passage
-from utils.encoder import embed, tokenize_passages, tokenize_questions
+from utils.encoder import Encoder, embed, tokenize_passages, tokenize_questions
 from utils.plumbing.config import UserError
 from utils.plumbing.weights import encoder_hash, load_encoder, save_encoder
 from utils.reader import load_reader
@@ -193,3 +203,199 @@ def test_a_damaged_cp_is_named(tmp_path, monkeypatch, words):
     monkeypatch.setattr("torch.load", full)
     with pytest.raises(RuntimeError, match="allocate memory"):  # a full memory has a line of its own
         from_cp(cp, tmp_path / "out", "passage")
+
+
+class Node:
+    """An object of omegaconf, in which DPR of 2021 keeps its settings: a value, or a dict of such objects."""
+
+    def __init__(self, value):
+        if isinstance(value, dict):
+            self._content = {key: Node(inner) for key, inner in value.items()}
+        else:
+            self._val = value
+
+
+@pytest.mark.parametrize("role", ["passage", "reader"])
+@pytest.mark.parametrize("place", ["beside", "named", "flag"])
+def test_twelve_heads_of_26_dimensions(tmp_path, words, place, role):
+    """TinyBERT's 312 dimensions: a BertModel of its own config gives the same states, wherever that lies."""
+    start, out = tmp_path / "start", tmp_path / "out"
+    torch.manual_seed(3)
+    config = bert(len(words)).config
+    config.update(
+        {"hidden_size": 312, "num_attention_heads": 12, "layer_norm_eps": 1e-3, "hidden_act": "relu"}
+    )
+    config.update({"max_position_embeddings": 64, "type_vocab_size": 3})
+    config.save_pretrained(tmp_path if place == "beside" else start)
+    words.save_pretrained(start)
+    model = BertModel(config).eval()
+    weights = {
+        f"{'encoder' if role == 'reader' else 'ctx_model'}.{k}": v for k, v in model.state_dict().items()
+    }
+    for name, size in (("qa_outputs", 2), ("qa_classifier", 1)) if role == "reader" else ():
+        weights |= {f"{name}.weight": torch.zeros(size, 312), f"{name}.bias": torch.zeros(size)}
+    encoder = {"sequence_length": 9, "encoder_model_type": "hf_bert"}
+    encoder["pretrained_model_cfg"] = str(start) if place == "named" else "someone/unknown"
+    params = {"do_lower_case": True, "encoder": Node(encoder)}
+    torch.save({"model_dict": weights, "encoder_params": params}, tmp_path / "dpr.cp")
+    if place == "flag":
+        with pytest.raises(UserError, match="312 dimensions; add --heads N, or --config .*someone/unknown"):
+            from_cp(tmp_path / "dpr.cp", out, role)
+        with pytest.raises(UserError, match="--config no/such/folder: no such folder"):
+            from_cp(tmp_path / "dpr.cp", out, role, config="no/such/folder")
+    from_cp(tmp_path / "dpr.cp", out, role, config=str(start) if place == "flag" else "")
+
+    text = "The Tower of London is red and it was named first"
+    ids = words(text, truncation=True, max_length=9, return_tensors="pt").input_ids
+    with torch.no_grad():
+        wanted = model(ids).last_hidden_state
+        if role == "reader":
+            again = load_reader(out)
+            assert again.inputs["reader_tokens"] == 9
+            assert torch.allclose(
+                again.model.span_predictor.encoder.bert_model(ids).last_hidden_state, wanted, atol=1e-5
+            )
+            return
+    encoder = load_encoder(out, "passage")
+    vectors = embed(encoder, tokenize_passages(encoder, [Passage("1", "", text)]), 1)
+    assert np.allclose(vectors, wanted[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_capitals_as_the_cp_says(tmp_path, words, lower):
+    """DPR gives the stored do_lower_case to its tokenizer, whatever the tokenizer's own file says."""
+    write_cp(tmp_path / "dpr.cp", official("question", words), do_lower_case=lower)
+    from_cp(tmp_path / "dpr.cp", tmp_path / "out", "question", heads=2)
+    encoder = load_encoder(tmp_path / "out", "question")
+    wanted = BertTokenizer(vocab=str(tmp_path / "vocab.txt"), do_lower_case=lower)
+    assert (tmp_path / "out" / "vocab.txt").read_text().split() == (
+        tmp_path / "vocab.txt"
+    ).read_text().split()
+    text = "Which River of PARIS?"
+    assert tokenize_questions(encoder, [text]) == [wanted(text).input_ids]
+    assert encoder.tokenizer("a").keys() == {"input_ids", "attention_mask"}
+
+
+def test_what_is_no_bert_of_dprs(tmp_path, words):
+    """A weight without a place, a config of RoBERTa, an encoder of pytext: vectors would be others."""
+    cp = tmp_path / "dpr.cp"
+    model = official("passage", words)
+
+    def refused(fault, **options):
+        with pytest.raises(UserError, match=fault):
+            from_cp(cp, tmp_path / "out", "passage", **options)
+
+    for key, fault in (
+        (
+            "ctx_model.embeddings.task_type_embeddings.weight",
+            "a BERT has no place for .*task_type_embeddings",
+        ),
+        ("embeddingHead.weight", "DPR knows no weight embeddingHead.weight"),
+    ):
+        write_cp(cp, model)
+        saved = torch.load(cp)
+        saved["model_dict"][key] = torch.zeros(1)
+        torch.save(saved, cp)
+        refused(fault, heads=2)
+    write_cp(cp, model)
+    (tmp_path / "config.json").write_text('{"model_type": "roberta", "num_attention_heads": 2}')
+    refused("is a roberta, and DPR's models are BERTs; add --heads N")
+    torch.save({"model_dict": {}, "encoder_params": {"encoder_model_type": "pytext_bert"}}, cp)
+    refused("not a bi-encoder checkpoint; its encoder is pytext_bert, and only hf_bert can be read")
+
+
+def both_towers(folder, words, **inputs):
+    """A run of two encoders whose texts are cut at 12 tokens."""
+    inputs = INPUTS | {"question_tokens": 12, "passage_tokens": 12} | inputs
+    encoders = {}
+    for seed, (name, role) in enumerate((("query_encoder", "question"), ("doc_encoder", "passage"))):
+        model = bert(len(words), seed)
+        model.config.num_attention_heads = 8  # as no size tells
+        encoders[role] = Encoder(
+            type(model)(model.config, add_pooling_layer=False), words, inputs | {"role": role}
+        )
+        save_encoder(encoders[role].eval(), folder / name)
+    return encoders
+
+
+def vectors(encoder, role):
+    texts = ["Which river of paris is it and where is the tower of rome and the old market", "the red tower"]
+    if role == "question":
+        return embed(encoder, tokenize_questions(encoder, texts), 2)
+    return embed(encoder, tokenize_passages(encoder, [Passage("1", "Paris", text) for text in texts]), 2)
+
+
+def test_to_a_cp_and_back(tmp_path, words):
+    """Both towers have their vectors again, and so has a program that looks only at what DPR looks at."""
+    encoders = both_towers(tmp_path / "run", words)
+    to_cp(tmp_path / "run", tmp_path / "export")
+    for role, encoder in encoders.items():
+        from_cp(tmp_path / "export" / "dpr.cp", tmp_path / role, role)
+        assert np.allclose(
+            vectors(load_encoder(tmp_path / role, role), role), vectors(encoder, role), atol=1e-6
+        )
+
+    # as DPR does it: strict, every text cut to sequence_length, the words of vocab.txt
+    saved = torch.load(tmp_path / "export" / "dpr.cp", weights_only=True)
+    assert {*saved} == {*"model_dict optimizer_dict scheduler_dict offset epoch encoder_params".split()}
+    settings = saved["encoder_params"]
+    model = BertModel(BertConfig.from_pretrained(settings["pretrained_model_cfg"])).eval()
+    prefix = "question_model."
+    tower = {key.removeprefix(prefix): x for key, x in saved["model_dict"].items() if key.startswith(prefix)}
+    del tower["embeddings.position_ids"]
+    model.load_state_dict(tower)
+    vocabulary = str(tmp_path / "export" / "vocab.txt")
+    plain = BertTokenizer(vocab=vocabulary, do_lower_case=settings["do_lower_case"])
+    text = "Which river of paris is it and where is the tower of rome and the old market"
+    ids = plain(text, truncation=True, max_length=settings["sequence_length"], return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert np.allclose(
+            model(ids).last_hidden_state[:, 0], vectors(encoders["question"], "question")[:1], atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("inputs", "fault"),
+    [
+        ({"pooling": "mean"}, "only pooling cls with token_types zeros, not pooling 'mean'"),
+        ({"token_types": "segments"}, "not token_types 'segments'"),
+        (
+            {"question_tokens": 8},
+            "cut at 8 tokens and passages at 12, but a .cp holds one length; add --tokens 12",
+        ),
+    ],
+)
+def test_exports_refuse_what_the_format_cannot_hold(tmp_path, words, inputs, fault):
+    """The vectors of a round trip are the same, or there is none."""
+    both_towers(tmp_path / "run", words, **inputs)
+    with pytest.raises(UserError, match=fault):
+        to_cp(tmp_path / "run", tmp_path / "export")
+    if "question_tokens" not in inputs:
+        with pytest.raises(UserError, match=fault):
+            to_hf_dpr(tmp_path / "run" / "query_encoder", tmp_path / "export")
+
+
+def test_to_hf_dpr_and_back(tmp_path, words):
+    """Lengths come along, for us and for whoever lets the tokenizer cut."""
+    for role, encoder in both_towers(tmp_path / "run", words).items():
+        name = {"question": "query_encoder", "passage": "doc_encoder"}[role]
+        to_hf_dpr(tmp_path / "run" / name, tmp_path / role)
+        wanted = vectors(encoder, role)
+        assert np.allclose(vectors(load_encoder(tmp_path / role, role), role), wanted, atol=1e-6)
+    words = AutoTokenizer.from_pretrained(tmp_path / "passage")
+    batch = words("Paris", "which river of paris is it and where is the tower of rome", truncation=True)
+    assert len(batch.input_ids) == 12 and "token_type_ids" not in batch
+
+
+@pytest.mark.parametrize("module", ["check", "checkpoints", "convert", "download", "salient_spans"])
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help(monkeypatch, capsys, module, flag):
+    """Every program of prepare/ says what it does."""
+    monkeypatch.setattr("sys.argv", [f"prepare.{module}", flag])
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(f"prepare.{module}").main()
+    assert end.value.code == 0 and f"python -m prepare.{module}" in capsys.readouterr().out
+    if module == "checkpoints":
+        monkeypatch.setattr("sys.argv", ["prepare.checkpoints"])
+        main()
+        assert "from_cp" in capsys.readouterr().out

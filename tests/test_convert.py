@@ -593,4 +593,4 @@ def test_command_line(tmp_path, monkeypatch):
     ]:
         with pytest.raises(UserError, match=words):
             convert.main(argv)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["there"]

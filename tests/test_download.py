@@ -32,7 +32,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body, begin = server.files[self.path], 0
         if server.ranges:
             begin = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
-        if begin >= len(body) > 0:
+        if begin >= len(body) and server.ranges:
             self.send_response(416)
             self.end_headers()
             return
@@ -135,7 +135,9 @@ def test_not_the_file(server, tmp_path):
         download.download("a.csv", tmp_path)
     assert names(tmp_path) == [] and len(server.requests) == 1  # and no second try
     server.ranges = False
-    for body in (b"\n<!DOCTYPE html>please log in", b"<html>", b""):
+    pages = [b"\n<!DOCTYPE html>please log in", b"<html>", b"<head><title>", b"<?xml version='1.0'?><Error>"]
+    pages += [b"\xef\xbb\xbf\r\n" + b" " * 200 + b"<!-- proxy -->", b"", b"\n \n"]
+    for body in pages:
         server.files["/a.csv"] = body
         with pytest.raises(UserError, match="is empty or a web page; is a login page between"):
             download.download("a.csv", tmp_path)
@@ -231,6 +233,39 @@ def test_disk_too_small(server, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f"{name}.* needs 0.0 GB .* are free"):
             download.download(name, tmp_path)
     assert names(tmp_path) == []
+
+
+def test_an_empty_file_of_a_server_that_knows_ranges(server, tmp_path):
+    """It answers 416 before there is any part: a sentence, no traceback."""
+    server.serve("a.csv", "/a.csv", b"")
+    with pytest.raises(UserError, match="a.csv: HTTP 416 .*is the name still right"):
+        download.download("a.csv", tmp_path)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("data.retriever.nq-train", ["biencoder-nq-train.json"]),
+        ("data.retriever.webq-dev", ["biencoder-webquestions-dev.json"]),
+        ("data.retriever.nq", [f"biencoder-nq-{name}.json" for name in ("train", "dev", "adv-hn-train")]),
+        ("data.retriever.qas.trivia-test", ["trivia-test.qa.csv"]),
+        ("data.retriever.qas.nq", [f"nq-{name}.qa.csv" for name in ("train", "dev", "test")]),
+        ("data.retriever_results.nq.single.test", ["dpr-results-nq-test.json"]),
+        ("checkpoint.retriever.multiset", ["dpr-multiset.cp"]),
+        ("checkpoint.reader", ["dpr-reader-nq-single.cp"]),
+        ("data.wikipedia_split", ["psgs_w100.tsv"]),
+    ],
+)
+def test_names_of_dpr(monkeypatch, theirs, ours):
+    """DPR's names and their beginnings, from its download_data.py."""
+    fetched = []
+    monkeypatch.setattr(download, "download", lambda name, _: fetched.append(name))
+    monkeypatch.setattr("sys.argv", ["prepare.download", theirs])
+    download.main()
+    assert fetched == ours and set(ours) <= set(download.URLS)
+    with pytest.raises(UserError, match="a name of DPR's that has no file here .* did you mean"):
+        download.our_names("data.reader.nq.single.train")
 
 
 def test_names():

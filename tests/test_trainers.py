@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from tests import test_train_cross_encoder, test_train_dpr, test_train_reader
@@ -27,8 +28,10 @@ from tests.toy import make_world
 from tests.toy_t5 import t5
 from utils.plumbing.checkpoint import load_moments, save_checkpoint
 from utils.plumbing.config import ROOT, UserError
+from utils.plumbing.files import folder_hash, weights_hash
+from utils.plumbing.model_card import model_card
 from utils.plumbing.run import make_optimizer
-from utils.plumbing.weights import load_towers, pair_id
+from utils.plumbing.weights import load_encoder, load_towers, pair_id
 
 
 class Trainer(NamedTuple):
@@ -391,6 +394,60 @@ def test_wandb_needs_no_login(world, tmp_path):
     else:
         main("train_dpr.py", keys)
         assert len(rows(tmp_path / "run")) >= 2
+
+
+@pytest.mark.parametrize("link", ["kept", "followed", "left out"])
+def test_a_shared_encoder_in_a_run_that_was_copied(world, tmp_path, link):
+    """cp -r, scp -r, rsync without links: the copy resumes, and its doc_encoder needs no other folder."""
+    keys = test_train_dpr.keys(world, tmp_path / "run", shared_encoder=True, stop_after=3, save_every=2)
+    main("train_dpr.py", keys)
+    (tmp_path / "run" / "doc_encoder" / "README.md").write_text("my own words")
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "run", copy, symlinks=link != "followed")
+    for path in copy.rglob("doc_encoder"):
+        if link == "left out" and path.is_symlink():
+            path.unlink()
+    main("train_dpr.py", keys | {"run_dir": copy, "stop_after": 5, "resume": "changed"})
+    alone = shutil.copytree(copy / "doc_encoder", tmp_path / "alone", symlinks=True)
+    assert (
+        folder_hash(alone)
+        == folder_hash(copy / "query_encoder")
+        != folder_hash(tmp_path / "run" / "doc_encoder")
+    )
+    assert load_encoder(alone, "passage").inputs["pair"].endswith("-5")
+
+
+def test_the_model_card(whole):
+    """The hub's first lines, the files, the command and the dev numbers of the published step."""
+    trainer, keys, folder = whole
+    end = json.loads((folder / "metrics.json").read_text())
+    steps = [row for row in rows(folder) if row["step"] == end["best_step"] and "loss" not in row]
+    for name in trainer.models:
+        before = weights_hash(folder / name)
+        card = (folder / name / "README.md").read_text()
+        front = yaml.safe_load(card.split("---\n")[1])
+        assert front["license"] == "unknown" and "base_model" not in front
+        is_tower = name in ("query_encoder", "doc_encoder")
+        assert front["library_name"] == ("sentence-transformers" if is_tower else "transformers")
+        assert f"{end['best_step']} steps" in card and f"trained on {Path(keys['train']).name}" in card
+        assert f"command: {trainer.script} --" in card and "look it up" in card
+        for key, value in steps[0].items():
+            assert key == "step" or f"- {key}: {value}\n" in card
+        (folder / name / "README.md").write_text("my own words")
+        assert weights_hash(folder / name) == before
+
+
+def test_the_model_card_of_a_hubs_weights_without_dev(tmp_path):
+    """The base model and its licence, where they are known; no numbers where there are none."""
+    (tmp_path / "state.json").write_text('{"step": 7}')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7, "loss": 0.5}\n')
+    for start, licence in (("bert-base-uncased", "apache-2.0"), ("Luyu/co-condenser-wiki", "unknown")):
+        config = {"init": start, "train": "a/train.jsonl", "corpus": "", "dev": "", "batch_size": 8}
+        (tmp_path / "config.yaml").write_text("# command: x\n" + yaml.safe_dump(config))
+        card = model_card("query_encoder", tmp_path, tmp_path)
+        front = yaml.safe_load(card.split("---\n")[1])
+        assert (front["base_model"], front["license"]) == (start, licence)
+        assert "this run had no dev questions" in card and "{" not in card
 
 
 def test_load_towers_shares(world):

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from utils.plumbing.config import UserError
 from utils.plumbing.files import atomic_folder, read_json, sha256, write_json
-from utils.plumbing.weights import pair_id, save_encoder
+from utils.plumbing.model_card import model_card
+from utils.plumbing.weights import pair_id, read_inputs, save_encoder
 
 KEEP = 2  # checkpoints that stay, beside the best one
 
@@ -109,21 +110,28 @@ def load_moments(folder, optimizer):
 
 
 def publish(checkpoint, run_dir):
-    """Copy the models of a checkpoint to run_dir/<name>, where the next stage looks; repair a killed copy."""
-    for source in sorted(path for path in Path(checkpoint).iterdir() if path.is_dir()):
-        target = Path(run_dir) / source.name
-        if source.name == "index_encoder":  # only a resume of EMDR2 needs it (utils/live_index.py)
-            continue
-        if source.is_symlink():
-            target.unlink(missing_ok=True)
-            target.symlink_to(source.readlink())
-        elif not target.exists() or pair_id(target) != pair_id(source):
+    """
+    Copy the models of a checkpoint to run_dir/<name>, where the next stage looks; repair a killed copy.
+
+    Each is a folder that needs no other, with a model card (README.md), so that it can be uploaded.
+    """
+    sources = {path.name: path for path in sorted(Path(checkpoint).iterdir()) if path.is_dir()}
+    sources.pop("index_encoder", None)  # only a resume of EMDR2 needs it (utils/live_index.py)
+    if "query_encoder" in sources and read_inputs(sources["query_encoder"]).get("role") == "shared":
+        # why not the checkpoint's link: where a run was copied by scp or zip it is a folder, or missing
+        sources["doc_encoder"] = sources["query_encoder"]
+    for name, source in sources.items():
+        target = Path(run_dir) / name
+        if target.is_symlink():  # of before December 2026
+            target.unlink()
+        if not target.exists() or pair_id(target) != pair_id(source):
             # why not straight to its place: a killed copy must not look like a model
-            old = target.with_name(f".{source.name}.old")
-            copy = target.with_name(f".{source.name}.new")
+            old = target.with_name(f".{name}.old")
+            copy = target.with_name(f".{name}.new")
             shutil.rmtree(old, ignore_errors=True)
             shutil.rmtree(copy, ignore_errors=True)
             shutil.copytree(source, copy)
+            (copy / "README.md").write_text(model_card(name, checkpoint, run_dir), encoding="utf-8")
             if target.exists():
                 target.rename(old)
             copy.rename(target)
