@@ -11,6 +11,11 @@
 # Smaller: DATA, RUN, START, TRAIN_FLAGS="--batch_size 32 --mixed_precision no", ENCODE_FLAGS="", LAUNCH=python. Files
 # in DATA: corpus.tsv, train.jsonl (positives as passage ids), test.jsonl. A recipe that was stopped continues where it
 # was.
+#
+# One episode, with the negatives that ANCE-Tele published ("our Epi-3 negatives"; the words are ids of BERT's vocab.txt):
+#   python -m prepare.convert ance_tele_hn split*.hn.json vocab.txt runs/ance_tele_nq/m3.jsonl
+#   EPISODES=3 bash recipes/ance_tele_nq.sh
+# Where RUN/mN.jsonl is there, nothing is done that only makes it.
 DATA=${DATA:-data/nq}
 SET=${SET:-nq}                                     # in the names of DPR's files
 TRAIN=${TRAIN:-$DATA/train_ids.jsonl}              # the training questions, positives as passage ids
@@ -47,11 +52,12 @@ if [ ! -f $DATA/test.jsonl ]; then
 fi
 
 # M_0: coCondenser as it is, never trained for retrieval.
-stage $RUN/m0/doc_encoder python recipes/untrained.py --config $CONFIG --init $START --run_dir $RUN/m0 $TRAIN_FLAGS
-encode $RUN/m0
+if [[ " $EPISODES " = *" 1 "* ]] && [ ! -f $RUN/m1.jsonl ]; then
+    stage $RUN/m0/doc_encoder python recipes/untrained.py --config $CONFIG --init $START --run_dir $RUN/m0 $TRAIN_FLAGS
+    encode $RUN/m0
+fi
 
-for episode in $EPISODES; do
-    last=$RUN/m$((episode - 1)) model=$RUN/m$episode questions=$TRAIN momentum=
+mine() { # the negatives of an episode, found by the model of the last
     search $last $TRAIN $DEPTH ann
     if [ $POSITIVES = find ]; then
         questions=$last/questions.jsonl
@@ -64,6 +70,11 @@ for episode in $EPISODES; do
     [ $episode = 1 ] || momentum="--momentum $RUN/m$((episode - 1)).jsonl"
     stage $model.jsonl python mine_negatives.py --mode teleport --questions $questions --run $last/ann.run $CORPUS \
         --lookahead_run $last/lookahead.run $momentum --negatives $SAMPLE --depth $DEPTH --out $model.jsonl
+}
+
+for episode in $EPISODES; do
+    last=$RUN/m$((episode - 1)) model=$RUN/m$episode questions=$TRAIN momentum=
+    [ -f $model.jsonl ] || mine
     stage $model/metrics.json $LAUNCH train_dpr.py --config $CONFIG --run_dir $model --init $START \
         --train $model.jsonl --dev "$DEV" $CORPUS --negatives ${NEGATIVES[episode - 1]} \
         --stop_after ${STOP_AFTER[episode - 1]} --resume exact $TRAIN_FLAGS

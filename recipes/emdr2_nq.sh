@@ -16,10 +16,15 @@
 #   CUDA_VISIBLE_DEVICES=4,5,6,7 bash recipes/emdr2_worker.sh runs/emdr2_nq --corpus data/nq/corpus.tsv \
 #     --mixed_precision fp16
 #
+# TriviaQA and WebQuestions: emdr2_trivia.sh and emdr2_webq.sh run this file with other variables.
+# CLOZE=true needs no retriever: one is trained on sentences that are taken out of their passages (inverse cloze), without
+# any question. With MSS=true after it, that is how the paper's own retriever began.
+#
 # Smaller: DATA, RUN, RETRIEVER, READER=google/flan-t5-small, READ=10, TRAIN_FLAGS="--top_k 10 --mixed_precision no",
 # ANSWER_FLAGS="--mixed_precision no", LAUNCH=python. Files in DATA: corpus.tsv, train_qa.jsonl, dev_qa.jsonl,
 # test.jsonl, all with answers. A recipe that was stopped continues where it was.
 DATA=${DATA:-data/nq}
+SET=${SET:-nq}                                     # in the names of DPR's files
 TRAIN=${TRAIN:-$DATA/train_qa.jsonl}
 DEV=${DEV-$DATA/dev_qa.jsonl}                      # chooses the best checkpoint; "": the last
 RUN=${RUN:-runs/emdr2_nq}
@@ -28,6 +33,9 @@ READER=${READER:-t5-base}
 CONFIG=${CONFIG:-config/train_emdr2_nq.yaml}
 REFRESH=${REFRESH:-sync}                           # sync | async | none
 BASELINE=${BASELINE:-false}                        # true: also FiD over the retriever as it is
+CLOZE=${CLOZE:-false}                              # true: begin with a retriever of your own, trained without labels
+START=${START:-bert-base-uncased}                  # its two encoders
+CLOZE_FLAGS=${CLOZE_FLAGS:-}
 MSS=${MSS:-false}                                  # true: begin with the paper's pre-training, on masked sentences
 SPAN_FLAGS=${SPAN_FLAGS:-}
 DEPTH=${DEPTH:-100}                                # passages retrieved for a test question
@@ -44,9 +52,12 @@ if [ ! -f $DATA/corpus.tsv ]; then
     mv $DATA/psgs_w100.tsv $DATA/corpus.tsv
 fi
 qa() { # SPLIT FILE
-    if [ ! -f $2 ]; then
-        python -m prepare.download nq-$1.qa.csv --out $DATA
-        python -m prepare.convert dpr_qa $DATA/nq-$1.qa.csv $2
+    if [ ! -f $2 ] && [ $SET = webquestions ] && [ $1 != test ]; then # DPR has no qa.csv of them
+        python -m prepare.download biencoder-$SET-$1.json --out $DATA
+        python -m prepare.convert dpr_json $DATA/biencoder-$SET-$1.json $2
+    elif [ ! -f $2 ]; then
+        python -m prepare.download $SET-$1.qa.csv --out $DATA
+        python -m prepare.convert dpr_qa $DATA/$SET-$1.qa.csv $2
     fi
 }
 qa train $TRAIN
@@ -65,6 +76,14 @@ answer() { # RUN_DIR RANKING: the test questions, from the passages that a retri
 
 COMPARE="python recipes/compare.py $DATA/corpus.tsv $DATA/test.jsonl" # two files, and the gain of the second
 
+# Optional: a retriever without any label. Its pairs are whole texts, so it needs no corpus, and no negatives but those of
+# the batch.
+if [ $CLOZE = true ]; then
+    RETRIEVER=$RUN/cloze
+    stage $RUN/cloze.jsonl python recipes/demo/inverse_cloze.py $DATA/corpus.tsv $RUN/cloze.jsonl
+    stage $RETRIEVER/metrics.json $LAUNCH train_dpr.py --config config/train_dpr_nq.yaml --run_dir $RETRIEVER \
+        --init $START --train $RUN/cloze.jsonl --dev "" --corpus "" --negatives 0 --epochs 1 --resume exact $CLOZE_FLAGS
+fi
 encode $RETRIEVER
 
 # Optional: questions out of the corpus itself. What is trained on them is the start of all that follows.

@@ -12,6 +12,11 @@
 # --layer_norm_epsilon 0" (0 unless START is an ERNIE), CROSS_FLAGS likewise, ENCODE_FLAGS="", LAUNCH=python. Files in
 # DATA: corpus.tsv, train.jsonl (one negative or more a question), test.jsonl, unlabelled.jsonl (qid, question).
 # A recipe that was stopped continues where it was.
+#
+# From step 3 or 4, with the training files that RocketQA published (data_train/, six columns; its wget_data.sh):
+#   python -m prepare.convert rocketqa data_train/nq_de1_denoise.tsv runs/rocketqa_nq/d1.jsonl
+#   FROM=3 bash recipes/rocketqa_nq.sh
+# FROM=4 likewise with d2.jsonl. FROM=3 goes on to step 4 where RUN/c/cross_encoder is a cross-encoder of yours.
 DATA=${DATA:-data/nq}
 RUN=${RUN:-runs/rocketqa_nq}
 START=${START:-nghuyong/ernie-2.0-base-en}         # both towers, in every step
@@ -25,13 +30,14 @@ UNLABELLED_DEPTH=${UNLABELLED_DEPTH:-50}           # both, for an unlabelled que
 RESCORED=${RESCORED:-d0 d1 d2 d1_raw}              # models whose test rankings the cross-encoder rescores
 POSITIVES=${POSITIVES:-ranking}                    # ranking: the first with the answer [its code]; given: train.jsonl's
 BELOW=${BELOW:-0.1} ABOVE=${ABOVE:-0.9}            # the cross-encoder is sure: a negative, a positive
+FROM=${FROM:-1}                                    # the step to begin with: 1 | 3 | 4
 TRAIN_FLAGS=${TRAIN_FLAGS:-} CROSS_FLAGS=${CROSS_FLAGS:-}
 ENCODE_FLAGS=${ENCODE_FLAGS---mixed_precision fp16}
 LAUNCH=${LAUNCH:-accelerate launch --quiet} FORMAT=${FORMAT:-auto}
 . "$(dirname "$0")/stage.sh"
 
 # Data: DPR's, as in recipes/dpr_nq.sh; 58,880 training questions with the positive and a negative from BM25's 100 best.
-if [ ! -f $DATA/unlabelled.jsonl ]; then
+if [ $FROM = 1 ] && [ ! -f $DATA/unlabelled.jsonl ]; then
     if [ ! -f $DATA/mrqa.query.txt ]; then
         echo "$DATA/mrqa.query.txt is missing: take it from RocketQA's data (its wget_data.sh); id, tab, question" >&2
         exit 2
@@ -42,7 +48,7 @@ if [ ! -f $DATA/corpus.tsv ]; then
     python -m prepare.download psgs_w100.tsv --out $DATA
     mv $DATA/psgs_w100.tsv $DATA/corpus.tsv
 fi
-if [ ! -f $DATA/train.jsonl ]; then
+if [ $FROM = 1 ] && [ ! -f $DATA/train.jsonl ]; then
     python -m prepare.download biencoder-nq-train.json --out $DATA
     python -m prepare.convert dpr_json $DATA/biencoder-nq-train.json $DATA/train.jsonl
 fi
@@ -58,46 +64,53 @@ train() { # NAME FILE: the dual encoder on FILE, from START
 evaluate() { # NAME: alone, and rescored by the cross-encoder
     encode $RUN/$1
     search $RUN/$1 $DATA/test.jsonl $DEPTH test
-    [[ " $RESCORED " != *" $1 "* ]] || rescore $RUN/$1 $DATA/test.jsonl $SCORED test
+    [[ " $RESCORED " != *" $1 "* || ! -e $RUN/c/cross_encoder ]] || rescore $RUN/$1 $DATA/test.jsonl $SCORED test
 }
 
-# Step 1. M_D0 learns from BM25's negatives and all passages of a batch of 1,024 questions.
-train d0 $DATA/train.jsonl
-encode $RUN/d0
-search $RUN/d0 $DATA/train.jsonl $DEPTH train
-
-# Step 2. M_C learns to tell the first passage with the answer from one that is drawn from those without.
-stage $RUN/c.jsonl python mine_negatives.py --mode denoise --questions $DATA/train.jsonl $CORPUS \
-    --run $RUN/d0/train.run --positives $POSITIVES --match_title true --negatives 1 --depth $DEPTH --out $RUN/c.jsonl
-stage $RUN/c/metrics.json $LAUNCH train_cross_encoder.py --config $CROSS_CONFIG --run_dir $RUN/c --init $CROSS_START \
-    --train $RUN/c.jsonl $CORPUS --resume exact $CROSS_FLAGS
-
-# Step 3. M_D1's negative: the best-ranked passage without the answer that M_C, too, calls irrelevant.
-rescore $RUN/d0 $DATA/train.jsonl $SCORED train
 denoise() { # NAME BELOW
     stage $RUN/$1.jsonl python mine_negatives.py --mode denoise --questions $DATA/train.jsonl $CORPUS \
         --run $RUN/d0/train.run --scores $RUN/d0/train_ce.run --negative_below $2 --positives $POSITIVES \
         --match_title true --negatives 1 --depth $DEPTH --out $RUN/$1.jsonl
 }
-denoise d1 $BELOW
-train d1 $RUN/d1.jsonl
-encode $RUN/d1
+
+if [ $FROM = 1 ]; then
+    # Step 1. M_D0 learns from BM25's negatives and all passages of a batch of 1,024 questions.
+    train d0 $DATA/train.jsonl
+    encode $RUN/d0
+    search $RUN/d0 $DATA/train.jsonl $DEPTH train
+
+    # Step 2. M_C learns to tell the first passage with the answer from one that is drawn from those without.
+    stage $RUN/c.jsonl python mine_negatives.py --mode denoise --questions $DATA/train.jsonl $CORPUS \
+        --run $RUN/d0/train.run --positives $POSITIVES --match_title true --negatives 1 --depth $DEPTH --out $RUN/c.jsonl
+    stage $RUN/c/metrics.json $LAUNCH train_cross_encoder.py --config $CROSS_CONFIG --run_dir $RUN/c \
+        --init $CROSS_START --train $RUN/c.jsonl $CORPUS --resume exact $CROSS_FLAGS
+
+    # Step 3. M_D1's negative: the best-ranked passage without the answer that M_C, too, calls irrelevant.
+    rescore $RUN/d0 $DATA/train.jsonl $SCORED train
+    denoise d1 $BELOW
+fi
+if [ $FROM != 4 ]; then
+    train d1 $RUN/d1.jsonl
+    encode $RUN/d1
+fi
 
 # Step 4. M_D2: what M_C is sure of in M_D1's ranking of unlabelled questions is added to step 3's file.
-search $RUN/d1 $DATA/unlabelled.jsonl $UNLABELLED_DEPTH unlabelled
-rescore $RUN/d1 $DATA/unlabelled.jsonl $UNLABELLED_DEPTH unlabelled
-stage $RUN/pseudo.jsonl python mine_negatives.py --mode pseudo_label --questions $DATA/unlabelled.jsonl \
-    --run $RUN/d1/unlabelled.run $CORPUS --scores $RUN/d1/unlabelled_ce.run --negative_below $BELOW \
-    --positive_above $ABOVE --negatives 1 --depth $UNLABELLED_DEPTH --out $RUN/pseudo.jsonl
-stage $RUN/d2.jsonl write $RUN/d2.jsonl cat $RUN/d1.jsonl $RUN/pseudo.jsonl
-train d2 $RUN/d2.jsonl
+if [ $FROM != 4 ] && [ -e $RUN/c/cross_encoder ]; then
+    search $RUN/d1 $DATA/unlabelled.jsonl $UNLABELLED_DEPTH unlabelled
+    rescore $RUN/d1 $DATA/unlabelled.jsonl $UNLABELLED_DEPTH unlabelled
+    stage $RUN/pseudo.jsonl python mine_negatives.py --mode pseudo_label --questions $DATA/unlabelled.jsonl \
+        --run $RUN/d1/unlabelled.run $CORPUS --scores $RUN/d1/unlabelled_ce.run --negative_below $BELOW \
+        --positive_above $ABOVE --negatives 1 --depth $UNLABELLED_DEPTH --out $RUN/pseudo.jsonl
+    stage $RUN/d2.jsonl write $RUN/d2.jsonl cat $RUN/d1.jsonl $RUN/pseudo.jsonl
+fi
+[ $FROM = 3 ] && [ ! -f $RUN/d2.jsonl ] || train d2 $RUN/d2.jsonl
 
-evaluate d0
-evaluate d1
-evaluate d2
+for model in d0 d1 d2; do
+    [ ! -f $RUN/$model/metrics.json ] || evaluate $model
+done
 
 # Optional: M_D1 without denoising: every score passes. The paper's point is that this hurts.
-if [ "${ABLATION:-false}" = true ]; then
+if [ "${ABLATION:-false}" = true ] && [ $FROM = 1 ]; then
     denoise d1_raw 2
     train d1_raw $RUN/d1_raw.jsonl
     evaluate d1_raw

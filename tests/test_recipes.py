@@ -183,6 +183,75 @@ def test_the_numbers_of_the_papers(recipe):
         assert re.findall(r"^train (d\d) (\d+)$", text, re.M) == [("d0", "40"), ("d1", "10"), ("d2", "10")]
 
 
+# a python that makes what it is asked for, and notes its command
+FAKE = """#!/usr/bin/env bash
+echo "$@" >>$LOG
+[ "$1" != recipes/demo/inverse_cloze.py ] || touch $3
+[ "$2" != prepare.convert ] || touch ${!#}
+while [ $# -gt 0 ]; do
+    case $1 in
+    --run_dir) mkdir -p $2/doc_encoder $2/reader && touch $2/metrics.json ;;
+    --out)
+        case $2 in
+        *embeddings) mkdir -p $2 && echo '{"complete": true}' >$2/manifest.json ;;
+        *) touch $2 ${2%.*}.metrics.json ;;
+        esac
+        ;;
+    esac
+    shift
+done
+"""
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "variables", "trained", "files"),
+    [
+        ("rocketqa_nq", "d1.jsonl", {"FROM": "3"}, ["d1"], "nq-test.qa.csv"),
+        ("rocketqa_nq", "d2.jsonl", {"FROM": "4"}, ["d2"], "nq-test.qa.csv"),
+        ("ance_tele_nq", "m3.jsonl", {"EPISODES": "3"}, ["m3"], "biencoder-nq-train.json nq-test.qa.csv"),
+        ("emdr2_trivia", "", {"CLOZE": "true"}, ["cloze", "run"],
+         "trivia-train.qa.csv trivia-dev.qa.csv trivia-test.qa.csv"),
+        (
+            "emdr2_webq", "", {"RETRIEVER": "r"}, ["run"],
+            "biencoder-webquestions-train.json biencoder-webquestions-dev.json webquestions-test.qa.csv",
+        ),
+    ],
+)  # fmt: skip
+def test_where_a_recipe_begins(tmp_path, recipe, given, variables, trained, files):
+    """A published training file, another data set, no labels: what is downloaded and trained, on what."""
+    data, run, log = tmp_path / "data", tmp_path / "run", tmp_path / "log"
+    data.mkdir()
+    run.mkdir()
+    (data / "corpus.tsv").touch()
+    (run / given).touch()
+    fake = tmp_path / "bin" / "python"
+    fake.parent.mkdir()
+    fake.write_text(FAKE)
+    fake.chmod(0o755)
+    variables = {
+        key: str(tmp_path / value) if key == "RETRIEVER" else value for key, value in variables.items()
+    }
+    places = {"DATA": str(data), "RUN": str(run), "LOG": str(log), "LAUNCH": "python"}
+    places |= {"PATH": f"{fake.parent}:{ENVIRONMENT['PATH']}"}
+    command = ["bash", ROOT / "recipes" / f"{recipe}.sh"]
+    for name in ("compare.txt", "curves.png"):
+        (run / name).touch()
+    done = subprocess.run(command, env=ENVIRONMENT | places | variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    commands = log.read_text().splitlines()
+    downloads = [line.split()[2] for line in commands if line.startswith("-m prepare.download")]
+    trainings = [line for line in commands if line.startswith("train_")]
+    assert downloads == files.split()
+    assert [re.search(r"--run_dir (\S+)", line)[1].rpartition("/")[2] for line in trainings] == trained
+    if given:
+        assert f"--train {run}/{given} " in trainings[0]
+        assert not any(line.startswith(("mine_", "rerank")) for line in commands)
+    else:
+        assert f"--config config/train_{recipe}.yaml" in trainings[-1]
+        retriever = run / "cloze" if "CLOZE" in variables else variables["RETRIEVER"]
+        assert f"--doc_encoder {retriever}/doc_encoder" in trainings[-1]
+
+
 def test_a_stage_runs_once(tmp_path):
     """Not again where its output is; again where a manifest is incomplete; a failure ends the recipe."""
     (tmp_path / "done").write_text("1\n")
