@@ -365,7 +365,7 @@ def test_mistakes_are_one_line(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     for path, message in (
         (tmp_path / "no", "no: no such reader folder"),
-        (tmp_path / "empty", "empty: neither a complete local folder nor reachable"),
+        (tmp_path / "empty", "empty: not a complete model folder"),
         (world / "query_encoder", "query_encoder: this is a question encoder; a FiD reader .a T5. is needed"),
         (world / "bert", "bert: FiD reads with a T5, this is a bert"),
         (tmp_path / "half", r"half: \d+ weights are missing, such as decoder"),

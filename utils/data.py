@@ -91,9 +91,8 @@ def refuse_patterns(questions, path):
     """UserError where the answers look like regular expressions, which as plain strings are in no passage."""
     answered = [question["answers"] for question in questions if question["answers"]]
     patterns = [answers[0] for answers in answered if any(map(REGEX_SYNTAX.search, answers))]
-    if len(patterns) > 0.2 * len(
-        answered
-    ):  # why a fifth: most patterns of CuratedTREC are plain words or years
+    # why a fifth: many patterns of CuratedTREC are plain words or years
+    if len(patterns) > max(1, 0.2 * len(answered)):
         share = f"{len(patterns)} of {len(answered)} questions have answers like {patterns[0]!r}"
         cure = "add --match regex (a recipe: MATCH=regex); a reader needs plain answers"
         raise UserError(f"{path}: {share}, which are regular expressions: {cure}")
