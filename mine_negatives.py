@@ -27,9 +27,9 @@ from tqdm import tqdm
 from utils.data import (
     Corpus,
     aligned_reader,
-    check_passage,
+    check_scores,
     is_itself,
-    iter_jsonl,
+    iter_lists,
     iter_run,
     passage_of,
     read_questions,
@@ -191,28 +191,6 @@ MODES = {"topk": topk, "denoise": denoise, "pseudo_label": pseudo_label, "telepo
 
 
 # ---------------------------------------------------------------- reading, question by question
-def iter_lists(path):
-    """Yield (qid, (negatives, positives)) of every line of a training file."""
-    for number, example in iter_jsonl(path):
-        lists = (example.get("negatives"), example.get("positives") or [])
-        for name, passages in zip(("negatives", "positives"), lists, strict=True):
-            if not isinstance(passages, list) or not all(map(check_passage, passages)):
-                fault = f"{name!r} must be a list of passages; not a training file"
-                raise UserError(f"{path}:{number}: {fault}")
-        yield example.get("qid"), lists
-
-
-def check_scores(qid, scores, ranked, cfg):
-    """UserError unless `scores` [(id, p), ...] are probabilities of passages of this ranking."""
-    if not scores:
-        raise UserError(f"{cfg.scores}: question {qid!r} is missing; rescore {cfg.run} again (rerank.py)")
-    for pid, p in scores:
-        if pid not in ranked:
-            raise UserError(f"{cfg.scores}: passage {pid!r} of question {qid!r} is not in {cfg.run}")
-        if not 0 <= p <= 1:
-            raise UserError(f"{cfg.scores}: question {qid!r}: {p} is no probability; rerank.py gives some")
-
-
 def read_found(questions, cfg, counts):
     """Yield (question, Found): in the order of the run, then the questions that the run does not rank."""
     excluded = read_questions(cfg.exclude) if cfg.exclude else []

@@ -24,12 +24,19 @@ from pathlib import Path
 import huggingface_hub
 import torch
 import transformers
-from tokenizers import models, normalizers
+from tokenizers import normalizers
 from transformers import AutoTokenizer, DPRConfig, DPRContextEncoder, DPRQuestionEncoder, DPRReader
 
 from utils.plumbing.config import UserError, friendly_errors, memory_is_full
 from utils.plumbing.files import atomic_folder, read_json, write_json
-from utils.plumbing.weights import TOWERS, check_complete, check_sizes, load_encoder, read_inputs
+from utils.plumbing.weights import (
+    TOWERS,
+    check_complete,
+    check_sizes,
+    load_encoder,
+    read_inputs,
+    save_words,
+)
 
 # role -> Hugging Face's class, the prefix of the weights in a .cp, their prefix in the class
 MODELS = {
@@ -356,22 +363,6 @@ def load_fitting(folder, role, form):
 def bert_settings(encoder):
     """Return what makes the BERT of an encoder."""
     return {key: getattr(encoder.model.config, key) for key in (*SIZES, *SETTINGS)}
-
-
-def save_words(folder, tokenizer):
-    """Write a tokenizer for programs of every age: names of before transformers 5, vocab.txt of a BERT's."""
-    tokenizer.save_pretrained(folder)
-    file = Path(folder, "tokenizer_config.json")
-    settings = read_json(file)
-    if settings["tokenizer_class"] == "TokenizersBackend":  # what transformers 4 does not know
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # why: token types are zeros, and a BERT's tokenizer hands out ones too
-    settings["model_input_names"] = ["input_ids", "attention_mask"]
-    write_json(file, settings)
-    if isinstance(tokenizer.backend_tokenizer.model, models.WordPiece):
-        words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-        text = "".join(f"{word}\n" for word, _ in words)
-        Path(folder, "vocab.txt").write_text(text, encoding="utf-8")
 
 
 def write_folder(out, model, tokenizer, inputs):

@@ -19,7 +19,7 @@ import huggingface_hub
 import torch
 import transformers
 from safetensors import SafetensorError
-from tokenizers import normalizers
+from tokenizers import models, normalizers
 from torch import nn
 from transformers.models.auto import modeling_auto
 
@@ -398,15 +398,27 @@ def save_encoder(encoder, folder):
         words = copy.deepcopy(encoder.tokenizer)  # another thread may be using the original
         if words.is_fast:
             words.backend_tokenizer.no_truncation()  # the last length used is no part of a tokenizer
-        words.save_pretrained(temporary)
-        # why: other libraries pass on only the inputs that are named here; a BERT would get types 0 and 1
-        config = read_json(temporary / "tokenizer_config.json")
-        types = ["token_type_ids"] if encoder.inputs["token_types"] == "segments" else []
-        config["model_input_names"] = ["input_ids", *types, "attention_mask"]
-        write_json(temporary / "tokenizer_config.json", config)
+        save_words(temporary, words, encoder.inputs["token_types"])
         if "pooling" in encoder.inputs:
             sentence_transformers.write_folder(temporary, encoder)
         write_json(temporary / "encoder_inputs.json", encoder.inputs)
+
+
+def save_words(folder, tokenizer, token_types="zeros"):
+    """Write a tokenizer for programs of every age: names of before transformers 5, vocab.txt of a BERT's."""
+    tokenizer.save_pretrained(folder)
+    file = Path(folder, "tokenizer_config.json")
+    config = read_json(file)
+    if config["tokenizer_class"] == "TokenizersBackend":  # which transformers 4 does not know
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # why: other libraries pass on only the inputs that are named here; a BERT would get types 0 and 1
+    types = ["token_type_ids"] if token_types == "segments" else []
+    config["model_input_names"] = ["input_ids", *types, "attention_mask"]
+    write_json(file, config)
+    if tokenizer.is_fast and isinstance(tokenizer.backend_tokenizer.model, models.WordPiece):
+        known = tokenizer.get_vocab()
+        text = "".join(f"{word}\n" for word in sorted(known, key=known.get))
+        Path(folder, "vocab.txt").write_text(text, encoding="utf-8")
 
 
 def encoder_hash(encoder):
