@@ -96,9 +96,11 @@ def main():
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", type=Path)
     parser.add_argument("--match", choices=["string", "regex"], default="string")
+    parser.add_argument("--corpus", default="", help="default: corpus.tsv in the folder")
     args, flags = parser.parse_known_args()
     folder = args.folder
     cfg = load_config(__doc__, "config/train_dpr_nq.yaml", flags)
+    cfg.corpus = args.corpus or str(folder / "corpus.tsv")
     need_file(cfg, "corpus")
     need_model(cfg, "init")
     if not (folder / "train.jsonl").is_file() and (folder / "questions.jsonl").is_file():
