@@ -7,7 +7,7 @@ Out:  out/00000.npy ... ("shards" of `shard_size` passages), each with 00000.jso
 Run:  python doc2embedding.py --config config/doc2embedding.yaml
       accelerate launch doc2embedding.py --config config/doc2embedding.yaml
       After a crash, repeat the command: it continues, and no complete shard is encoded again.
-      python doc2embedding.py --server 0 --servers 4     (machines that do not know of each other; see below)
+      python doc2embedding.py --server 0 --servers 4     (machines that do not know of each other)
 Next: test_dpr.py, ask.py
 
 n passages of a shard or of a window · D dimensions
@@ -97,7 +97,7 @@ def main():
         raise UserError(f"server must be one of 0 to {cfg.servers - 1}, got {cfg.server}")
     need_file(cfg, "corpus")
     need_model(cfg, "doc_encoder")
-    given_inputs(cfg)  # UserError for a value that no encoder knows
+    inputs = given_inputs(cfg)
     need_folder(cfg, "out")
 
     # start the processes, open the corpus, load the encoder
@@ -105,7 +105,7 @@ def main():
     main_process = accelerator.is_main_process
     with accelerator.main_process_first():  # the first process to open a corpus writes its index
         corpus = Corpus(cfg.corpus, cfg.corpus_format)
-    encoder = load_encoder(cfg.doc_encoder, "passage", given_inputs(cfg)).to(accelerator.device)
+    encoder = load_encoder(cfg.doc_encoder, "passage", inputs).to(accelerator.device)
 
     # cut the corpus into shards
     # differs: DPR and nanoDPR write one file a process; another number of processes means other files
@@ -133,8 +133,6 @@ def main():
     # prepare the folder, say what is to come
     if main_process:
         need_space(folder, count * encoder.dim * np.dtype(cfg.dtype).itemsize, "embeddings")
-        for leftover in folder.glob(".*.tmp") if cfg.servers == 1 else ():  # of a killed run
-            leftover.unlink()
         write_json(folder / "manifest.json", manifest | {"shards": {}, "complete": False})
         if corpus.empty_texts:
             print(f"warning: {corpus.empty_texts:,} passages have no text; only their titles are encoded")

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.data import Corpus, check_ids, is_itself, iter_jsonl, iter_run, read_questions, write_run
+from utils.data import Corpus, check_ids, iter_jsonl, iter_run, named_hits, read_questions, write_run
 from utils.encoder import embed, tokenize_questions
 from utils.metrics import KS, gold_ids, one_question_at_a_time, print_table, retrieval_metrics
 from utils.plumbing.config import (
@@ -204,10 +204,7 @@ def rankings(questions, results, bm25, corpus, cfg):
     for question, hits in zip(questions, results, strict=True):
         if bm25:
             hits = hybrid(hits, bm25.get(question["qid"], []), cfg.hybrid_weight, cfg.k + 1)
-        named = [(corpus[row].id, score) for row, score in hits]
-        if cfg.ignore_identical_ids:
-            named = [(pid, score) for pid, score in named if not is_itself(question, pid)]
-        yield question["qid"], named[: cfg.k]
+        yield question["qid"], named_hits(question, hits, corpus, cfg.k, cfg.ignore_identical_ids)
 
 
 # ---------------------------------------------------------------- main

@@ -18,12 +18,11 @@ from utils.data import Corpus, passage_of, read_questions
 from utils.encoder import tokenize_passages, tokenize_questions
 from utils.plumbing.config import UserError, friendly_errors, load_config, need_file, need_model
 from utils.plumbing.files import atomic_file
-from utils.plumbing.weights import load_encoder
+from utils.plumbing.weights import given_inputs, load_encoder
 from utils.text import has_answer
 
 SPLITS = ("train", "dev", "test")
 LOOK = 5000  # texts of a kind that are tokenised, spread over the file
-INPUTS = ("question_tokens", "passage_tokens", "pooling", "token_types")
 
 
 def deal(folder):
@@ -121,7 +120,7 @@ def main():
         )
 
     # what does not fit into the encoder
-    inputs = {key: getattr(cfg, key) for key in INPUTS} | {"role": "shared"}
+    inputs = given_inputs(cfg) | {"role": "shared"}
     encoder = load_encoder(cfg.init, "passage", inputs)
     encoder.inputs |= {"passage_tokens": 10**6, "question_tokens": 10**6}
     report_cut("passages", tokenize_passages(encoder, sample), cfg.passage_tokens)

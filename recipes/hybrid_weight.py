@@ -16,6 +16,7 @@ from statistics import mean, pstdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from recipes.compare import first_rank  # noqa: E402
 from test_dpr import hybrid  # noqa: E402
 from utils.data import Corpus, read_questions, read_run  # noqa: E402
 from utils.metrics import gold_ids, mrr  # noqa: E402
@@ -52,7 +53,7 @@ def main(corpus, questions, bm25, dense, match="string"):
         right = right_passages(question, dict(words) | dict(meaning), corpus, match == "regex")
         for weight, found in ranks.items():
             hits = hybrid(meaning, words, weight, DEPTH)
-            found.append(next((rank for rank, (pid, _) in enumerate(hits, 1) if pid in right), 0))
+            found.append(first_rank(pid in right for pid, _ in hits))
 
     # the best weight; of equals the smallest
     scores = {weight: mrr(found, DEPTH) for weight, found in ranks.items()}

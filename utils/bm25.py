@@ -16,7 +16,7 @@ from bm25s.stopwords import STOPWORDS_EN
 from bm25s.tokenization import Tokenized
 from tqdm import tqdm
 
-from utils.data import Corpus, is_itself, iter_run, read_questions, write_run
+from utils.data import Corpus, iter_run, named_hits, read_questions, write_run
 from utils.metrics import KS, one_question_at_a_time, print_table, retrieval_metrics
 from utils.plumbing.config import UserError, friendly_errors, need_out
 from utils.plumbing.files import atomic_folder, lock, read_json, sha256, write_json
@@ -127,10 +127,8 @@ def main():
     results = search_bm25(index, [question["question"] for question in questions], depth)
     rankings = []
     for question, hits in zip(questions, results, strict=True):
-        named = [(corpus[row].id, score) for row, score in hits]
-        if args.ignore_identical_ids:
-            named = [(pid, score) for pid, score in named if not is_itself(question, pid)]
-        rankings.append((question["qid"], named[: args.k]))
+        named = named_hits(question, hits, corpus, args.k, args.ignore_identical_ids)
+        rankings.append((question["qid"], named))
     write_run(args.out, rankings)
     empty = sum(not hits for _, hits in rankings)
     print(f"{args.out}: {len(questions)} questions, {empty} of them without a passage")

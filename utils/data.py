@@ -67,6 +67,14 @@ def check_passage(entry):
     return is_string(entry) and entry != ""
 
 
+def named_hits(question, hits, corpus, k, ignore_identical_ids):
+    """Return the best k [(pid, score), ...] of a question from its [(row, score), ...], best first."""
+    named = [(corpus[row].id, score) for row, score in hits]
+    if ignore_identical_ids:
+        named = [(pid, score) for pid, score in named if not is_itself(question, pid)]
+    return named[:k]
+
+
 def grades_fault(question):
     """Return what is wrong with the `grades` of a question, one number for each positive, or ""."""
     grades = question.get("grades", [])

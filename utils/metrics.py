@@ -13,15 +13,8 @@ from tqdm import tqdm
 from utils.data import is_itself
 from utils.text import exact_match, f1, has_answer
 
-KS = (
-    1,
-    5,
-    10,
-    20,
-    50,
-    100,
-    1000,
-)  # DPR counts 20 and 100, MS MARCO's R@50 and R@1000 are hit@50 and hit@1000
+# DPR counts 20 and 100; MS MARCO's R@50 and R@1000 are hit@50 and hit@1000
+KS = (1, 5, 10, 20, 50, 100, 1000)
 
 
 # ---------------------------------------------------------------- of a list of questions
@@ -179,9 +172,8 @@ def retrieval_metrics(ranked, corpus, ks, regex=False):
             values.setdefault(name, []).append(value)
         questions += 1
         found_themselves += bool(pids) and is_itself(question, pids[0])
-    if (
-        found_themselves > 0.1 * questions
-    ):  # why a tenth: a few may meet a passage of the same number by chance
+    # why a tenth: a few may meet a passage of the same number by chance
+    if found_themselves > 0.1 * questions:
         share = f"{found_themselves} of {questions} questions find a passage of their own id first"
         print(f"warning: {share}; where that is the question itself, search with --ignore_identical_ids true")
     return with_intervals(values)
