@@ -19,13 +19,13 @@ START=${START:-data/models/tinybert-4l}
 T5=${T5:-data/models/flan-t5-small}
 SEEDS=${SEEDS-1 2 3}                               # of `token`; the other arms take the first
 ARMS=${ARMS-token shuffled plain}
-FIRST=${FIRST:-60} STEPS=${STEPS:-120}
+FIRST=${FIRST:-60} STEPS=${STEPS:-120} BATCH=${BATCH:-16}
 READ=${READ:-8} DEPTH=${DEPTH:-100}
 # the encoders' peak is 3e-5 = 0.15 * 2e-4. differs: 2e-5 for all and 64 questions a step in the paper
 TRAIN_FLAGS="--top_k $READ --reader_tokens 112 --answer_tokens 12 --temperature 1.0 --gradient_checkpointing false
-    --batch_size 16 --question_chunk 2 --passage_chunk 16 --score_chunk 16 --encoding_batch_size 64 --eval_batch_size 32
+    --batch_size $BATCH --question_chunk 2 --passage_chunk 16 --score_chunk 16 --encoding_batch_size 64 --eval_batch_size 32
     --learning_rate 2.0e-4 --retriever_lr_scale 0.15 --warmup 4 --mixed_precision no --keep last ${TRAIN_FLAGS:-}"
-CLOZE_FLAGS="--passage_tokens 96 --question_tokens 32 ${CLOZE_FLAGS:-}"
+CLOZE_FLAGS=${CLOZE_FLAGS-}
 ENCODE_FLAGS=${ENCODE_FLAGS-} ANSWER_FLAGS=${ANSWER_FLAGS-}
 LAUNCH=${LAUNCH:-python} FORMAT=${FORMAT:-auto}
 . "$(dirname "$0")/stage.sh"
@@ -42,7 +42,7 @@ encode $RUN/start
 search $RUN/start $DATA/test.jsonl $DEPTH test
 
 train() { # NAME FROM READER STEPS FLAGS...: train_emdr2.py from the encoders of FROM
-    local epoch=$(($(wc -l <$TRAIN) / 16))
+    local epoch=$(($(wc -l <$TRAIN) / BATCH))
     stage $RUN/$1/metrics.json $LAUNCH train_emdr2.py --run_dir $RUN/$1 --train $TRAIN --dev $DATA/dev.jsonl $CORPUS \
         --query_encoder $2/query_encoder --doc_encoder $2/doc_encoder --embeddings $2/embeddings --reader $3 \
         --epochs $((($4 + epoch - 1) / epoch)) --stop_after $4 --eval_every 30 --resume exact $TRAIN_FLAGS "${@:5}"

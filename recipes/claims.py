@@ -1,5 +1,5 @@
 """
-The papers' claims and what our runs say about them: results/claims.json and docs/claims.md, made from evidence.
+The papers' claims, and what our runs say about them: results/claims.json and docs/claims.md.
 
 In:  results/claims.yaml, a claim an entry; results/FOLDER/ranks.json, what `store` made of the rankings
 Out: results/claims.json, a row a claim; docs/claims.md, the same as a page
@@ -28,14 +28,15 @@ from utils.plumbing.config import ROOT, UserError, friendly_errors
 from utils.plumbing.files import atomic_file, read_json
 
 VERDICTS = ("shown", "shown in part", "not shown")
-KEYS = "claim system experiment metric folder arm over table text figure hardware verdict reason".split()
+KEYS = "claim system experiment metric folder arm over table text measured hardware verdict reason".split()
 PAGE = """# What the papers claim, and what our runs show
 
-Made by `python -m recipes.claims` from results/claims.yaml and the files that it names; results/claims.json has the
-same rows. A gain is in points of percent, paired by question, with its 95 % bootstrap interval over the test
-questions. Where an arm has several seeds, a question's gain is first averaged over them, and the range over seeds
-stands behind it. *Shown* means: the interval excludes zero, and one thing differs between the two arms. *Shown in
-part*: on other data, at one depth or in one seed only; the reason says which. *Not shown*: what was found instead.
+Made by `python -m recipes.claims` from results/claims.yaml and the files that it names. results/claims.json has the
+same rows for machines. A gain is in points of percent, paired by question, with its 95 % bootstrap interval over the
+test questions. Where an arm has several seeds, a question's gain is first averaged over them, and the range over
+seeds stands behind it. *Shown*: the interval excludes zero, one thing differs between the two arms, and more than one
+seed agrees. *Shown in part*: something of this is missing, and the reason says what. *Not shown*: the reason says
+what was found instead.
 
 """
 
@@ -107,11 +108,13 @@ def gain_of_table(entry):
 
 
 def gain_of_text(entry):
-    """Return the same from what recipes/compare.py printed: the last gain of the metric in FILE.txt."""
-    text = (ROOT / "results" / entry["folder"] / entry["text"]).read_text(encoding="utf-8")
-    numbers = re.findall(rf"{re.escape(entry['metric'])} +([+-][\d.]+) \(([\d.-]+) to ([\d.-]+)\)", text)[-1]
-    gain, low, high = (round(float(number) / 100, 4) for number in numbers)
-    n = int(re.search(r"n = ([\d,]+)", text)[1].replace(",", ""))
+    """Return the same from what recipes/compare.py printed: the gain of a ranking, named as it is there."""
+    file, name = entry["text"]
+    text = (ROOT / "results" / entry["folder"] / file).read_text(encoding="utf-8")
+    _, _, rest = text.partition(f"\n{name}\n")
+    found = re.search(rf"{re.escape(entry['metric'])} +([+-][\d.]+) \(([\d.-]+) to ([\d.-]+)\)", rest)
+    gain, low, high = (round(float(number) / 100, 4) for number in found.groups())
+    n = int(re.match(r"n = (\d+)", text)[1])
     return {"gain": gain, "low": low, "high": high, "n": n, "seeds": 1}
 
 
@@ -131,13 +134,10 @@ def row_of(entry):
         figure |= gain_of_table(entry)
     elif "text" in entry:
         figure |= gain_of_text(entry)
-    elif "figure" in entry:  # a file of results/ that holds it: FILE.json, or FILE.json#key of its top level
-        path, _, key = entry["figure"].partition("#")
-        found = read_json(ROOT / "results" / entry["folder"] / path)
-        figure |= {k: v for k, v in (found[key] if key else found).items() if k in figure}
-    if entry["verdict"] == "shown" and not (figure["low"] is not None and figure["low"] > 0):
+    above_zero = figure["low"] is not None and figure["low"] > 0
+    if entry["verdict"] == "shown" and not above_zero and not entry.get("measured"):
         raise UserError(f"claims.yaml: {name}: shown, but the interval holds zero or there is none")
-    texts = {key: entry.get(key, "") for key in ("experiment", "hardware", "reason")}
+    texts = {key: entry.get(key, "") for key in ("experiment", "measured", "hardware", "reason")}
     head = {"claim": name, "system": entry["system"], "metric": entry.get("metric", "")}
     folder = f"results/{entry['folder']}" if entry.get("folder") else ""
     return head | figure | {"folder": folder, "verdict": entry["verdict"]} | texts
@@ -149,7 +149,7 @@ def percent(number):
 
 def figure_cell(row):
     if row["gain"] is None:
-        return "not run"
+        return row["measured"] or "not run"
     text = f"{row['metric']} {percent(row['gain'])} ({percent(row['low'])} to {percent(row['high'])})"
     if row["range"] and row["seeds"] > 1:
         text += f"; seeds {percent(row['range'][0])} to {percent(row['range'][1])}"
@@ -157,25 +157,20 @@ def figure_cell(row):
 
 
 def page(rows):
-    """Return docs/claims.md: a table a system."""
-    text = PAGE
+    """Return docs/claims.md: a table a system, then how each row was found."""
+    text, number = PAGE, 0
     for system in dict.fromkeys(row["system"] for row in rows):
-        text += f"## {system}\n| claim | experiment | figure | n, seeds | verdict |\n|---|---|---|---|---|\n"
+        body, notes = "", ""
         for row in rows:
             if row["system"] == system:
-                where = f" [{row['folder']}](../{row['folder']})" if row["folder"] else ""
-                hardware = f" {row['hardware']}." if row["hardware"] else ""
+                number += 1
                 size = "–" if row["n"] is None else f"{row['n']:,}, {row['seeds']}"
-                verdict = f"**{row['verdict']}**" + (f": {row['reason']}" if row["reason"] else "")
-                cells = [
-                    row["claim"],
-                    f"{row['experiment']}{hardware}{where}",
-                    figure_cell(row),
-                    size,
-                    verdict,
-                ]
-                text += f"| {' | '.join(cells)} |\n"
-        text += "\n"
+                cells = [str(number), row["claim"], figure_cell(row), size, row["verdict"]]
+                body += f"| {' | '.join(cells)} |\n"
+                where = f"[{row['folder']}](../{row['folder']})" if row["folder"] else ""
+                parts = [row["experiment"], row["hardware"], where, row["reason"]]
+                notes += f"- {number}. {'. '.join(part[0].upper() + part[1:] for part in parts if part)}.\n"
+        text += f"## {system}\n| | claim | figure | n, seeds | verdict |\n|---|---|---|---|---|\n{body}\n{notes}\n"
     return text.rstrip() + "\n"
 
 
