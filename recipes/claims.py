@@ -31,12 +31,12 @@ VERDICTS = ("shown", "shown in part", "not shown")
 KEYS = "claim system experiment metric folder arm over table text measured hardware verdict reason".split()
 PAGE = """# What the papers claim, and what our runs show
 
-Made by `python -m recipes.claims` from results/claims.yaml and the files that it names. results/claims.json has the
-same rows for machines. A gain is in points of percent, paired by question, with its 95 % bootstrap interval over the
-test questions. Where an arm has several seeds, a question's gain is first averaged over them, and the range over
-seeds stands behind it. *Shown*: the interval excludes zero, one thing differs between the two arms, and more than one
-seed agrees. *Shown in part*: something of this is missing, and the reason says what. *Not shown*: the reason says
-what was found instead.
+Made by `python -m recipes.claims` from results/claims.yaml and the files that it names. results/claims.json
+has the same rows for machines. A gain is in points of percent, paired by question, with its 95 % bootstrap
+interval over the test questions. Where an arm has several seeds, a question's gain is first averaged over
+them, and the range over seeds stands behind it. *Shown*: the interval excludes zero, one thing differs
+between the two arms, and there is more than one seed. *Shown in part*: something of this is missing, and
+the reason says what. *Not shown*: the reason says what was found instead.
 
 """
 
@@ -134,9 +134,11 @@ def row_of(entry):
         figure |= gain_of_table(entry)
     elif "text" in entry:
         figure |= gain_of_text(entry)
-    above_zero = figure["low"] is not None and figure["low"] > 0
-    if entry["verdict"] == "shown" and not above_zero and not entry.get("measured"):
-        raise UserError(f"claims.yaml: {name}: shown, but the interval holds zero or there is none")
+    if entry["verdict"] == "shown" and not entry.get("measured"):
+        if figure["low"] is None or figure["low"] <= 0:
+            raise UserError(f"claims.yaml: {name}: shown, but the interval holds zero or there is none")
+        if figure["seeds"] < 2:
+            raise UserError(f"claims.yaml: {name}: shown, but by one seed; it is shown in part")
     texts = {key: entry.get(key, "") for key in ("experiment", "measured", "hardware", "reason")}
     head = {"claim": name, "system": entry["system"], "metric": entry.get("metric", "")}
     folder = f"results/{entry['folder']}" if entry.get("folder") else ""

@@ -12,7 +12,7 @@ from utils.plumbing.config import ROOT, UserError
 
 # four questions; the rank of the first passage with an answer, and of the first right one
 RANKS = {
-    "start": {"depth": 100, "answer": [0, 30, 3, 1], "right": [0, 0, 2, 1]},
+    "start": {"depth": 100, "answer": [0, 30, 3, 1], "right": [0, 0, 2, 2]},
     "one": {"depth": 100, "answer": [20, 2, 21, 1], "right": [4, 0, 1, 1]},
     "two": {"depth": 100, "answer": [9, 1, 1, 1], "right": [1, 1, 1, 1]},
 }
@@ -36,13 +36,14 @@ def test_gains_are_paired_and_averaged_over_seeds(house):
     both = claims.row_of(ENTRY | {"arm": ["one", "two"], "over": ["start"]})
     assert both["gain"] == pytest.approx((0.25 + 0.5) / 2) and both["range"] == [0.25, 0.5]
     mrr = claims.row_of(ENTRY | {"arm": ["one"], "over": ["start"], "metric": "MRR@10"})
-    assert mrr["gain"] == pytest.approx((0.25 + 0 + 0.5 + 0) / 4)
+    assert mrr["gain"] == pytest.approx((0.25 + 0 + 0.5 + 0.5) / 4)
 
 
 def test_a_verdict_says_no_more_than_the_figure(house):
     for changes, message in (
         ({"verdict": "shown", "arm": ["one"], "over": ["start"]}, "the interval holds zero"),
         ({"verdict": "shown"}, "or there is none"),
+        ({"verdict": "shown", "arm": ["two"], "over": ["start"], "metric": "MRR@10"}, "by one seed"),
         ({"verdict": "shown in part", "reason": ""}, "but no reason"),
         ({"verdict": "proved"}, "the verdict is one of"),
         ({"arm": ["three"], "over": ["start"]}, "it has no 'three'; it has start, one, two"),

@@ -418,7 +418,9 @@ def test_claim_dpr(rehearsal):
         config = read_yaml(run / f"{name}_seed1" / "config.yaml")
         assert (config["batch_size"], config["negatives"], config["keep"]) == (batch, negatives, "last")
         assert read_json(run / f"{name}_seed1" / "metrics.json")["step"] == steps
-        assert config["init"] == f"{run}/start/query_encoder" and {"top-20"} <= metrics_of(run, f"{name}_seed1")
+        assert config["init"] == f"{run}/start/query_encoder" and {"top-20"} <= metrics_of(
+            run, f"{name}_seed1"
+        )
 
 
 def test_dpr_nq(rehearsal):
