@@ -93,7 +93,7 @@ def gain_of(entry):
 
 
 def gain_of_table(entry):
-    """Return the same of an older experiment, whose rankings were not kept: from the gains of its table.json."""
+    """Return the same of an experiment whose rankings were not kept, from its table.json."""
     row, over = entry["table"]
     gains = read_json(ROOT / "results" / entry["folder"] / "table.json")["gains"]
     (found,) = [gain["metrics"] for gain in gains if gain["row"] == row and gain["over"] == over]
@@ -172,7 +172,8 @@ def page(rows):
                 where = f"[{row['folder']}](../{row['folder']})" if row["folder"] else ""
                 parts = [row["experiment"], row["hardware"], where, row["reason"]]
                 notes += f"- {number}. {'. '.join(part[0].upper() + part[1:] for part in parts if part)}.\n"
-        text += f"## {system}\n| | claim | figure | n, seeds | verdict |\n|---|---|---|---|---|\n{body}\n{notes}\n"
+        head = "| | claim | figure | n, seeds | verdict |\n|---|---|---|---|---|\n"
+        text += f"## {system}\n{head}{body}\n{notes}\n"
     return text.rstrip() + "\n"
 
 
