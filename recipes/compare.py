@@ -45,8 +45,8 @@ def first_ranks(path, questions, corpus, regex=False):
     """
     Return what one .run or .answers.json says of every question, as lists of Q numbers:
 
-    "answer": the rank of the first passage with an answer, of the questions that have answers; "right": of the
-    first passage of their positives; 0 where there is none. "depth": of the ranking. Of answers EM and F1.
+    "answer": the rank of the first passage with an answer, for questions that have answers. "right": of the
+    first of their positives. 0 where there is none. "depth": of the ranking. Of answers: "EM" and "F1".
     """
     if str(path).endswith(".answers.json"):
         return answers_per_question(path, questions)

@@ -1,9 +1,9 @@
 """
 What a FiD reader could teach a retriever: how much of its belief lies on passages that hold the answer?
 
-For questions of whose K best passages some, but not all, hold an answer: the share of the retriever's prior on
-those that do, and of EMDR2's posteriors (train_emdr2.py), of which the retriever learns. A signal without
-content leaves the shares where the prior has them.
+For questions of whose K best passages some, but not all, hold an answer: the share of the retriever's prior
+on those that do, and of EMDR2's posteriors (train_emdr2.py), which the retriever is drawn to. A signal
+without content leaves the shares where the prior has them.
 
 In:  a ranking (test_dpr.py) of questions with answers, the corpus, any T5 or a reader of train_emdr2.py
 Out: a json: {"n", "prior", "token", "sequence", "kl": mean share, "likeliest": how often the passage with which
