@@ -6,8 +6,8 @@ on those that do, and of EMDR2's posteriors (train_emdr2.py), which the retrieve
 without content leaves the shares where the prior has them.
 
 In:  a ranking (test_dpr.py) of questions with answers, the corpus, any T5 or a reader of train_emdr2.py
-Out: a json: {"n", "prior", "token", "sequence", "kl": mean share, "likeliest": how often the passage with which
-     the reader finds the answer likeliest holds it, "by_chance": the mean share of such passages}
+Out: a json, each with interval and n: "prior", "token", "sequence", "kl", the mean shares; "likeliest", how
+     often the passage that makes the answer likeliest holds it; "by_chance", the share of such passages
 Run: python -m recipes.reader_signal CORPUS QUESTIONS RANKING READER OUT.json
 """
 

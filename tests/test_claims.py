@@ -1,4 +1,4 @@
-"""recipes/claims.py: figures from stored ranks, verdicts that say no more than they, and the pages in the repository."""
+"""recipes/claims.py: figures from stored ranks, verdicts no stronger than they, the committed pages."""
 
 import json
 
