@@ -21,10 +21,10 @@ SEEDS=${SEEDS-1 2 3}                               # of `token`; the other arms 
 ARMS=${ARMS-token shuffled plain}
 FIRST=${FIRST:-60} STEPS=${STEPS:-120} BATCH=${BATCH:-16}
 READ=${READ:-8} FIRST_READ=${FIRST_READ:-4} DEPTH=${DEPTH:-100}
-# the encoders' peak is 3e-5 = 0.15 * 2e-4. differs: 2e-5 for all and 64 questions a step in the paper
+# the encoders' peak is 3e-5 = 0.15 * 2e-4. differs: the paper has 2e-5 for all, 64 questions a step, and dropout 0.1
 TRAIN_FLAGS="--top_k $READ --reader_tokens 112 --answer_tokens 12 --temperature 1.0 --gradient_checkpointing false
-    --batch_size $BATCH --question_chunk 2 --passage_chunk 16 --score_chunk 16 --encoding_batch_size 64 --eval_batch_size 32
-    --learning_rate 2.0e-4 --retriever_lr_scale 0.15 --warmup 4 --mixed_precision no --keep last ${TRAIN_FLAGS:-}"
+    --batch_size $BATCH --question_chunk 4 --passage_chunk 32 --score_chunk 16 --encoding_batch_size 64 --eval_batch_size 32
+    --learning_rate 2.0e-4 --retriever_lr_scale 0.15 --warmup 4 --dropout 0 --mixed_precision no --keep last ${TRAIN_FLAGS:-}"
 CLOZE_FLAGS=${CLOZE_FLAGS-}
 ENCODE_FLAGS=${ENCODE_FLAGS-} ANSWER_FLAGS=${ANSWER_FLAGS-}
 LAUNCH=${LAUNCH:-python} FORMAT=${FORMAT:-auto}
@@ -98,3 +98,12 @@ for arm in $ARMS; do
     *) echo "error: ARMS: $arm is none of them" >&2 && exit 2 ;;
     esac
 done
+
+# the ranks of every test question, and each arm over the start
+stored=(start=$RUN/start/test.run)
+for run in $RUN/*_seed*/test.run; do [ ! -f $run ] || stored+=("$(basename "${run%/test.run}")=$run"); done
+for name in plain_on_start plain_on_token token_on_token; do
+    [ ! -f $RUN/$name.answers.json ] || stored+=($name=$RUN/$name.answers.json)
+done
+python -m recipes.claims store $DATA/corpus.tsv $DATA/test.jsonl $RUN/ranks.json "${stored[@]}"
+python recipes/compare.py $DATA/corpus.tsv $DATA/test.jsonl $RUN/start/test.run $RUN/*_seed*/test.run
