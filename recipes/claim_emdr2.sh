@@ -106,4 +106,4 @@ for name in plain_on_start plain_on_token token_on_token; do
     [ ! -f $RUN/$name.answers.json ] || stored+=($name=$RUN/$name.answers.json)
 done
 python -m recipes.claims store $DATA/corpus.tsv $DATA/test.jsonl $RUN/ranks.json "${stored[@]}"
-python recipes/compare.py $DATA/corpus.tsv $DATA/test.jsonl $RUN/start/test.run $RUN/*_seed*/test.run
+python recipes/compare.py $DATA/corpus.tsv $DATA/test.jsonl "${stored[@]#*=}"
