@@ -1,0 +1,212 @@
+"""The recipes that test the papers' claims: rehearsed on sixty passages; their figures by hand."""
+
+import gzip
+import random
+import subprocess
+
+import pytest
+
+from recipes.claim_data import choose
+from recipes.claims import arms_page, by_answer, episodes_page, known, negatives_of, shares, shares_page
+from tests.processes import ENVIRONMENT
+from tests.test_recipes import lines, snapshot, write_lines
+from tests.toy import make_world
+from tests.warm_python import warm_python
+from utils.data import Corpus, iter_run, read_run, write_run
+from utils.plumbing.config import ROOT, UserError, read_yaml
+from utils.plumbing.files import read_json
+
+VARIABLES = {
+    "QUESTIONS": 24, "PASSAGES": 56, "DEPTH": 30, "SCORED": 10, "START_EPOCHS": 1, "EPOCHS": 1,
+    "ARMS": "none gated", "MEASURE": "",
+    "FLAGS": "--batch_size 8 --question_tokens 16 --passage_tokens 32 --question_chunk 8 --passage_chunk 16",
+    "CROSS_FLAGS": "--chunk 16 --pair_tokens 48 --batch_size 8 --learning_rate 1e-3",
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- the recipes
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """(DATA, RUN, a function that runs a recipe with some variables)."""
+    folder = tmp_path_factory.mktemp("claims")
+    world = make_world(folder / "data")
+    text = (world / "corpus.tsv").read_bytes()
+    (world / "corpus.tsv.gz").write_bytes(gzip.compress(text))
+    (world / "corpus.tsv").unlink()
+    with warm_python(folder / "bin", ENVIRONMENT) as python:
+        variables = VARIABLES | {"DATA": world, "RUN": folder / "run", "START": world / "bert"}
+        variables |= {"PATH": f"{python}:{ENVIRONMENT['PATH']}"}
+
+        def bash(name, **changes):
+            environment = ENVIRONMENT | {key: str(value) for key, value in (variables | changes).items()}
+            command = ["bash", f"recipes/claim_{name}.sh"]
+            return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+        yield world, folder / "run", bash
+
+
+@pytest.fixture(scope="module")
+def rocketqa(recipe):
+    """(RUN, the gate) after a run that the gate stopped, one that went on, and one that had nothing to do."""
+    _, run, bash = recipe
+    stopped = bash("rocketqa", BELOW=0)
+    assert stopped.returncode == 2 and "no question is left" in stopped.stderr, stopped.stderr[-2000:]
+    scores = sorted(score for _, hits in iter_run(run / "d0" / "train_ce.run") for _, score in hits)
+    below = scores[len(scores) // 2]  # a toy teacher is sure of nothing
+    done = bash("rocketqa", BELOW=below)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "train_cross_encoder.py" not in done.stdout, "it goes on"
+    trained = snapshot(run)
+    again = bash("rocketqa", BELOW=below)
+    assert again.returncode == 0 and "==" not in again.stdout, again.stdout + again.stderr
+    changed = {path.name for path, time in snapshot(run).items() if trained.get(path) != time}
+    assert changed == {"arms.json"}
+    return run, below
+
+
+def test_rocketqa(recipe, rocketqa):
+    """What is mined without answers, what the gate and the answers take out of it, and the arms."""
+    world, (run, below) = recipe[0], rocketqa
+    corpus = Corpus(run / "data" / "corpus.tsv")
+    train, answers = (lines(run / f"data/{name}.jsonl") for name in ("train", "train_answers"))
+    assert len(train) == 24 and {*train[0]} == {"qid", "question", "positives"} and len(corpus) == 56
+    assert [row | {"answers": more["answers"]} for row, more in zip(train, answers, strict=True)] == answers
+    assert {row["qid"] for row in train} < {row["qid"] for row in lines(world / "train.jsonl")}
+    assert not any(passage.title for passage in corpus)
+
+    # the negatives
+    ranked, scores = read_run(run / "d0" / "train.run"), read_run(run / "d0" / "train_ce.run")
+    files = {name: negatives_of(run / f"{name}.jsonl") for name in ("mined", "gated", "filtered", "checked")}
+    below = float(below)
+    for row in answers:
+        qid = row["qid"]
+        others = [pid for pid, _ in ranked[qid] if pid not in row["positives"]]
+        assert files["mined"][qid] == others[:1]
+        colour = row["answers"][0]
+        assert files["filtered"][qid] == [pid for pid in others if colour not in corpus.passage(pid).text][:1]
+        sure = [pid for pid in others if dict(scores[qid]).get(pid, 1) < below]
+        assert files["checked"].get(qid, []) == sure[:1]
+        unseen = {*others} - {*dict(scores[qid])}
+        assert files["gated"][qid] == sure[:1] or not sure and {*files["gated"][qid]} <= unseen
+
+    # the shares
+    result = read_json(run / "shares.json")
+    assert result["below"] == below and result["shares"]["filtered"]["value"] == 0
+    assert result["shares"]["mined"]["n"] == result["shares"]["gated"]["n"] == 24
+    assert result["shares"]["c"]["n"] == 4 * 24 and 0 < result["shares"]["mined"]["value"] < 1
+
+    # the arms
+    for name, negatives, file in (("none_1", 0, "mined"), ("gated_1", 1, "gated")):
+        config = read_yaml(run / name / "config.yaml")
+        assert config["init"] == f"{run}/d0/query_encoder" and config["negatives"] == negatives
+        assert config["train"] == f"{run}/{file}.jsonl" and config["keep"] == "last"
+        assert read_json(run / name / "metrics.json")["step"] == 3
+    assert read_yaml(run / "d0" / "config.yaml")["train"] == f"{run}/data/train.jsonl"
+    rows = {row["arm"]: row for row in read_json(run / "arms.json")["rows"]}
+    assert list(rows) == ["bm25", "d0", "none", "gated"] and len(rows["gated"]["seeds"]) == 1
+    stored = read_json(run / "gated_1" / "test.metrics.json")
+    assert rows["gated"]["metrics"]["top-20"] == stored["top-20"]
+
+
+def test_unequal_files_are_refused(rocketqa, tmp_path):
+    """Where an arm has fewer negatives it would have fewer updates."""
+    run, _ = rocketqa
+    for path in [*run.glob("*.jsonl"), run / "gate.txt"]:
+        (tmp_path / path.name).write_text(path.read_text())
+    shares_page(tmp_path, run / "data")
+    write_lines(tmp_path / "gated.jsonl", lines(run / "gated.jsonl")[1:])
+    with pytest.raises(UserError, match="gated.jsonl: not as many negatives a question as mined.jsonl"):
+        shares_page(tmp_path, run / "data")
+
+
+# ---------------------------------------------------------------- figures by hand
+TEXTS = ["it is red", "it is blue", "red and blue", "green", "a red one"]
+QUESTIONS = [
+    {"qid": "r", "question": "which", "answers": ["red"], "positives": ["1"]},
+    {"qid": "b", "question": "which", "answers": ["blue"], "positives": ["2"]},
+]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    rows = "".join(f"{pid}\t{text}\t\n" for pid, text in enumerate(TEXTS, 1))
+    (tmp_path / "corpus.tsv").write_text("id\ttext\ttitle\n" + rows)
+    return Corpus(tmp_path / "corpus.tsv")
+
+
+def ranking(path, **pids):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hits = {qid: [(pid, -float(i)) for i, pid in enumerate(ids)] for qid, ids in pids.items()}
+    write_run(path, hits.items())
+    return path
+
+
+def test_choose():
+    """Positives, then the first of every ranking, then the second; then at random, never twice."""
+    rankings = [["a", "x", "y"], ["b", "a"], []]
+    assert choose(["g"], rankings, "abcgxyz", 3, random.Random(0)) == {*"gab"}
+    assert choose(["g"], rankings, "abcgxyz", 4, random.Random(0)) == {*"gabx"}
+    drawn = [frozenset(choose(["g"], rankings, "abcgxyz", 6, random.Random(i))) for i in range(20)]
+    assert {*drawn} == {frozenset("gabxyc"), frozenset("gabxyz")}
+    with pytest.raises(UserError, match="2 passages are asked for, but the questions have 3 positives"):
+        choose("abc", [], "abc", 2, random.Random(0))
+
+
+def test_shares(corpus, tmp_path):
+    """Two questions, two negatives each: three of four mined hold an answer, one of four after the gate."""
+    rows = [("r", ["3"]), ("r", ["5"]), ("b", ["3"]), ("b", ["4"])]
+    write_lines(tmp_path / "mined.jsonl", [{"qid": qid, "negatives": pids} for qid, pids in rows])
+    files = {"mined": negatives_of(tmp_path / "mined.jsonl"), "gated": {"r": ["4", "2"], "b": ["3", "4"]}}
+    assert files["mined"] == {"r": ["3", "5"], "b": ["3", "4"]}
+    assert shares(files, QUESTIONS, corpus) == {
+        "mined": [1, 1, 1, 0], "gated": [0, 0, 1, 0], "thrown out": [1, 1], "gated - mined": [-1, 0],
+    }  # fmt: skip
+
+
+def test_the_arms_by_answer(corpus, tmp_path):
+    """Ranks 3 and 1 of passages that nobody labelled; a gain is the mean over the seeds that both arms have."""
+    first = ranking(tmp_path / "none_1" / "test.run", r="245", b="3")
+    values = by_answer(first, QUESTIONS, corpus)
+    assert values["top-1"].tolist() == [0, 1] and values["top-5"].tolist() == [1, 1]
+    assert values["MRR@10"].tolist() == [1 / 3, 1]
+    ranking(tmp_path / "d0" / "test.run", r="4", b="4")
+    ranking(tmp_path / "bm25_test.run", r="1", b="4")
+    ranking(tmp_path / "none_2" / "test.run", r="4", b="2")
+    ranking(tmp_path / "gated_1" / "test.run", r="1", b="3")
+    write_lines(tmp_path / "test.jsonl", QUESTIONS)
+    result = arms_page(tmp_path, tmp_path)
+    rows = {row["arm"]: row for row in result["rows"]}
+    assert [len(row["seeds"]) for row in rows.values()] == [1, 1, 2, 1]
+    assert rows["none"]["metrics"]["top-5"]["value"] == 0.75
+    gains = {(gain["arm"], gain["over"]): gain for gain in result["gains"]}
+    assert gains["gated", "none"]["metrics"]["top-1"]["value"] == 0.5
+    assert [one["seed"] for one in gains["gated", "none"]["seeds"]] == ["1"]
+    assert gains["none", "d0"]["metrics"]["top-5"]["value"] == 0.75
+    assert [one["top-5"] for one in gains["none", "d0"]["seeds"]] == [1, 0.5]
+    assert ("d0", "none") not in gains
+
+
+def test_forgetting(corpus, tmp_path):
+    """
+    One of two questions is forgotten; then it is learned again, and the other is forgotten. The twenty-first
+    place is not known any more.
+    """
+    far = [str(pid) for pid in range(10, 30)]
+    assert known(ranking(tmp_path / "x.run", r=[*far[:19], "1"], b=[*far, "2"]), QUESTIONS).tolist() == [1, 0]
+    for name in ("train", "test"):
+        write_lines(tmp_path / f"{name}.jsonl", QUESTIONS)
+    both, forgets_r, forgets_b = {"r": "1", "b": "2"}, {"r": "4", "b": "2"}, {"r": "1", "b": "4"}
+    for arm, episodes in {"ann_1": (both, forgets_r, forgets_b), "all_1": (both, both)}.items():
+        for number, pids in enumerate(episodes):
+            for name in ("ann", "test"):
+                ranking(tmp_path / "ance" / arm / f"m{number}" / f"{name}.run", **pids)
+    result = episodes_page(tmp_path, tmp_path)
+    values = {
+        (row["arm"], row["episode"]): {name: cell["value"] for name, cell in row["metrics"].items()}
+        for row in result["rows"]
+    }
+    assert "forgotten" not in values["ann", 0] and values["ann", 0]["known"] == 1
+    of = [(values["ann", i]["forgotten"], values["ann", i]["learned"]) for i in (1, 2)]
+    assert of == [(0.5, 0), (0.5, 0.5)]
+    gain = next(gain for gain in result["gains"] if gain["arm"] == "all_1" and gain["episode"] == 1)
+    assert gain["over"] == "ann_1" and gain["metrics"]["forgotten"]["value"] == -0.5
