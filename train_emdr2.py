@@ -6,7 +6,7 @@ Nobody says which passages are right: the reader finds out, because they make th
 (2) Fusion-in-Decoder (FiD): T5 encodes each passage by itself, reads all at once and learns the answer.
 (3) Ask the reader, kept constant, how likely the answer is from each passage alone.
 (4) The encoders' scores give a prior over the K passages; (3) makes it a posterior; they learn to match it.
-(5) Every `refresh_every` steps encode the corpus again.
+(5) Every `refresh_every` steps encode the corpus again; never, where the question encoder learns alone.
 
 In:   questions with answers, a corpus, two encoders (train_dpr.py), their vectors (doc2embedding.py), any T5
 Out:  run_dir/{query_encoder,doc_encoder,reader}/ (best exact match on dev), checkpoints/, metrics.jsonl
@@ -242,7 +242,7 @@ def evaluate(dev, corpus, index, models, accelerator, cfg):
 # ---------------------------------------------------------------- main
 def load_models(run, cfg):
     """Return {"reader": ..., "query_encoder": ..., "doc_encoder": ...}."""
-    # differs: any Hugging Face T5 and our own DPR; theirs are a T5 and two BERTs pre-trained for this
+    # differs: any Hugging Face T5 and our own DPR; theirs were pre-trained for this
     lengths = {"reader_tokens": cfg.reader_tokens, "answer_tokens": cfg.answer_tokens}
     models = {"reader": fid.load_fid(run.source("reader", cfg.reader), lengths, cfg.dropout)}
     learns = cfg.retriever_loss != "none"
@@ -255,6 +255,10 @@ def load_models(run, cfg):
         model.to(run.device).train()
         if cfg.gradient_checkpointing:
             model.model.activation_checkpointing_enable()
+    if learns and not cfg.train_doc_encoder:
+        # why: its vectors stay valid, so the trained question encoder names them
+        run.pair = models["doc_encoder"].inputs["pair"].partition("+")[0]
+        models["doc_encoder"].requires_grad_(False).eval()
     return models
 
 
@@ -289,9 +293,8 @@ def main():
     run = Run(cfg, files=("train", "dev"), weights=(*TOWERS, "reader"))
     corpus = run.corpus
     train, train_note = load_questions(cfg.train, corpus)
-    dev, dev_note = [], "no dev set: the last checkpoint is the best"
-    if cfg.dev:
-        dev, dev_note = load_questions(cfg.dev, corpus)
+    none = ([], "no dev set: the last checkpoint is the best")
+    dev, dev_note = load_questions(cfg.dev, corpus) if cfg.dev else none
     run.notes += [train_note, dev_note]
     spare = max(len(question["own"]) for question in train + dev)
     if cfg.top_k + spare > len(corpus):
@@ -314,10 +317,8 @@ def main():
             index.refresh(step, models["doc_encoder"])  # (5)
         examples = index.retrieve(examples, models["query_encoder"], cfg.top_k)  # (1)
         if step == run.first:
-            question, passage = examples[0], corpus[examples[0]["rows"][0]]
-            (ids,) = fid.tokenize_contexts(models["reader"], question["question"], [passage])
-            context = models["reader"].tokenizer.decode(ids)
-            run.say(f"example context: {context}\nexample answer: {question['answer']}")
+            context = fid.example_context(models["reader"], examples[0], corpus)
+            run.say(f"example context: {context}\nexample answer: {examples[0]['answer']}")
         shown, hidden = training_step(step, examples, corpus, models, optimizer, run, cfg)  # (2) to (4)
         if learns:
             hidden["index_age"] = step - index.step

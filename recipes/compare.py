@@ -20,7 +20,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.data import Corpus, read_questions, read_run  # noqa: E402
-from utils.metrics import KS, answer_scores, bootstrap_interval, gold_ids, mrr  # noqa: E402
+from utils.metrics import KS, answer_scores, bootstrap_interval, gold_ids  # noqa: E402
 from utils.plumbing.config import UserError, friendly_errors  # noqa: E402
 from utils.plumbing.files import read_json  # noqa: E402
 from utils.text import has_answer, report_regex_failures  # noqa: E402
@@ -32,43 +32,61 @@ def first_rank(hits):
 
 
 def answers_per_question(path, questions):
-    """Return {"EM", "F1": array [Q]} of a file {qid: answer}; a question that is not in it scores 0."""
+    """Return {"EM", "F1": [Q]} of a file {qid: answer}; a question that is not in it scores 0."""
     answers = read_json(path)
     if not any(question["qid"] in answers for question in questions):
         raise UserError(f"{path}: these are answers to other questions; no qid of it is in the question file")
     texts = [answers.get(question["qid"]) for question in questions]
     values = answer_scores(questions, [[{"text": text} if text else None] for text in texts], [1])
-    return {metric.partition("@")[0]: np.array(numbers) for metric, numbers in values.items()}
+    return {metric.partition("@")[0]: list(map(float, numbers)) for metric, numbers in values.items()}
 
 
-def per_question(path, questions, corpus, regex=False):
+def first_ranks(path, questions, corpus, regex=False):
     """
-    Return {metric: array [Q]} of one .run or .answers.json, a number a question.
+    Return what one .run or .answers.json says of every question, as lists of Q numbers:
 
-    top-k is for questions with answers, MRR@10 and hit@k for those with passage ids. A k beyond the run's
-    depth is left out.
+    "answer": the rank of the first passage with an answer, for questions that have answers. "right": of the
+    first of their positives. 0 where there is none. "depth": of the ranking. Of answers: "EM" and "F1".
     """
     if str(path).endswith(".answers.json"):
         return answers_per_question(path, questions)
     rankings = read_run(path)
-    depth = max(map(len, rankings.values()))
-    values = {}
+    found = {"depth": max(map(len, rankings.values())), "answer": [], "right": []}
     for question in questions:
         pids = [pid for pid, _ in rankings.get(question["qid"], [])]
         answers, gold = question["answers"], gold_ids(question)
         if answers:
             texts = (corpus.passage(pid).text for pid in pids)
-            rank = first_rank(has_answer(text, answers, regex) for text in texts)
-            for k in KS:
-                if k <= depth:
-                    values.setdefault(f"top-{k}", []).append(0 < rank <= k)
+            found["answer"].append(first_rank(has_answer(text, answers, regex) for text in texts))
         if gold:
-            rank = first_rank(pid in gold for pid in pids)
-            values.setdefault("MRR@10", []).append(mrr([rank], 10))
-            for k in KS:
-                if k <= depth:
-                    values.setdefault(f"hit@{k}", []).append(0 < rank <= k)
-    return {metric: np.array(numbers, dtype=float) for metric, numbers in values.items()}
+            found["right"].append(first_rank(pid in gold for pid in pids))
+    return found
+
+
+def metrics_of_ranks(found):
+    """Return {metric: array [Q]} of first_ranks; a k beyond the ranking's depth is left out."""
+    if "depth" not in found:
+        return {metric: np.array(numbers, dtype=float) for metric, numbers in found.items()}
+    metrics = {}
+    depths = [k for k in KS if k <= found["depth"]]
+    if found["answer"]:
+        ranks = np.array(found["answer"])
+        metrics |= {f"top-{k}": within(ranks, k) for k in depths}
+    if found["right"]:
+        ranks = np.array(found["right"])
+        metrics["MRR@10"] = within(ranks, 10) / np.maximum(ranks, 1)
+        metrics |= {f"hit@{k}": within(ranks, k) for k in depths}
+    return metrics
+
+
+def within(ranks, k):
+    """Return 1.0 where a rank is in 1..k, else 0.0."""
+    return ((0 < ranks) & (ranks <= k)).astype(float)
+
+
+def per_question(path, questions, corpus, regex=False):
+    """Return {metric: array [Q]} of one .run or .answers.json, a number a question."""
+    return metrics_of_ranks(first_ranks(path, questions, corpus, regex))
 
 
 def cell(values, signed=False):

@@ -68,7 +68,8 @@ def make_run(folder, **changes):
 def make_index(world, run=None, corpus=None, **changes):
     """A LiveIndex over the toy corpus, or another."""
     cfg = {"embeddings": world / "vectors", "refresh": "sync", "refresh_every": 10, "encoding_batch_size": 5}
-    cfg |= {name: world / name for name in ("query_encoder", "doc_encoder")} | changes
+    cfg |= {name: world / name for name in ("query_encoder", "doc_encoder")}
+    cfg |= {"train_doc_encoder": True} | changes
     corpus = corpus or Corpus(world / "corpus.tsv")
     return LiveIndex(corpus, run or make_run(world / "run"), SimpleNamespace(**cfg))
 

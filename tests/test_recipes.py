@@ -28,6 +28,7 @@ RESCORE = {
     "CROSS_FLAGS": "--chunk 16 --pair_tokens 48 --batch_size 8 --epochs 1 --learning_rate 1e-3",
     "SCORED": 10, "UNLABELLED_DEPTH": 10, "ABOVE": 0,
 }  # fmt: skip
+CLOZE = "--batch_size 8 --stop_after 2 --question_chunk 8 --passage_chunk 8"
 RECIPES = {  # recipe: its variables; the longest first, because two run at a time
     "rocketqa_nq": RESCORE | {"DEPTH": 20, "ABLATION": "true"},
     "rocketqa_marco": RESCORE | {"DEPTH": 60},
@@ -43,6 +44,15 @@ RECIPES = {  # recipe: its variables; the longest first, because two run at a ti
         "--answer_tokens 8 --encoding_batch_size 32 --refresh_every 2 --stop_after 3 --warmup 0",
         "SPAN_FLAGS": "--model rules --passages 30 --workers 0",
         "MSS": "true", "BASELINE": "true", "DEPTH": 20, "READ": 4,
+    },
+    "claim_emdr2": {
+        "TRAIN_FLAGS": "--reader_tokens 48 --answer_tokens 8 --question_chunk 4 --eval_every 2 --warmup 0",
+        "BATCH": 8, "READ": 4, "FIRST": 2, "STEPS": 3, "DEPTH": 20, "SEEDS": "1 2", "CLOZE_FLAGS": CLOZE,
+        "ARMS": "token sequence shuffled sync plain",
+    },
+    "claim_dpr": {
+        "BATCH": 8, "GC_BATCH": 16, "UPDATES": 2, "DEPTH": 20, "SEEDS": 1, "CLOZE_FLAGS": CLOZE,
+        "FLAGS": "--dev_negatives 2 --question_chunk 4 --passage_chunk 4",
     },
     "ance_tele_nq": {"EPISODES": "1 2", "NEGATIVES": "2 3", "STOP_AFTER": "3 0", "DEPTH": 20, "SAMPLE": 5},
     "ance_tele_trivia": {"EPISODES": "1", "DEPTH": 20, "SAMPLE": 5},
@@ -96,6 +106,9 @@ def make_data(recipe, folder):
             (world / name).rename(world / "dpr" / name)
         (world / "dev.jsonl").rename(world / "dev_qa.jsonl")
         t5(world)
+    if recipe.startswith("claim"):  # the cloze takes a sentence out
+        add_sentence(world / "corpus.tsv", "It was named first.")
+        t5(world)
     if recipe == "ance_tele_trivia":  # DPR names no passage for some questions
         write_lines(world / "train.jsonl", [row | {"positives": []} for row in train[:10]] + train[10:])
     if recipe.endswith("marco"):  # RocketQA's files: text and title apart, no answers, extra positives
@@ -132,7 +145,7 @@ def rehearse(recipe, folder, python):
     world, run, arguments = make_data(recipe, folder / data), folder / "run", []
     variables = COMMON | {"DATA": world, "TRAIN": world / "train.jsonl", "RUN": run}
     variables |= dict.fromkeys(("START", "CROSS_START", "INIT", "READER_INIT"), world / "bert")
-    variables |= {"RETRIEVER": world / "dpr", "READER": world / "t5"} | RECIPES[recipe]
+    variables |= {"RETRIEVER": world / "dpr", "READER": world / "t5", "T5": world / "t5"} | RECIPES[recipe]
     place = ROOT
     if recipe == "own_data":  # started from elsewhere, with relative paths
         place, arguments, variables["RUN"] = folder, [data], "run"
@@ -375,6 +388,39 @@ def test_emdr2_nq(rehearsal):
     assert re.search(r"EM .*\n +F1 ", (run / "compare_answers.txt").read_text())
     index_age = [row["index_age"] for row in lines(run / "metrics.jsonl") if "index_age" in row]
     assert index_age == [0, 1, 0], "the passages are encoded anew after two steps"
+
+
+def test_claim_emdr2(rehearsal):
+    """The question encoders learn alone from what plain FiD left; the control's answers belong to others."""
+    world, run, _ = rehearsal("claim_emdr2")
+    for name in ("token_seed1", "token_seed2", "sequence_seed1", "shuffled_seed1"):
+        config = read_yaml(run / name / "config.yaml")
+        assert config["reader"] == f"{run}/fid/reader" and not config["train_doc_encoder"]
+        assert config["embeddings"] == f"{run}/start/embeddings" and config["refresh"] == "none"
+        assert read_json(run / name / "metrics.json")["best_step"] == 3
+        assert {"top-5", "top-20"} <= metrics_of(run, name)
+    mine, others = lines(world / "train.jsonl"), lines(run / "shuffled.jsonl")
+    assert [row["qid"] for row in mine] == [row["qid"] for row in others]
+    answers = [[row["answers"] for row in rows] for rows in (mine, others)]
+    assert answers[0] != answers[1] and sorted(answers[0]) == sorted(answers[1])
+    sync = read_yaml(run / "sync_seed1" / "config.yaml")
+    assert sync["query_encoder"] == f"{run}/token_seed1/query_encoder" and sync["train_doc_encoder"]
+    for name in ("plain_on_start", "plain_on_token", "token_on_token"):
+        assert read_json(run / f"{name}.metrics.json")["EM@4"]["n"] == 10
+
+
+def test_claim_dpr(rehearsal):
+    """As many updates as inbatch, or as many questions as gc: 16 x 2 are 8 x 4."""
+    _, run, _ = rehearsal("claim_dpr")
+    for name, (steps, batch, negatives) in {
+        "inbatch": (2, 8, 0), "hard": (2, 8, 1), "gc": (2, 16, 0), "more": (4, 8, 0),
+    }.items():  # fmt: skip
+        config = read_yaml(run / f"{name}_seed1" / "config.yaml")
+        assert (config["batch_size"], config["negatives"], config["keep"]) == (batch, negatives, "last")
+        assert read_json(run / f"{name}_seed1" / "metrics.json")["step"] == steps
+        assert config["init"] == f"{run}/start/query_encoder" and {"top-20"} <= metrics_of(
+            run, f"{name}_seed1"
+        )
 
 
 def test_dpr_nq(rehearsal):

@@ -531,6 +531,29 @@ def test_plain_fid_leaves_the_retriever_alone(world, tmp_path, monkeypatch):
     assert not torch.equal(start["model.shared.weight"], end["model.shared.weight"])
 
 
+def test_the_question_encoder_learns_alone(world, tmp_path, monkeypatch):
+    """
+    train_doc_encoder false: the passage encoder ends as it began, also after a resume, and the trained
+    question encoder is still the partner of the first vectors. `keep last`: the end counts, not the best EM.
+    """
+    frozen = {"train_doc_encoder": False, "refresh": "none", "keep": "last", "dropout": 0.1, "eval_every": 2}
+    call(keys(world, tmp_path / "run", stop_after=2, **frozen), monkeypatch)
+    call(keys(world, tmp_path / "run", stop_after=6, resume="changed", **frozen), monkeypatch)
+    final = read_json(tmp_path / "run" / "metrics.json")
+    assert final["step"] == final["best_step"] == 6
+    assert len({row["em"] for row in rows_of(tmp_path / "run") if "em" in row}) > 1  # a choice could differ
+    for name, role in TOWERS.items():
+        start, end = (load_encoder(path / name, role).state_dict() for path in (world, tmp_path / "run"))
+        moved = any(not torch.equal(start[weight], end[weight]) for weight in start)
+        assert moved == (name == "query_encoder")
+    corpus = Corpus(world / "corpus.tsv")
+    how = {"query_encoder": tmp_path / "run" / "query_encoder"}
+    open_embeddings(world / "embeddings", corpus.sha256, rows=len(corpus), **how)
+    make_embeddings(world / "random_doc_encoder", world / "corpus.tsv", tmp_path / "other")
+    with pytest.raises(UserError, match="was not trained with the passage encoder"):
+        open_embeddings(tmp_path / "other", corpus.sha256, **how)
+
+
 def test_killed_between_two_refreshes_it_resumes_to_the_same_bits(world, tmp_path):
     """
     The index is made again by the encoder that the checkpoint kept: every number and all weights are
@@ -633,6 +656,8 @@ def test_mistakes_end_in_one_line(world, tmp_path, monkeypatch):
         ({"batch_size": 13}, "12 questions do not fill one batch of 13"),
         ({"marginal": "tokens"}, "marginal must be one of token, sequence"),
         ({"refresh": "always"}, "refresh must be one of"),
+        ({"train_doc_encoder": False}, "no vector changes, so --refresh none"),
+        ({"keep": "first"}, "keep must be one of best, last"),
         ({"eval_hits": "[]"}, "eval_hits must name depths"),
     ):
         with pytest.raises(UserError, match=message):

@@ -92,6 +92,12 @@ def tokenize_contexts(fid, question, passages):
     return [with_eos(fid, ids, length) for ids in word_pieces(fid, texts)]
 
 
+def example_context(fid, example, corpus):
+    """Return what FiD reads of a question's first passage, as text, to be shown once."""
+    (ids,) = tokenize_contexts(fid, example["question"], [corpus[example["rows"][0]]])
+    return fid.tokenizer.decode(ids)
+
+
 def text_budget(fid, question, title):
     """Return how many tokens of a passage's text fit next to this question and title."""
     (ids,) = word_pieces(fid, [prompt(question, title)])

@@ -60,6 +60,8 @@ class LiveIndex:
     def __init__(self, corpus, run, cfg):
         must_be_one_of(cfg, refresh=("sync", "async", "none"))
         at_least(cfg, 1, "refresh_every", "encoding_batch_size")
+        if cfg.refresh != "none" and not cfg.train_doc_encoder:
+            raise UserError("train_doc_encoder false: no vector changes, so --refresh none goes with it")
         need_value(cfg, "embeddings")
         rank, devices = world()
         self.corpus, self.run, self.cfg = corpus, run, cfg

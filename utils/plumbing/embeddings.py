@@ -60,7 +60,9 @@ def refuse(folder, fault):
 def check_pair(folder, passage_pair, query_encoder):
     """UserError where both encoders name a training run and not the same, a warning where only one does."""
     pair = pair_id(query_encoder)
-    if pair and passage_pair and pair != passage_pair:
+    # what follows a + names the question encoder of a run in which the passage encoder stood still
+    same = pair.partition("+")[0] == str(passage_pair).partition("+")[0]
+    if pair and passage_pair and not same:
         raise UserError(
             f"{query_encoder} (pair {pair}) was not trained with the passage encoder of {folder} "
             f"(pair {passage_pair}); use the two encoders of one run"

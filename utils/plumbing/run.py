@@ -58,7 +58,7 @@ class Run:
     def __init__(self, cfg, files, weights):
         self.cfg, self.dir = cfg, Path(cfg.run_dir)
         must_be_one_of(cfg, mixed_precision=("no", "fp16", "bf16"), tracker=("none", "wandb"))
-        must_be_one_of(cfg, resume=("never", "exact", "changed"))
+        must_be_one_of(cfg, resume=("never", "exact", "changed"), keep=("best", "last"))
         at_least(cfg, 1, "batch_size", "epochs", "eval_batch_size", "save_every", "log_every")
         need_folder(cfg, "run_dir")
         if not (self.dir / "checkpoints").exists():  # a resume takes its weights from its checkpoint
@@ -88,6 +88,7 @@ class Run:
         self.fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
         self.state = {"step": 0, "best": None, "best_step": 0, "settings": settings, "minutes": 0.0}
+        self.pair = ""  # of a passage encoder that stands still: all that is saved belongs to it
         self.notes, self.caught, self.wandb, self.idle = [], [], None, False
         self.checkpoint = newest_checkpoint(self.dir, self.notes.append)
         if self.checkpoint:
@@ -236,14 +237,15 @@ class Run:
         return done % (self.cfg.eval_every or self.per_epoch) == 0 or done == self.last
 
     def dev(self, metrics, by, sign):
-        """Log the dev metrics; this step is the best when sign * metrics[by] is the largest yet."""
+        """Log the dev metrics; `keep` best: of the largest sign * metrics[by] the weights are published."""
         best = self.state["best"]
-        better = best is None or sign * metrics[by] > sign * best
+        better = self.cfg.keep == "last" or best is None or sign * metrics[by] > sign * best
         if better:
             self.state |= {"best": metrics[by], "best_step": self.state["step"]}
         self.record({"step": self.state["step"], **metrics})
         values = " | ".join(f"{k} {v:.3f}" for k, v in metrics.items())
-        self.say(f"dev after step {self.state['step']} | {values}{' | best so far' if better else ''}")
+        note = " | best so far" if better and self.cfg.keep == "best" else ""
+        self.say(f"dev after step {self.state['step']} | {values}{note}")
 
     def save(self, models, optimizer, evaluated):
         """
@@ -254,7 +256,9 @@ class Run:
         """
         done = self.state["step"]
         for model in models.values():
-            model.inputs["pair"] = f"{self.fingerprint}-{done}"  # names the weights that belong together
+            # names the weights that belong together; check_pair (embeddings.py) compares what is before a +
+            name = f"{self.fingerprint}-{done}"
+            model.inputs["pair"] = f"{self.pair}+{name}" if self.pair else name
         stop = any_device(self.caught, self.device)
         if not (evaluated or stop or done == self.last or done % self.cfg.save_every == 0):
             return

@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# The claim of EMDR2 at a laptop's size: questions and their answers alone teach a retriever that has seen no label.
+#
+#   start    two encoders after inverse cloze, the sentences of the corpus alone; no question, no label, no dev set
+#   fid      a T5 learns to read what this start finds: FIRST steps of plain FiD, the retriever as it is
+#   ARM      then STEPS steps of EMDR2 from both. The weights of the last step count; nothing is chosen by dev.
+# Arms, each RUN/ARM_seedN. The question encoder learns alone (train_doc_encoder: false) but in `sync` and `async`:
+#   token    the released loss                   sequence, kl   the paper's other two losses
+#   k16, k32 more passages a question             shuffled       answers of other questions: must not gain
+#   sync     both encoders learn on from token, the index renewed every 30 steps; async: by a second process
+#   plain    FiD goes on for STEPS, no retriever learns: the control of exact match
+#
+# Time on two CPU cores without bfloat16: results/emdr2_alone. A recipe that was stopped continues where it was. Arms can run
+# at the same time, with OMP_NUM_THREADS=1, once `ARMS= SEEDS=` has made what they share.
+set -euo pipefail
+DATA=${DATA:-data/demo}                            # corpus.tsv, train.jsonl, dev.jsonl, test.jsonl
+RUN=${RUN:-runs/emdr2_alone}
+START=${START:-data/models/tinybert-4l}
+T5=${T5:-data/models/flan-t5-small}
+SEEDS=${SEEDS-1 2 3}                               # of `token`; the other arms take the first
+ARMS=${ARMS-token shuffled plain}
+FIRST=${FIRST:-60} STEPS=${STEPS:-120} BATCH=${BATCH:-16}
+READ=${READ:-8} DEPTH=${DEPTH:-100}
+# the encoders' peak is 3e-5 = 0.15 * 2e-4. differs: 2e-5 for all and 64 questions a step in the paper
+TRAIN_FLAGS="--top_k $READ --reader_tokens 112 --answer_tokens 12 --temperature 1.0 --gradient_checkpointing false
+    --batch_size $BATCH --question_chunk 2 --passage_chunk 16 --score_chunk 16 --encoding_batch_size 64 --eval_batch_size 32
+    --learning_rate 2.0e-4 --retriever_lr_scale 0.15 --warmup 4 --mixed_precision no --keep last ${TRAIN_FLAGS:-}"
+CLOZE_FLAGS=${CLOZE_FLAGS-}
+ENCODE_FLAGS=${ENCODE_FLAGS-} ANSWER_FLAGS=${ANSWER_FLAGS-}
+LAUNCH=${LAUNCH:-python} FORMAT=${FORMAT:-auto}
+. "$(dirname "$0")/stage.sh"
+
+[ $DATA != data/demo ] || stage $DATA/test.jsonl python recipes/demo/prepare.py
+[ $START != data/models/tinybert-4l ] || stage $START python recipes/demo/prepare.py
+[ $T5 != data/models/flan-t5-small ] || stage $T5 python recipes/demo/flan_t5.py
+
+# the start, and what it finds
+stage $RUN/cloze.jsonl python recipes/demo/inverse_cloze.py $DATA/corpus.tsv $RUN/cloze.jsonl
+stage $RUN/start/metrics.json $LAUNCH train_dpr.py --config config/train_dpr_demo_cloze.yaml --run_dir $RUN/start \
+    --init $START --train $RUN/cloze.jsonl --dev "" $CORPUS --resume exact $CLOZE_FLAGS
+encode $RUN/start
+search $RUN/start $DATA/test.jsonl $DEPTH test
+
+train() { # NAME FROM READER STEPS FLAGS...: train_emdr2.py from the encoders of FROM
+    local epoch=$(($(wc -l <$TRAIN) / BATCH))
+    stage $RUN/$1/metrics.json $LAUNCH train_emdr2.py --run_dir $RUN/$1 --train $TRAIN --dev $DATA/dev.jsonl $CORPUS \
+        --query_encoder $2/query_encoder --doc_encoder $2/doc_encoder --embeddings $2/embeddings --reader $3 \
+        --epochs $((($4 + epoch - 1) / epoch)) --stop_after $4 --eval_every 30 --resume exact $TRAIN_FLAGS "${@:5}"
+}
+answer() { # NAME READER RANKING: the test questions, from the READ best passages
+    stage $RUN/$1.metrics.json $LAUNCH answer.py --reader $2 --questions $DATA/test.jsonl --ranking $3 $CORPUS \
+        --depth $READ --out $RUN/$1.json $ANSWER_FLAGS
+}
+question_encoder() { # NAME SEED FLAGS...: an arm in which the passages' vectors stay those of the start
+    local name=$1_seed$2
+    train $name $RUN/start $RUN/fid/reader $STEPS --seed $2 --refresh none --train_doc_encoder false "${@:3}"
+    stage $RUN/$name/embeddings ln -s ../start/embeddings $RUN/$name/embeddings
+    search $RUN/$name $DATA/test.jsonl $DEPTH test
+}
+both_encoders() { # NAME REFRESH: what the passage encoder adds
+    train $1_seed$seed $RUN/token_seed$seed $RUN/token_seed$seed/reader $STEPS --seed $seed --refresh $2 --refresh_every 30
+    encode $RUN/$1_seed$seed
+    search $RUN/$1_seed$seed $DATA/test.jsonl $DEPTH test
+}
+shuffle() { python -c 'import json, random, sys
+rows = [json.loads(line) for line in sys.stdin]
+answers = [row["answers"] for row in rows]
+random.Random(7).shuffle(answers)
+for row, others in zip(rows, answers):
+    print(json.dumps(row | {"answers": others}))' <$DATA/train.jsonl; }
+
+# the reader learns to read first: with one that cannot, the retriever forgets what it knew (docs/log.md)
+TRAIN=$DATA/train.jsonl
+train fid $RUN/start $T5 $FIRST --seed 1 --retriever_loss none --refresh none
+
+read -r seed _ <<<"$SEEDS"
+for arm in $ARMS; do
+    case $arm in
+    token) for s in $SEEDS; do question_encoder token $s; done ;;
+    sequence) question_encoder sequence $seed --marginal sequence ;;
+    kl) question_encoder kl $seed --retriever_loss kl ;;
+    k16) question_encoder k16 $seed --top_k 16 ;;
+    k32) question_encoder k32 $seed --top_k 32 ;;
+    shuffled)
+        stage $RUN/shuffled.jsonl write $RUN/shuffled.jsonl shuffle
+        TRAIN=$RUN/shuffled.jsonl question_encoder shuffled $seed ;;
+    sync) both_encoders sync sync ;;
+    async)
+        bash recipes/emdr2_worker.sh $RUN/async_seed$seed $CORPUS $ENCODE_FLAGS &
+        both_encoders async async
+        wait ;;
+    plain)
+        train plain_seed$seed $RUN/start $RUN/fid/reader $STEPS --seed $seed --retriever_loss none --refresh none
+        # one reader, two retrievers: what the passages alone are worth in exact match
+        answer plain_on_start $RUN/plain_seed$seed/reader $RUN/start/test.run
+        answer plain_on_token $RUN/plain_seed$seed/reader $RUN/token_seed$seed/test.run
+        answer token_on_token $RUN/token_seed$seed/reader $RUN/token_seed$seed/test.run ;;
+    *) echo "error: ARMS: $arm is none of them" >&2 && exit 2 ;;
+    esac
+done

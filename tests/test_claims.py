@@ -1,0 +1,95 @@
+"""recipes/claims.py: figures from stored ranks, verdicts no stronger than they, the committed pages."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from recipes import claims
+from recipes.reader_signal import shares
+from utils.plumbing.config import ROOT, UserError
+
+# four questions; the rank of the first passage with an answer, and of the first right one
+RANKS = {
+    "start": {"depth": 100, "answer": [0, 30, 3, 1], "right": [0, 0, 2, 2]},
+    "one": {"depth": 100, "answer": [20, 2, 21, 1], "right": [4, 0, 1, 1]},
+    "two": {"depth": 100, "answer": [9, 1, 1, 1], "right": [1, 1, 1, 1]},
+}
+ENTRY = {"claim": "it learns", "system": "X", "metric": "top-20", "folder": "toy", "verdict": "not shown"}
+ENTRY |= {"reason": "too few questions"}
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    (tmp_path / "results" / "toy").mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "results" / "toy" / "ranks.json").write_text(json.dumps(RANKS))
+    monkeypatch.setattr(claims, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_gains_are_paired_and_averaged_over_seeds(house):
+    """By hand: at 20 the start finds 2 of 4, one seed 3 (it loses one, gains two), the other all 4."""
+    one = claims.row_of(ENTRY | {"arm": ["one"], "over": ["start"]})
+    assert (one["gain"], one["n"], one["seeds"]) == (0.25, 4, 1) and one["low"] < 0 < one["high"]
+    both = claims.row_of(ENTRY | {"arm": ["one", "two"], "over": ["start"]})
+    assert both["gain"] == pytest.approx((0.25 + 0.5) / 2) and both["range"] == [0.25, 0.5]
+    mrr = claims.row_of(ENTRY | {"arm": ["one"], "over": ["start"], "metric": "MRR@10"})
+    assert mrr["gain"] == pytest.approx((0.25 + 0 + 0.5 + 0.5) / 4)
+
+
+def test_a_verdict_says_no_more_than_the_figure(house):
+    for changes, message in (
+        ({"verdict": "shown", "arm": ["one"], "over": ["start"]}, "the interval holds zero"),
+        ({"verdict": "shown"}, "or there is none"),
+        ({"verdict": "shown", "arm": ["two"], "over": ["start"], "metric": "MRR@10"}, "by one seed"),
+        ({"verdict": "shown in part", "reason": ""}, "but no reason"),
+        ({"verdict": "proved"}, "the verdict is one of"),
+        ({"arm": ["three"], "over": ["start"]}, "it has no 'three'; it has start, one, two"),
+        ({"arm": ["one"], "over": ["start"], "metric": "EM"}, "one has no 'EM'"),
+        ({"seed": 3}, "unknown seed"),
+    ):
+        with pytest.raises(UserError, match=message):
+            claims.row_of(ENTRY | changes)
+
+
+def test_store_keeps_what_compare_computes(house, tmp_path):
+    """The ranks of a ranking: 1 and 2 for the first question, none for the second, which finds nothing."""
+    (tmp_path / "corpus.tsv").write_text("id\ttext\ttitle\n1\tIt is red.\tA\n2\tIt is blue.\tB\n")
+    questions = [{"qid": q, "question": "?", "answers": ["red"], "positives": ["2"]} for q in "ab"]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    (tmp_path / "x.run").write_text("a\t1\t1\t9\na\t2\t2\t8\n")
+    out = house / "results" / "toy" / "ranks.json"
+    claims.store(tmp_path / "corpus.tsv", tmp_path / "q.jsonl", out, [f"x={tmp_path / 'x.run'}"])
+    stored = json.loads(out.read_text())
+    assert stored == RANKS | {"x": {"depth": 2, "answer": [1, 0], "right": [2, 0]}}
+
+
+def test_the_pages_are_those_of_the_evidence(house):
+    """docs/claims.md and results/claims.json of this repository are what its own files give."""
+    for folder in (ROOT / "results").iterdir():
+        if folder.is_dir() and folder.name != "toy":
+            (house / "results" / folder.name).symlink_to(folder)
+    entries = (ROOT / "results" / "claims.yaml").read_text()
+    (house / "results" / "claims.yaml").write_text(entries)
+    claims.main()
+    for page in ("docs/claims.md", "results/claims.json"):
+        assert (house / page).read_text() == (ROOT / page).read_text(), page
+    systems = {entry["system"] for entry in yaml.safe_load(entries)}
+    assert {"DPR", "GC-DPR", "RocketQA", "ANCE-Tele", "EMDR2"} <= systems
+
+
+def test_the_share_of_belief_on_passages_with_an_answer():
+    """By hand: two tokens, 0.9 each with the right passage and 0.1 with the other; an even prior."""
+    log_KT = torch.tensor([[0.1, 0.1], [0.9, 0.9]]).log()
+    found = shares(torch.tensor([0.5, 0.5]).log(), log_KT, [False, True])
+    wanted = {
+        "prior": 0.5,
+        "token": 0.9,
+        "sequence": 0.81 / 0.82,
+        "kl": 0.9,
+        "likeliest": 1.0,
+        "by_chance": 0.5,
+    }
+    assert found == pytest.approx(wanted)
