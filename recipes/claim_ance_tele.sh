@@ -6,7 +6,7 @@
 # The arms are recipes/ance_tele_nq.sh with one config and equally many updates, with 3 negatives of a question in each:
 #   ann   neighbours of the question      lookahead  + neighbours of its positive     momentum  + the last episode's
 #   all   all three
-# An arm with its seed is RUN/ance/ARM_SEED, an episode in it mN (m0: M_D0). In the first episode there is no momentum,
+# An arm with its seed is RUN/ance/ARM_seedN, an episode in it mN (m0: M_D0). In the first episode there is no momentum,
 # so that ann and momentum are one training, and lookahead and all. FLOOR: an arm that is trained with a second seed,
 # because two trainings differ even where nothing is forgotten.
 # Out: RUN/episodes.json, RUN/episodes.png. forgotten: of the training questions, those whose positive was among the 20
@@ -30,7 +30,7 @@ export MEASURE=${MEASURE-python recipes/measured.py $RUN/peaks.tsv}
 . "$(dirname "$0")/stage.sh"
 
 arm() { # ARM SEED
-    local folder=$RUN/ance/$1_$2 start=$RUN/d0/query_encoder lookahead=false momentum=false like=
+    local folder=$RUN/ance/$1_seed$2 start=$RUN/d0/query_encoder lookahead=false momentum=false like=
     case $1 in
     ann) ;;
     lookahead) lookahead=true ;;
@@ -40,8 +40,8 @@ arm() { # ARM SEED
     esac
     mkdir -p $folder
     [ -e $folder/m0 ] || ln -s ../../d0 $folder/m0
-    if [ -n "$like" ] && [ ! -e $folder/m1 ] && [ -e $RUN/ance/${like}_$2/m1/test.run ]; then
-        ln -s ../${like}_$2/m1 ../${like}_$2/m1.jsonl $folder
+    if [ -n "$like" ] && [ ! -e $folder/m1 ] && [ -e $RUN/ance/${like}_seed$2/m1/test.run ]; then
+        ln -s ../${like}_seed$2/m1 ../${like}_seed$2/m1.jsonl $folder
     fi
     RUN=$folder START=$start TRAIN=$DATA/train_answers.jsonl LOOKAHEAD=$lookahead MOMENTUM=$momentum \
         POSITIVES=given EPISODES=$EPISODES NEGATIVES="$NEGATIVES $NEGATIVES $NEGATIVES" STOP_AFTER="0 0 0" \
@@ -52,5 +52,5 @@ arm() { # ARM SEED
 }
 for name in $ARMS; do arm $name 1; done
 [ -z "$FLOOR" ] || arm $FLOOR 2
-python recipes/claims.py episodes $RUN $DATA
+python recipes/forgetting.py $RUN
 python -m recipes.plot --episodes $RUN/episodes.json --out $RUN/episodes.png

@@ -6,7 +6,7 @@
 #
 # PARTS: start    a corpus (recipes/claim_data.py), BM25's rankings, and M_D0, which learns in batch
 #        shares   M_C, its scores, the negatives of each arm -> RUN/shares.json: how many hold an answer
-#        arms     four dual encoders from M_D0's weights -> RUN/arms.json: RUN/ARM_SEED/test.run by answers
+#        arms     four dual encoders from M_D0's weights -> RUN/ARM_seedN/test.run, all of them in RUN/ranks.json
 # The arms have one config and equally many updates. They differ in the negative of a question, in M_D0's ranking:
 #   none      no negative of its own, only those of the batch
 #   mined     the best-ranked passage that is not the labelled one
@@ -82,7 +82,7 @@ if wants shares; then
     mine gated $DATA/train.jsonl $SCORES --negative_below $BELOW --fill true
     mine mined $DATA/train.jsonl $SCORES --negative_below 2 --fill true
     mine filtered $DATA/train_answers.jsonl $SCORES --negative_below 2 --fill true
-    stage $RUN/shares.json python recipes/claims.py shares $RUN $DATA
+    stage $RUN/shares.json python recipes/false_negatives.py $RUN
 fi
 
 if wants arms; then
@@ -90,8 +90,13 @@ if wants arms; then
         for arm in $ARMS; do
             file=$arm negatives=1
             [ $arm != none ] || file=mined negatives=0
-            train ${arm}_$seed $RUN/d0/query_encoder $RUN/$file.jsonl $negatives --epochs $EPOCHS --seed $seed
+            train ${arm}_seed$seed $RUN/d0/query_encoder $RUN/$file.jsonl $negatives --epochs $EPOCHS --seed $seed
         done
     done
-    python recipes/claims.py arms $RUN $DATA
+    stored=(d0=$RUN/d0/test.run bm25=$DATA/bm25_test.run)
+    for run in $RUN/{none,mined,gated,filtered}_seed*/test.run; do
+        [ ! -f $run ] || stored+=("$(basename "${run%/test.run}")=$run")
+    done
+    python -m recipes.claims store $DATA/corpus.tsv $DATA/test.jsonl $RUN/ranks.json "${stored[@]}"
+    python recipes/compare.py $DATA/corpus.tsv $DATA/test.jsonl "${stored[@]#*=}"
 fi

@@ -1,4 +1,4 @@
-"""The recipes that test the papers' claims: rehearsed on sixty passages; their figures by hand."""
+"""The claims of RocketQA and ANCE-Tele: both recipes on sixty passages, and their figures by hand."""
 
 import gzip
 import random
@@ -6,8 +6,9 @@ import subprocess
 
 import pytest
 
+from recipes import false_negatives, forgetting
 from recipes.claim_data import choose
-from recipes.claims import arms_page, by_answer, episodes_page, known, negatives_of, shares, shares_page
+from recipes.false_negatives import negatives_of, shares
 from tests.processes import ENVIRONMENT
 from tests.test_recipes import lines, snapshot, write_lines
 from tests.toy import make_world
@@ -60,7 +61,7 @@ def rocketqa(recipe):
     again = bash("rocketqa", BELOW=below)
     assert again.returncode == 0 and "==" not in again.stdout, again.stdout + again.stderr
     changed = {path.name for path, time in snapshot(run).items() if trained.get(path) != time}
-    assert changed == {"arms.json"}
+    assert changed == {"ranks.json"}
     return run, below
 
 
@@ -96,27 +97,72 @@ def test_rocketqa(recipe, rocketqa):
     assert result["shares"]["c"]["n"] == 4 * 24 and 0 < result["shares"]["mined"]["value"] < 1
 
     # the arms
-    for name, negatives, file in (("none_1", 0, "mined"), ("gated_1", 1, "gated")):
+    for name, negatives, file in (("none_seed1", 0, "mined"), ("gated_seed1", 1, "gated")):
         config = read_yaml(run / name / "config.yaml")
         assert config["init"] == f"{run}/d0/query_encoder" and config["negatives"] == negatives
         assert config["train"] == f"{run}/{file}.jsonl" and config["keep"] == "last"
         assert read_json(run / name / "metrics.json")["step"] == 3
     assert read_yaml(run / "d0" / "config.yaml")["train"] == f"{run}/data/train.jsonl"
-    rows = {row["arm"]: row for row in read_json(run / "arms.json")["rows"]}
-    assert list(rows) == ["bm25", "d0", "none", "gated"] and len(rows["gated"]["seeds"]) == 1
-    stored = read_json(run / "gated_1" / "test.metrics.json")
-    assert rows["gated"]["metrics"]["top-20"] == stored["top-20"]
+    ranks = read_json(run / "ranks.json")
+    assert [*ranks] == ["d0", "bm25", "none_seed1", "gated_seed1"]
+    hits = [0 < rank <= 20 for rank in ranks["gated_seed1"]["answer"]]
+    assert sum(hits) / 10 == read_json(run / "gated_seed1" / "test.metrics.json")["top-20"]["value"]
 
 
 def test_unequal_files_are_refused(rocketqa, tmp_path):
     """Where an arm has fewer negatives it would have fewer updates."""
     run, _ = rocketqa
+    (tmp_path / "data").symlink_to(run / "data")
     for path in [*run.glob("*.jsonl"), run / "gate.txt"]:
         (tmp_path / path.name).write_text(path.read_text())
-    shares_page(tmp_path, run / "data")
+    false_negatives.main(tmp_path)
+    assert read_json(tmp_path / "shares.json") == read_json(run / "shares.json")
     write_lines(tmp_path / "gated.jsonl", lines(run / "gated.jsonl")[1:])
     with pytest.raises(UserError, match="gated.jsonl: not as many negatives a question as mined.jsonl"):
-        shares_page(tmp_path, run / "data")
+        false_negatives.main(tmp_path)
+
+
+def test_ance_tele(recipe, rocketqa):
+    """Two arms from M_D0: one has neighbours of the question alone, the other all three, in two episodes."""
+    run, bash = rocketqa[0], recipe[2]
+    variables = {
+        "ARMS": "ann momentum all",
+        "FLOOR": "",
+        "EPISODES": "1 2",
+        "SAMPLE": 4,
+        "NEGATIVES": 2,
+        "DEPTH": 15,
+    }
+    done = bash("ance_tele", **variables)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    trained = snapshot(run)
+    again = bash("ance_tele", **variables)
+    assert again.returncode == 0 and "==" not in again.stdout, again.stdout + again.stderr
+    changed = {path.name for path, time in snapshot(run).items() if trained.get(path) != time}
+    assert changed == {"episodes.json", "episodes.png"}
+
+    # the negatives
+    def negatives(arm, episode):
+        return negatives_of(run / "ance" / f"{arm}_seed1" / f"m{episode}.jsonl")
+
+    for arm, sources in {"ann": (1, 1), "momentum": (1, 2), "all": (2, 4)}.items():
+        for episode, count in enumerate(sources, 1):
+            longest = max(map(len, negatives(arm, episode).values()))
+            assert longest == 4 * count, (arm, episode)
+    assert negatives("ann", 1) == negatives("momentum", 1) and (run / "ance/momentum_seed1/m1").is_symlink()
+    for qid, pids in negatives("all", 2).items():
+        assert pids[8:] == negatives("all", 1).get(qid, [])
+
+    # the trainings and the table
+    for arm in ("ann", "momentum", "all"):
+        for episode in (1, 2):
+            config = read_yaml(run / "ance" / f"{arm}_seed1" / f"m{episode}" / "config.yaml")
+            assert config["init"] == f"{run}/d0/query_encoder" and config["negatives"] == 2
+            assert config["rotate_negatives"] and (config["keep"], config["seed"]) == ("last", 1)
+    result = read_json(run / "episodes.json")
+    assert len(result["rows"]) == 9 and (run / "episodes.png").read_bytes().startswith(b"\x89PNG")
+    assert {row["metrics"]["known"]["n"] for row in result["rows"]} == {24}
+    assert {row["metrics"]["top-20"]["n"] for row in result["rows"]} == {10}
 
 
 # ---------------------------------------------------------------- figures by hand
@@ -163,27 +209,12 @@ def test_shares(corpus, tmp_path):
     }  # fmt: skip
 
 
-def test_the_arms_by_answer(corpus, tmp_path):
-    """Ranks 3 and 1 of passages that nobody labelled; a gain is the mean over the seeds that both arms have."""
-    first = ranking(tmp_path / "none_1" / "test.run", r="245", b="3")
-    values = by_answer(first, QUESTIONS, corpus)
-    assert values["top-1"].tolist() == [0, 1] and values["top-5"].tolist() == [1, 1]
-    assert values["MRR@10"].tolist() == [1 / 3, 1]
-    ranking(tmp_path / "d0" / "test.run", r="4", b="4")
-    ranking(tmp_path / "bm25_test.run", r="1", b="4")
-    ranking(tmp_path / "none_2" / "test.run", r="4", b="2")
-    ranking(tmp_path / "gated_1" / "test.run", r="1", b="3")
-    write_lines(tmp_path / "test.jsonl", QUESTIONS)
-    result = arms_page(tmp_path, tmp_path)
-    rows = {row["arm"]: row for row in result["rows"]}
-    assert [len(row["seeds"]) for row in rows.values()] == [1, 1, 2, 1]
-    assert rows["none"]["metrics"]["top-5"]["value"] == 0.75
-    gains = {(gain["arm"], gain["over"]): gain for gain in result["gains"]}
-    assert gains["gated", "none"]["metrics"]["top-1"]["value"] == 0.5
-    assert [one["seed"] for one in gains["gated", "none"]["seeds"]] == ["1"]
-    assert gains["none", "d0"]["metrics"]["top-5"]["value"] == 0.75
-    assert [one["top-5"] for one in gains["none", "d0"]["seeds"]] == [1, 0.5]
-    assert ("d0", "none") not in gains
+def test_by_answer(corpus, tmp_path):
+    """The first passages with an answer have the ranks 3 and 1; nobody labelled them."""
+    values = forgetting.by_answer(ranking(tmp_path / "x.run", r="245", b="314"), QUESTIONS, corpus)
+    assert {name: numbers.tolist() for name, numbers in values.items()} == {
+        "top-1": [0, 1], "MRR@10": [1 / 3, 1],
+    }  # fmt: skip
 
 
 def test_forgetting(corpus, tmp_path):
@@ -192,21 +223,24 @@ def test_forgetting(corpus, tmp_path):
     place is not known any more.
     """
     far = [str(pid) for pid in range(10, 30)]
-    assert known(ranking(tmp_path / "x.run", r=[*far[:19], "1"], b=[*far, "2"]), QUESTIONS).tolist() == [1, 0]
-    for name in ("train", "test"):
-        write_lines(tmp_path / f"{name}.jsonl", QUESTIONS)
+    path = ranking(tmp_path / "x.run", r=[*far[:19], "1"], b=[*far, "2"])
+    assert forgetting.known(path, QUESTIONS).tolist() == [True, False]
     both, forgets_r, forgets_b = {"r": "1", "b": "2"}, {"r": "4", "b": "2"}, {"r": "1", "b": "4"}
-    for arm, episodes in {"ann_1": (both, forgets_r, forgets_b), "all_1": (both, both)}.items():
-        for number, pids in enumerate(episodes):
+    arms = {}
+    for arm, rankings in {"ann_seed1": (both, forgets_r, forgets_b), "all_seed1": (both, both)}.items():
+        for number, pids in enumerate(rankings):
             for name in ("ann", "test"):
-                ranking(tmp_path / "ance" / arm / f"m{number}" / f"{name}.run", **pids)
-    result = episodes_page(tmp_path, tmp_path)
-    values = {
-        (row["arm"], row["episode"]): {name: cell["value"] for name, cell in row["metrics"].items()}
-        for row in result["rows"]
-    }
-    assert "forgotten" not in values["ann", 0] and values["ann", 0]["known"] == 1
-    of = [(values["ann", i]["forgotten"], values["ann", i]["learned"]) for i in (1, 2)]
-    assert of == [(0.5, 0), (0.5, 0.5)]
-    gain = next(gain for gain in result["gains"] if gain["arm"] == "all_1" and gain["episode"] == 1)
-    assert gain["over"] == "ann_1" and gain["metrics"]["forgotten"]["value"] == -0.5
+                ranking(tmp_path / arm / f"m{number}" / f"{name}.run", **pids)
+        arms[arm] = forgetting.episodes_of(tmp_path / arm, QUESTIONS, QUESTIONS, corpus)
+    ann = [{name: numbers.tolist() for name, numbers in values.items()} for values in arms["ann_seed1"]]
+    assert "forgotten" not in ann[0] and [values["known"] for values in ann] == [[1, 1], [0, 1], [1, 0]]
+    assert [(values["forgotten"], values["learned"]) for values in ann[1:]] == [
+        ([1, 0], [0, 0]), ([0, 1], [1, 0]),
+    ]  # fmt: skip
+    table = forgetting.table(arms)
+    assert [row["row"] for row in table["rows"]] == [
+        "ann_seed1 m0", "ann_seed1 m1", "ann_seed1 m2", "all_seed1 m0", "all_seed1 m1",
+    ]  # fmt: skip
+    assert table["rows"][1]["metrics"]["forgotten"]["value"] == 0.5
+    gains = {(gain["row"], gain["over"]): gain["metrics"]["forgotten"]["value"] for gain in table["gains"]}
+    assert gains == {("all_seed1 m1", "ann_seed1 m1"): -0.5, ("ann_seed1 m1", "all_seed1 m1"): 0.5}
