@@ -2,6 +2,7 @@
 
 import gzip
 import random
+import re
 import subprocess
 
 import pytest
@@ -10,13 +11,14 @@ from recipes import false_negatives, forgetting
 from recipes.claim_data import choose
 from recipes.false_negatives import negatives_of, shares
 from tests.processes import ENVIRONMENT
-from tests.test_recipes import lines, snapshot, write_lines
+from tests.test_recipes import FAKE, lines, snapshot, write_lines
 from tests.toy import make_world
 from tests.warm_python import warm_python
 from utils.data import Corpus, iter_run, read_run, write_run
 from utils.plumbing.config import ROOT, UserError, read_yaml
 from utils.plumbing.files import read_json
 
+FILES = ("ann_seed1/m1.jsonl", "ann_seed1/m2.jsonl", "momentum_seed1/m2.jsonl")
 VARIABLES = {
     "QUESTIONS": 24, "PASSAGES": 56, "DEPTH": 30, "SCORED": 10, "START_EPOCHS": 1, "EPOCHS": 1,
     "ARMS": "none gated", "MEASURE": "",
@@ -123,10 +125,10 @@ def test_unequal_files_are_refused(rocketqa, tmp_path):
 
 
 def test_ance_tele(recipe, rocketqa):
-    """Two arms from M_D0: one has neighbours of the question alone, the other all three, in two episodes."""
+    """Two arms from M_D0, of which the first episode is one; momentum adds the last episode's negatives."""
     run, bash = rocketqa[0], recipe[2]
     variables = {
-        "ARMS": "ann momentum all",
+        "ARMS": "ann momentum",
         "FLOOR": "",
         "EPISODES": "1 2",
         "SAMPLE": 4,
@@ -141,28 +143,57 @@ def test_ance_tele(recipe, rocketqa):
     changed = {path.name for path, time in snapshot(run).items() if trained.get(path) != time}
     assert changed == {"episodes.json", "episodes.png"}
 
-    # the negatives
-    def negatives(arm, episode):
-        return negatives_of(run / "ance" / f"{arm}_seed1" / f"m{episode}.jsonl")
-
-    for arm, sources in {"ann": (1, 1), "momentum": (1, 2), "all": (2, 4)}.items():
-        for episode, count in enumerate(sources, 1):
-            longest = max(map(len, negatives(arm, episode).values()))
-            assert longest == 4 * count, (arm, episode)
-    assert negatives("ann", 1) == negatives("momentum", 1) and (run / "ance/momentum_seed1/m1").is_symlink()
-    for qid, pids in negatives("all", 2).items():
-        assert pids[8:] == negatives("all", 1).get(qid, [])
-
-    # the trainings and the table
-    for arm in ("ann", "momentum", "all"):
-        for episode in (1, 2):
-            config = read_yaml(run / "ance" / f"{arm}_seed1" / f"m{episode}" / "config.yaml")
-            assert config["init"] == f"{run}/d0/query_encoder" and config["negatives"] == 2
-            assert config["rotate_negatives"] and (config["keep"], config["seed"]) == ("last", 1)
+    arms = run / "ance"
+    first, second, both = (negatives_of(arms / name) for name in FILES)
+    assert {len(pids) for pids in [*first.values(), *second.values()]} == {4}
+    for qid, pids in both.items():
+        assert pids == second[qid] + first.get(qid, [])
+    assert (arms / "momentum_seed1/m1").resolve() == arms / "ann_seed1/m1"
+    for model in ("ann_seed1/m1", "ann_seed1/m2", "momentum_seed1/m2"):
+        config = read_yaml(arms / model / "config.yaml")
+        assert config["init"] == f"{run}/d0/query_encoder" and config["negatives"] == 2
+        assert config["rotate_negatives"] and (config["keep"], config["seed"]) == ("last", 1)
+        assert read_json(arms / model / "metrics.json")["step"] == 3
     result = read_json(run / "episodes.json")
-    assert len(result["rows"]) == 9 and (run / "episodes.png").read_bytes().startswith(b"\x89PNG")
+    assert len(result["rows"]) == 6 and (run / "episodes.png").read_bytes().startswith(b"\x89PNG")
     assert {row["metrics"]["known"]["n"] for row in result["rows"]} == {24}
     assert {row["metrics"]["top-20"]["n"] for row in result["rows"]} == {10}
+
+
+def test_the_arms_of_ance_tele(tmp_path):
+    """Four arms, a second seed of one, three episodes: what each mines from; what is trained once only."""
+    run, log, fake = tmp_path / "run", tmp_path / "log", tmp_path / "bin" / "python"
+    (run / "data").mkdir(parents=True)
+    for name in ("source.tsv", "corpus.tsv", "bm25_train.run", "bm25_test.run"):
+        (run / "data" / name).touch()
+    fake.parent.mkdir()
+    fake.write_text(FAKE)
+    fake.chmod(0o755)
+    variables = {"RUN": str(run), "LOG": str(log), "START": "bert", "MEASURE": ""}
+    variables |= {"PATH": f"{fake.parent}:{ENVIRONMENT['PATH']}"}
+    command = ["bash", ROOT / "recipes" / "claim_ance_tele.sh"]
+    done = subprocess.run(command, env=ENVIRONMENT | variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    commands = log.read_text().splitlines()
+    trained = [
+        re.search(r"ance/(\w+/m\d) .* --seed (\d)", line) for line in commands if "train_dpr.py" in line
+    ]
+    trained = [match.groups() for match in trained if match]  # without M_D0
+    expected = [f"{arm}_seed1/m{i}" for arm in ("ann", "lookahead") for i in (1, 2, 3)]
+    expected += [f"{arm}_seed1/m{i}" for arm in ("momentum", "all") for i in (2, 3)]
+    assert trained == [(name, "1") for name in expected] + [(f"all_seed2/m{i}", "2") for i in (1, 2, 3)]
+    for line in commands:
+        if line.startswith("mine_negatives.py"):
+            arm, episode = re.search(r"--out \S+/ance/(\w+)_seed\d/m(\d).jsonl", line).groups()
+            assert ("--lookahead_run" in line) == (arm in ("lookahead", "all")), line
+            assert ("--momentum" in line) == (arm in ("momentum", "all") and episode != "1"), line
+            assert (
+                f"--questions {run}/data/train_answers.jsonl" in line and "--negatives 10 --depth 20" in line
+            )
+    for arm in ("ann_seed1", "lookahead_seed1", "momentum_seed1", "all_seed1", "all_seed2"):
+        for episode in range(4):
+            for name in ("ann", "test"):
+                assert (run / "ance" / arm / f"m{episode}" / f"{name}.run").is_file(), (arm, episode)
 
 
 # ---------------------------------------------------------------- figures by hand
