@@ -231,7 +231,7 @@ def test_choose():
 
 def test_shares(corpus, tmp_path):
     """Two questions, two negatives each: three of four mined hold an answer, one of four after the gate."""
-    rows = [("r", ["3"]), ("r", ["5"]), ("b", ["3"]), ("b", ["4"])]
+    rows = [("r", ["3"]), ("r", ["5"]), ("b", ["3", "4"])]
     write_lines(tmp_path / "mined.jsonl", [{"qid": qid, "negatives": pids} for qid, pids in rows])
     files = {"mined": negatives_of(tmp_path / "mined.jsonl"), "gated": {"r": ["4", "2"], "b": ["3", "4"]}}
     assert files["mined"] == {"r": ["3", "5"], "b": ["3", "4"]}
