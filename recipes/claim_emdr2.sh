@@ -2,7 +2,7 @@
 # The claim of EMDR2 at a laptop's size: questions and their answers alone teach a retriever that has seen no label.
 #
 #   start    two encoders after inverse cloze, the sentences of the corpus alone; no question, no label, no dev set
-#   fid      a T5 learns to read what this start finds: FIRST steps of plain FiD, the retriever as it is
+#   fid      a T5 learns to read what this start finds: FIRST steps of plain FiD over its best FIRST_READ passages
 #   ARM      then STEPS steps of EMDR2 from both. The weights of the last step count; nothing is chosen by dev.
 # Arms, each RUN/ARM_seedN. The question encoder learns alone (train_doc_encoder: false) but in `sync` and `async`:
 #   token    the released loss                   sequence, kl   the paper's other two losses
@@ -20,7 +20,7 @@ T5=${T5:-data/models/flan-t5-small}
 SEEDS=${SEEDS-1 2 3}                               # of `token`; the other arms take the first
 ARMS=${ARMS-token shuffled plain}
 FIRST=${FIRST:-60} STEPS=${STEPS:-120} BATCH=${BATCH:-16}
-READ=${READ:-8} DEPTH=${DEPTH:-100}
+READ=${READ:-8} FIRST_READ=${FIRST_READ:-4} DEPTH=${DEPTH:-100}
 # the encoders' peak is 3e-5 = 0.15 * 2e-4. differs: 2e-5 for all and 64 questions a step in the paper
 TRAIN_FLAGS="--top_k $READ --reader_tokens 112 --answer_tokens 12 --temperature 1.0 --gradient_checkpointing false
     --batch_size $BATCH --question_chunk 2 --passage_chunk 16 --score_chunk 16 --encoding_batch_size 64 --eval_batch_size 32
@@ -71,7 +71,7 @@ for row, others in zip(rows, answers):
 
 # the reader learns to read first: with one that cannot, the retriever forgets what it knew (docs/log.md)
 TRAIN=$DATA/train.jsonl
-train fid $RUN/start $T5 $FIRST --seed 1 --retriever_loss none --refresh none
+train fid $RUN/start $T5 $FIRST --seed 1 --retriever_loss none --refresh none --top_k $FIRST_READ
 
 read -r seed _ <<<"$SEEDS"
 for arm in $ARMS; do
