@@ -28,6 +28,7 @@ NEGATIVES=(${NEGATIVES:-3 7 11})                   # hard negatives a question a
 STOP_AFTER=(${STOP_AFTER:-2000 2000 0})            # steps, by episode; 0: none before the end
 DEPTH=${DEPTH:-200}                                # passages retrieved for a question and for its positive
 SAMPLE=${SAMPLE:-80}                               # drawn from each of the two: 160 negatives, then 320, then 480
+LOOKAHEAD=${LOOKAHEAD:-true} MOMENTUM=${MOMENTUM:-true} # false: without these negatives
 POSITIVES=${POSITIVES:-find}                       # find: where train.jsonl has none, the first passage with the answer
 TEST_DEPTH=${TEST_DEPTH:-100}
 TEST_TOKENS=${TEST_TOKENS:-0}                      # length of a test question; 0: as in training
@@ -64,16 +65,21 @@ mine() { # the negatives of an episode, found by the model of the last
         stage $questions python mine_negatives.py --mode topk --positives find --negatives 1 --depth $DEPTH \
             --questions $TRAIN --run $last/ann.run $CORPUS --out $questions
     fi
-    stage $last/lookahead.run python test_dpr.py --lookahead true --questions $questions $CORPUS \
-        --embeddings $last/embeddings --index stream --k $DEPTH --out $last/lookahead.run
-
-    [ $episode = 1 ] || momentum="--momentum $RUN/m$((episode - 1)).jsonl"
-    stage $model.jsonl python mine_negatives.py --mode teleport --questions $questions --run $last/ann.run $CORPUS \
-        --lookahead_run $last/lookahead.run $momentum --negatives $SAMPLE --depth $DEPTH --out $model.jsonl
+    sources="--run $last/ann.run"
+    if [ $LOOKAHEAD = true ]; then
+        stage $last/lookahead.run python test_dpr.py --lookahead true --questions $questions $CORPUS \
+            --embeddings $last/embeddings --index stream --k $DEPTH --out $last/lookahead.run
+        sources+=" --lookahead_run $last/lookahead.run"
+    fi
+    if [ $MOMENTUM = true ] && [ $episode != 1 ]; then
+        sources+=" --momentum $RUN/m$((episode - 1)).jsonl"
+    fi
+    stage $model.jsonl python mine_negatives.py --mode teleport --questions $questions $sources $CORPUS \
+        --negatives $SAMPLE --depth $DEPTH --out $model.jsonl
 }
 
 for episode in $EPISODES; do
-    last=$RUN/m$((episode - 1)) model=$RUN/m$episode questions=$TRAIN momentum=
+    last=$RUN/m$((episode - 1)) model=$RUN/m$episode questions=$TRAIN
     [ -f $model.jsonl ] || mine
     stage $model/metrics.json $LAUNCH train_dpr.py --config $CONFIG --run_dir $model --init $START \
         --train $model.jsonl --dev "$DEV" $CORPUS --negatives ${NEGATIVES[episode - 1]} \

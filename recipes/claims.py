@@ -71,6 +71,8 @@ def values_of(folder, name, metric):
     if name not in stored:
         raise UserError(f"{path}: it has no {name!r}; it has {', '.join(stored)}")
     metrics = metrics_of_ranks(stored[name])
+    if answer := stored[name].get("answer"):  # of the first passage with an answer, whoever labelled it
+        metrics["answer MRR@10"] = metrics_of_ranks(stored[name] | {"right": answer})["MRR@10"]
     if metric not in metrics:
         raise UserError(f"{path}: {name} has no {metric!r}; it has {', '.join(metrics)}")
     return metrics[metric]

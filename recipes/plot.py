@@ -1,10 +1,12 @@
 """
-Draw the curves of training runs, a panel a metric and a line a run, or the figure of the ladder (a PNG).
+Draw the curves of training runs, a panel a metric and a line a run, or the figure of a table (a PNG).
 
-In:  run_dir/metrics.jsonl, a row a step or evaluation; or the table.json of recipes/ladder.py
+In:  run_dir/metrics.jsonl, a row a step or evaluation; or the table.json of recipes/ladder.py, or the
+     episodes.json of recipes/forgetting.py
 Run: python -m recipes.plot runs/emdr2_nq                   (writes curves.png into it)
      python -m recipes.plot runs/d0 runs/m1 --keys mrr,loss --over minutes --out runs/dev.png
      python -m recipes.plot --table runs/ladder_small/table.json --out runs/ladder_small/ladder.png
+     python -m recipes.plot --episodes runs/x/episodes.json --out runs/x/episodes.png
 """
 
 import argparse
@@ -107,22 +109,47 @@ def ladder(table, png):
     save(figure, png)
 
 
+def episodes(table, png):
+    """Draw forgetting and accuracy of ANCE-Tele's arms over the episodes, a line an arm."""
+    rows = read_json(table)["rows"]
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    figure = Figure(figsize=(16, 4), layout="constrained")
+    panels = figure.subplots(1, 4)
+    for axes, metric in zip(panels, ("forgotten", "known", "MRR@10", "top-20"), strict=True):
+        axes.set(title=f"{metric}, percent", xlabel="episode")
+        axes.grid(alpha=0.3)
+        for place, arm in enumerate(arms):
+            drawn = [row for row in rows if row["arm"] == arm and metric in row["metrics"]]
+            x = [row["episode"] + 0.04 * place for row in drawn]  # side by side, or intervals hide each other
+            cells = [row["metrics"][metric] for row in drawn]
+            y, low, high = (np.array([100 * cell[key] for cell in cells]) for key in ("value", "low", "high"))
+            look = {"color": f"C{place}", "marker": ".", "label": arm}
+            axes.errorbar(x, y, yerr=np.maximum(0, [y - low, high - y]), **look)
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside upper center", ncols=len(arms))
+    save(figure, png)
+
+
 def main():
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("run_dir", nargs="*", help="one or more, each with a metrics.jsonl")
     parser.add_argument("--table", help="the ladder's table.json, in place of run_dir")
+    parser.add_argument("--episodes", help="the episodes.json of recipes/forgetting.py, in place of run_dir")
     parser.add_argument("--keys", default="", help="metrics to draw, between commas; default: all")
     parser.add_argument("--over", default="step", help="the metric along the horizontal axis")
     parser.add_argument("--out", help="the PNG to write; default: curves.png in a single run_dir")
     args = parser.parse_args()
-    if bool(args.table) == bool(args.run_dir) or not args.out and len(args.run_dir) != 1:
-        raise UserError("name one run folder, several and an --out, or a --table and an --out")
+    given = [bool(args.run_dir), bool(args.table), bool(args.episodes)]
+    if sum(given) != 1 or not args.out and len(args.run_dir) != 1:
+        tables = "a --table and an --out, or --episodes and an --out"
+        raise UserError(f"name one run folder, several and an --out, or {tables}")
     args.out = args.out or str(Path(args.run_dir[0]) / "curves.png")
     if not args.out.endswith(".png"):
         raise UserError(f"out must be the path of a .png file, got {args.out!r}")
     need_out(args, "out")
     if args.table:
         ladder(args.table, args.out)
+    elif args.episodes:
+        episodes(args.episodes, args.out)
     else:
         curves(args.run_dir, [key for key in args.keys.split(",") if key], args.over, args.out)
 

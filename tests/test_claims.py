@@ -37,6 +37,8 @@ def test_gains_are_paired_and_averaged_over_seeds(house):
     assert both["gain"] == pytest.approx((0.25 + 0.5) / 2) and both["range"] == [0.25, 0.5]
     mrr = claims.row_of(ENTRY | {"arm": ["one"], "over": ["start"], "metric": "MRR@10"})
     assert mrr["gain"] == pytest.approx((0.25 + 0 + 0.5 + 0.5) / 4)
+    by_answer = claims.row_of(ENTRY | {"arm": ["two"], "over": ["start"], "metric": "answer MRR@10"})
+    assert by_answer["gain"] == pytest.approx((1 / 9 + 1 + 2 / 3 + 0) / 4)
 
 
 def test_a_verdict_says_no_more_than_the_figure(house):

@@ -1,0 +1,79 @@
+"""
+How many negatives hold an answer, before and after RocketQA's gate, of a run of recipes/claim_rocketqa.sh.
+
+In:  RUN/{bm25,c,mined,gated,checked,filtered}.jsonl, RUN/gate.txt; RUN/data/{corpus.tsv,train_answers.jsonl}
+Out: RUN/shares.json: shares with n, the number of negatives, and a 95 % bootstrap interval; also printed
+Run: python recipes/false_negatives.py runs/claim_rocketqa
+
+An answer in a passage does not prove that the passage is right, and a right passage may use other words. So
+read some of them too.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.data import Corpus, iter_lists, read_questions  # noqa: E402
+from utils.metrics import print_table, with_intervals  # noqa: E402
+from utils.plumbing.config import UserError, friendly_errors  # noqa: E402
+from utils.plumbing.files import write_json  # noqa: E402
+from utils.text import has_answer  # noqa: E402
+
+FILES = ("bm25", "c", "mined", "gated", "checked", "filtered")  # checked: gated without unchecked passages
+
+
+def negatives_of(path):
+    """Return {qid: [ids of its negatives]} of a training file; a question may have several lines."""
+    negatives = {}
+    for qid, (pids, _) in iter_lists(path):
+        negatives.setdefault(qid, []).extend(pids)
+    return negatives
+
+
+def shares(files, questions, corpus):
+    """
+    Return {name: [a number a negative]}: 1 where it holds an answer.
+
+    files: {name: negatives_of(its path)}. "thrown out": the negatives of "mined" that "gated" lacks. "gated -
+    mined": a number a question, the difference of its two shares.
+    """
+    answers = {question["qid"]: question["answers"] for question in questions}
+
+    def held(qid, pids):
+        return [float(has_answer(corpus.passage(pid).text, answers[qid])) for pid in pids]
+
+    values = {}
+    for name, negatives in files.items():
+        values[name] = [number for qid, pids in negatives.items() for number in held(qid, pids)]
+    mined, gated = files["mined"], files["gated"]
+    thrown = {qid: [pid for pid in pids if pid not in gated[qid]] for qid, pids in mined.items()}
+    values["thrown out"] = [number for qid, pids in thrown.items() for number in held(qid, pids)]
+    pairs = [(held(qid, gated[qid]), held(qid, mined[qid])) for qid in mined]
+    values["gated - mined"] = [np.mean(after) - np.mean(before) for after, before in pairs]
+    return {name: numbers for name, numbers in values.items() if numbers}
+
+
+def main(run):
+    """Write shares.json. UserError unless the arms have equally many lines, that is equally many updates."""
+    run = Path(run)
+    files = {name: negatives_of(run / f"{name}.jsonl") for name in FILES}
+    counts = {name: [(qid, len(pids)) for qid, pids in files[name].items()] for name in FILES}
+    for name in ("gated", "filtered"):
+        if counts[name] != counts["mined"]:
+            cure = "rank more passages (DEPTH), so that each question finds its negatives"
+            raise UserError(f"{run}/{name}.jsonl: not as many negatives a question as mined.jsonl; {cure}")
+    questions, corpus = read_questions(run / "data/train_answers.jsonl"), Corpus(run / "data/corpus.tsv")
+    result = with_intervals(shares(files, questions, corpus))
+    print_table(result, "negatives with an answer")
+    size = {"questions": len(questions), "passages": len(corpus)}
+    write_json(run / "shares.json", size | {"below": float((run / "gate.txt").read_text()), "shares": result})
+
+
+if __name__ == "__main__":
+    with friendly_errors():
+        if len(sys.argv) != 2:
+            raise UserError("usage: python recipes/false_negatives.py RUN")
+        main(sys.argv[1])
