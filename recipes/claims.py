@@ -25,7 +25,7 @@ from recipes.compare import first_ranks, metrics_of_ranks
 from utils.data import Corpus, read_questions
 from utils.metrics import bootstrap_interval
 from utils.plumbing.config import ROOT, UserError, friendly_errors
-from utils.plumbing.files import atomic_file, read_json
+from utils.plumbing.files import read_json, write_text
 
 VERDICTS = ("shown", "shown in part", "not shown")
 KEYS = "claim system experiment metric folder arm over table text measured hardware verdict reason".split()
@@ -51,17 +51,12 @@ def store(corpus, questions, out, named):
         if not sign:
             raise UserError(f"{item}: expected NAME=FILE, such as bm25=runs/demo/bm25_runs/test.run")
         stored[name] = first_ranks(path, questions, corpus)
-    write(
+    write_text(
         out,
         "{\n"
         + ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in stored.items())
         + "\n}\n",
     )
-
-
-def write(path, text):
-    with atomic_file(path) as file:
-        file.write(text)
 
 
 def values_of(folder, name, metric):
@@ -184,8 +179,8 @@ def main():
     entries = yaml.safe_load((ROOT / "results" / "claims.yaml").read_text(encoding="utf-8"))
     rows = [row_of(entry) for entry in entries]
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    write(ROOT / "results" / "claims.json", f"[\n{lines}\n]\n")
-    write(ROOT / "docs" / "claims.md", page(rows))
+    write_text(ROOT / "results" / "claims.json", f"[\n{lines}\n]\n")
+    write_text(ROOT / "docs" / "claims.md", page(rows))
 
 
 if __name__ == "__main__":

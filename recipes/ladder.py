@@ -24,7 +24,7 @@ from recipes.compare import per_question  # noqa: E402
 from utils.data import Corpus, iter_jsonl, read_questions  # noqa: E402
 from utils.metrics import with_intervals  # noqa: E402
 from utils.plumbing.config import UserError, friendly_errors  # noqa: E402
-from utils.plumbing.files import atomic_file, read_json  # noqa: E402
+from utils.plumbing.files import read_json, write_text  # noqa: E402
 
 DUAL = "inbatch d0 gc m1 m2 m3 d1 d2 d0_long".split()  # one dev pool for all; lower rungs first
 KS = (1, 5, 20, 100)
@@ -300,10 +300,7 @@ def main(*arguments):
     print(text, end="")
     as_json = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     for name, content in (("table.md", text), ("table.json", as_json)):
-        path = folders[0] / name
-        if not path.is_file() or path.read_text(encoding="utf-8") != content:  # a second run changes nothing
-            with atomic_file(path) as file:
-                file.write(content)
+        write_text(folders[0] / name, content)
 
 
 if __name__ == "__main__":

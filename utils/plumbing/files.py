@@ -126,6 +126,14 @@ def need_space(folder, size, what):
         raise UserError(f"{what} needs {size / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free")
 
 
+def write_text(path, text):
+    """Write a file, whole or not at all; where it holds this text already, nothing changes."""
+    path = Path(path)
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        with atomic_file(path) as file:
+            file.write(text)
+
+
 def write_json(path, value):
     """Write `value` atomically as indented json. NaN is refused: it is not json."""
     with atomic_file(path) as file:
