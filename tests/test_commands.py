@@ -1,5 +1,6 @@
 """Commands are code: each one in README, docs, recipes, configs and docstrings names what exists."""
 
+import functools
 import re
 
 import pytest
@@ -42,6 +43,7 @@ def commands():
 FOUND = list(commands())
 
 
+@functools.cache
 def keys_of(script):
     """The keys that a script takes: those of its full yaml, or of its argparse."""
     text = (ROOT / script).read_text(encoding="utf-8")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from recipes.compare import main, per_question
+from tests.toy import write_lines
 from utils.data import Corpus, read_questions
 from utils.plumbing.config import UserError
 
@@ -27,7 +28,7 @@ ANSWERS = {
 def world(tmp_path):
     texts = ["id\ttext\ttitle", "1\tIt is blue.\tSky", "2\tBy Ann Lee.\tBook", "3\tSung by Bo.\tSong"]
     (tmp_path / "corpus.tsv").write_text("\n".join(texts) + "\n")
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    write_lines(tmp_path / "q.jsonl", QUESTIONS)
     for name, ranks in RUNS.items():
         rows = [
             f"{qid}\t{pid}\t{i}\t{9 - i}\n" for qid, pids in ranks.items() for i, pid in enumerate(pids, 1)
@@ -54,7 +55,7 @@ def test_rankings_by_hand(world, capsys):
 def test_answers_that_are_patterns(world, capsys):
     """CuratedTREC: as plain strings they are in no passage, so they are refused; with the flag they count."""
     rows = [question | {"answers": [r"A\w+\s?Lee|blue|B[a-z]+"]} for question in QUESTIONS]
-    (world / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(world / "q.jsonl", rows)
     with pytest.raises(UserError, match=r"3 of 3 questions have answers like .*add --match regex"):
         main(world / "corpus.tsv", world / "q.jsonl", world / "y.run")
     main(world / "corpus.tsv", world / "q.jsonl", world / "y.run", regex=True)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tests import test_train_dpr
-from tests.test_trainers import main
+from tests.processes import main
 from tests.toy import make_world
 from utils.bm25 import build_bm25
 from utils.data import Corpus

@@ -3,19 +3,16 @@ EMDR2's index against brute force and doc2embedding.py: search, refresh, resume,
 """
 
 import shutil
-import sys
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-import doc2embedding
 import utils.live_index
 import utils.search
-from tests.processes import on_devices
-from tests.toy import make_world
+from tests.processes import main, on_devices
+from tests.toy import ACCELERATOR, make_world
 from utils.data import Corpus
 from utils.distributed import world as devices_of
 from utils.live_index import LiveIndex
@@ -25,15 +22,11 @@ from utils.plumbing.files import read_json, sha256, write_json
 from utils.plumbing.weights import load_encoder, save_encoder
 from utils.search import exact_topk
 
-ACCELERATOR = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext)
-
 
 def make_embeddings(doc_encoder, corpus, out, **keys):
     """Run doc2embedding.py in this process; returns `out`."""
     keys = {"doc_encoder": doc_encoder, "corpus": corpus, "out": out, "shard_size": 16} | keys
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["doc2embedding.py", *(f"--{key}={value}" for key, value in keys.items())])
-        doc2embedding.main()
+    main("doc2embedding.py", keys)
     return out
 
 

@@ -3,24 +3,22 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.toy import COLOURS
+from tests.toy import COLOURS, golden_file
 from utils import metrics
 from utils.data import Corpus, read_questions
 from utils.metrics import bootstrap_interval, hit_at, mrr, ndcg, positive_ranks, topk_accuracy
 from utils.plumbing.config import ROOT, UserError
 from utils.text import has_answer
 
-GOLDEN = Path(__file__).parent / "golden"
 IR_MEASURES = 0.17063822328416517  # ir_measures 0.4.3, nDCG@10
 
 
 def golden(name):
-    return json.loads((GOLDEN / f"{name}.json").read_text())["cases"]
+    return golden_file(name)["cases"]
 
 
 def value(table):

@@ -8,16 +8,12 @@ import pytest
 
 from prepare import check
 from recipes import hybrid_weight
-from tests.toy import make_world
+from tests.toy import make_world, write_lines
 from utils.data import Corpus, Passage, read_questions
 from utils.plumbing.config import ROOT, UserError
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
 QUOTED = 'She said "yes", twice.\n\nAnd "no".'
-
-
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 # ---------------------------------------------------------------- the conversions that the README shows

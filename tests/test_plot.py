@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from recipes import plot
+from tests.toy import write_lines
 from utils.plumbing.config import ROOT, UserError
 
 
@@ -22,7 +23,7 @@ def draw(tmp_path, monkeypatch):
     def run(*arguments, **runs):
         for name, rows in runs.items():
             (tmp_path / name).mkdir(exist_ok=True)
-            (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            write_lines(tmp_path / name / "metrics.jsonl", rows)
         folders = [str(tmp_path / name) for name in runs]
         monkeypatch.setattr("sys.argv", ["plot", *folders, *map(str, arguments)])
         plot.main()

@@ -1,10 +1,12 @@
 """
 A toy world for the tests: a WordPiece vocabulary, tiny random BERTs and sixty passages; nothing is
-downloaded.
+downloaded. And what many tests need: golden numbers, lines of json, a device, flat gradients.
 """
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer
@@ -19,11 +21,34 @@ INPUTS = {
     "token_types": "zeros",
     "pair": "toy",
 }
+ACCELERATOR = SimpleNamespace(device=torch.device("cpu"), process_index=0, scaler=None)
+ACCELERATOR.backward, ACCELERATOR.autocast = torch.Tensor.backward, nullcontext
 CITIES = "paris london rome oslo cairo lima tokyo quito delhi sofia riga minsk".split()
 THINGS = "river bridge tower market garden".split()
 COLOURS = "red blue green white black".split()
 OTHER = "the a of in is was named old new what which where stands and it has ' . ? , first".split()
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def golden_file(name):
+    """The numbers that an original code gave: {"cases": [...], ...}."""
+    return json.loads((Path(__file__).parent / "golden" / f"{name}.json").read_text())
+
+
+def write_lines(path, rows):
+    """One row of json a line; returns the path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def flat_gradient(*models):
+    """The gradients of all parameters as one vector."""
+    return torch.cat([p.grad.flatten() for model in models for p in model.parameters()])
+
+
+def close(got, wanted, tolerance=1e-5):
+    """The largest difference, relative to the largest entry."""
+    return (got - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
 def tokenizer(folder):
@@ -104,5 +129,5 @@ def make_world(folder):
             }
         )
     for name, part in (("train", questions[:40]), ("dev", questions[40:50]), ("test", questions[50:])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(q) + "\n" for q in part), encoding="utf-8")
+        write_lines(folder / f"{name}.jsonl", part)
     return folder
