@@ -9,15 +9,8 @@ import yaml
 from utils.plumbing.config import ROOT
 
 TEXTS = [ROOT / "README.md"]
-for pattern in (
-    "docs/*.md",
-    "results/demo/*.md",
-    "results/ladder_small/*.md",
-    "recipes/**/*.sh",
-    "config/*.yaml",
-):
-    TEXTS += ROOT.glob(pattern)
-for pattern in ("*.py", "utils/**/*.py", "prepare/*.py", "recipes/**/*.py", "tests/bench/*.py"):
+PATTERNS = "docs/*.md results/demo/*.md results/ladder_small/*.md recipes/**/*.sh config/*.yaml *.py"
+for pattern in f"{PATTERNS} utils/**/*.py prepare/*.py recipes/**/*.py tests/bench/*.py".split():
     TEXTS += ROOT.glob(pattern)
 OURS = ("utils", "prepare", "recipes")
 

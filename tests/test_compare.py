@@ -8,7 +8,7 @@ import pytest
 
 from recipes.compare import main, per_question
 from tests.toy import write_lines
-from utils.data import Corpus, read_questions
+from utils.data import Corpus, read_questions, write_run
 from utils.plumbing.config import UserError
 
 QUESTIONS = [
@@ -30,10 +30,8 @@ def world(tmp_path):
     (tmp_path / "corpus.tsv").write_text("\n".join(texts) + "\n")
     write_lines(tmp_path / "q.jsonl", QUESTIONS)
     for name, ranks in RUNS.items():
-        rows = [
-            f"{qid}\t{pid}\t{i}\t{9 - i}\n" for qid, pids in ranks.items() for i, pid in enumerate(pids, 1)
-        ]
-        (tmp_path / f"{name}.run").write_text("".join(rows))
+        hits = {qid: [(pid, 8.0 - i) for i, pid in enumerate(pids)] for qid, pids in ranks.items()}
+        write_run(tmp_path / f"{name}.run", hits.items())
     for name, answers in ANSWERS.items():
         (tmp_path / f"{name}.answers.json").write_text(json.dumps(answers))
     return tmp_path

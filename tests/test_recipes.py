@@ -33,9 +33,7 @@ RECIPES = {  # recipe: its variables; the longest first, because two run at a ti
         "FLAGS": "--batch_size 8 --stop_after 4 --dev_negatives 2 --question_chunk 4 --passage_chunk 4",
         "READER_FLAGS": "--reader_tokens 48 --stop_after 3",
     },
-    "dpr_nq": {
-        "GOLD": "", "READER_FLAGS": "--reader_tokens 48 --batch_size 4 --stop_after 3",
-    },
+    "dpr_nq": {"GOLD": "", "READER_FLAGS": "--reader_tokens 48 --batch_size 4 --stop_after 3"},
     "emdr2_nq": {
         "TRAIN_FLAGS": "--mixed_precision no --batch_size 8 --question_chunk 4 --top_k 4 --reader_tokens 48 "
         "--answer_tokens 8 --encoding_batch_size 32 --refresh_every 2 --stop_after 3 --warmup 0",

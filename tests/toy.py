@@ -14,13 +14,8 @@ from transformers import BertConfig, BertModel, BertTokenizer
 from utils.encoder import Encoder
 from utils.plumbing.weights import save_encoder
 
-INPUTS = {
-    "question_tokens": 16,
-    "passage_tokens": 32,
-    "pooling": "cls",
-    "token_types": "zeros",
-    "pair": "toy",
-}
+INPUTS = {"question_tokens": 16, "passage_tokens": 32, "pooling": "cls", "token_types": "zeros"}
+INPUTS |= {"pair": "toy"}
 ACCELERATOR = SimpleNamespace(device=torch.device("cpu"), process_index=0, scaler=None)
 ACCELERATOR.backward, ACCELERATOR.autocast = torch.Tensor.backward, nullcontext
 CITIES = "paris london rome oslo cairo lima tokyo quito delhi sofia riga minsk".split()
@@ -119,15 +114,9 @@ def make_world(folder):
     questions = []
     for n, (pid, title, text) in enumerate(rows):
         thing, colour = text.split()[2], text.split()[6].strip(".")
-        questions.append(
-            {
-                "qid": f"q{n}",
-                "question": ask(n, thing, title),
-                "answers": [colour],
-                "positives": [pid],
-                "negatives": [rows[(n + 1) % 60][0], rows[(n + 5) % 60][0]],
-            }
-        )
+        question = {"qid": f"q{n}", "question": ask(n, thing, title), "answers": [colour]}
+        negatives = [rows[(n + 1) % 60][0], rows[(n + 5) % 60][0]]
+        questions.append(question | {"positives": [pid], "negatives": negatives})
     for name, part in (("train", questions[:40]), ("dev", questions[40:50]), ("test", questions[50:])):
         write_lines(folder / f"{name}.jsonl", part)
     return folder
