@@ -114,7 +114,7 @@ def run(script, keys, processes=1, env=ENVIRONMENT):
         for fork in forks:
             fork.start()
         for fork in forks:
-            fork.join(300)
+            fork.join(900)
             fork.kill()
             fork.join()
         for file in (out, err):
