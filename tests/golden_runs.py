@@ -13,36 +13,24 @@ the settings.
 import argparse
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from tests.processes import ENVIRONMENT, flags
 from tests.toy import make_world
 from tests.toy_t5 import t5
 
-FREE = (
-    "pair",
-    "seconds",
-    "search_seconds",
-    "refresh_seconds",
-    "minutes",
-)  # what may differ between two trees
-ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-COMMON = {
-    "epochs": 4,
-    "batch_size": 8,
-    "learning_rate": 1e-3,
-    "warmup": 0.1,
-    "save_every": 3,
-    "mixed_precision": "no",
-}
+# what may differ between two trees
+FREE = ("pair", "seconds", "search_seconds", "refresh_seconds", "minutes")
+COMMON = {"epochs": 4, "batch_size": 8, "learning_rate": 1e-3, "warmup": 0.1, "save_every": 3}
+COMMON |= {"mixed_precision": "no"}
 
 
-def stages(tree, world):
-    """[(name, processes, argv)] in order. Later stages read what earlier ones have written into `world`."""
+def stages(world):
+    """(name, processes, script, keys) in order; later stages read what earlier ones have written."""
     corpus = {"corpus": world / "corpus.tsv"}
     sets = {key: world / f"{key}.jsonl" for key in ("train", "dev")}
     test = {"questions": world / "test.jsonl"} | corpus
@@ -51,52 +39,25 @@ def stages(tree, world):
     cross = sets | corpus | COMMON | {"init": world / "bert", "pair_tokens": 40, "chunk": 5}
     runs = {"train_run": world / "found_train.run", "dev_run": world / "found_dev.run"}
     reader = sets | corpus | COMMON | runs | {"init": world / "bert", "reader_tokens": 48, "train_depth": 12}
-    reader |= {
-        "gold": "",
-        "passages_per_question": 4,
-        "test_depth": 6,
-        "question_chunk": 3,
-        "passage_chunk": 5,
-    }
+    reader |= {"gold": "", "passages_per_question": 4, "test_depth": 6}
+    reader |= {"question_chunk": 3, "passage_chunk": 5}
     emdr2 = sets | corpus | COMMON | {"batch_size": 6, "reader": world / "t5", "top_k": 4, "temperature": 0.0}
-    emdr2 |= {
-        "reader_tokens": 48,
-        "answer_tokens": 6,
-        "question_chunk": 4,
-        "passage_chunk": 5,
-        "score_chunk": 3,
-    }
-    emdr2 |= {
-        "query_encoder": world / "query_encoder",
-        "doc_encoder": world / "doc_encoder",
-        "refresh_every": 4,
-    }
-    emdr2 |= {
-        "embeddings": world / "vectors",
-        "encoding_batch_size": 7,
-        "eval_batch_size": 8,
-        "eval_every": 7,
-    }
+    emdr2 |= {"reader_tokens": 48, "answer_tokens": 6}
+    emdr2 |= {"question_chunk": 4, "passage_chunk": 5, "score_chunk": 3}
+    emdr2 |= {key: world / key for key in ("query_encoder", "doc_encoder")}
+    emdr2 |= {"embeddings": world / "vectors"}
+    emdr2 |= {"refresh_every": 4, "encoding_batch_size": 7, "eval_batch_size": 8, "eval_every": 7}
     emdr2 |= {"gradient_checkpointing": "false", "epochs": 3}
     search = {"query_encoder": world / "query_encoder", "embeddings": world / "vectors", "k": 30}
-    mine = {
-        "questions": sets["train"],
-        "negatives": 3,
-        "depth": 20,
-        "run": world / "found_train.run",
-    } | corpus
+    mine = {"questions": sets["train"], "run": world / "found_train.run", "negatives": 3, "depth": 20}
+    mine |= corpus
     scores, ahead = world / "scores.run", world / "lookahead.run"
-    answer = {"gold": "", "test_run": world / "found_test.run", "test": test["questions"]} | corpus
 
     yield "bm25", 1, "-m utils.bm25", test | {"out": world / "bm25.run", "k": 30}
     for processes in (1, 2):
-        out = {"out": world / f"vectors{processes}", "shard_size": 17, "batch_size": 4}
-        yield (
-            f"encode{processes}",
-            processes,
-            "doc2embedding.py",
-            corpus | {"doc_encoder": world / "doc_encoder"} | out,
-        )
+        keys = corpus | {"doc_encoder": world / "doc_encoder", "shard_size": 17, "batch_size": 4}
+        keys |= {"out": world / f"vectors{processes}"}
+        yield f"encode{processes}", processes, "doc2embedding.py", keys
     shutil.copytree(world / "vectors1", world / "vectors")
     for split in ("train", "dev", "test"):
         found = search | corpus | {"questions": world / f"{split}.jsonl", "out": world / f"found_{split}.run"}
@@ -111,76 +72,37 @@ def stages(tree, world):
     for processes in (1, 2):
         gc = {"grad_cache": "true", "run_dir": world / f"gc{processes}"}
         yield f"dpr{processes}", processes, "train_dpr.py", dpr | gc
-        moving = {
-            "rotate_negatives": "true",
-            "shared_encoder": "true",
-            "token_types": "segments",
-            "pooling": "mean",
-        }
-        other = moving | {"negatives": 2, "stop_after": 7, "run_dir": world / f"shared{processes}"}
+        other = {"negatives": 2, "stop_after": 7, "run_dir": world / f"shared{processes}"}
+        other |= {"rotate_negatives": "true", "shared_encoder": "true"}
+        other |= {"token_types": "segments", "pooling": "mean"}
         yield f"shared{processes}", processes, "train_dpr.py", dpr | other
         push = {"adversarial_epsilon": 0.5, "run_dir": world / f"cross{processes}"}
         yield f"cross{processes}", processes, "train_cross_encoder.py", cross | push
-        yield (
-            f"reader{processes}",
-            processes,
-            "train_reader.py",
-            reader | {"run_dir": world / f"reader{processes}"},
-        )
-        yield (
-            f"emdr2{processes}",
-            processes,
-            "train_emdr2.py",
-            emdr2 | {"run_dir": world / f"emdr2{processes}"},
-        )
+        for name, keys in (("reader", reader), ("emdr2", emdr2)):
+            keys = keys | {"run_dir": world / f"{name}{processes}"}
+            yield f"{name}{processes}", processes, f"train_{name}.py", keys
     for name, keys in (("kl", {"retriever_loss": "kl"}), ("fid", {"retriever_loss": "none"})):
         yield name, 1, "train_emdr2.py", emdr2 | keys | {"run_dir": world / name}
     sequence = {"marginal": "sequence", "refresh": "none", "run_dir": world / "sequence"}
     yield "sequence", 1, "train_emdr2.py", emdr2 | sequence
-    judge = {
-        "cross_encoder": world / "cross1/cross_encoder",
-        "ranking": world / "found_train.run",
-        "depth": 10,
-    }
-    judge |= {"questions": sets["train"], "block": 7, "out": scores} | corpus
-    yield "rerank", 1, "rerank.py", judge
+    judge = {"cross_encoder": world / "cross1/cross_encoder", "ranking": mine["run"], "depth": 10}
+    yield "rerank", 1, "rerank.py", judge | {"questions": sets["train"], "block": 7, "out": scores} | corpus
     gate = {"scores": scores, "negative_below": 0.293, "positive_above": 0.297}
-    yield (
-        "denoise",
-        1,
-        "mine_negatives.py",
-        mine | gate | {"fill": "true", "mode": "denoise", "out": world / "denoise.jsonl"},
-    )
-    yield (
-        "pseudo",
-        1,
-        "mine_negatives.py",
-        mine | gate | {"mode": "pseudo_label", "out": world / "pseudo.jsonl"},
-    )
+    for mode, keys in (("denoise", {"fill": "true"}), ("pseudo_label", {})):
+        keys = mine | gate | keys | {"mode": mode, "out": world / f"{mode}.jsonl"}
+        yield mode, 1, "mine_negatives.py", keys
     tele = {"mode": "teleport", "lookahead_run": ahead, "momentum": world / "topk.jsonl"}
     yield "teleport", 1, "mine_negatives.py", mine | tele | {"out": world / "teleport.jsonl"}
-    if (tree / "answer.py").exists():
-        answer = test | {"ranking": world / "found_test.run", "depth": 6}
-        for name, depth in (("reader", 6), ("emdr2", 4)):
-            who = {"reader": world / f"{name}1/reader", "depth": depth, "out": world / f"{name}_answers.json"}
-            yield f"{name}_answers", 1, "answer.py", answer | who
-    else:
-        cut = {"train": "", "dev": "", "init": world / "reader1/reader", "out": world / "reader_answers.json"}
-        yield "reader_answers", 1, "train_reader.py", answer | cut | {"test_depth": 6}
-        write = {
-            "train": "",
-            "dev": "",
-            "reader": world / "emdr21/reader",
-            "out": world / "emdr2_answers.json",
-        }
-        del answer["gold"]
-        yield "emdr2_answers", 1, "train_emdr2.py", answer | write | {"train": "", "dev": "", "top_k": 4}
+    answer = test | {"ranking": world / "found_test.run"}
+    for name, depth in (("reader", 6), ("emdr2", 4)):
+        who = {"reader": world / f"{name}1/reader", "depth": depth, "out": world / f"{name}_answers.json"}
+        yield f"{name}_answers", 1, "answer.py", answer | who
 
 
 def run(tree, world, processes, script, keys):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     argv = [sys.executable, *(launcher if processes > 1 else []), *script.split()]
-    argv += [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    argv += flags(keys)
     done = subprocess.run(argv, cwd=tree, env=ENVIRONMENT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(argv)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -203,24 +125,14 @@ def content(path):
 
 
 def hashes(world):
-    """
-    {path: sha256} of all that the stages wrote, but for checkpoints' state, logs and copies of settings.
-    """
+    """{path: sha256} of all that the stages wrote, but for checkpoints' state, logs and settings."""
     found = {}
-    for path in sorted(world.rglob("*")):
+    for path in sorted(path for path in world.rglob("*") if path.is_file()):
         name = str(path.relative_to(world))
-        skipped = path.suffix in (".txt", ".md", ".yaml", ".png", ".cfg") or path.name in (
-            "state.json",
-            "metrics.json",
-        )
+        notes = path.suffix in (".txt", ".md", ".yaml", ".png", ".cfg")
+        notes |= path.name in ("state.json", "metrics.json")
         inside_checkpoint = "checkpoints" in name and ("manifest" in name or "index_encoder" in name)
-        if (
-            path.is_file()
-            and not skipped
-            and not inside_checkpoint
-            and "refresh" not in name
-            and ".index" not in name
-        ):
+        if not (notes or inside_checkpoint or "refresh" in name or ".index" in name):
             found[name] = hashlib.sha256(content(path)).hexdigest()
     return found
 
@@ -237,7 +149,7 @@ def main():
     tree, folder = Path(args.tree).resolve(), args.keep or tempfile.mkdtemp(prefix="golden_runs_")
     world = make_world(Path(folder).resolve() / "world")
     t5(world)
-    for name, processes, script, keys in stages(tree, world):
+    for name, processes, script, keys in stages(world):
         print(name, flush=True)
         run(tree, world, processes, script, keys)
     found = hashes(world)

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 import answer
-from tests.processes import run
+from tests.processes import main, run
 from tests.test_train_reader import keys, open_reader
-from tests.test_trainers import main
 from tests.toy import make_world
 from tests.toy_t5 import t5
 from utils.data import Corpus, read_questions, read_run
@@ -17,8 +16,6 @@ from utils.fid import answer as write
 from utils.fid import load_fid, tokenize_contexts
 from utils.plumbing.weights import save_encoder
 from utils.reader import load_reader, read, tokenize_rows
-
-torch.set_num_threads(1)
 
 
 def talkative_fid(folder):

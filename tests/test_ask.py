@@ -8,13 +8,11 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 
 import ask
-import doc2embedding
-from tests.processes import ENVIRONMENT
+from tests.processes import ENVIRONMENT, main
 from tests.test_answer import talkative_fid
-from tests.test_train_reader import flags, open_reader
+from tests.test_train_reader import open_reader
 from tests.toy import make_world
 from utils.bm25 import build_bm25, search_bm25
 from utils.data import Corpus
@@ -25,7 +23,6 @@ from utils.plumbing.embeddings import open_embeddings
 from utils.plumbing.weights import load_encoder, save_encoder
 from utils.reader import predict, to_read
 
-torch.set_num_threads(1)
 QUESTION = "which colour has the tower of oslo"
 PASSAGE = r"^dense (\d+) \| BM25 (\S+) \| (\S+) \| (\S+) \| (\w+)\n +(.*)"
 
@@ -34,18 +31,15 @@ PASSAGE = r"^dense (\d+) \| BM25 (\S+) \| (\S+) \| (\S+) \| (\w+)\n +(.*)"
 def world(tmp_path_factory):
     folder = make_world(tmp_path_factory.mktemp("world"))
     files = {"doc_encoder": folder / "doc_encoder", "corpus": folder / "corpus.tsv"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["x", *flags(files | {"out": folder / "embeddings"})])
-        doc2embedding.main()
+    main("doc2embedding.py", files | {"out": folder / "embeddings"})
     return folder
 
 
 def say(world, monkeypatch, *question, stdin="", **keys):
     """Run ask.py in this process on the toy run."""
     keys = {"run": world, "corpus": world / "corpus.tsv", "k": 4} | keys
-    monkeypatch.setattr(sys, "argv", ["ask.py", *flags(keys), *question])
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
-    ask.main()
+    main("ask.py", keys, *question)
 
 
 def test_what_it_prints_is_what_search_finds(world, monkeypatch, capsys):

@@ -1,11 +1,11 @@
 """BM25 against its formula, on a corpus that one can read."""
 
-import json
 import math
-import sys
 
 import pytest
 
+from tests.processes import main
+from tests.toy import write_lines
 from utils import bm25
 from utils.data import Corpus, read_run
 from utils.plumbing.config import UserError
@@ -115,15 +115,14 @@ def test_an_index_that_cannot_be_read_now_is_kept(corpus, tmp_path, monkeypatch)
         bm25.build_bm25(corpus, tmp_path / "index")
 
 
-def test_bm25_command(corpus, tmp_path, monkeypatch, capsys):
+def test_bm25_command(corpus, tmp_path, capsys):
     """The command writes a .run of passage ids, one question after the other."""
     questions = [{"qid": "a", "question": "capital of Norway"}, {"qid": "b", "question": "xyzzy"}]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    write_lines(tmp_path / "q.jsonl", questions)
 
     def run(out):
-        argv = f"bm25 --corpus {corpus.path} --questions {tmp_path}/q.jsonl --out {tmp_path / out} --k 3"
-        monkeypatch.setattr(sys, "argv", argv.split())
-        bm25.main()
+        keys = {"corpus": corpus.path, "questions": tmp_path / "q.jsonl", "out": tmp_path / out, "k": 3}
+        main("utils.bm25", keys)
 
     run("x.run")
     assert [pid for pid, _ in read_run(tmp_path / "x.run")["a"]] == ["1"]

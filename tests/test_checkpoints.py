@@ -215,8 +215,7 @@ class Node:
             self._val = value
 
 
-@pytest.mark.parametrize("role", ["passage", "reader"])
-@pytest.mark.parametrize("place", ["beside", "named", "flag"])
+@pytest.mark.parametrize(("place", "role"), [("beside", "passage"), ("named", "reader"), ("flag", "passage")])
 def test_twelve_heads_of_26_dimensions(tmp_path, words, place, role):
     """TinyBERT's 312 dimensions: a BertModel of its own config gives the same states, wherever that lies."""
     start, out = tmp_path / "start", tmp_path / "out"

@@ -13,7 +13,6 @@ from recipes.false_negatives import negatives_of, shares
 from tests.processes import ENVIRONMENT
 from tests.test_recipes import FAKE, lines, snapshot, write_lines
 from tests.toy import make_world
-from tests.warm_python import warm_python
 from utils.data import Corpus, iter_run, read_run, write_run
 from utils.plumbing.config import ROOT, UserError, read_yaml
 from utils.plumbing.files import read_json
@@ -29,23 +28,22 @@ VARIABLES = {
 
 # ---------------------------------------------------------------- the recipes
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
+def recipe(tmp_path_factory, python):
     """(DATA, RUN, a function that runs a recipe with some variables)."""
     folder = tmp_path_factory.mktemp("claims")
     world = make_world(folder / "data")
     text = (world / "corpus.tsv").read_bytes()
     (world / "corpus.tsv.gz").write_bytes(gzip.compress(text))
     (world / "corpus.tsv").unlink()
-    with warm_python(folder / "bin", ENVIRONMENT) as python:
-        variables = VARIABLES | {"DATA": world, "RUN": folder / "run", "START": world / "bert"}
-        variables |= {"PATH": f"{python}:{ENVIRONMENT['PATH']}"}
+    variables = VARIABLES | {"DATA": world, "RUN": folder / "run", "START": world / "bert"}
+    variables |= {"PATH": f"{python}:{ENVIRONMENT['PATH']}"}
 
-        def bash(name, **changes):
-            environment = ENVIRONMENT | {key: str(value) for key, value in (variables | changes).items()}
-            command = ["bash", f"recipes/claim_{name}.sh"]
-            return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    def bash(name, **changes):
+        environment = ENVIRONMENT | {key: str(value) for key, value in (variables | changes).items()}
+        command = ["bash", f"recipes/claim_{name}.sh"]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
-        yield world, folder / "run", bash
+    return world, folder / "run", bash
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Commands are code: each one in README, docs, recipes, configs and docstrings names what exists."""
 
+import functools
 import re
 
 import pytest
@@ -8,15 +9,8 @@ import yaml
 from utils.plumbing.config import ROOT
 
 TEXTS = [ROOT / "README.md"]
-for pattern in (
-    "docs/*.md",
-    "results/demo/*.md",
-    "results/ladder_small/*.md",
-    "recipes/**/*.sh",
-    "config/*.yaml",
-):
-    TEXTS += ROOT.glob(pattern)
-for pattern in ("*.py", "utils/**/*.py", "prepare/*.py", "recipes/**/*.py", "tests/bench/*.py"):
+PATTERNS = "docs/*.md results/demo/*.md results/ladder_small/*.md recipes/**/*.sh config/*.yaml *.py"
+for pattern in f"{PATTERNS} utils/**/*.py prepare/*.py recipes/**/*.py tests/bench/*.py".split():
     TEXTS += ROOT.glob(pattern)
 OURS = ("utils", "prepare", "recipes")
 
@@ -42,6 +36,7 @@ def commands():
 FOUND = list(commands())
 
 
+@functools.cache
 def keys_of(script):
     """The keys that a script takes: those of its full yaml, or of its argparse."""
     text = (ROOT / script).read_text(encoding="utf-8")

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from recipes.compare import main, per_question
-from utils.data import Corpus, read_questions
+from tests.toy import write_lines
+from utils.data import Corpus, read_questions, write_run
 from utils.plumbing.config import UserError
 
 QUESTIONS = [
@@ -27,12 +28,10 @@ ANSWERS = {
 def world(tmp_path):
     texts = ["id\ttext\ttitle", "1\tIt is blue.\tSky", "2\tBy Ann Lee.\tBook", "3\tSung by Bo.\tSong"]
     (tmp_path / "corpus.tsv").write_text("\n".join(texts) + "\n")
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    write_lines(tmp_path / "q.jsonl", QUESTIONS)
     for name, ranks in RUNS.items():
-        rows = [
-            f"{qid}\t{pid}\t{i}\t{9 - i}\n" for qid, pids in ranks.items() for i, pid in enumerate(pids, 1)
-        ]
-        (tmp_path / f"{name}.run").write_text("".join(rows))
+        hits = {qid: [(pid, 8.0 - i) for i, pid in enumerate(pids)] for qid, pids in ranks.items()}
+        write_run(tmp_path / f"{name}.run", hits.items())
     for name, answers in ANSWERS.items():
         (tmp_path / f"{name}.answers.json").write_text(json.dumps(answers))
     return tmp_path
@@ -54,7 +53,7 @@ def test_rankings_by_hand(world, capsys):
 def test_answers_that_are_patterns(world, capsys):
     """CuratedTREC: as plain strings they are in no passage, so they are refused; with the flag they count."""
     rows = [question | {"answers": [r"A\w+\s?Lee|blue|B[a-z]+"]} for question in QUESTIONS]
-    (world / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(world / "q.jsonl", rows)
     with pytest.raises(UserError, match=r"3 of 3 questions have answers like .*add --match regex"):
         main(world / "corpus.tsv", world / "q.jsonl", world / "y.run")
     main(world / "corpus.tsv", world / "q.jsonl", world / "y.run", regex=True)

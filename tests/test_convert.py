@@ -73,11 +73,8 @@ def test_dpr_json(tmp_path, capsys):
     questions = run("dpr_json", source, tmp_path / "train.jsonl")
     assert [question["qid"] for question in questions] == ["train-0", "train-1", "train-2"]
     assert questions[0]["answers"] == ["Ann"]
-    assert [question["positives"] for question in questions] == [
-        [ctx("gold"), ctx("also")],
-        [{"title": "", "text": "p"}],
-        [ctx("p")],
-    ]
+    wanted = [[ctx("gold"), ctx("also")], [{"title": "", "text": "p"}], [ctx("p")]]
+    assert [question["positives"] for question in questions] == wanted
     # the gold passage is not its own negative
     assert [question["negatives"] for question in questions] == [[ctx("hard")], [ctx("random")], []]
     printed = capsys.readouterr().out
@@ -300,10 +297,8 @@ def test_ance_tele(tmp_path):
         read_questions(splits[0])
     found = run("ance_tele_hn", *splits, tmp_path / "vocab.txt", tmp_path / "h.jsonl")
     assert len(found) == 2 and ids(found[1]["question"]) == line["query"]
-    again = [
-        [ids(f"{p['title']}[SEP]{p['text']}") for p in found[1][key]] for key in ("positives", "negatives")
-    ]
-    assert again == [line["positives"], line["negatives"]]
+    for key in ("positives", "negatives"):
+        assert [ids(f"{p['title']}[SEP]{p['text']}") for p in found[1][key]] == line[key]
     save(tmp_path / "split00.hn.json", json.dumps(line | {"negatives": [[10**6]]}))
     with pytest.raises(UserError, match="split00.hn.json:1 .*token id is not in .*vocab.txt"):
         run("ance_tele_hn", splits[0], tmp_path / "vocab.txt", tmp_path / "h.jsonl")
@@ -328,23 +323,16 @@ def test_tevatron(tmp_path):
 def test_ours_to_dpr_and_back(tmp_path):
     """A training file as DPR's json, passages by id from the corpus or inline; questions as DPR's csv."""
     save(tmp_path / "c.tsv", '7\t"say ""x"""\tT\n9\tb\tU\n')
-    row = {
-        "qid": "a",
-        "question": 'why "x\ty?',
-        "answers": ["it's", 'a "b"\n'],
-        "positives": ["7", ctx("in")],
-    }
+    row = {"qid": "a", "question": 'why "x\ty?', "answers": ["it's", 'a "b"\n']}
+    row |= {"positives": ["7", ctx("in")]}
     ours = save(tmp_path / "t.jsonl", json.dumps(row | {"negatives": ["9"]}) + "\n")
     convert.main(["to_dpr_json", ours, str(tmp_path / "c.tsv"), str(tmp_path / "d.json")])
     (entry,) = json.loads((tmp_path / "d.json").read_text())
     assert entry["positive_ctxs"] == [ctx('say "x"', passage_id="7"), ctx("in")]
     assert entry["hard_negative_ctxs"] == [{"title": "U", "text": "b", "passage_id": "9"}]
     (back,) = run("dpr_json", tmp_path / "d.json", tmp_path / "back.jsonl")
-    assert (back["question"], back["answers"], back["positives"][0]) == (
-        row["question"],
-        row["answers"],
-        ctx('say "x"'),
-    )
+    assert (back["question"], back["answers"]) == (row["question"], row["answers"])
+    assert back["positives"][0] == ctx('say "x"')
     with pytest.raises(UserError, match="give the corpus too"):
         convert.main(["to_dpr_json", ours, str(tmp_path / "d.json")])
     convert.main(["to_dpr_qa", ours, str(tmp_path / "d.csv")])
@@ -466,10 +454,8 @@ def test_results_of_fid_and_pyserini(tmp_path):
         source = save(tmp_path / "p.json", json.dumps(PYSERINI, indent=indent))
         convert.main(["from_dpr_result", source, str(tmp_path / "p")])
         assert read_run(tmp_path / "p" / "result.run") == {"q7": [("2", 2.5), ("1", 2.5)]}
-        assert list(Corpus(tmp_path / "p" / "corpus.jsonl")) == [
-            ("2", "A title", "Ann did"),
-            ("1", "", "no title"),
-        ]
+        passages = [("2", "A title", "Ann did"), ("1", "", "no title")]
+        assert list(Corpus(tmp_path / "p" / "corpus.jsonl")) == passages
         assert [q["qid"] for q in read_questions(tmp_path / "p" / "questions.jsonl")] == ["q7", "q8"]
     bare = json.dumps({"0": {"question": "who?", "answers": [], "contexts": [{"docid": "2", "score": 1}]}})
     convert.main(["from_dpr_result", save(tmp_path / "p.json", bare), str(tmp_path / "bare")])

@@ -94,9 +94,6 @@ def test_tolerated_files(tmp_path):
     assert list(plain) == list(bom) == list(bare) == [Passage("1", "A", "x"), Passage("2", "", "y")]
     named_id = Corpus(save(tmp_path / "d.tsv", "1\tx\tA\nid\ty\tB\n"))
     assert [p.id for p in named_id] == ["1", "id"]  # a header stands on line 1 or nowhere
-    for i, header in enumerate(("pid\ttext\ttitle", "ID\tText\tTitle", "id\tpassage\theading")):
-        other = Corpus(save(tmp_path / f"e{i}.tsv", f"{header}\n1\tx\tA\n"))
-        assert list(other) == [Passage("1", "A", "x")], header
 
 
 @pytest.mark.parametrize(
@@ -119,12 +116,11 @@ def test_one_line_is_one_passage(tmp_path, column, text):
     assert rows == [Passage("Albert Einstein", "Physics", text), Passage("Ada L.", "C", "c")]
 
 
-@pytest.mark.parametrize(
-    "header", ["docid contents title", "pid passage title", "_id text title", "DocID Body Heading"]
-)
-def test_headers_are_not_passages(tmp_path, header):
-    path = save(tmp_path / "c.tsv", "\t".join(header.split()) + "\n7\tx\tA\n")
-    assert list(Corpus(path)) == [Passage("7", "A", "x")]
+def test_headers_are_not_passages(tmp_path):
+    headers = "docid contents title, pid passage title, _id text title, DocID Body Heading, ID Text Title"
+    for i, header in enumerate(headers.split(", ")):
+        path = save(tmp_path / f"{i}.tsv", "\t".join(header.split()) + "\n7\tx\tA\n")
+        assert list(Corpus(path)) == [Passage("7", "A", "x")], header
 
 
 def test_text_and_title_in_each_others_place(tmp_path):

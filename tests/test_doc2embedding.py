@@ -2,29 +2,20 @@
 
 import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 import doc2embedding
-from tests.processes import ENVIRONMENT, command, run
-from tests.toy import make_world
+from tests.processes import main, run
 from utils.data import Corpus
 from utils.distributed import prefetch
 from utils.encoder import collate, tokenize_passages
-from utils.plumbing.config import ROOT, UserError
+from utils.plumbing.config import UserError
 from utils.plumbing.embeddings import open_embeddings
 from utils.plumbing.files import read_json, sha256
 from utils.plumbing.weights import load_encoder, save_encoder
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture
@@ -34,14 +25,11 @@ def keys(world):
 
 
 @pytest.fixture
-def encode(keys, tmp_path, monkeypatch):
+def encode(keys, tmp_path):
     """encode(out="e", key=value ...) runs the script in this process and returns the folder it wrote."""
 
     def call(out="e", **changes):
-        argv = command("doc2embedding.py", keys | {"out": tmp_path / out} | changes)[1:]
-        monkeypatch.setattr(sys, "argv", argv)
-        AcceleratorState._reset_state(True)  # why: it keeps the first mixed_precision of a process for ever
-        doc2embedding.main()
+        main("doc2embedding.py", keys | {"out": tmp_path / out} | changes)
         return tmp_path / out
 
     return call
@@ -52,18 +40,23 @@ def hashes(folder):
 
 
 # ---------------------------------------------------------------- the vectors
-@pytest.mark.parametrize("shard_size, batch_size", [(16, 4), (7, 64), (100, 3), (1, 1)])
-def test_row_i_is_the_vector_of_passage_i(world, encode, shard_size, batch_size):
-    """Any shard and batch size: row i is passage i as encoded alone, without padding, to 1e-5."""
-    folder = encode(shard_size=shard_size, batch_size=batch_size, dtype="float32")
+@pytest.fixture(scope="module")
+def alone_ND(world):
+    """Every passage as encoded alone, without padding."""
     corpus, encoder = Corpus(world / "corpus.tsv"), load_encoder(world / "doc_encoder", "passage").eval()
-    shards, manifest = open_embeddings(folder, corpus.sha256)
+    with torch.no_grad():
+        rows = [encoder(**collate(encoder, tokenize_passages(encoder, [passage]))) for passage in corpus]
+    return torch.cat(rows).numpy()
+
+
+@pytest.mark.parametrize("shard_size, batch_size", [(16, 4), (7, 64), (100, 3)])
+def test_row_i_is_the_vector_of_passage_i(world, encode, alone_ND, shard_size, batch_size):
+    """Any shard and batch size: row i is passage i as encoded alone, to 1e-5."""
+    folder = encode(shard_size=shard_size, batch_size=batch_size, dtype="float32")
+    shards, manifest = open_embeddings(folder, Corpus(world / "corpus.tsv").sha256)
     assert [len(s) for s in shards] == [min(shard_size, 60 - k) for k in range(0, 60, shard_size)]
     assert manifest["pair"] == "toy" and manifest["role"] == "passage"
-    for row, vector in enumerate(np.concatenate(shards)):
-        with torch.no_grad():
-            alone = encoder(**collate(encoder, tokenize_passages(encoder, [corpus[row]])))[0].numpy()
-        assert np.abs(vector - alone).max() < 1e-5
+    assert np.abs(np.concatenate(shards) - alone_ND).max() < 1e-5
 
 
 def test_two_processes_write_the_same_bits_as_one(keys, encode, tmp_path):
@@ -151,8 +144,8 @@ doc2embedding.main()
 
 def test_killed_while_writing_a_shard(keys, encode, tmp_path, capsys):
     """SIGKILL amid the third shard: two stay as they are, the half one is swept away, the end is the same."""
-    argv = [sys.executable, "-c", DIE, *command("", keys | {"out": tmp_path / "e"})[2:]]
-    killed = subprocess.run(argv, cwd=ROOT, env=ENVIRONMENT, capture_output=True)
+    (tmp_path / "die.py").write_text(DIE)
+    killed = run(str(tmp_path / "die.py"), keys | {"out": tmp_path / "e"})
     assert killed.returncode == -9 and list((tmp_path / "e").glob(".*.tmp"))
     with pytest.raises(UserError, match="not complete"):
         open_embeddings(tmp_path / "e")

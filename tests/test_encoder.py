@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertTokenizer
 
-from tests.toy import INPUTS, bert, make_world, tokenizer
+from tests.toy import INPUTS, bert, golden_file, tokenizer
 from tests.toy_t5 import t5
 from utils import encoder as encoding
 from utils.corpus import Passage
@@ -22,17 +22,12 @@ from utils.plumbing.config import UserError
 from utils.plumbing.weights import encoder_hash, explain_load_errors, load_encoder, save_encoder
 from utils.reader import load_reader
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenize_pair.json").read_text())
+GOLDEN = golden_file("tokenize_pair")
 PASSAGES = [
     Passage("1", "paris", "the old river is red."),
     Passage("2", "", "it stands in oslo"),
     Passage("3", "rome", "a tower and a garden. " * 5),
 ]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def without_weights(words, **inputs):
@@ -99,10 +94,7 @@ def test_chunks_by_hand():
     assert places.tolist() == [3, 0, 2, 1, 4]  # the inverse of the order 1 3 2 0 4, and not that order
     rows = [row for chunk in chunks for row in chunk]
     assert [rows[place] for place in places] == ids
-
-
-def test_rows_of_one_length_keep_their_order():
-    """A stable order: the chunks of a batch, and with them the dropout masks, are a function of the batch."""
+    # a stable order: the chunks of a batch, and so the masks of dropout, are a function of the batch
     ids = [[3, 1], [1, 9], [2, 2], [0, 5], [7, 7]]
     chunks, places = encoding.in_chunks(ids, 2)
     assert chunks == [ids[:2], ids[2:4], ids[4:]] and places.tolist() == [0, 1, 2, 3, 4]

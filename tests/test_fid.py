@@ -235,13 +235,8 @@ def test_generated_answers_are_greedy(folder, tmp_path):
         block.layer[1].EncDecAttention.o.weight.data *= 4
     path = tmp_path / "talks"
     save_encoder(fid, path)
-    asks = {
-        "num_beams": 4,
-        "do_sample": True,
-        "min_new_tokens": 7,
-        "max_length": 3,
-        "repetition_penalty": 9.0,
-    }
+    asks = {"num_beams": 4, "do_sample": True, "min_new_tokens": 7, "max_length": 3}
+    asks["repetition_penalty"] = 9.0
     config = json.loads((path / "generation_config.json").read_text())
     (path / "generation_config.json").write_text(json.dumps(config | asks))
     fid = load_fid(path, dropout=0.5)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tests import test_train_dpr
-from tests.test_trainers import main
+from tests.processes import main
 from tests.toy import make_world
 from utils.bm25 import build_bm25
 from utils.data import Corpus
@@ -73,12 +73,9 @@ def test_what_a_killed_write_left_goes_with_the_next_one(tmp_path):
     with atomic_file(tmp_path / "x[1].run") as file:
         own = next(tmp_path.glob(".x*.tmp")).name
         file.write("whole")
-    stay = [
-        own,
-        own.replace("x[1]", "y").replace(str(os.getpid()), str(dead.pid)),
-        f".x[1].run.far.{dead.pid}.tmp",
-    ]
-    for name in [*stay, own.replace(str(os.getpid()), str(dead.pid))]:
+    old = own.replace(str(os.getpid()), str(dead.pid))
+    stay = [own, old.replace("x[1]", "y"), f".x[1].run.far.{dead.pid}.tmp"]
+    for name in [*stay, old]:
         (tmp_path / name).write_text("half")
     with atomic_file(tmp_path / "x[1].run"):
         assert sorted(path.name for path in tmp_path.glob(".*")) == sorted(stay)

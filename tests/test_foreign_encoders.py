@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import shutil
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,9 +12,7 @@ import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
-import doc2embedding
-import test_dpr
-import train_dpr
+from tests.processes import main
 from tests.toy import CITIES, COLOURS, OTHER, THINGS, make_world
 from tests.toy_t5 import t5
 from utils.corpus import Passage
@@ -292,7 +289,7 @@ def test_an_older_encoder_keeps_its_identity(tmp_path):
     assert encoder_hash(longer) not in hashes
 
 
-def test_the_scripts_with_a_described_folder(tmp_path, monkeypatch, capsys):
+def test_the_scripts_with_a_described_folder(tmp_path):
     """doc2embedding.py and test_dpr.py: the vectors of by_hand; train_dpr.py starts from it."""
     world = make_world(tmp_path / "world")
     prompts = {"query": "what : ", "document": "first : "}
@@ -300,18 +297,14 @@ def test_the_scripts_with_a_described_folder(tmp_path, monkeypatch, capsys):
     rows = (world / "corpus.tsv").read_text().splitlines()[1:]
     texts = [f"first : {title} {text}" for _, text, title in (row.split("\t") for row in rows)]
 
-    def run(script, **keys):
-        words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words])
-        script.main()
-
     corpus = {"corpus": world / "corpus.tsv"}
-    run(doc2embedding, doc_encoder=folder, out=tmp_path / "vectors", dtype="float32", **corpus)
+    keys = {"doc_encoder": folder, "out": tmp_path / "vectors", "dtype": "float32"}
+    main("doc2embedding.py", keys | corpus)
     stored = np.load(tmp_path / "vectors" / "00000.npy")
     assert np.allclose(stored, by_hand(folder, texts, "mean"), atol=1e-5)
 
-    questions = {"questions": world / "test.jsonl", "k": 5, **corpus}
-    run(test_dpr, embeddings=tmp_path / "vectors", query_encoder=folder, out=tmp_path / "a.run", **questions)
+    keys = {"questions": world / "test.jsonl", "k": 5, "embeddings": tmp_path / "vectors"}
+    main("test_dpr.py", keys | corpus | {"query_encoder": folder, "out": tmp_path / "a.run"})
     asked = json.loads((world / "test.jsonl").read_text().splitlines()[0])["question"]
     scores = stored @ by_hand(folder, [f"what : {asked}"], "mean")[0]
     best = (tmp_path / "a.run").read_text().split()
@@ -319,8 +312,8 @@ def test_the_scripts_with_a_described_folder(tmp_path, monkeypatch, capsys):
 
     keys = {"pooling": "auto", "normalize": "true", "passage": "joined", "question_prefix": "auto"}
     sizes = {"batch_size": 8, "epochs": 1, "warmup": 1, "question_tokens": 16, "passage_tokens": 24}
-    files = {"train": world / "train.jsonl", "dev": "", **corpus}
-    run(train_dpr, init=folder, run_dir=tmp_path / "run", **keys, **sizes, **files)
+    files = {"train": world / "train.jsonl", "dev": "", "init": folder, "run_dir": tmp_path / "run"}
+    main("train_dpr.py", keys | sizes | files | corpus)
     inputs = load_encoder(tmp_path / "run" / "doc_encoder", "passage").inputs
     expected = {"pooling": "mean", "normalize": True, "passage": "joined", "question_prefix": "what : "}
     assert inputs | expected == inputs and inputs["passage_tokens"] == 24
@@ -436,9 +429,7 @@ def test_weights_are_looked_at_when_they_are_loaded(tmp_path, number):
         lambda: load_reader(folder, {"reader_tokens": 24}, new_head=True),
     ]
     for load in loaders:
-        with pytest.raises(
-            UserError, match="e: its weights hold NaN or infinity, in .*encoder.layer.1.output"
-        ):
+        with pytest.raises(UserError, match="e: its weights hold NaN or infinity, in .*layer.1.output"):
             load()
     folder = t5(tmp_path)
     model = hf.T5ForConditionalGeneration.from_pretrained(folder)
@@ -513,11 +504,15 @@ def test_the_token_types_that_others_hand_out(tmp_path):
 
 # ---------------------------------------------------------------- training
 @pytest.mark.parametrize(
-    "kind", ["distilbert", "modernbert", "roberta", "electra", "albert", "deberta", "mpnet"]
+    "kind", ["distilbert", "modernbert", "roberta", "electra", "albert", "deberta", "mpnet", "gpt2"]
 )
 def test_a_cross_encoder_of_any_encoder(tmp_path, kind):
     """Its head is drawn where it starts, and is loaded afterwards: the same probabilities."""
     folder = model_folder(tmp_path / "e", kind)
+    if kind == "gpt2":
+        with pytest.raises(UserError, match="reads from left to right"):
+            load_cross_encoder(folder, 24, new_head=True)
+        return
     cross = load_cross_encoder(folder, 24, new_head=True)
     pairs = [(question, PASSAGES[0]) for question in QUESTIONS]
     wanted = probabilities(cross, tokenize_pairs(cross, pairs), 2)
@@ -526,14 +521,13 @@ def test_a_cross_encoder_of_any_encoder(tmp_path, kind):
         load_cross_encoder(folder, 24)
     again = load_cross_encoder(tmp_path / "saved")
     assert np.allclose(probabilities(again, tokenize_pairs(again, pairs), 2), wanted)
-    with pytest.raises(UserError, match="reads from left to right"):
-        load_cross_encoder(model_folder(tmp_path / "g", "gpt2"), 24, new_head=True)
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_only_matrices_are_decayed(tmp_path, kind):
+def test_only_matrices_are_decayed(kind):
     """Norms and biases of every architecture; for BERT the same parameters, in the same order, as by name."""
-    model = hf.AutoModel.from_pretrained(model_folder(tmp_path / "e", kind))
+    config, sizes, _ = MODELS[kind]
+    model = hf.AutoModel.from_config(config(vocab_size=99, pad_token_id=0, **sizes))
     plain, decayed = make_optimizer(model.named_parameters(), SETTINGS).param_groups
     norms = [m for m in model.modules() if "norm" in type(m).__name__.lower()]
     vectors = {id(p) for norm in norms for p in norm.parameters(recurse=False)}

@@ -10,10 +10,10 @@ import torch
 
 import utils.search
 from tests import processes
+from tests.processes import rows
 from tests.test_live_index import make_index, make_run
-from tests.test_train_dpr import flat_gradient, keys, load
-from tests.test_trainers import rows
-from tests.toy import make_world
+from tests.test_train_dpr import keys, load
+from tests.toy import flat_gradient
 from tests.toy_t5 import t5
 from train_dpr import add_gradient, make_batch
 from utils.corpus import Corpus
@@ -26,11 +26,6 @@ ON_GPU = {key: value for key, value in processes.ENVIRONMENT.items() if key != "
 HALF = {"no": nullcontext}
 HALF |= {kind: partial(torch.autocast, "cuda", dtype) for kind, dtype in
          (("bf16", torch.bfloat16), ("fp16", torch.float16))}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def run(script, settings):
@@ -49,7 +44,7 @@ def gradient(world, kind="no", step=0, **changes):
     accelerator.backward, accelerator.autocast = torch.Tensor.backward, HALF[kind]
     batch = make_batch(0, train, corpus, towers, cfg)
     loss, _ = add_gradient(batch, towers, accelerator, cfg, step)
-    return loss.item(), flat_gradient(towers)
+    return loss.item(), flat_gradient(*towers.values())
 
 
 @pytest.mark.parametrize("kind", HALF)

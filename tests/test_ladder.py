@@ -1,6 +1,5 @@
 """The ladder: its recipe from the first to the last command, its table by hand, and what measures it."""
 
-import json
 import os
 import signal
 import subprocess
@@ -14,9 +13,8 @@ from recipes.ladder import best_first, page
 from recipes.ladder import main as ladder
 from tests.processes import ENVIRONMENT
 from tests.test_recipes import add_sentence, lines, snapshot
-from tests.toy import make_world
+from tests.toy import make_world, write_lines
 from tests.toy_t5 import t5
-from tests.warm_python import warm_python
 from utils.data import Corpus, iter_run, read_questions, write_run
 from utils.metrics import bootstrap_interval
 from utils.plumbing.config import ROOT, UserError, read_yaml
@@ -42,22 +40,21 @@ def rows_of(run):
 
 # ---------------------------------------------------------------- the recipe
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
+def recipe(tmp_path_factory, python):
     """(DATA, a folder for RUNs, a function that runs the recipe with these variables)."""
     folder = tmp_path_factory.mktemp("ladder")
     world = make_world(folder / "data")
     add_sentence(world / "corpus.tsv", "It was named first.")  # the inverse cloze takes a sentence out
     t5(world)
-    with warm_python(folder / "bin", ENVIRONMENT) as python:
-        variables = VARIABLES | {"DATA": world, "START": world / "bert", "T5": ""}
-        variables |= {"PATH": f"{python}:{ENVIRONMENT['PATH']}"}
+    variables = VARIABLES | {"DATA": world, "START": world / "bert", "T5": ""}
+    variables |= {"PATH": f"{python}:{ENVIRONMENT['PATH']}"}
 
-        def bash(**changes):
-            environment = ENVIRONMENT | {key: str(value) for key, value in (variables | changes).items()}
-            argv = ["bash", "recipes/ladder.sh"]
-            return subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True)
+    def bash(**changes):
+        environment = ENVIRONMENT | {key: str(value) for key, value in (variables | changes).items()}
+        argv = ["bash", "recipes/ladder.sh"]
+        return subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True)
 
-        yield world, folder, bash
+    return world, folder, bash
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +232,7 @@ def test_the_best_retriever(made):
     for name, dev in (("d0", {3: 0.9, 7: 0.5}), ("d1", {3: 0.1, 6: 0.6}), ("gc", {2: 0.6})):
         rows = [{"step": 1, "loss": 1.0}, *({"step": step, "mrr": value} for step, value in dev.items())]
         write_json(run / name / "metrics.json", {"step": 9, "best_step": max(dev)})
-        (run / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(run / name / "metrics.jsonl", rows)
     assert best_first(run) == [("gc", 0.6), ("d1", 0.6), ("d0", 0.5)]
 
 

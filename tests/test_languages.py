@@ -6,9 +6,8 @@ import json
 
 import pytest
 
-from tests.processes import command
-from tests.test_trainers import main
-from utils import bm25
+from tests.processes import main
+from tests.toy import write_lines
 from utils.data import Corpus, read_questions, read_run
 from utils.plumbing.config import UserError
 from utils.text import answer_position, has_answer, words
@@ -67,7 +66,7 @@ def world(tmp_path, request):
 
 
 @pytest.mark.parametrize("world", PASSAGES, indirect=True)
-def test_matching_bm25_and_mining(world, capsys, monkeypatch):
+def test_matching_bm25_and_mining(world, capsys):
     """A plain loop says which passages hold the answer; BM25 ranks gold first; none of them is a negative."""
     corpus = Corpus(world / "corpus.tsv")
     questions = read_questions(world / "questions.jsonl")
@@ -80,8 +79,7 @@ def test_matching_bm25_and_mining(world, capsys, monkeypatch):
             assert (passage.text[slice(*position)] if position else "") == (answer if inside else "")
 
     keys = {"corpus": world / "corpus.tsv", "questions": world / "questions.jsonl"}
-    monkeypatch.setattr("sys.argv", command("bm25.py", keys | {"out": world / "bm25.run", "k": 10})[1:])
-    bm25.main()
+    main("utils.bm25", keys | {"out": world / "bm25.run", "k": 10})
     ranking = read_run(world / "bm25.run")
     assert [ranking[f"q{n}"][0][0] for n in range(5)] == [str(2 * n) for n in range(5)]
     assert "top-1                     100.0" in capsys.readouterr().out
@@ -139,7 +137,7 @@ def test_mining_stops_where_answers_match_no_positive(tmp_path):
     corpus = tmp_path / "corpus.tsv"
     corpus.write_text("id\ttext\ttitle\n" + "".join(f"{n}\tOslo lies in Norway {n}.\t\n" for n in range(6)))
     rows = [{"qid": f"q{n}", "question": "?", "answers": ["奥斯陆"], "positives": [str(n)]} for n in range(4)]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(tmp_path / "q.jsonl", rows)
     (tmp_path / "x.run").write_text("".join(f"q{n}\t5\t1\t1.0\n" for n in range(4)))
     keys = {"corpus": corpus, "questions": tmp_path / "q.jsonl", "run": tmp_path / "x.run"}
     with pytest.raises(UserError, match="4 of 4 questions have no answer in a positive"):

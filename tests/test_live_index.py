@@ -3,19 +3,16 @@ EMDR2's index against brute force and doc2embedding.py: search, refresh, resume,
 """
 
 import shutil
-import sys
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-import doc2embedding
 import utils.live_index
 import utils.search
-from tests.processes import on_devices
-from tests.toy import make_world
+from tests.processes import main, on_devices
+from tests.toy import ACCELERATOR, make_world
 from utils.data import Corpus
 from utils.distributed import world as devices_of
 from utils.live_index import LiveIndex
@@ -25,15 +22,11 @@ from utils.plumbing.files import read_json, sha256, write_json
 from utils.plumbing.weights import load_encoder, save_encoder
 from utils.search import exact_topk
 
-ACCELERATOR = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext)
-
 
 def make_embeddings(doc_encoder, corpus, out, **keys):
     """Run doc2embedding.py in this process; returns `out`."""
     keys = {"doc_encoder": doc_encoder, "corpus": corpus, "out": out, "shard_size": 16} | keys
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["doc2embedding.py", *(f"--{key}={value}" for key, value in keys.items())])
-        doc2embedding.main()
+    main("doc2embedding.py", keys)
     return out
 
 
@@ -126,12 +119,9 @@ def search_cases(world, out):
     # two passages: of three devices one holds nothing
     (out / f"{rank}.tsv").write_text("1\ta text\ta\n2\tb text\tb\n")
     two = Corpus(out / f"{rank}.tsv")
-    few = (
+    if devices_of()[1] == 1:
         make_embeddings(world / "doc_encoder", two.path, world / "two")
-        if devices_of()[1] == 1
-        else world / "two"
-    )
-    index = make_index(world, corpus=two, embeddings=few)
+    index = make_index(world, corpus=two, embeddings=world / "two")
     index.make_rows(load_encoder(world / "doc_encoder", "passage"), 1)
     hits["two scores"], hits["two rows"] = index.search(q_QD, 5)
     np.savez(out / f"{rank}.npz", **hits)
@@ -363,10 +353,8 @@ def test_the_exchange_of_folders(world, tmp_path, monkeypatch):
     (folder / "step_00000010" / ".embeddings").rmdir()
     shutil.copytree(world / "trained_vectors", folder / "step_00000010" / "embeddings")
     index.refresh(17, encoder)
-    assert (
-        index.step == run.state["index_step"] == 10
-        and "step 17: the vectors of step 10 are in use" in run.said
-    )
+    assert index.step == run.state["index_step"] == 10
+    assert "step 17: the vectors of step 10 are in use" in run.said
     assert np.array_equal(np.concatenate(index.shards), rows_in(world / "trained_vectors"))
     assert all(map(torch.equal, index.encoder["index_encoder"].parameters(), encoder.parameters()))
     for step in (20, 25):
@@ -379,7 +367,5 @@ def test_the_exchange_of_folders(world, tmp_path, monkeypatch):
     assert index.step == 25
     index.refresh(30, encoder)
     shutil.copytree(world / "vectors", folder / "step_00000030" / "embeddings")
-    with pytest.raises(
-        UserError, match="step_00000030/embeddings: these vectors are not those of doc_encoder"
-    ):
+    with pytest.raises(UserError, match="step_00000030/embeddings: these vectors are not those of doc_enc"):
         index.refresh(31, encoder)

@@ -3,24 +3,22 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.toy import COLOURS
+from tests.toy import COLOURS, golden_file
 from utils import metrics
 from utils.data import Corpus, read_questions
 from utils.metrics import bootstrap_interval, hit_at, mrr, ndcg, positive_ranks, topk_accuracy
 from utils.plumbing.config import ROOT, UserError
 from utils.text import has_answer
 
-GOLDEN = Path(__file__).parent / "golden"
 IR_MEASURES = 0.17063822328416517  # ir_measures 0.4.3, nDCG@10
 
 
 def golden(name):
-    return json.loads((GOLDEN / f"{name}.json").read_text())["cases"]
+    return golden_file(name)["cases"]
 
 
 def value(table):
@@ -34,11 +32,8 @@ def test_topk_accuracy_golden():
         ks = list(range(1, case["n_docs"] + 1))
         ours = topk_accuracy(case["hits"], ks)
         assert list(ours.values()) == pytest.approx(case["accuracies"], abs=1e-9)
-    assert topk_accuracy([[False], [], [False, False, True], [True]], [1, 3, 100]) == {
-        1: 0.25,
-        3: 0.5,
-        100: 0.5,
-    }
+    hits = [[False], [], [False, False, True], [True]]
+    assert topk_accuracy(hits, [1, 3, 100]) == {1: 0.25, 3: 0.5, 100: 0.5}
 
 
 def test_msmarco_golden():
@@ -130,9 +125,8 @@ def test_bootstrap_by_hand():
     """Nothing varies: no width. The order of the questions does not change the interval, the seed does."""
     assert bootstrap_interval([0.25] * 7) == pytest.approx((0.25, 0.25))
     values = [0, 0, 1, 0.5, 0, 1]
-    assert (
-        bootstrap_interval(values[::-1]) == bootstrap_interval(values) != bootstrap_interval(values, seed=1)
-    )
+    interval = bootstrap_interval(values)
+    assert bootstrap_interval(values[::-1]) == interval != bootstrap_interval(values, seed=1)
     # 0.5 +- 1.96 * sqrt(0.25 / 400)
     assert bootstrap_interval([0, 1] * 200) == pytest.approx((0.451, 0.549), abs=0.004)
 
@@ -183,18 +177,10 @@ def test_hits_at_50_and_1000_are_ms_marcos_recall(corpus):
     ranked = [(["50", "59"], at_50), (["50"], at_51), (["1"], [])]
     ranked = [({"qid": "q", "answers": ["red"], "positives": gold}, pids) for gold, pids in ranked]
     table = value(metrics.retrieval_metrics(ranked, corpus, metrics.KS))
-    hits = {
-        "hit@1": 0,
-        "hit@5": 0,
-        "hit@10": 0,
-        "hit@20": 0,
-        "hit@50": 1 / 3,
-        "hit@100": 2 / 3,
-        "hit@1000": 2 / 3,
-    }
+    depths = (1, 5, 10, 20, 50, 100, 1000)
+    hits = dict(zip([f"hit@{k}" for k in depths], [0, 0, 0, 0, 1 / 3, 2 / 3, 2 / 3], strict=True))
     assert {name: table[name] for name in table if name.startswith("hit")} == pytest.approx(hits)
-    tops = [name for name in table if name.startswith("top")]
-    assert tops == ["top-1", "top-5", "top-10", "top-20", "top-50", "top-100", "top-1000"]
+    assert [name for name in table if name.startswith("top")] == [f"top-{k}" for k in depths]
 
 
 @pytest.mark.parametrize("grades", [[1], [1, 0], [2, -1], [1, "2"], [1, True], [1, float("inf")], 3])

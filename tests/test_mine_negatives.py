@@ -1,23 +1,20 @@
 """Golden files of RocketQA's and ANCE-Tele's miners, and DPR's choice on a corpus that one can read."""
 
-import json
 import random
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import mine_negatives
 from mine_negatives import Found, teleport
-from tests.processes import command
+from tests.processes import main
+from tests.toy import golden_file, write_lines
 from utils import bm25
 from utils.data import Corpus, read_questions, write_run
 from utils.plumbing.config import UserError
 
-GOLDEN = Path(__file__).parent / "golden"
-ROCKETQA = json.loads((GOLDEN / "rocketqa_mining.json").read_text())["cases"]
-ANCE_TELE = json.loads((GOLDEN / "ance_tele_mining.json").read_text())["cases"]
+ROCKETQA = golden_file("rocketqa_mining")["cases"]
+ANCE_TELE = golden_file("ance_tele_mining")["cases"]
 ROWS = {  # id: (title, text)
     "1": ("Oslo", "Oslo is the capital of Norway."),
     "2": ("River", "The river of Oslo is the Akerselva river."),
@@ -50,11 +47,6 @@ def config(folder, **keys):
         ignore_identical_ids=False, questions=folder / "q.jsonl",
     )  # fmt: skip
     return SimpleNamespace(**(values | keys))
-
-
-def jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def question(qid, positives, answers=()):
@@ -94,7 +86,7 @@ def rocketqa(case, folder):
     write_run(folder / "x.run", falling.items())
     if extra:
         rows = [question(qid, pids) for qid, pids in extra.items()]
-        keys = keys | {"exclude": jsonl(folder / "extra.jsonl", rows)}
+        keys = keys | {"exclude": write_lines(folder / "extra.jsonl", rows)}
     if "ce_scores" in case:
         scored = {q: zip(pids, case["ce_scores"][q], strict=False) for q, pids in case["run"].items()}
         ranked = [(q, sorted(hits, key=lambda hit: -hit[1])) for q, hits in scored.items()]
@@ -245,7 +237,7 @@ def test_teleport_joins_its_three_sources_through_files(tmp_path):
         write_run(tmp_path / f"{name}.run", ranked)
     last = [{"qid": q, "negatives": case["momentum"][q]} for q in order if q in case["momentum"]]
     keys = {"run": tmp_path / "ann_run.run", "lookahead_run": tmp_path / "lookahead_run.run"}
-    keys |= {"momentum": jsonl(tmp_path / "last.jsonl", last), "seed": case["seed"]}
+    keys |= {"momentum": write_lines(tmp_path / "last.jsonl", last), "seed": case["seed"]}
     cfg = config(tmp_path, mode="teleport", depth=30, negatives=5, **keys)
     questions = [question(qid, gold[qid]) for qid in order]
     lines, _ = mined(questions, corpus, cfg)
@@ -335,16 +327,15 @@ def test_a_question_is_not_its_own_negative(corpus, tmp_path):
     assert lines[0]["negatives"] == ["4", "3"]
 
 
-def test_mining_command(corpus, tmp_path, monkeypatch, capsys):
+def test_mining_command(corpus, tmp_path, capsys):
     """The rehearsal: BM25's ranking in, a training file out that the trainer's reader accepts."""
     asked = question("q", ["1"], ["Norway"]) | {"question": "capital of norway oslo"}
     index = bm25.build_bm25(corpus, tmp_path / "index")
     hits = bm25.search_bm25(index, [asked["question"]], 5)[0]
     write_run(tmp_path / "x.run", [("q", [(corpus[row].id, score) for row, score in hits])])
-    keys = {"questions": jsonl(tmp_path / "q.jsonl", [asked]), "run": tmp_path / "x.run", "negatives": 2}
-    keys |= {"corpus": corpus.path, "out": tmp_path / "train.jsonl"}
-    monkeypatch.setattr(sys, "argv", command("mine_negatives.py", keys)[1:])
-    mine_negatives.main()
+    keys = {"questions": write_lines(tmp_path / "q.jsonl", [asked]), "run": tmp_path / "x.run"}
+    keys |= {"corpus": corpus.path, "out": tmp_path / "train.jsonl", "negatives": 2}
+    main("mine_negatives.py", keys)
     (line,) = read_questions(tmp_path / "train.jsonl", need=("positives", "negatives"))
     assert line["negatives"] == ["4", "5"] and line["positives"] == ["1"]
     assert "1 lines written, 2 negatives" in capsys.readouterr().out

@@ -9,11 +9,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from tests import test_train_cross_encoder, test_train_dpr, test_train_reader
+from tests.processes import main
 from tests.test_rerank import save_cross
-from tests.test_trainers import main
 from tests.toy import make_world, tokenizer
 from utils.data import Corpus, write_run
 from utils.plumbing.config import friendly_errors
@@ -243,7 +242,6 @@ def test_a_mistake_is_one_line_before_any_work(script, keys, words, mistakes, mo
     """Exit code 2, one line on stderr, nothing written, and no model was loaded to find it."""
     monkeypatch.chdir(mistakes)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))  # why: ask.py sets its encoding
-    AcceleratorState._reset_state(True)  # why: it keeps the first mixed_precision of a process for ever
     for load, key in LOADS.items():
         if key not in keys:
             monkeypatch.setattr(load, None)

@@ -8,16 +8,12 @@ import pytest
 
 from prepare import check
 from recipes import hybrid_weight
-from tests.toy import make_world
+from tests.toy import make_world, write_lines
 from utils.data import Corpus, Passage, read_questions
 from utils.plumbing.config import ROOT, UserError
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
 QUOTED = 'She said "yes", twice.\n\nAnd "no".'
-
-
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 # ---------------------------------------------------------------- the conversions that the README shows
@@ -31,34 +27,27 @@ def place(tmp_path, monkeypatch):
 def test_squad(place):
     """Quotes, line breaks and several questions of a paragraph survive."""
     answers = [{"text": "Oslo", "answer_start": 0}, {"text": "Oslo city", "answer_start": 0}]
-    asked = [
-        {"id": "a", "question": "Where?", "answers": answers},
-        {"id": "b", "question": "No?", "answers": []},
-    ]
+    asked = [{"id": "a", "question": "Where?", "answers": answers}]
+    asked.append({"id": "b", "question": "No?", "answers": []})
     paragraphs = [{"context": QUOTED, "qas": asked}, {"context": '"Hi', "qas": []}]
     squad = {"version": "1.1", "data": [{"title": "Ann", "paragraphs": paragraphs}]}
     (place / "squad.json").write_text(json.dumps(squad), encoding="utf-8")
     exec(BLOCKS[0], {})  # what stands in the README
-    rows = list(Corpus("data/my/corpus.tsv"))
-    assert rows == [
-        Passage("Ann 0", "Ann", 'She said "yes", twice. And "no".'),
-        Passage("Ann 1", "Ann", '"Hi'),
-    ]
+    first, second = Corpus("data/my/corpus.tsv")
+    assert first == Passage("Ann 0", "Ann", 'She said "yes", twice. And "no".')
+    assert second == Passage("Ann 1", "Ann", '"Hi')
     first, second = read_questions("data/my/questions.jsonl")
-    assert first["answers"] == ["Oslo", "Oslo city"] and first["positives"] == second["positives"] == [
-        "Ann 0"
-    ]
+    assert first["answers"] == ["Oslo", "Oslo city"]
+    assert first["positives"] == second["positives"] == ["Ann 0"]
 
 
 def test_csv(place):
     """As a spreadsheet writes it, with a byte-order mark and a comma in a field."""
-    (place / "faq.csv").write_text(
-        '\ufeffquestion,answer\n"Who, then?",Ann\nWhere?,Zürich\n', encoding="utf-8"
-    )
+    table = '\ufeffquestion,answer\n"Who, then?",Ann\nWhere?,Zürich\n'
+    (place / "faq.csv").write_text(table, encoding="utf-8")
     exec(BLOCKS[1], {})
-    rows = [
-        (row["qid"], row["question"], row["answers"]) for row in read_questions("data/my/questions.jsonl")
-    ]
+    rows = read_questions("data/my/questions.jsonl")
+    rows = [(row["qid"], row["question"], row["answers"]) for row in rows]
     assert rows == [("q0", "Who, then?", ["Ann"]), ("q1", "Where?", ["Zürich"])]
 
 
@@ -141,9 +130,8 @@ def test_questions_are_dealt_once(look):
 def test_answers_that_are_patterns(look):
     """CuratedTREC's: as strings they match no positive, as patterns they do."""
     world, call = look
-    train = [
-        row | {"answers": [rf"\b{row['answers'][0][:2]}\w+"]} for row in read_questions(world / "train.jsonl")
-    ]
+    train = read_questions(world / "train.jsonl")
+    train = [row | {"answers": [rf"\b{row['answers'][0][:2]}\w+"]} for row in train]
     write_lines(world / "train.jsonl", train)
     with pytest.raises(UserError, match="which are regular expressions: add --match regex"):
         call()

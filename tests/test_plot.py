@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from recipes import plot
+from tests.toy import write_lines
 from utils.plumbing.config import ROOT, UserError
 
 
@@ -22,7 +23,7 @@ def draw(tmp_path, monkeypatch):
     def run(*arguments, **runs):
         for name, rows in runs.items():
             (tmp_path / name).mkdir(exist_ok=True)
-            (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            write_lines(tmp_path / name / "metrics.jsonl", rows)
         folders = [str(tmp_path / name) for name in runs]
         monkeypatch.setattr("sys.argv", ["plot", *folders, *map(str, arguments)])
         plot.main()
@@ -38,12 +39,8 @@ def drawn(axes):
 
 def test_a_panel_a_metric(draw, tmp_path):
     """In the order asked, without rows that lack the metric or have null; a PNG in the run's own folder."""
-    rows = [
-        {"step": 1, "loss": 3.0},
-        {"step": 2, "loss": None},
-        {"step": 3, "loss": 1.0},
-        {"step": 3, "em": 0.5},
-    ]
+    rows = [{"step": step, "loss": loss} for step, loss in ((1, 3.0), (2, None), (3, 1.0))]
+    rows.append({"step": 3, "em": 0.5})
     em, loss = draw("--keys", "em,loss", a=rows)
     assert [em.get_title(), loss.get_title(), em.get_xlabel()] == ["em", "loss", "step"]
     assert drawn(em) == [([3], [0.5])] and drawn(loss) == [([1, 3], [3, 1])]
@@ -53,17 +50,13 @@ def test_a_panel_a_metric(draw, tmp_path):
 
 def test_several_runs_over_minutes(draw, tmp_path):
     """A line a run, of one colour in all panels; minutes are the seconds of all steps until the row."""
-    a = [
-        {"step": 1, "loss": 3, "seconds": 60},
-        {"step": 2, "loss": 2, "seconds": 30},
-        {"step": 2, "mrr": 0.5},
-    ]
+    a = [{"step": 1, "loss": 3, "seconds": 60}, {"step": 2, "loss": 2, "seconds": 30}]
+    a.append({"step": 2, "mrr": 0.5})
     b = [{"step": 1, "loss": 1, "seconds": 15}]
     loss, mrr = draw("--keys", "loss,mrr", "--over", "minutes", "--out", tmp_path / "new" / "x.png", a=a, b=b)
     assert drawn(loss) == [([1, 1.5], [3, 2]), ([0.25], [1])] and drawn(mrr) == [([1.5], [0.5]), ([], [])]
-    assert (
-        [line.get_color() for line in loss.lines] == [line.get_color() for line in mrr.lines] == ["C0", "C1"]
-    )
+    for axes in (loss, mrr):
+        assert [line.get_color() for line in axes.lines] == ["C0", "C1"]
     assert [line.get_label() for line in loss.lines] == [str(tmp_path / name) for name in "ab"]
 
 

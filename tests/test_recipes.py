@@ -1,6 +1,5 @@
 """Rehearsals: every recipe on sixty passages, from its first to its last command, then with nothing to do."""
 
-import json
 import re
 import subprocess
 import sys
@@ -10,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.processes import ENVIRONMENT
-from tests.toy import make_world
+from tests.toy import make_world, write_lines
 from tests.toy_t5 import t5
-from tests.warm_python import warm_python
 from utils.data import Corpus, iter_jsonl, iter_run, read_run
 from utils.plumbing.config import ROOT, read_yaml
 from utils.plumbing.files import folder_hash, read_json
@@ -36,9 +34,7 @@ RECIPES = {  # recipe: its variables; the longest first, because two run at a ti
         "FLAGS": "--batch_size 8 --stop_after 4 --dev_negatives 2 --question_chunk 4 --passage_chunk 4",
         "READER_FLAGS": "--reader_tokens 48 --stop_after 3",
     },
-    "dpr_nq": {
-        "GOLD": "", "READER_FLAGS": "--reader_tokens 48 --batch_size 4 --stop_after 3",
-    },
+    "dpr_nq": {"GOLD": "", "READER_FLAGS": "--reader_tokens 48 --batch_size 4 --stop_after 3"},
     "emdr2_nq": {
         "TRAIN_FLAGS": "--mixed_precision no --batch_size 8 --question_chunk 4 --top_k 4 --reader_tokens 48 "
         "--answer_tokens 8 --encoding_batch_size 32 --refresh_every 2 --stop_after 3 --warmup 0",
@@ -70,10 +66,6 @@ PAPERS = {  # recipe: the numbers of the papers' code (RocketQA run_nq.sh, run_m
 
 def lines(path):
     return [row for _, row in iter_jsonl(path)]
-
-
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def add_sentence(corpus, sentence):
@@ -139,18 +131,17 @@ def rehearse(recipe, folder, python):
     """
     (DATA, RUN, output) of a rehearsal that succeeded, and whose repetition changed nothing.
 
-    python: the folder of a warm one; own_data, the first that a newcomer runs, has the real one.
+    python: the folder of a warm one.
     """
     data = "my data" if recipe == "own_data" else "data"
     world, run, arguments = make_data(recipe, folder / data), folder / "run", []
     variables = COMMON | {"DATA": world, "TRAIN": world / "train.jsonl", "RUN": run}
     variables |= dict.fromkeys(("START", "CROSS_START", "INIT", "READER_INIT"), world / "bert")
     variables |= {"RETRIEVER": world / "dpr", "READER": world / "t5", "T5": world / "t5"} | RECIPES[recipe]
+    variables["PATH"] = f"{python}:{COMMON['PATH']}"
     place = ROOT
     if recipe == "own_data":  # started from elsewhere, with relative paths
         place, arguments, variables["RUN"] = folder, [data], "run"
-    else:
-        variables["PATH"] = f"{python}:{COMMON['PATH']}"
 
     def bash(**changes):
         environment = ENVIRONMENT | {key: str(value) for key, value in (variables | changes).items()}
@@ -173,11 +164,10 @@ def rehearse(recipe, folder, python):
 
 
 @pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory, request):
+def rehearsal(tmp_path_factory, request, python):
     """A function: recipe -> what rehearse returns, or its failure; only selected tests start theirs."""
     wanted = [name for name in RECIPES if any(item.name == f"test_{name}" for item in request.session.items)]
-    folder = tmp_path_factory.mktemp("warm") / "bin"
-    with warm_python(folder, ENVIRONMENT) as python, ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2) as pool:
         started = {}
         for name in wanted:
             started[name] = pool.submit(rehearse, name, tmp_path_factory.mktemp(name), python)

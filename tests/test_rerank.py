@@ -2,22 +2,19 @@
 
 import json
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 import rerank
-from tests.processes import ENVIRONMENT, command, run
+from tests.processes import main, run
 from tests.toy import make_world, tokenizer
 from utils.cross_encoder import CrossEncoder, load_cross_encoder
 from utils.data import Corpus, iter_run, read_questions, read_run, write_run
 from utils.metrics import one_question_at_a_time, retrieval_metrics
-from utils.plumbing.config import ROOT, UserError
+from utils.plumbing.config import UserError
 from utils.plumbing.files import read_json
 from utils.plumbing.weights import save_encoder
 
@@ -53,14 +50,11 @@ def keys(world):
 
 
 @pytest.fixture
-def call(keys, tmp_path, monkeypatch):
+def call(keys, tmp_path):
     """call(out="a.run", key=value ...) runs the script in this process and returns the file it wrote."""
 
     def call(out="a.run", **changes):
-        argv = command("rerank.py", keys | {"out": tmp_path / out} | changes)[1:]
-        monkeypatch.setattr(sys, "argv", argv)
-        AcceleratorState._reset_state(True)  # why: it keeps the first mixed_precision of a process for ever
-        rerank.main()
+        main("rerank.py", keys | {"out": tmp_path / out} | changes)
         return tmp_path / out
 
     return call
@@ -177,8 +171,8 @@ rerank.main()
 def test_killed_while_writing_a_part(keys, call, tmp_path, pairs, capsys):
     """SIGKILL in the third of four blocks: two are kept and not scored again, the end is the same."""
     out = tmp_path / "a.run"
-    argv = [sys.executable, "-c", DIE, *command("", keys | {"out": out})[2:]]
-    killed = subprocess.run(argv, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    (tmp_path / "die.py").write_text(DIE)
+    killed = run(str(tmp_path / "die.py"), keys | {"out": out})
     assert killed.returncode == -9, killed.stderr
     parts = sorted(part.name for part in (tmp_path / "a.run.parts").glob("*.run"))
     assert parts == ["00000.run", "00001.run"] and not out.exists()

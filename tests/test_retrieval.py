@@ -1,13 +1,11 @@
 """test_dpr.py on sixty toy passages: a plain sort ranks, a hand counts."""
 
-import json
-
 import numpy as np
 import pytest
 
 import test_dpr
-from tests.test_trainers import main
-from tests.toy import make_world
+from tests.processes import main
+from tests.toy import make_world, write_lines
 from utils.data import Corpus, read_questions, read_run, write_run
 from utils.encoder import embed, tokenize_questions
 from utils.plumbing.config import UserError
@@ -118,7 +116,7 @@ def test_a_question_that_is_a_passage_is_left_out(world, test, tmp_path, capsys)
     """ArguAna: the best passage is the question itself. The key leaves it out, and k others are listed."""
     passages = list(Corpus(world / "corpus.tsv"))[:5]
     rows = [{"qid": p.id, "question": p.text, "positives": [str(int(p.id) + 30)]} for p in passages]
-    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(tmp_path / "own.jsonl", rows)
     with_itself, before = test(questions=tmp_path / "own.jsonl", k=59)
     without, after = test(questions=tmp_path / "own.jsonl", k=59, ignore_identical_ids="true")
     for qid, hits in without.items():
@@ -146,7 +144,7 @@ def test_lookahead_leaves_out_questions_without_a_passage_id(world, test, tmp_pa
     questions = read_questions(world / "test.jsonl")
     questions[0]["positives"] = []
     questions[1]["positives"] = [{"title": "", "text": "inline"}, "3"]
-    (tmp_path / "some.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    write_lines(tmp_path / "some.jsonl", questions)
     ranking, _ = test(lookahead="true", questions=tmp_path / "some.jsonl")
     assert list(ranking) == [q["qid"] for q in questions[2:]]
     assert "2 of 10 questions have no passage id" in capsys.readouterr().out
@@ -226,7 +224,7 @@ def test_the_leak_count(world, test, tmp_path, capsys):
     """Two of the ten test questions are put into a training file, in capitals and with a question mark."""
     questions = read_questions(world / "test.jsonl")
     lines = [{"qid": str(i), "question": q["question"].upper() + " ?"} for i, q in enumerate(questions[:2])]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(tmp_path / "train.jsonl", lines)
     test(check_leak=tmp_path / "train.jsonl")
     assert "leak: 2 of 10 test questions occur" in capsys.readouterr().out
 

@@ -17,7 +17,7 @@ from spacy.training import Example
 
 from prepare import salient_spans
 from prepare.salient_spans import mask, pipeline
-from tests.processes import ENVIRONMENT
+from tests.processes import ENVIRONMENT, flags, main
 from tests.toy import CITIES, THINGS
 from utils.data import Corpus, read_questions
 from utils.plumbing.config import ROOT, UserError, read_yaml
@@ -42,19 +42,14 @@ def write_corpus(path, rows=40):
     path.write_text("id\ttext\ttitle\n" + "".join(lines), encoding="utf-8", newline="")
 
 
-def flags(keys):
-    return [part for key, value in keys.items() for part in (f"--{key}", str(value))]
-
-
 @pytest.fixture
-def make(tmp_path, monkeypatch):
+def make(tmp_path):
     """Runs the script in this process on the corpus of this file; returns the bytes of its `out`."""
 
     def run(out="mss.jsonl", **keys):
         write_corpus(tmp_path / "corpus.tsv")
         given = {"corpus": tmp_path / "corpus.tsv", "model": "rules", "workers": 0, "out": tmp_path / out}
-        monkeypatch.setattr(sys, "argv", ["salient_spans", *flags(given | keys)])
-        salient_spans.main()
+        main("prepare.salient_spans", given | keys)
         return (tmp_path / out).read_bytes()
 
     return run

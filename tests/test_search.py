@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from pathlib import Path
 
 import faiss as plain_faiss
 import numpy as np
@@ -11,12 +10,13 @@ import pytest
 import torch
 
 from tests.saved import Largest
+from tests.toy import golden_file
 from utils.plumbing.config import UserError
 from utils.plumbing.embeddings import open_embeddings
 from utils.plumbing.files import sha256, write_json
 from utils.search import as_lists, build_index, exact_topk, fetch, name_blas_kernel, search_index
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "merge_topk.json").read_text())["cases"]
+GOLDEN = golden_file("merge_topk")["cases"]
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
@@ -78,7 +78,7 @@ def test_shards_give_the_list_that_merging_them_gives(case, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("questions", [1, 5, 64])
+@pytest.mark.parametrize("questions", [1, 64, 300])  # from 256 on a CPU takes another way
 def test_the_same_bits_for_every_sharding_block_and_device(questions, device):
     """Memory for one block is enough: shards and blocks of any size give the plain sort, to the last bit."""
     q_QD, x_ND = vectors(0, questions), vectors(1, 1003, dtype=np.float16)
@@ -88,7 +88,7 @@ def test_the_same_bits_for_every_sharding_block_and_device(questions, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("questions", [3, 64])
+@pytest.mark.parametrize("questions", [3, 300])
 def test_twins_stay_in_corpus_order_also_across_the_boundary_of_k(questions, device):
     """
     10 vectors, 30 copies each: rounding differs by place in a block; the answer must not (k = 10 of 30).
@@ -104,24 +104,6 @@ def test_twins_stay_in_corpus_order_also_across_the_boundary_of_k(questions, dev
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_pairs_of_twins_stay_in_corpus_order(device):
-    """A passage that occurs twice: both copies come out, the earlier one first."""
-    q_QD, x_ND = vectors(21, 40, 96), np.tile(vectors(22, 300, 96, np.float16), (2, 1))
-    expected = plain_sort(q_QD, x_ND, 10)
-    assert (expected[1][:, 1::2] == expected[1][:, ::2] + 300).all()
-    same(exact_topk(q_QD, cut(x_ND, 70), 10, 64, device), expected)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_few_and_many_questions_find_the_same(device):
-    """On a CPU many questions take another way through a block: the plain sort, to the last bit, for both."""
-    q_QD, x_ND = vectors(26, 300), vectors(27, 3000, dtype=np.float16)
-    for few in (3, 300):
-        for size, block in ((3000, 3000), (1250, 800), (40, 16)):
-            same(exact_topk(q_QD[:few], cut(x_ND, size), 30, block, device), plain_sort(q_QD[:few], x_ND, 30))
-
-
-@pytest.mark.parametrize("device", DEVICES)
 def test_memory_is_that_of_a_block(device):
     """
     Scores that rise along the corpus: every passage is among the best so far, and still few stay in memory.
@@ -134,24 +116,16 @@ def test_memory_is_that_of_a_block(device):
     assert largest.numel < len(q_QD) * len(x_ND) / 4, largest.numel
 
 
-@pytest.mark.parametrize("row", [3, 2999])
-def test_nan_in_a_passage_is_found_wherever_it_stands(row):
-    """In the first block or in a late one: the row is named, and the passage is not just left out."""
-    x_ND = vectors(24, 3000)
-    x_ND[row, 5] = np.nan
-    for block in (100, 3000):
-        with pytest.raises(UserError, match=f"passage row {row}"):
-            exact_topk(vectors(25, 40), cut(x_ND, 700), 5, block)
-
-
 @pytest.mark.parametrize("questions", [3, 300])
-def test_infinity_in_a_passage_is_never_just_not_found(questions):
-    """Of either sign, whatever the question: a passage that scores -inf would only be missing."""
-    for value in (np.inf, -np.inf):
-        x_ND = np.abs(vectors(28, 500))
-        x_ND[433, 0] = value
-        with pytest.raises(UserError, match="passage row 433"):
-            exact_topk(np.abs(vectors(29, questions)), cut(x_ND, 100), 5)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_passage_that_could_not_be_found_is_named(value, questions):
+    """In the first block or in a late one, whatever the question: it would only be missing in the results."""
+    for row in (3, 2999):
+        x_ND = np.abs(vectors(24, 3000))
+        x_ND[row, 5] = value
+        for block in (100, 3000):
+            with pytest.raises(UserError, match=f"passage row {row}"):
+                exact_topk(np.abs(vectors(25, questions)), cut(x_ND, 700), 5, block)
 
 
 @pytest.mark.parametrize("factory", ["Flat", "HNSW8", "IVF4,Flat", "PQ4x4"])
@@ -208,7 +182,7 @@ def test_k_larger_than_the_corpus_and_no_questions(device):
 
 
 def test_what_cannot_be_searched_is_named():
-    """NaN in question 2, dimensions 24 and 23, infinity in passage 5, k = 0: one sentence each."""
+    """NaN in question 2, dimensions 24 and 23, k = 0: one sentence each."""
     q_QD, x_ND = vectors(11, 4), vectors(12, 50)
     q_QD[2, 3] = np.nan
     with pytest.raises(UserError, match="question 2 .*NaN"):
@@ -217,9 +191,6 @@ def test_what_cannot_be_searched_is_named():
         exact_topk(vectors(11, 4), [x_ND[:, :23]], 3)
     with pytest.raises(UserError, match="k is 0"):
         exact_topk(vectors(11, 4), [x_ND], 0)
-    x_ND[5, 0] = np.inf
-    with pytest.raises(UserError, match="passage row 5"):
-        exact_topk(np.abs(vectors(11, 4)), [x_ND], 3)
 
 
 @pytest.mark.parametrize("factory", ["HNSW32", "IVF8,Flat", "IVF4,PQ4x4", "PQ4x4", "OPQ4,IVF4,PQ4x4"])

@@ -1,18 +1,16 @@
 """Text: the same verdicts as DPR's own matcher, golden and on random unicode, blank answers excepted."""
 
-import json
 import random
 import time
 import unicodedata
-from pathlib import Path
 
 import pytest
 import regex
 
+from tests.toy import golden_file
 from utils import text
 from utils.text import answer_position, exact_match, f1, has_answer, tokenize
 
-GOLDEN = Path(__file__).parent / "golden"
 FLAGS = regex.IGNORECASE | regex.UNICODE | regex.MULTILINE
 
 # Characters that a careless short cut gets wrong: İ, Kelvin's K and ſ change length or alphabet with case;
@@ -23,7 +21,7 @@ ODD += "\u00a0\u3000\u2028\u200b\u00ad\u0085\n\t\x00\ufeff\ud800.,'-_$()aA bB "
 
 
 def golden(name):
-    return json.loads((GOLDEN / f"{name}.json").read_text())["cases"]
+    return golden_file(name)["cases"]
 
 
 def plain_tokens(string):

@@ -1,8 +1,6 @@
 """The cross-encoder and its trainer against RocketQA's token ids, plain autograd and numbers by hand."""
 
 import json
-from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizer
 
 import train_cross_encoder as trainer
-from tests.processes import on_devices
-from tests.toy import make_world
+from tests.processes import flags, main, on_devices, rows
+from tests.toy import ACCELERATOR, close, flat_gradient, golden_file, write_lines
 from utils.corpus import Passage
 from utils.cross_encoder import CrossEncoder, load_cross_encoder, probabilities, tokenize_pairs
 from utils.data import Corpus
@@ -24,47 +22,18 @@ from utils.encoder import collate
 from utils.plumbing.config import UserError, load_config
 from utils.plumbing.weights import load_encoder, save_encoder
 
-torch.set_num_threads(1)  # why: threads that wait for each other take seconds on a busy machine
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenize_pair.json").read_text())
-ACCELERATOR = SimpleNamespace(
-    device=torch.device("cpu"),
-    process_index=0,
-    backward=torch.Tensor.backward,
-    autocast=nullcontext,
-    scaler=None,
-)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
-
 
 def keys(world, run_dir, **changes):
     """The command-line keys of a toy run in a world of tests/toy.py, with changes."""
-    return {
-        "run_dir": run_dir,
-        "init": world / "bert",
-        "train": world / "train.jsonl",
-        "dev": world / "dev.jsonl",
-        "corpus": world / "corpus.tsv",
-        "pair_tokens": 32,
-        "layer_norm_epsilon": 0.0,
-        "batch_size": 16,
-        "chunk": 6,
-        "learning_rate": 1e-3,
-        "epochs": 6,
-        "save_every": 5,
-    } | changes
-
-
-def command_line(keys):
-    return [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    files = {"init": world / "bert", "run_dir": run_dir, "corpus": world / "corpus.tsv"}
+    files |= {"train": world / "train.jsonl", "dev": world / "dev.jsonl"}
+    sizes = {"pair_tokens": 32, "layer_norm_epsilon": 0.0, "batch_size": 16, "chunk": 6}
+    return files | sizes | {"learning_rate": 1e-3, "epochs": 6, "save_every": 5} | changes
 
 
 def parts(world, **changes):
     """What one step needs: (settings, pairs, corpus, model)."""
-    argv = command_line(keys(world, world / "run", **changes))
+    argv = flags(keys(world, world / "run", **changes))
     cfg = load_config("", "config/train_cross_encoder_nq.yaml", argv)
     torch.manual_seed(cfg.seed)
     cross = load_cross_encoder(cfg.init, cfg.pair_tokens, cfg.dropout, new_head=True).train()
@@ -77,9 +46,10 @@ def parts(world, **changes):
 def test_token_ids_equal_rocketqa(tmp_path):
     """`[CLS] question [SEP] title text [SEP]` and its segments, in all golden cases of RocketQA."""
     path = tmp_path / "vocab.txt"
-    path.write_text("\n".join(GOLDEN["vocab"]), encoding="utf-8")
+    golden = golden_file("tokenize_pair")
+    path.write_text("\n".join(golden["vocab"]), encoding="utf-8")
     words = BertTokenizer(vocab=str(path), do_lower_case=True)
-    cases = [case for case in GOLDEN["cases"] if case["mode"] == "rocketqa_cross"]
+    cases = [case for case in golden["cases"] if case["mode"] == "rocketqa_cross"]
     assert len(cases) == 21 and any(len(case["ids"]) == case["max_length"] for case in cases)
     for case in cases:
         inputs = {"role": "cross", "pair_tokens": case["max_length"], "token_types": "segments"}
@@ -167,8 +137,8 @@ def test_a_batch_is_a_function_of_seed_and_step(world):
             assert [len(rows) for rows, _ in chunks] == [6, 6, 4]
             lengths = [len(row) for rows, _ in chunks for row in rows]
             assert lengths == sorted(lengths) and len({*lengths}) > 1
-            for rows, labels in chunks:
-                seen += zip(rows, labels, strict=True)
+            for chunk_rows, labels in chunks:
+                seen += zip(chunk_rows, labels, strict=True)
         left = [(row, pair[2]) for row, pair in zip(ids, pairs, strict=True)]
         for pair in seen:
             left.remove(pair)  # raises where a pair comes more often than it is there
@@ -177,20 +147,12 @@ def test_a_batch_is_a_function_of_seed_and_step(world):
     assert epochs[0] != epochs[1]
 
 
-def flat_gradient(cross):
-    return torch.cat([parameter.grad.flatten() for parameter in cross.parameters()])
-
-
 def one_graph(chunks, cross):
     """The oracle: one padded batch, plain autograd."""
     ids = [row for rows, _ in chunks for row in rows]
     labels = [label for _, labels in chunks for label in labels]
     F.cross_entropy(cross(**collate(cross, ids)), torch.tensor(labels)).backward()
     return flat_gradient(cross)
-
-
-def close(got, wanted):
-    return (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.5])
@@ -280,16 +242,7 @@ def test_dev_metrics_by_hand():
 
 
 # ---------------------------------------------------------------- the command, as its user meets it
-def train(world, run_dir, monkeypatch, **changes):
-    """Run main() in this process, without its signal handlers; return the rows of metrics.jsonl."""
-    argv = command_line(keys(world, run_dir, **changes))
-    monkeypatch.setattr("sys.argv", ["train_cross_encoder.py", *argv])
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    trainer.main()
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_a_run_learns(world, tmp_path, monkeypatch):
+def test_a_run_learns(world, tmp_path):
     """Red passages are relevant: every one comes to the top. The rate rises, then it is constant."""
     corpus = Corpus(world / "corpus.tsv")
     rng = np.random.default_rng(0)
@@ -297,15 +250,15 @@ def test_a_run_learns(world, tmp_path, monkeypatch):
         texts = {str(i): corpus.passage(str(i)).text for i in ids}
         red = [pid for pid in texts if " red" in texts[pid]]
         other = [pid for pid in texts if pid not in red]
-        with open(tmp_path / f"{name}.jsonl", "w") as file:
-            for i in range(questions):
-                line = {"qid": f"q{i}", "question": "which is red", "positives": [str(rng.choice(red))]}
-                line["negatives"] = rng.choice(other, 2, replace=False).tolist()
-                print(json.dumps(line), file=file)
+        lines = []
+        for i in range(questions):
+            line = {"qid": f"q{i}", "question": "which is red", "positives": [str(rng.choice(red))]}
+            lines.append(line | {"negatives": rng.choice(other, 2, replace=False).tolist()})
+        write_lines(tmp_path / f"{name}.jsonl", lines)
 
     files = {"train": tmp_path / "train.jsonl", "dev": tmp_path / "dev.jsonl"}
-    rows = train(world, tmp_path / "run", monkeypatch, warmup=4, **files)
-    steps = [row for row in rows if "loss" in row]
+    main("train_cross_encoder.py", keys(world, tmp_path / "run", warmup=4, **files))
+    steps = [row for row in rows(tmp_path / "run") if "loss" in row]
     losses = [row["loss"] for row in steps]
     rates = [row["lr"] for row in steps]
     assert len(losses) == 66 and np.mean(losses[-10:]) < 0.3 < 0.5 < np.mean(losses[:10])

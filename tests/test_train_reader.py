@@ -2,8 +2,6 @@
 
 import json
 import shutil
-from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,9 +9,9 @@ import pytest
 import torch
 from transformers import BertTokenizer, DPRConfig, DPRReader, DPRReaderTokenizer
 
-import train_reader
 import utils.reader
-from tests.toy import bert, make_world
+from tests.processes import flags, main, rows
+from tests.toy import ACCELERATOR, bert, close, flat_gradient, golden_file, write_lines
 from train_reader import add_gradient, best_spans, draw_passages, make_batch, reader_loss
 from utils.corpus import Passage
 from utils.data import Corpus
@@ -32,12 +30,6 @@ from utils.reader import (
     tokenize_rows,
     training_rows,
     word_pieces,
-)
-
-GOLDEN = Path(__file__).parent / "golden"
-torch.set_num_threads(1)
-ACCELERATOR = SimpleNamespace(
-    device=torch.device("cpu"), process_index=0, backward=torch.Tensor.backward, autocast=nullcontext
 )
 
 
@@ -59,15 +51,6 @@ def keys(world, run_dir, **changes):
     return files | sizes | steps | {"max_grad_norm": 1.0} | changes
 
 
-def flags(given):
-    return [word for key, value in given.items() for word in (f"--{key}", str(value))]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
 def open_reader(folder, length=40, seed=42):
     torch.manual_seed(seed)
     return load_reader(folder, {"reader_tokens": length, "token_types": "zeros"}, new_head=True)
@@ -85,8 +68,7 @@ def parts(world, **changes):
 def corpus_of(path, passages):
     """The corpus of (title, text) pairs."""
     lines = [{"_id": f"p{i}", "title": title, "text": text} for i, (title, text) in enumerate(passages)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return Corpus(path)
+    return Corpus(write_lines(path, lines))
 
 
 # ---------------------------------------------------------------- loss, against DPR
@@ -107,7 +89,7 @@ def golden_loss(case):
 
 def test_loss_and_gradients_equal_dpr():
     """All golden cases in float64, a question without any span included; of the odd ones the closed form."""
-    cases = json.loads((GOLDEN / "reader_loss.json").read_text())["cases"]
+    cases = golden_file("reader_loss")["cases"]
     assert len(cases) == 13 and sum(case.get("reference_quirk", False) for case in cases) == 4
     for case in cases:
         loss, *gradients = golden_loss(case)
@@ -137,7 +119,7 @@ def test_loss_by_hand_and_without_padding():
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory):
     """(golden span cases, a stand-in for a reader with their words, its vocabulary file)."""
-    spans = json.loads((GOLDEN / "best_spans.json").read_text())
+    spans = golden_file("best_spans")
     path = tmp_path_factory.mktemp("words") / "vocab.txt"
     path.write_text("\n".join(spans["vocab"]), encoding="utf-8")
     words = BertTokenizer(vocab=str(path), do_lower_case=True)
@@ -256,15 +238,8 @@ def test_what_is_learned_and_what_is_dropped_and_why(world, tmp_path):
     """One question of each fate; the comments and the statuses name them."""
     reader = open_reader(world / "bert")
     beyond = "the old river of rome is new and it stands in rome " * 3 + " red"
-    texts = [
-        "red and blue and red .",
-        beyond,
-        "nothing here",
-        "",
-        "“café” — red’s",
-        "the old tower",
-        "at 5°C",
-    ]
+    texts = ["red and blue and red .", beyond, "nothing here", "", "“café” — red’s", "the old tower"]
+    texts.append("at 5°C")
     corpus = corpus_of(tmp_path / "edge.jsonl", [("", text) for text in texts])
 
     def fate(answers, rows, length=40, question="which"):
@@ -364,10 +339,6 @@ def test_a_batch_is_a_function_of_seed_and_step(world):
     assert any(ids[1:] != drawn[0][1:] for ids in drawn)
 
 
-def flat_gradient(reader):
-    return torch.cat([p.grad.flatten() for p in reader.parameters()])
-
-
 def one_graph(chunks, reader):
     """The oracle: every question by itself, plain autograd."""
     reader.zero_grad()
@@ -393,7 +364,7 @@ def test_the_gradient_is_that_of_one_graph(world):
         loss, correct = add_gradient(chunks, reader, ACCELERATOR, cfg, 0).tolist()
         got = flat_gradient(reader)
         wanted_loss, wanted = one_graph(chunks, reader)
-        assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+        assert close(got, wanted)
         assert abs(loss - wanted_loss) < 1e-5 and 0 <= correct <= 8
 
 
@@ -470,8 +441,6 @@ def test_other_models_are_refused(world, tmp_path):
     (tmp_path / "old.cp").write_text("")
     small = {"reader_tokens": 40}
     for folder, head, inputs, words in (
-        (world / "bert", False, small, "without the reader's outputs"),
-        (world / "query_encoder", False, small, "this is a question encoder"),
         (tmp_path / "ernie", True, small, "a reader starts from a BERT, this is a ernie"),
         (tmp_path / "tower", True, small, "holds a DPRContextEncoder"),
         (tmp_path / "old.cp", True, small, "is a checkpoint of the original DPR; first: python -m prepare"),
@@ -483,20 +452,12 @@ def test_other_models_are_refused(world, tmp_path):
 
 
 # ---------------------------------------------------------------- the command, as its user meets it
-def call(monkeypatch, given):
-    """main() in this process, without its signal handlers."""
-    monkeypatch.setattr("sys.argv", ["train_reader.py", *flags(given)])
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    train_reader.main()
-
-
-def test_a_run_learns(world, tmp_path, monkeypatch):
+def test_a_run_learns(world, tmp_path):
     """The loss falls, dev EM rises, the best checkpoint is that of the highest dev EM, the log tells all."""
-    call(monkeypatch, keys(world, tmp_path / "run"))
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in rows if "loss" in row]
+    main("train_reader.py", keys(world, tmp_path / "run"))
+    losses = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
     assert len(losses) == 40 and np.mean(losses[-10:]) < 0.5 * np.mean(losses[:5])
-    dev = {row["step"]: row["em"] for row in rows if "em" in row}
+    dev = {row["step"]: row["em"] for row in rows(tmp_path / "run") if "em" in row}
     final = json.loads((tmp_path / "run/metrics.json").read_text())
     assert [*dev] == [10, 20, 30, 40] and final["best"] == max(dev.values()) >= 0.5
     assert final["best_step"] == max(dev, key=dev.get)

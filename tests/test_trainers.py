@@ -1,12 +1,5 @@
-"""
-What all four trainers share, as one table: a run that ends, that is killed, that is told to stop, that goes
-wrong.
+"""What all four trainers share: a run that ends, that is killed, that is told to stop, that goes wrong."""
 
-Each row of TRAINERS is a script, the keys of its toy run, its models, and the keys that cut a batch into
-chunks.
-"""
-
-import importlib
 import json
 import shlex
 import shutil
@@ -22,16 +15,16 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests import test_train_cross_encoder, test_train_dpr, test_train_reader
-from tests.processes import ENVIRONMENT, begin, kill_tree, run
-from tests.toy import make_world
+from tests import test_train_cross_encoder, test_train_dpr, test_train_emdr2, test_train_reader
+from tests.processes import ENVIRONMENT, begin, begin_torchrun, kill_tree, main, rows, run
+from tests.toy import make_world, write_lines
 from tests.toy_t5 import t5
 from utils.plumbing.checkpoint import load_moments, save_checkpoint
 from utils.plumbing.config import ROOT, UserError
 from utils.plumbing.files import folder_hash, weights_hash
 from utils.plumbing.model_card import model_card
 from utils.plumbing.run import make_optimizer
-from utils.plumbing.weights import load_encoder, load_towers, pair_id
+from utils.plumbing.weights import load_encoder, pair_id
 
 
 class Trainer(NamedTuple):
@@ -39,48 +32,25 @@ class Trainer(NamedTuple):
     keys: object  # (world, run_dir, **changes) -> {key: value}
     models: tuple  # the folders that a run writes
     chunks: dict  # other sizes of the chunks, which must not change the gradient
-    starts: tuple  # the keys that name the starting weights
+    start: str  # the key that names the starting weights
 
 
 def emdr2_keys(world, run_dir, **changes):
-    """
-    The command line of a toy run of EMDR2: 40 questions in 2 epochs of 6 steps, the index renewed twice.
-    """
-    files = {key: world / f"{key}.jsonl" for key in ("train", "dev")} | {"corpus": world / "corpus.tsv"}
-    files |= {key: world / key for key in ("query_encoder", "doc_encoder", "embeddings")}
-    files |= {"reader": world / "t5", "run_dir": run_dir}
-    sizes = {"top_k": 4, "reader_tokens": 48, "answer_tokens": 6, "batch_size": 6, "question_chunk": 4}
-    sizes |= {"passage_chunk": 5, "score_chunk": 3, "encoding_batch_size": 7, "eval_batch_size": 8}
+    """A toy run of EMDR2: 40 questions in 2 epochs of 6 steps, the index renewed twice."""
     steps = {"epochs": 2, "learning_rate": 1e-3, "warmup": 0.1, "save_every": 3, "refresh_every": 4}
-    steps |= {"mixed_precision": "no", "gradient_checkpointing": False, "temperature": 0.0, "eval_every": 7}
-    return files | sizes | steps | changes
+    steps |= {"retriever_lr_scale": 1.0, "eval_every": 7}
+    return test_train_emdr2.keys(world, run_dir, **steps | changes)
 
 
+TOWERS, CHUNKS = ("query_encoder", "doc_encoder"), {"question_chunk": 8, "passage_chunk": 40}
+CACHED = {"question_chunk": 8, "passage_chunk": 5, "grad_cache": True}
+CHUNKS_OF_THREE = {"question_chunk": 6, "passage_chunk": 24, "score_chunk": 24}
+CROSS = test_train_cross_encoder.keys
 TRAINERS = {
-    "dpr": Trainer(
-        "train_dpr.py",
-        test_train_dpr.keys,
-        ("query_encoder", "doc_encoder"),
-        {"question_chunk": 8, "passage_chunk": 5, "grad_cache": True},
-        ("init",),
-    ),
-    "cross": Trainer(
-        "train_cross_encoder.py", test_train_cross_encoder.keys, ("cross_encoder",), {"chunk": 16}, ("init",)
-    ),
-    "reader": Trainer(
-        "train_reader.py",
-        test_train_reader.keys,
-        ("reader",),
-        {"question_chunk": 8, "passage_chunk": 40},
-        ("init",),
-    ),
-    "emdr2": Trainer(
-        "train_emdr2.py",
-        emdr2_keys,
-        ("reader", "query_encoder", "doc_encoder"),
-        {"question_chunk": 6, "passage_chunk": 24, "score_chunk": 24},
-        ("reader",),
-    ),
+    "dpr": Trainer("train_dpr.py", test_train_dpr.keys, TOWERS, CACHED, "init"),
+    "cross": Trainer("train_cross_encoder.py", CROSS, ("cross_encoder",), {"chunk": 16}, "init"),
+    "reader": Trainer("train_reader.py", test_train_reader.keys, ("reader",), CHUNKS, "init"),
+    "emdr2": Trainer("train_emdr2.py", emdr2_keys, ("reader", *TOWERS), CHUNKS_OF_THREE, "reader"),
 }
 
 
@@ -89,31 +59,9 @@ def world(tmp_path_factory):
     """The toy world, with a T5 and the vectors of its passages."""
     world = make_world(tmp_path_factory.mktemp("world"))
     t5(world)
-    vectors = {
-        "doc_encoder": world / "doc_encoder",
-        "corpus": world / "corpus.tsv",
-        "out": world / "embeddings",
-    }
-    main("doc2embedding.py", vectors)
+    keys = {"doc_encoder": world / "doc_encoder", "corpus": world / "corpus.tsv"}
+    main("doc2embedding.py", keys | {"out": world / "embeddings"})
     return world
-
-
-def main(script, keys):
-    """Run a script's main() in this process: the imports of a new one take longer than its work."""
-    argv = [script, *(word for key, value in keys.items() for word in (f"--{key}", str(value)))]
-    patch = pytest.MonkeyPatch()
-    patch.setattr("sys.argv", argv)
-    patch.setattr("signal.signal", lambda *_: None)
-    try:
-        importlib.import_module(Path(script).stem).main()
-    finally:
-        patch.undo()
-
-
-def rows(run_dir):
-    """metrics.jsonl without what differs between two runs: the time."""
-    lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
 def weights(folder, models):
@@ -205,8 +153,11 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(whole_dpr, tmp_path, proce
     """The step is finished and saved, the exit code is 128 + the signal; the printed command ends alike."""
     trainer, keys, folder = whole_dpr
     keys = keys | {"run_dir": tmp_path / "run", "resume": "exact", "save_every": 1000}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        process = begin(trainer.script, keys, processes)
+    start, numbers = begin, (signal.SIGTERM, signal.SIGINT)
+    if processes == 2:
+        start, numbers = begin_torchrun, numbers[1:]
+    for number in numbers:
+        process = start(trainer.script, keys)
         next(line for line in process.stdout if line.startswith("step"))
         process.send_signal(number)  # torchrun passes it on to its workers
         output = process.communicate()[0]
@@ -223,7 +174,6 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(whole_dpr, tmp_path, proce
 
 KILL_DURING_SAVE = """
 import os, signal, sys
-sys.path.insert(0, {root!r})
 import utils.plumbing.checkpoint as checkpoint
 real, calls = checkpoint.write_json, []
 def dying(path, value):
@@ -232,7 +182,7 @@ def dying(path, value):
         os.kill(os.getpid(), signal.SIGKILL)
     real(path, value)
 checkpoint.write_json = dying
-sys.argv = ["train_dpr.py", *sys.argv[1:]]
+sys.argv[0] = "train_dpr.py"
 import train_dpr
 train_dpr.main()
 """
@@ -241,7 +191,7 @@ train_dpr.main()
 def test_killed_during_the_checkpoint_write(whole_dpr, tmp_path):
     """A half-written checkpoint has no final name: the one before it is used, and the end is the same."""
     trainer, keys, folder = whole_dpr
-    (tmp_path / "dying.py").write_text(KILL_DURING_SAVE.format(root=str(ROOT)))
+    (tmp_path / "dying.py").write_text(KILL_DURING_SAVE)
     keys = keys | {"run_dir": tmp_path / "run", "resume": "exact"}
     assert run(str(tmp_path / "dying.py"), keys).returncode == -signal.SIGKILL
     assert list((tmp_path / "run" / "checkpoints").glob(".step*")), "the kill must have hit the write"
@@ -339,7 +289,7 @@ def test_a_loss_that_is_not_a_number_stops_before_the_weights_change(world, tmp_
     monkeypatch.setattr("utils.plumbing.weights.check_sound", lambda *_: None)
     trainer = TRAINERS[name]
     keys = trainer.keys(world, tmp_path / "run")
-    keys[trainer.starts[0]] = poisoned(keys[trainer.starts[0]], tmp_path / "start")
+    keys[trainer.start] = poisoned(keys[trainer.start], tmp_path / "start")
     with pytest.raises(UserError, match="step 1: loss nan.*the training starts from hold NaN"):
         main(trainer.script, keys)
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -368,7 +318,7 @@ def test_a_step_that_teaches_nothing_is_said_once(world, tmp_path, capsys):
     """The loss and the gradient of a batch of one question without a negative are exactly 0."""
     lines = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
     lines = [line | {"negatives": line["negatives"] if i == 0 else []} for i, line in enumerate(lines)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(tmp_path / "train.jsonl", lines)
     keys = {"batch_size": 1, "negatives": 1, "stop_after": 3, "dev": "", "train": tmp_path / "train.jsonl"}
     main("train_dpr.py", test_train_dpr.keys(world, tmp_path / "run", **keys))
     assert capsys.readouterr().out.count("are 0: from this batch nothing is learned") == 1
@@ -411,11 +361,8 @@ def test_a_shared_encoder_in_a_run_that_was_copied(world, tmp_path, link):
             path.unlink()
     main("train_dpr.py", keys | {"run_dir": copy, "stop_after": 5, "resume": "changed"})
     alone = shutil.copytree(copy / "doc_encoder", tmp_path / "alone", symlinks=True)
-    assert (
-        folder_hash(alone)
-        == folder_hash(copy / "query_encoder")
-        != folder_hash(tmp_path / "run" / "doc_encoder")
-    )
+    moved = folder_hash(copy / "query_encoder")
+    assert folder_hash(alone) == moved != folder_hash(tmp_path / "run" / "doc_encoder")
     assert load_encoder(alone, "passage").inputs["pair"].endswith("-5")
 
 
@@ -450,10 +397,3 @@ def test_the_model_card_of_a_hubs_weights_without_dev(tmp_path):
         front = yaml.safe_load(card.split("---\n")[1])
         assert (front["base_model"], front["license"]) == (start, licence)
         assert "this run had no dev questions" in card and "{" not in card
-
-
-def test_load_towers_shares(world):
-    """shared_encoder: both names are one object."""
-    cfg = test_train_dpr.settings(world, shared_encoder=True)
-    towers = load_towers({"query_encoder": world / "bert", "doc_encoder": world / "bert"}, cfg, "cpu")
-    assert towers["query_encoder"] is towers["doc_encoder"]

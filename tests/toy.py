@@ -1,10 +1,12 @@
 """
 A toy world for the tests: a WordPiece vocabulary, tiny random BERTs and sixty passages; nothing is
-downloaded.
+downloaded. And what many tests need: golden numbers, lines of json, a device, flat gradients.
 """
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer
@@ -12,18 +14,36 @@ from transformers import BertConfig, BertModel, BertTokenizer
 from utils.encoder import Encoder
 from utils.plumbing.weights import save_encoder
 
-INPUTS = {
-    "question_tokens": 16,
-    "passage_tokens": 32,
-    "pooling": "cls",
-    "token_types": "zeros",
-    "pair": "toy",
-}
+INPUTS = {"question_tokens": 16, "passage_tokens": 32, "pooling": "cls", "token_types": "zeros"}
+INPUTS |= {"pair": "toy"}
+ACCELERATOR = SimpleNamespace(device=torch.device("cpu"), process_index=0, scaler=None)
+ACCELERATOR.backward, ACCELERATOR.autocast = torch.Tensor.backward, nullcontext
 CITIES = "paris london rome oslo cairo lima tokyo quito delhi sofia riga minsk".split()
 THINGS = "river bridge tower market garden".split()
 COLOURS = "red blue green white black".split()
 OTHER = "the a of in is was named old new what which where stands and it has ' . ? , first".split()
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def golden_file(name):
+    """The numbers that an original code gave: {"cases": [...], ...}."""
+    return json.loads((Path(__file__).parent / "golden" / f"{name}.json").read_text())
+
+
+def write_lines(path, rows):
+    """One row of json a line; returns the path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def flat_gradient(*models):
+    """The gradients of all parameters as one vector."""
+    return torch.cat([p.grad.flatten() for model in models for p in model.parameters()])
+
+
+def close(got, wanted, tolerance=1e-5):
+    """The largest difference, relative to the largest entry."""
+    return (got - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
 def tokenizer(folder):
@@ -94,15 +114,9 @@ def make_world(folder):
     questions = []
     for n, (pid, title, text) in enumerate(rows):
         thing, colour = text.split()[2], text.split()[6].strip(".")
-        questions.append(
-            {
-                "qid": f"q{n}",
-                "question": ask(n, thing, title),
-                "answers": [colour],
-                "positives": [pid],
-                "negatives": [rows[(n + 1) % 60][0], rows[(n + 5) % 60][0]],
-            }
-        )
+        question = {"qid": f"q{n}", "question": ask(n, thing, title), "answers": [colour]}
+        negatives = [rows[(n + 1) % 60][0], rows[(n + 5) % 60][0]]
+        questions.append(question | {"positives": [pid], "negatives": negatives})
     for name, part in (("train", questions[:40]), ("dev", questions[40:50]), ("test", questions[50:])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(q) + "\n" for q in part), encoding="utf-8")
+        write_lines(folder / f"{name}.jsonl", part)
     return folder

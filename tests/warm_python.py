@@ -6,6 +6,7 @@ on its work. Scripts of this repository are loaded anew in every fork, so nothin
 """
 
 import contextlib
+import importlib
 import json
 import os
 import runpy
@@ -15,6 +16,10 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
+
+# transformers loads the code of a model when it is first named
+LIBRARIES = ("torch", "accelerate", "bm25s", "faiss", "transformers.models.bert.modeling_bert")
+LIBRARIES += ("transformers.models.t5.modeling_t5", "transformers.models.auto.modeling_auto")
 
 CLIENT = """#!{python} -SE
 import json, os, socket, sys
@@ -50,14 +55,9 @@ def command(argv):
 
 def serve(address):
     """For every client: fork, take over its files, folder and environment, run, send the exit code."""
-    import accelerate  # noqa: F401
-    import bm25s  # noqa: F401
-    import faiss  # noqa: F401
-    import torch
-    import transformers
-
-    assert transformers.BertModel and transformers.T5ForConditionalGeneration  # loaded on first use
-    torch.set_num_threads(1)
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    sys.modules["torch"].set_num_threads(1)
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(f"{address}.new")
     listening.listen(64)
