@@ -144,6 +144,7 @@ doc2embedding.main()
 
 def test_killed_while_writing_a_shard(keys, encode, tmp_path, capsys):
     """SIGKILL amid the third shard: two stay as they are, the half one is swept away, the end is the same."""
+    Corpus(keys["corpus"])  # its index is written by numpy.save too
     (tmp_path / "die.py").write_text(DIE)
     killed = run(str(tmp_path / "die.py"), keys | {"out": tmp_path / "e"})
     assert killed.returncode == -9 and list((tmp_path / "e").glob(".*.tmp"))
