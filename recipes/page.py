@@ -75,27 +75,15 @@ def demo_places(run, data):
         row |= {"updates": None, "minutes_in_all": sum(measured) / 60 if measured else None, "seeds": 1}
         rows.append(row)
     return {
-        "rows": rows,
-        "notes": [],
-        "corpus": corpus,
-        "test": corpus.parent / "test.jsonl",
-        "bm25": "bm25_runs/test.run",
-        "readers": [("reader", "test/reader.answers.json")],
-        "pairs": [
-            ("trained encoder", "BM25"),
-            ("trained encoder", "untrained encoder"),
-            ("trained + BM25", "trained encoder"),
-            ("trained + BM25", "BM25"),
-        ],
+        "rows": rows, "notes": [], "corpus": corpus, "test": corpus.parent / "test.jsonl",
+        "bm25": "bm25_runs/test.run", "readers": [("reader", "test/reader.answers.json")],
+        "pairs": [("trained encoder", "BM25"), ("trained encoder", "untrained encoder"),
+                  ("trained + BM25", "trained encoder"), ("trained + BM25", "BM25")],
         "lessons": [("negatives of BM25", "data/train.jsonl", {"BM25": "bm25_runs/train.run"}, "")],
-        "scores": [],
-        "encoders": [
-            ("untrained", "untrained", "untrained/test.run"),
-            ("inverse cloze", "cloze", ""),
-            ("trained", ".", "test/test.run"),
-        ],
-        "belief": (),
-    }
+        "encoders": [("untrained", "untrained", "untrained/test.run"), ("inverse cloze", "cloze", ""),
+                     ("trained", ".", "test/test.run")],
+        "scores": [], "belief": (),
+    }  # fmt: skip
 
 
 def ladder_places(run, data):
@@ -117,29 +105,25 @@ def ladder_places(run, data):
         lessons.append((f"ANCE-Tele, episode {n}", f"m{n}.jsonl", rankings, momentum))
     lessons.append(("RocketQA M_D1, denoised", "d1.jsonl", {"DPR": "d0/train.run"}, ""))
     lessons.append(("RocketQA, new labels", "pseudo.jsonl", {"M_D1": "d1/unlabelled.run"}, ""))
+    steps = [(row["key"], over) for row in rows for over in row["over"]]
     return {
-        "rows": rows,
-        "notes": stored.get("notes", []),
-        "corpus": data / "corpus.tsv",
-        "test": data / "test.jsonl",
-        "bm25": "data/bm25_test.run",
+        "rows": rows, "notes": stored.get("notes", []),
+        "corpus": data / "corpus.tsv", "test": data / "test.jsonl", "bm25": "data/bm25_test.run",
         "readers": [(known[key].name, known[key].answers) for key in ("reading", "fid", "emdr2")],
-        "pairs": [("d0", "bm25"), (best, "bm25")]
-        + [(row["key"], over) for row in rows for over in row["over"]],
-        "lessons": lessons,
-        "scores": ["d0/train_ce.run", "d1/unlabelled_ce.run"],
+        "pairs": [("d0", "bm25"), (best, "bm25"), *steps], "lessons": lessons,
         "encoders": [(name, name, f"{name}/test.run") for name in ("untrained", "cloze", best)],
+        "scores": ["d0/train_ce.run", "d1/unlabelled_ce.run"],
         "belief": ("d0/test.run", "emdr2/test.run", "emdr2/config.yaml"),
-    }
+    }  # fmt: skip
 
 
 def places_of(run, data):
     """
-    Return where everything stands in a run folder, as a dict. Paths are those below the folder.
+    Return where everything stands in a run folder, as a dict of paths below it.
 
-    rows: of the table. readers: (name, answers). pairs: keys of rows to compare. lessons: (name, training file,
-    rankings that it was mined from, the last episode's file). scores: of the cross-encoder. encoders: (name,
-    folder, ranking). belief: the rankings before and after EMDR2, and its config.
+    rows: of the table. readers: (name, answers). pairs: keys of rows to compare. lessons: (name, training
+    file, rankings that it was mined from, the last episode's file). scores: of the cross-encoder. encoders:
+    (name, folder, ranking). belief: the rankings before and after EMDR2, and its config.
     """
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; name the run folder of recipes/own_data.sh or ladder.sh")
@@ -288,8 +272,8 @@ def groups_of(lines, ranked, last, shelf):
     """
     Return [[source, how many, [[passage, where it stood], ...]], ...] of the negatives of a question.
 
-    ranked: {name: ids} of the rankings that they come from. last: the question's lines of the last episode, whose
-    negatives (momentum) stand at the end.
+    ranked: {name: ids} of the rankings that they come from. last: the question's lines of the last episode,
+    whose negatives (momentum) stand at the end.
     """
     negatives, momentum = negatives_of(lines), len(negatives_of(last))
     groups = {}
@@ -371,21 +355,21 @@ def plane_of(vectors_END):
 
 
 def kinds_of(question, bm25, rankings, shelf, regex):
-    """Return {pid: gold, negative or neighbour}: the passages of a question's picture."""
+    """Return {pid: gold, negative, or the encoder that found it} of the passages in a question's picture."""
     gold = list(gold_ids(question))
     kinds = {gold[0]: "gold"}
     for pid in ids_of(bm25, question):  # as DPR mines them
         right = pid in gold or (question["answers"] and shelf.holds(pid, question["answers"], regex))
         if not right and len(kinds) <= NEGATIVES:
             kinds[pid] = "negative"
-    for ranking in rankings:
+    for name, ranking in rankings.items():
         for pid in ids_of(ranking, question)[:NEIGHBOURS]:
-            kinds.setdefault(pid, "neighbour")
+            kinds.setdefault(pid, name)
     return kinds
 
 
 def pictures_of(run, places, questions, shelf, regex):
-    """Return {"encoders", "missing": names, "questions": [...]}: some questions among passages, in a plane."""
+    """Return {"encoders", "missing", "questions"}: some questions and passages around them, in a plane."""
     there = [entry for entry in places["encoders"] if (run / entry[1] / "query_encoder").exists()]
     missing = [entry[0] for entry in places["encoders"] if entry not in there]
     pictures = {"encoders": [name for name, *_ in there], "missing": missing, "questions": []}
@@ -395,7 +379,7 @@ def pictures_of(run, places, questions, shelf, regex):
 
     # the passages of every question, and all vectors
     qids = {question["qid"] for question in questions}
-    rankings = [rankings_of(run / path, qids) if path else {} for _, _, path in there]
+    rankings = {name: rankings_of(run / path, qids) if path else {} for name, _, path in there}
     bm25 = rankings_of(run / places["bm25"], qids)
     kinds = [kinds_of(question, bm25, rankings, shelf, regex) for question in questions]
     row_of = {pid: row for row, pid in enumerate(dict.fromkeys(pid for kind in kinds for pid in kind))}
@@ -406,11 +390,11 @@ def pictures_of(run, places, questions, shelf, regex):
         rows = [row_of[pid] for pid in kind]
         cloud_END = np.stack([np.concatenate([q_QD[[place]], p_ND[rows]]) for q_QD, p_ND in vectors])
         plane_EN2, share_E = plane_of(cloud_END.astype(np.float64))
-        ranks = [
-            first_rank(pid in gold_ids(question) for pid in ids_of(found, question)) for found in rankings
-        ]
         picture = {"qid": question["qid"], "text": question["question"], "kinds": list(kind.values())}
-        picture["goldRanks"] = [rank if found else None for rank, found in zip(ranks, rankings, strict=True)]
+        picture["goldRanks"] = []
+        for found in rankings.values():
+            rank = first_rank(pid in gold_ids(question) for pid in ids_of(found, question))
+            picture["goldRanks"].append(rank if found else None)
         picture |= {"passages": [shelf.number(pid) for pid in kind], "share": share_E.round(2).tolist()}
         pictures["questions"].append(picture | {"places": plane_EN2.round(3).tolist()})
     return pictures
@@ -450,7 +434,9 @@ def content_of(run, data, regex, megabytes):
         belief = [rankings_of(old, qids), rankings_of(new, qids), read_yaml(config)]
 
     # questions until the page is full
-    room = megabytes * 1e6 - TEMPLATE.stat().st_size - len(as_json(content))
+    room = (
+        megabytes * 1e6 - TEMPLATE.stat().st_size - len(as_json(content | {"questions": [], "passages": []}))
+    )
     rows, passages = {}, len(shelf.rows)
     for place, question in zip(order, shuffled, strict=True):
         row = question_row(question, systems, said, shelf, regex)

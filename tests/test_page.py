@@ -1,4 +1,4 @@
-"""The page: what it says, by hand; then in a real browser: open, search, filter, click, keyboard, two widths."""
+"""The page: what it says, by hand; then in a real browser: search, filter, click, keyboard, two widths."""
 
 import json
 import re
@@ -6,13 +6,14 @@ import re
 import numpy as np
 import pytest
 
+from recipes.ladder import main as ladder
 from recipes.page import Shelf, groups_of, lessons_of, plane_of
 from recipes.page import main as page
 from tests.browser import CHROMIUM, Browser
 from tests.toy import make_world
 from utils.data import Corpus, read_questions, write_run
 from utils.plumbing.config import ROOT, UserError
-from utils.plumbing.files import write_json
+from utils.plumbing.files import read_json, write_json
 
 EVIL = "</script><script>document.title = 'broken'</script><img src=x onerror=alert(1)>"
 
@@ -76,7 +77,7 @@ def made(tmp_path_factory):
 
 # ---------------------------------------------------------------- what it says
 def test_a_question_by_hand(made):
-    """Ranks of gold and answer, the reader's verdict; passages by number, each once; the trained one's gain."""
+    """Ranks of gold and answer, the reader's verdict; every passage once."""
     data = data_of(made[1])
     assert len(data["questions"]) == data["questionsInAll"] == 10 and data["passagesInAll"] == 60
     names = [name for name, run in data["systems"] if run]
@@ -97,7 +98,7 @@ def test_a_question_by_hand(made):
 
 
 def test_the_table_and_the_curves(made):
-    """Percent with intervals, minutes of all that a row is built on; a curve of 120 means; what is missing."""
+    """Percent with intervals, minutes of all that a row is built on; a curve of 120 means."""
     data = data_of(made[1])
     rows = {row["name"]: row for row in data["table"]}
     assert rows["BM25"]["metrics"] == {"top-20": [50, 25, 75], "MRR@10": [50, 25, 75]}
@@ -114,6 +115,70 @@ def test_the_table_and_the_curves(made):
     assert curve["lines"]["acc"][0] == pytest.approx([2, 0.02, 2 / 300], rel=1e-3), "the mean of three steps"
 
 
+def test_a_ladder(made, tmp_path):
+    """Its systems, with those that were not run; three encoders; episodes side by side; the prior by hand."""
+    world, run = made[0].parent / "data", tmp_path / "run"
+    questions, train = read_questions(world / "test.jsonl"), read_questions(world / "train.jsonl")[:5]
+    systems = "data/bm25_test.run untrained/test.run cloze/test.run d0/test.run m1/test.run emdr2/test.run"
+    for n, path in enumerate(systems.split()):
+        pids = [str(pid) for pid in range(1, 31)]
+        hits = [(pid, -float(rank) / (1 + n)) for rank, pid in enumerate(pids)]
+        write_run(run / path, [(question["qid"], hits) for question in questions])
+    for path, pids in (("cloze/ann.run", "5 6 7"), ("cloze/lookahead.run", "7 9"), ("m1/ann.run", "9 8")):
+        hits = [(pid, -float(rank)) for rank, pid in enumerate(pids.split())]
+        write_run(run / path, [(question["qid"], hits) for question in train])
+    for path, pids in (("data/train", "5"), ("m1", "6 9"), ("m2", "8 6 9"), ("d1", "4")):
+        write_lines(run / f"{path}.jsonl", [question | {"negatives": pids.split()} for question in train])
+    write_run(
+        run / "d0" / "train_ce.run", [(question["qid"], [("20", 0.9), ("4", 0.1)]) for question in train]
+    )
+    for name in ("corpus.tsv", "test.jsonl"):
+        (run / "data" / name).symlink_to(world / name)
+    for name in ("untrained", "cloze", "d0"):
+        for tower in ("query_encoder", "doc_encoder"):
+            (run / name / tower).symlink_to(world / tower)
+    (run / "m0").symlink_to("cloze")
+    (run / "gate.txt").write_text("0.2 0.8\n")
+    (run / "emdr2" / "config.yaml").write_text("top_k: 2\ntemperature: 0.5\n")
+    write_lines(run / "d0" / "metrics.jsonl", [{"step": 1, "loss": 1.0, "seconds": 1}])
+    write_json(run / "emdr2" / "answers.answers.json", {question["qid"]: "red" for question in questions})
+    ladder(run, run / "data")
+    page([str(run), "--out", str(tmp_path / "ladder.html")])
+
+    data = data_of(tmp_path / "ladder.html")
+    rows = read_json(run / "table.json")["rows"]
+    for shown, row in zip(data["table"], rows, strict=True):
+        expected = {name: round(100 * cell["value"], 1) for name, cell in row["metrics"].items()}
+        expected = {name: value for name, value in expected.items() if name in data["metrics"]}
+        assert {name: cell[0] for name, cell in shown["metrics"].items()} == pytest.approx(expected)
+    names = [row["name"] for row in rows]
+    assert [name for name, run in data["systems"] if run] == [names[n] for n in (0, 1, 2, 4, 6, 17)]
+    assert ["ANCE-Tele, episode 3", False] in data["systems"] and [name for name, _ in data["readers"]][
+        2
+    ] == names[17]
+    steps = [(data["systems"][a][0], data["systems"][b][0]) for a, b in data["pairs"]]
+    assert steps[0] == (names[4], "BM25") and (names[6], names[4]) in steps
+    assert data["pictures"]["encoders"] == ["untrained", "cloze", "d0"] and not data["pictures"]["missing"]
+    assert [name for name, run in data["lessons"]["files"] if not run] == [
+        "ANCE-Tele, episode 3",
+        "RocketQA, new labels",
+    ]
+    for row in data["lessons"]["questions"]:
+        bm25, m1, m2, m3, d1, new = [
+            [(source, count) for source, count, _ in groups] for groups in row["files"]
+        ]
+        assert (
+            m1 == [("ANN", 1), ("look-ahead", 1)] and m2 == [("ANN", 1), ("momentum", 2)] and m3 == new == []
+        )
+    assert [curve["name"] for curve in data["curves"]] == ["d0"]
+    # scores 0 and -1/4 before, 0 and -1/6 after, at temperature 0.5
+    for row in data["questions"]:
+        (first, *one), (second, *two) = row["belief"]
+        assert [data["passages"][n][0] for n in (first, second)] == ["1", "2"]
+        assert one == pytest.approx([1 / (1 + np.exp(-0.5)), 1 / (1 + np.exp(-1 / 3))], abs=1e-3)
+        assert np.add(one, two) == pytest.approx([1, 1], abs=2e-3)
+
+
 def test_texts_cannot_leave_the_json(made):
     """A passage with </script> stands in the data as it is, and nowhere in the html as html."""
     html = made[1].read_text("utf-8")
@@ -124,7 +189,7 @@ def test_texts_cannot_leave_the_json(made):
 def test_a_small_page_has_fewer_questions(made, tmp_path):
     """--megabytes holds; the table still speaks of all questions; no passage is there for nothing."""
     whole = data_of(made[1])
-    size = made[1].stat().st_size / 1e6 - 0.003
+    size = made[1].stat().st_size / 1e6 - 0.001
     page([str(made[0]), "--out", str(tmp_path / "small.html"), "--megabytes", str(size)])
     data = data_of(tmp_path / "small.html")
     assert (tmp_path / "small.html").stat().st_size <= 1e6 * size
@@ -150,7 +215,7 @@ def test_a_plane_keeps_what_lies_in_it():
 
 
 def test_where_a_negative_comes_from(tmp_path):
-    """ANCE-Tele's sources by rank, momentum at the end; what the cross-encoder threw out, and what it did not."""
+    """ANCE-Tele's sources by rank, momentum last; what the cross-encoder threw out, and what not."""
     world = make_world(tmp_path / "data")
     shelf = Shelf(Corpus(world / "corpus.tsv"))
     ranked = {"ANN": ["5", "6", "7"], "look-ahead": ["9", "7"]}
@@ -225,7 +290,8 @@ def text_of(browser, selector):
 
 
 def test_in_the_browser(browser, made, tmp_path):
-    """Search, filters, a passage's text, the comparison, the keyboard; no error, no request, no broken title."""
+    """Search, filters, a passage's text, the comparison, the keyboard; no error and no request."""
+    data = data_of(made[1])
     open_page(browser, made[1])
     assert len(text_of(browser, "#q-list button")) == 10
     assert text_of(browser, ".results tbody tr:nth-child(3) td") == ["not run"]
@@ -233,10 +299,8 @@ def test_in_the_browser(browser, made, tmp_path):
     # search, by words of the question; then all again
     browser.js("document.activeElement.blur()")
     browser.press("/")
-    browser.type(read_questions(made[0].parent / "data" / "test.jsonl")[3]["question"])
-    assert text_of(browser, "#question-detail h3") == text_of(browser, "#q-list button span:not(:empty)")[
-        :0
-    ] + [read_questions(made[0].parent / "data" / "test.jsonl")[3]["question"]]
+    browser.type(data["questions"][3]["text"])
+    assert text_of(browser, "#question-detail h3") == [data["questions"][3]["text"]]
     assert len(text_of(browser, "#q-list button")) == 1
     browser.js("document.querySelector('#q-search').value = ''")
     browser.js("document.querySelector('#q-search').dispatchEvent(new Event('input'))")
@@ -244,7 +308,6 @@ def test_in_the_browser(browser, made, tmp_path):
     # the filter: at depth 1 BM25 finds all, the trained encoder those whose answer stands in passage 1
     browser.js("document.querySelector('#depth').value = '1'")
     browser.js("document.querySelector('#depth').dispatchEvent(new Event('change'))")
-    data = data_of(made[1])
     lost = [row["text"] for row in data["questions"] if row["first"][2] != 1]
     browser.js("document.querySelector('#show').value = 'b'")
     browser.js("document.querySelector('#show').dispatchEvent(new Event('change'))")
@@ -261,8 +324,9 @@ def test_in_the_browser(browser, made, tmp_path):
     assert text_of(browser, "#question-detail h3") == [lost[3]]
     browser.press("k")
     browser.click("#compare")
-    assert "9 of the first ten" in text_of(browser, "#slopes p")[0]
-    assert browser.js("document.querySelectorAll('#slopes path.loud').length") > 0
+    expected = "10 of the first ten passages are in both, 2 of them changed places, 0 left."
+    assert text_of(browser, "#slopes p") == [expected]
+    assert browser.js("document.querySelectorAll('#slopes path.loud').length") == 2
     browser.js("document.querySelector('.ranks tbody button').focus()")
     browser.press("ArrowDown")
     browser.press("ArrowRight")
