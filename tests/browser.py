@@ -19,7 +19,7 @@ CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 # why no sandbox: as root, which a container's user is, Chromium starts without one only
 FLAGS = "--headless=new --no-sandbox --no-zygote --disable-gpu --in-process-gpu --disable-dev-shm-usage"
 FLAGS += " --disable-extensions --disable-background-networking --no-first-run --hide-scrollbars"
-FLAGS += " --remote-debugging-pipe --force-device-scale-factor=1"
+FLAGS += " --disable-crash-reporter --remote-debugging-pipe --force-device-scale-factor=1"
 KEYS = {
     "ArrowDown": 40,
     "ArrowUp": 38,
