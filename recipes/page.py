@@ -408,7 +408,8 @@ def content_of(run, data, regex, megabytes):
     shelf = Shelf(Corpus(places["corpus"]))
     order = np.random.default_rng(0).permutation(len(questions)).tolist()
     shuffled = [questions[place] for place in order]
-    content = {"run": str(run), "questionsInAll": len(questions), "passagesInAll": len(shelf.corpus)}
+    name = "/".join(run.parts[-2:])  # why not all of it: a page is shown to others
+    content = {"run": name, "questionsInAll": len(questions), "passagesInAll": len(shelf.corpus)}
     content |= {"metrics": METRICS, "table": table_of(places), "notes": places["notes"]}
     content |= {"lessons": lessons_of(run, places, shelf), "curves": curves_of(run)}
     content |= {"pictures": pictures_of(run, places, shuffled, shelf, regex)}
