@@ -219,7 +219,7 @@ def belief_of(question, before, after, config, shelf):
     if not pids:
         return []
     logits_2K = np.array([[scores[pid] for pid in pids] for scores in (old, new)])
-    weights_2K = np.exp((logits_2K - logits_2K.max(1, keepdims=True)) / (config["temperature"] or 1.0))
+    weights_2K = np.exp((logits_2K - logits_2K.max(1, keepdims=True)) / config["temperature"])
     priors_2K = (weights_2K / weights_2K.sum(1, keepdims=True)).round(3).tolist()
     return [[shelf.number(pid), *priors] for pid, *priors in zip(pids, *priors_2K, strict=True)]
 
@@ -432,7 +432,10 @@ def content_of(run, data, regex, megabytes):
     belief = []
     if places["belief"] and all((run / path).is_file() for path in places["belief"]):
         old, new, config = (run / path for path in places["belief"])
-        belief = [rankings_of(old, qids), rankings_of(new, qids), read_yaml(config)]
+        config = read_yaml(config)
+        if not config["temperature"]:  # from: train_emdr2.py, retriever_gradient
+            config["temperature"] = math.sqrt(read_json(old.parent / "embeddings/manifest.json")["dim"])
+        belief = [rankings_of(old, qids), rankings_of(new, qids), config]
 
     # questions until the page is full
     room = (
