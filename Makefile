@@ -1,5 +1,6 @@
 # make demo   set up, then train, encode, search and ask on real text; see recipes/demo.sh
 # make test   set up, then check style and run all tests
+# make browser   install Chromium (Debian, Ubuntu; as root), so that `make test` opens the page of a run in it
 PYTHON ?= python3
 
 .venv/ready: requirements.txt
@@ -21,7 +22,10 @@ test: .venv/ready
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+browser:
+	apt-get update -qq && apt-get install -y -qq chromium
+
 clean:
 	rm -rf .venv runs/demo data/demo
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test browser clean

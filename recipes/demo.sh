@@ -14,3 +14,4 @@ question="what is food called that the muslim faith allows"
 printf '\nquestion> %s\n' "$question"
 python ask.py --run runs/demo --corpus data/demo/corpus.tsv --reader runs/demo/reading/reader \
     --questions data/demo/test.jsonl --k 3 "$question"
+printf '\nWhat each system finds, what taught it, and its vectors: open runs/demo/page.html in a browser\n'

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The ladder: BM25, DPR, GC-DPR, ANCE-Tele, RocketQA, a reader, FiD and EMDR2 on one corpus, from the same weights. It
-# ends with one table and one picture (recipes/ladder.py, recipes/plot.py). A ladder that was stopped continues where it
-# was. Time: 90 minutes on two CPU cores (results/ladder_small).
+# ends with one table, one picture and one page (recipes/ladder.py, plot.py, page.py). A ladder that was stopped continues
+# where it was. Time: 90 minutes on two CPU cores (results/ladder_small).
 #
 # Every third training question loses its label. All encoders learn from the others. RocketQA gives the third
 # pseudo-labels. Readers need only answers and learn from all questions. The dev questions choose checkpoints and the
@@ -156,3 +156,4 @@ if wants emdr2 && [ -n "$T5" ]; then
 fi
 python recipes/ladder.py $RUN $(ls -d ${RUN}_seed* 2>/dev/null || true) $DATA
 [ $RUN/ladder.png -nt $RUN/table.json ] || python -m recipes.plot --table $RUN/table.json --out $RUN/ladder.png
+[ $RUN/page.html -nt $RUN/table.json ] || python recipes/page.py $RUN --out $RUN/page.html

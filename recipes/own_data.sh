@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Your own text and questions, from files to a table: check, BM25, train, encode, search, read, ask.
+# Your own text and questions, from files to a table and a page: check, BM25, train, encode, search, read, ask.
 #
 #     bash recipes/own_data.sh data/my                 (about 12 minutes for the demo's size on two idle CPU cores)
 #
@@ -108,5 +108,6 @@ fi
 
 printf '\n'
 python recipes/demo/table.py "$RUN" "$DATA" "$CORPUS" "$MATCH"
+stage page python recipes/page.py "$RUN" --data "$DATA" --match "$MATCH" --out "$RUN/page.html"
 printf '\nAsk your own questions, in %s:\n' "$PWD"
 printf '    python ask.py --run %q --corpus %q%s\n' "$RUN" "$CORPUS" "$reader"

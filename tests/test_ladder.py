@@ -12,6 +12,7 @@ from recipes.compare import per_question
 from recipes.ladder import best_first, page
 from recipes.ladder import main as ladder
 from tests.processes import ENVIRONMENT
+from tests.test_page import data_of
 from tests.test_recipes import add_sentence, lines, snapshot
 from tests.toy import make_world, write_lines
 from tests.toy_t5 import t5
@@ -130,6 +131,21 @@ def test_the_table_is_what_the_stages_wrote(run):
     assert "| ANCE-Tele, episode 3 | not run | not run |" in (run / "table.md").read_text()
 
 
+def test_the_page(run):
+    """Every system that was run, three encoders, all trainings, the momentum of the second episode."""
+    data, best = data_of(run / "page.html"), (run / "best.txt").read_text().split()[0]
+    assert [name for name, ran in data["systems"] if not ran] == ["ANCE-Tele, episode 3"]
+    assert all(ran for _, ran in data["readers"]) and data["questions"][0]["belief"]
+    assert data["pictures"]["encoders"] == ["untrained", "cloze", best] and data["pictures"]["questions"]
+    names = [name for name, ran in data["lessons"]["files"] if ran]
+    assert names[1:3] == ["ANCE-Tele, episode 1", "ANCE-Tele, episode 2"] and "RocketQA, new labels" in names
+    sources = {group[0] for row in data["lessons"]["questions"] for group in row["files"][2]}
+    assert "momentum" in sources and sources & {"ANN", "look-ahead", "ANN and look-ahead"}
+    assert "elsewhere" not in sources, "every new negative stands in the ranking that it was mined from"
+    trained = {str(path.parent.relative_to(run)) for path in run.glob("**/metrics.jsonl")}
+    assert {curve["name"] for curve in data["curves"]} == trained
+
+
 def test_the_full_size_from_the_weights_themselves(recipe):
     """Blank titles, no inverse cloze: the encoders start from START; a rung alone; another seed."""
     world, folder, bash = recipe
@@ -146,6 +162,7 @@ def test_the_full_size_from_the_weights_themselves(recipe):
     ran = [key for key, row in rows.items() if row["metrics"]]
     assert ran == ["bm25", "untrained", "inbatch", "d0", "hybrid"] and "cloze" not in rows
     assert rows["inbatch"]["over"] == ["untrained"] and rows["d0"]["minutes"] > 0
+    assert data_of(run / "page.html")["pictures"]["encoders"] == ["untrained", "d0"]
 
 
 # ---------------------------------------------------------------- the table

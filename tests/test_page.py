@@ -1,0 +1,388 @@
+"""The page: what it says, by hand; then in a real browser: search, filter, click, keyboard, two widths."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from recipes.ladder import main as ladder
+from recipes.page import Shelf, groups_of, lessons_of, plane_of
+from recipes.page import main as page
+from tests.browser import CHROMIUM, Browser
+from tests.toy import make_world
+from utils.data import Corpus, read_questions, write_run
+from utils.plumbing.config import ROOT, UserError
+from utils.plumbing.files import read_json, write_json
+
+EVIL = "</script><script>document.title = 'broken'</script><img src=x onerror=alert(1)>"
+
+
+def data_of(path):
+    """The JSON of a page."""
+    text = re.search(
+        r'<script type="application/json" id="data">(.*?)</script>', path.read_text("utf-8"), re.S
+    )[1]
+    return json.loads(text)
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """
+    (run folder, html file) of a demo of ten questions: BM25 has the positive first, the trained encoder
+    second, except for question 0, which it does not find; the untrained encoder was not tested.
+    """
+    folder = tmp_path_factory.mktemp("page")
+    world, run = make_world(folder / "data"), folder / "run"
+    corpus = (world / "corpus.tsv").read_text("utf-8").split("\n")
+    corpus[2] = f"2\t{EVIL} green\t{EVIL}"  # row 1 is passage 1
+    (world / "corpus.tsv").write_text("\n".join(corpus), "utf-8")
+    (run / "data").mkdir(parents=True)
+    (run / "config.yaml").write_text(f"corpus: {world / 'corpus.tsv'}\n")
+    questions = read_questions(world / "test.jsonl")
+    found = {"bm25_runs/test.run": [], "test/test.run": []}
+    for n, question in enumerate(questions):
+        gold = question["positives"][0]
+        others = [str(pid) for pid in range(1, 30)]
+        found["bm25_runs/test.run"].append([gold, *others])
+        found["test/test.run"].append(others if n == 0 else [others[0], gold, *others[1:]])
+    for path, rankings in found.items():
+        qids = [question["qid"] for question in questions]
+        hits = [[(pid, -float(rank)) for rank, pid in enumerate(pids)] for pids in rankings]
+        write_run(run / path, zip(qids, hits, strict=True))
+    answers = {
+        question["qid"]: question["answers"][0] if n else "wrong" for n, question in enumerate(questions)
+    }
+    write_json(run / "test" / "reader.answers.json", answers)
+    cell = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 10}
+    write_json(
+        run / "table.json", {"BM25": {"top-20": cell, "MRR@10": cell}, "trained encoder": {"top-20": cell}}
+    )
+    (run / "seconds.tsv").write_text("bm25_test\t30\ntrain\t90\n")
+    write_lines(run / "data" / "train.jsonl", [json.loads(line) for line in open(world / "train.jsonl")])
+    steps = [{"step": n, "loss": 1 / n, "acc": n / 300, "seconds": 0.6} for n in range(1, 301)]
+    write_lines(run / "metrics.jsonl", [*steps, {"step": 300, "mrr": 0.5, "average_rank": 3.0}])
+    for place in (run, run / "untrained"):
+        place.mkdir(exist_ok=True)
+        for name in ("query_encoder", "doc_encoder"):
+            (place / name).symlink_to(world / name)
+    page([str(run), "--out", str(run / "page.html")])
+    return run, run / "page.html"
+
+
+# ---------------------------------------------------------------- what it says
+def test_a_question_by_hand(made):
+    """Ranks of gold and answer, the reader's verdict; every passage once."""
+    data = data_of(made[1])
+    assert len(data["questions"]) == data["questionsInAll"] == 10 and data["passagesInAll"] == 60
+    names = [name for name, run in data["systems"] if run]
+    assert names == ["BM25", "trained encoder"] and data["pairs"] == [[2, 0]]
+    ids = [pid for pid, _, _ in data["passages"]]
+    assert len({*ids}) == len(ids)
+    questions = read_questions(made[0].parent / "data" / "test.jsonl")
+    for n, (row, question) in enumerate(zip(data["questions"], questions, strict=True)):
+        assert (row["qid"], row["text"]) == (question["qid"], question["question"])
+        gold = row["gold"][0]
+        assert ids[gold] == question["positives"][0] and gold in row["hits"]
+        assert row["goldRanks"] == [1, 0, 2 if n else 0, 0] and row["first"][0] == 1
+        assert row["said"] == [["wrong", False] if n == 0 else [question["answers"][0], True]]
+        for number in {*sum(row["ranks"], [])}:
+            holds = question["answers"][0] in data["passages"][number][2]
+            assert (number in row["hits"]) == holds
+        assert [ids[number] for number in row["ranks"][2]][0] == "1" and len(row["ranks"][2]) == 10
+
+
+def test_the_table_and_the_curves(made):
+    """Percent with intervals, minutes of all that a row is built on; a curve of 120 means."""
+    data = data_of(made[1])
+    rows = {row["name"]: row for row in data["table"]}
+    assert rows["BM25"]["metrics"] == {"top-20": [50, 25, 75], "MRR@10": [50, 25, 75]}
+    assert (rows["BM25"]["minutes"], rows["trained encoder"]["minutes"]) == (0.5, 1.5)
+    assert rows["inverse cloze alone"]["metrics"] == rows["untrained encoder"]["metrics"] == {}
+    (curve,) = data["curves"]
+    assert curve["name"] == "trained encoder" and list(curve["lines"]) == [
+        "loss",
+        "acc",
+        "average_rank",
+        "mrr",
+    ]
+    assert len(curve["lines"]["loss"]) == 120 and curve["lines"]["mrr"] == [[300, 3, 0.5]]
+    assert curve["lines"]["acc"][0] == pytest.approx([2, 0.02, 2 / 300], rel=1e-3), "the mean of three steps"
+
+
+def test_a_ladder(made, tmp_path):
+    """Its systems, with those that were not run; three encoders; episodes side by side; the prior by hand."""
+    world, run = made[0].parent / "data", tmp_path / "run"
+    questions, train = read_questions(world / "test.jsonl"), read_questions(world / "train.jsonl")[:5]
+    systems = "data/bm25_test.run untrained/test.run cloze/test.run d0/test.run m1/test.run emdr2/test.run"
+    for n, path in enumerate(systems.split()):
+        pids = [str(pid) for pid in range(1, 31)]
+        hits = [(pid, -float(rank) / (1 + n)) for rank, pid in enumerate(pids)]
+        write_run(run / path, [(question["qid"], hits) for question in questions])
+    for path, pids in (("cloze/ann.run", "5 6 7"), ("cloze/lookahead.run", "7 9"), ("m1/ann.run", "9 8")):
+        hits = [(pid, -float(rank)) for rank, pid in enumerate(pids.split())]
+        write_run(run / path, [(question["qid"], hits) for question in train])
+    for path, pids in (("data/train", "5"), ("m1", "6 9"), ("m2", "8 6 9"), ("d1", "4")):
+        write_lines(run / f"{path}.jsonl", [question | {"negatives": pids.split()} for question in train])
+    write_run(
+        run / "d0" / "train_ce.run", [(question["qid"], [("20", 0.9), ("4", 0.1)]) for question in train]
+    )
+    for name in ("corpus.tsv", "test.jsonl"):
+        (run / "data" / name).symlink_to(world / name)
+    for name in ("untrained", "cloze", "d0"):
+        for tower in ("query_encoder", "doc_encoder"):
+            (run / name / tower).symlink_to(world / tower)
+    (run / "m0").symlink_to("cloze")
+    (run / "gate.txt").write_text("0.2 0.8\n")
+    (run / "emdr2" / "config.yaml").write_text("top_k: 2\ntemperature: 0.5\n")
+    write_lines(run / "d0" / "metrics.jsonl", [{"step": 1, "loss": 1.0, "seconds": 1}])
+    write_json(run / "emdr2" / "answers.answers.json", {question["qid"]: "red" for question in questions})
+    ladder(run, run / "data")
+    page([str(run), "--out", str(tmp_path / "ladder.html")])
+
+    data = data_of(tmp_path / "ladder.html")
+    rows = read_json(run / "table.json")["rows"]
+    for shown, row in zip(data["table"], rows, strict=True):
+        expected = {name: round(100 * cell["value"], 1) for name, cell in row["metrics"].items()}
+        expected = {name: value for name, value in expected.items() if name in data["metrics"]}
+        assert {name: cell[0] for name, cell in shown["metrics"].items()} == pytest.approx(expected)
+    names = [row["name"] for row in rows]
+    assert [name for name, run in data["systems"] if run] == [names[n] for n in (0, 1, 2, 4, 6, 17)]
+    assert ["ANCE-Tele, episode 3", False] in data["systems"] and [name for name, _ in data["readers"]][
+        2
+    ] == names[17]
+    steps = [(data["systems"][a][0], data["systems"][b][0]) for a, b in data["pairs"]]
+    assert steps[0] == (names[4], "BM25") and (names[6], names[4]) in steps
+    assert data["pictures"]["encoders"] == ["untrained", "cloze", "d0"] and not data["pictures"]["missing"]
+    assert [name for name, run in data["lessons"]["files"] if not run] == [
+        "ANCE-Tele, episode 3",
+        "RocketQA, new labels",
+    ]
+    for row in data["lessons"]["questions"]:
+        bm25, m1, m2, m3, d1, new = [
+            [(source, count) for source, count, _ in groups] for groups in row["files"]
+        ]
+        assert (
+            m1 == [("ANN", 1), ("look-ahead", 1)] and m2 == [("ANN", 1), ("momentum", 2)] and m3 == new == []
+        )
+    assert [curve["name"] for curve in data["curves"]] == ["d0"]
+    # scores 0 and -1/4 before, 0 and -1/6 after, at temperature 0.5
+    for row in data["questions"]:
+        (first, *one), (second, *two) = row["belief"]
+        assert [data["passages"][n][0] for n in (first, second)] == ["1", "2"]
+        assert one == pytest.approx([1 / (1 + np.exp(-0.5)), 1 / (1 + np.exp(-1 / 3))], abs=1e-3)
+        assert np.add(one, two) == pytest.approx([1, 1], abs=2e-3)
+
+
+def test_texts_cannot_leave_the_json(made):
+    """A passage with </script> stands in the data as it is, and nowhere in the html as html."""
+    html = made[1].read_text("utf-8")
+    assert html.count("</script>") == 2 and "<img" not in html
+    assert [EVIL, f"{EVIL} green"] in [row[1:] for row in data_of(made[1])["passages"]]
+
+
+def test_a_small_page_has_fewer_questions(made, tmp_path):
+    """--megabytes holds; the table still speaks of all questions; no passage is there for nothing."""
+    whole = data_of(made[1])
+    size = made[1].stat().st_size / 1e6 - 0.001
+    page([str(made[0]), "--out", str(tmp_path / "small.html"), "--megabytes", str(size)])
+    data = data_of(tmp_path / "small.html")
+    assert (tmp_path / "small.html").stat().st_size <= 1e6 * size
+    assert (
+        0 < len(data["questions"]) < 10 and data["questionsInAll"] == 10 and data["table"] == whole["table"]
+    )
+    assert all(
+        number < len(data["passages"]) for row in data["questions"] for number in sum(row["ranks"], [])
+    )
+
+
+def test_a_plane_keeps_what_lies_in_it():
+    """Clouds that are flat: all distances stay, whatever the offset; another encoder has the same axes."""
+    rng = np.random.default_rng(0)
+    flat_N2 = rng.normal(size=(9, 2)) * [3, 1]
+    axes_2D = np.linalg.qr(rng.normal(size=(8, 8)))[0][:2]
+    clouds_END = np.stack([flat_N2 @ axes_2D + 5, 2 * flat_N2 @ axes_2D - 1])
+    places_EN2, share_E = plane_of(clouds_END)
+    assert share_E == pytest.approx([1, 1])
+    assert places_EN2[1] == pytest.approx(2 * places_EN2[0])
+    distances = [np.linalg.norm(cloud[:, None] - cloud[None], axis=2) for cloud in (places_EN2[0], flat_N2)]
+    assert distances[0] == pytest.approx(distances[1])
+
+
+def test_where_a_negative_comes_from(tmp_path):
+    """ANCE-Tele's sources by rank, momentum last; what the cross-encoder threw out, and what not."""
+    world = make_world(tmp_path / "data")
+    shelf = Shelf(Corpus(world / "corpus.tsv"))
+    ranked = {"ANN": ["5", "6", "7"], "look-ahead": ["9", "7"]}
+    groups = groups_of([{"negatives": ["6", "7", "9", "8", "6"]}], ranked, [{"negatives": ["6"]}], shelf)
+    shown = [(source, count, [(shelf.rows[n][0], note) for n, note in few]) for source, count, few in groups]
+    assert shown == [
+        ("ANN", 1, [("6", "ANN 2")]),
+        ("ANN and look-ahead", 1, [("7", "ANN 3, look-ahead 2")]),
+        ("look-ahead", 1, [("9", "look-ahead 1")]),
+        ("elsewhere", 1, [("8", "")]),
+        ("momentum", 1, [("6", "ANN 2")]),
+    ]
+    # passage 1 is red, 2 blue, 3 green, 6 blue: the positive and what holds the answer are not thrown out
+    run = tmp_path / "run"
+    line = {"qid": "q", "question": "?", "answers": ["blue"], "positives": ["1"], "negatives": ["4"]}
+    for name in ("data/train.jsonl", "d1.jsonl"):
+        write_lines(run / name, [line])
+    scores = [("1", 0.99), ("2", 0.9), ("3", 0.8), ("4", 0.1)]
+    write_run(run / "train_ce.run", [("q", scores)])
+    (run / "gate.txt").write_text("0.2 0.8\n")
+    files = [("BM25", "data/train.jsonl", {}, ""), ("M_D1", "d1.jsonl", {}, "")]
+    lessons = lessons_of(run, {"lessons": files, "scores": ["train_ce.run"]}, shelf)
+    (row,) = lessons["questions"]
+    assert [source for source, *_ in row["files"][0]] == ["elsewhere"]
+    ((_, _, kept), (source, count, refused)) = row["files"][1]
+    assert (source, count, [shelf.rows[n][0] for n, _ in refused]) == ("thrown out", 1, ["3"])
+    assert row["scores"][kept[0][0]] == 0.1 and lessons["below"] == 0.2
+
+
+def test_mistakes(tmp_path):
+    for arguments, message in (
+        ([str(tmp_path / "none"), "--out", str(tmp_path / "a.html")], "none: no such folder"),
+        ([str(tmp_path), "--out", str(tmp_path / "a.png")], "path of an .html file"),
+        (
+            [str(tmp_path), "--data", str(tmp_path), "--out", str(tmp_path / "a.html")],
+            "--data names the folder",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            page(arguments)
+
+
+def test_the_committed_page(made):
+    """At most 5 MB, with the data of today's pages; a hundred questions; every row that it has was run."""
+    path = ROOT / "results" / "demo" / "page.html"
+    assert path.stat().st_size <= 5e6
+    data = data_of(path)
+    assert list(data) == list(data_of(made[1])) and len(data["questions"]) > 100
+    assert [row["name"] for row in data["table"] if not row["metrics"]] == ["inverse cloze alone"]
+    assert len(data["pictures"]["encoders"]) == 3 and all(run for _, run in data["systems"] + data["readers"])
+
+
+# ---------------------------------------------------------------- in a browser
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not CHROMIUM:
+        pytest.skip("no Chromium here: `make browser` installs it")
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+def open_page(browser, path, width=1280, height=900, dark=False, hash=""):
+    browser.size(width, height, dark)
+    browser.open("about:blank", "true")
+    browser.requests.clear()
+    browser.open(f"{path.as_uri()}{hash}", "document.documentElement.dataset.ready === 'true'")
+
+
+def text_of(browser, selector):
+    return browser.js(f"[...document.querySelectorAll({json.dumps(selector)})].map((node) => node.innerText)")
+
+
+def test_in_the_browser(browser, made, tmp_path):
+    """Search, filters, a passage's text, the comparison, the keyboard; no error and no request."""
+    data = data_of(made[1])
+    open_page(browser, made[1])
+    assert len(text_of(browser, "#q-list button")) == 10
+    assert text_of(browser, ".results tbody tr:nth-child(3) td") == ["not run"]
+
+    # search, by words of the question; then all again
+    browser.js("document.activeElement.blur()")
+    browser.press("/")
+    browser.type(data["questions"][3]["text"])
+    assert text_of(browser, "#question-detail h3") == [data["questions"][3]["text"]]
+    assert len(text_of(browser, "#q-list button")) == 1
+    browser.js("document.querySelector('#q-search').value = ''")
+    browser.js("document.querySelector('#q-search').dispatchEvent(new Event('input'))")
+
+    # the filter: at depth 1 BM25 finds all, the trained encoder those whose answer stands in passage 1
+    browser.js("document.querySelector('#depth').value = '1'")
+    browser.js("document.querySelector('#depth').dispatchEvent(new Event('change'))")
+    lost = [row["text"] for row in data["questions"] if row["first"][2] != 1]
+    browser.js("document.querySelector('#show').value = 'b'")
+    browser.js("document.querySelector('#show').dispatchEvent(new Event('change'))")
+    listed = text_of(browser, "#q-list button")
+    assert len(listed) == len(lost) > 3 and all(a.startswith(b) for a, b in zip(listed, lost, strict=True))
+
+    # a click on a question, j and k, the passages of one, and where they stood
+    browser.click("#q-list li:nth-child(3) button")
+    assert text_of(browser, "#question-detail h3") == [lost[2]]
+    assert browser.js("location.hash") == "#q=" + next(
+        r["qid"] for r in data["questions"] if r["text"] == lost[2]
+    )
+    browser.press("j")
+    assert text_of(browser, "#question-detail h3") == [lost[3]]
+    browser.press("k")
+    assert text_of(browser, "#question-detail h3") == [lost[2]]
+    browser.click("#compare")
+    expected = "10 of the first ten passages are in both, 2 of them changed places, 0 left."
+    assert text_of(browser, "#slopes p") == [expected]
+    assert browser.js("document.querySelectorAll('#slopes path.loud').length") == 2
+    browser.js("document.querySelector('.ranks tbody button').focus()")
+    browser.press("ArrowDown")
+    browser.press("ArrowRight")
+    browser.press("Enter")
+    browser.wait("document.querySelector('#passage').open")
+    trained = next(row["ranks"][2] for row in data["questions"] if row["text"] == lost[2])
+    assert text_of(browser, "#passage h3") == [data["passages"][trained[1]][1]], "rank 2 of the second column"
+    assert text_of(browser, "#passage mark")
+    browser.press("Escape")
+    browser.wait("!document.querySelector('#passage').open")
+
+    # a text with html in it is a text
+    row = next(i for i, row in enumerate(data["passages"]) if row[1] == EVIL)
+    browser.click(f".ranks [data-p='{row}']")
+    assert EVIL in text_of(browser, "#passage .text")[0]
+    browser.press("Escape")
+    assert browser.js("document.title") != "broken" and browser.js("document.images.length") == 0
+    assert browser.errors == [] and browser.requests == [made[1].as_uri()]
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
+def test_it_fits(browser, made, tmp_path, width, dark):
+    """A picture of the whole page; nothing sticks out; a link opens its question; text against its ground."""
+    wanted = data_of(made[1])["questions"][4]
+    open_page(browser, made[1], width, 844, dark, f"#q={wanted['qid']}")
+    assert text_of(browser, "#question-detail h3") == [wanted["text"]]
+    top = browser.js("document.querySelector('#question').getBoundingClientRect().top")
+    assert -5 < top < 100 and browser.js("document.documentElement.scrollWidth") == width
+    browser.screenshot(tmp_path / "page.png", whole=True)
+    assert (tmp_path / "page.png").stat().st_size > 50_000
+    for name in ("ink", "muted", "accent"):
+        assert contrast(browser, name) >= 4.5, name
+    assert len(text_of(browser, "#planes h4")) == 2 and "cloze: not run" in text_of(browser, "#vectors p")[0]
+    assert browser.errors == []
+
+
+def contrast(browser, name):
+    """WCAG's contrast of a colour of the page with its ground."""
+    lights = []
+    for variable in (name, "page"):
+        colour = browser.js(
+            f"getComputedStyle(document.documentElement).getPropertyValue('--{variable}').trim()"
+        )
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        lights.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    return (max(lights) + 0.05) / (min(lights) + 0.05)
+
+
+def test_an_empty_folder(browser, made, tmp_path):
+    """A run that has just begun: every part says so, and nothing breaks."""
+    (tmp_path / "run").mkdir()
+    data = str(made[0].parent / "data")
+    page([str(tmp_path / "run"), "--data", data, "--out", str(tmp_path / "empty.html")])
+    open_page(browser, tmp_path / "empty.html")
+    for section in ("results", "question", "lessons", "training", "vectors"):
+        assert "not run" in text_of(browser, f"#{section}")[0], section
+    assert browser.errors == []
