@@ -8,7 +8,7 @@
 #   token    the released loss                   sequence, kl   the paper's other two losses
 #   k16, k32 more passages a question             shuffled       answers of other questions: must not gain
 #   sync     both encoders learn on from token, the index renewed every 30 steps; async: by a second process
-#   plain    FiD goes on for STEPS, no retriever learns: the control of exact match
+#   plain    FiD goes on for STEPS, no retriever learns: the control of token's exact match
 #
 # Time on two CPU cores without bfloat16: results/emdr2_alone. A recipe that was stopped continues where it was. Arms can run
 # at the same time, with OMP_NUM_THREADS=1, once `ARMS= SEEDS=` has made what they share.
@@ -76,7 +76,12 @@ train fid $RUN/start $T5 $FIRST --seed 1 --retriever_loss none --refresh none --
 read -r seed _ <<<"$SEEDS"
 for arm in $ARMS; do
     case $arm in
-    token) for s in $SEEDS; do question_encoder token $s; done ;;
+    token)
+        for s in $SEEDS; do question_encoder token $s; done
+        # one reader, two retrievers: what the passages alone are worth in exact match
+        answer fid_on_start $RUN/fid/reader $RUN/start/test.run
+        answer fid_on_token $RUN/fid/reader $RUN/token_seed$seed/test.run
+        answer token_on_token $RUN/token_seed$seed/reader $RUN/token_seed$seed/test.run ;;
     sequence) question_encoder sequence $seed --marginal sequence ;;
     kl) question_encoder kl $seed --retriever_loss kl ;;
     k16) question_encoder k16 $seed --top_k 16 ;;
@@ -91,10 +96,7 @@ for arm in $ARMS; do
         wait ;;
     plain)
         train plain_seed$seed $RUN/start $RUN/fid/reader $STEPS --seed $seed --retriever_loss none --refresh none
-        # one reader, two retrievers: what the passages alone are worth in exact match
-        answer plain_on_start $RUN/plain_seed$seed/reader $RUN/start/test.run
-        answer plain_on_token $RUN/plain_seed$seed/reader $RUN/token_seed$seed/test.run
-        answer token_on_token $RUN/token_seed$seed/reader $RUN/token_seed$seed/test.run ;;
+        answer plain_on_start $RUN/plain_seed$seed/reader $RUN/start/test.run ;;
     *) echo "error: ARMS: $arm is none of them" >&2 && exit 2 ;;
     esac
 done
@@ -102,7 +104,7 @@ done
 # the ranks of every test question, and each arm over the start
 stored=(start=$RUN/start/test.run)
 for run in $RUN/*_seed*/test.run; do [ ! -f $run ] || stored+=("$(basename "${run%/test.run}")=$run"); done
-for name in plain_on_start plain_on_token token_on_token; do
+for name in fid_on_start fid_on_token token_on_token plain_on_start; do
     [ ! -f $RUN/$name.answers.json ] || stored+=($name=$RUN/$name.answers.json)
 done
 python -m recipes.claims store $DATA/corpus.tsv $DATA/test.jsonl $RUN/ranks.json "${stored[@]}"

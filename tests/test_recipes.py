@@ -395,7 +395,7 @@ def test_claim_emdr2(rehearsal):
     assert answers[0] != answers[1] and sorted(answers[0]) == sorted(answers[1])
     sync = read_yaml(run / "sync_seed1" / "config.yaml")
     assert sync["query_encoder"] == f"{run}/token_seed1/query_encoder" and sync["train_doc_encoder"]
-    for name in ("plain_on_start", "plain_on_token", "token_on_token"):
+    for name in ("fid_on_start", "fid_on_token", "token_on_token", "plain_on_start"):
         assert read_json(run / f"{name}.metrics.json")["EM@4"]["n"] == 10
 
 
