@@ -50,8 +50,9 @@ TASKS = {
 
 # ---------------------------------------------------------------- predict
 QUESTIONS = {
-    "lowest_loss": "A batch has {n} questions. {m} of them have the same gold passage, so it stands there {m} "
-    "times. Nothing is masked, there are no hard negatives. What is the lowest mean loss that an encoder can reach?",
+    "lowest_loss": "A batch has {n} questions. {m} of them have the same gold passage, so it stands there "
+    "{m} times. Nothing is masked, there are no hard negatives. What is the lowest mean loss that an encoder "
+    "can reach?",
     "negatives": "A batch has {b} questions with {h} hard negatives each. How many negatives has a question?",
     "even": "Every vector of that batch is the same. What is the loss?",
     "rank": "{above} passages score higher than the positive, {ties} others score the same. Its rank?",

@@ -32,7 +32,7 @@ sys.path[:0] = [str(HERE), str(ROOT)]
 import kit  # noqa: E402
 import wrong as answers  # noqa: E402
 
-SEEDS = (1, 2, 3)  # of prove, where no sealed seeds are given
+SEEDS = (1, 2)  # of prove, where no sealed seeds are given
 PIECE = 28  # letters from which on a piece of a removed body counts as a leak
 COMMON = ["LICENSE", "requirements.txt", "utils/__init__.py", "prepare/__init__.py"]
 
@@ -71,8 +71,9 @@ def stub(name):
 def without(source, name):
     """Return the source without a function."""
     node = find(source, name)
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
     rows = source.split("\n")
-    return "\n".join(rows[: node.lineno - 1] + rows[node.end_lineno :])
+    return "\n".join(rows[: first - 1] + rows[node.end_lineno :])
 
 
 def signature(node):
@@ -188,7 +189,7 @@ def leaks(solution, skeleton, table):
                     pieces.add(" ".join(ast.get_source_segment(source, part).split()))
         for piece in sorted(pieces):
             for where, text in flat.items():
-                if len(piece) >= PIECE and piece in text and piece not in table.SHOWN:
+                if len(piece) >= PIECE and piece in text and not any(piece in s for s in table.SHOWN):
                     yield task, where, piece
 
 

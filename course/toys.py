@@ -1,9 +1,11 @@
 """What several drivers need: two devices, and a trainer in the toy world of tests/toy.py."""
 
+import copy
 import os
 import tempfile
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -56,14 +58,21 @@ ACCELERATOR = SimpleNamespace(
 )
 
 
+@cache
+def toy_world():
+    from tests.toy import make_world
+
+    return make_world(tempfile.mkdtemp())
+
+
+@cache
 def toy_training(**changes):
     """Return (settings, questions, corpus, encoders) of train_dpr.py in the toy world, without dropout."""
-    from tests.toy import make_world
     from utils.data import Corpus, read_questions
     from utils.plumbing.config import load_config
     from utils.plumbing.weights import TOWERS, load_towers
 
-    world = make_world(tempfile.mkdtemp())
+    world = toy_world()
     keys = {"init": world / "bert", "corpus": world / "corpus.tsv", "train": world / "train.jsonl"}
     keys |= {"question_tokens": 16, "passage_tokens": 32, "batch_size": 8, "question_chunk": 3}
     keys |= {"passage_chunk": 4, "learning_rate": 0.01, "gradient_scale": 1.0, "dropout": 0.0}
@@ -79,7 +88,7 @@ def train(steps, **changes):
     """Return the losses of so many steps of train_dpr.py in the toy world, and the norms of the weights."""
     from train_dpr import make_batch, training_step
 
-    cfg, questions, corpus, encoders = toy_training(**changes)
+    cfg, questions, corpus, encoders = copy.deepcopy(toy_training(**changes))
     weights = list(torch.nn.ModuleDict(encoders).parameters())
     # why SGD: Adam divides by the gradient's size, so that a rounding becomes a step
     optimizer = torch.optim.SGD(weights, lr=cfg.learning_rate)
