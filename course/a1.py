@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 TITLE = "In-batch negatives"
 SHIP = ["train_dpr.py", "doc2embedding.py", "test_dpr.py", "recipes/compare.py", "recipes/demo/prepare.py"]
+SHIP += ["recipes/untrained.py"]
 SHIP += ["tests/toy.py", "config/train_dpr_nq.yaml", "config/train_dpr_demo.yaml"]
 SHIP += ["config/doc2embedding.yaml", "config/test_dpr.yaml"]
 SHIP += [f"recipes/demo/{name}.jsonl" for name in ("train", "dev", "test")]

@@ -274,7 +274,6 @@ def step_of(rng, batch_of=None, step=0, rank=0, **changes):
     from train_dpr import add_gradient, make_batch
 
     cfg, questions, corpus, encoders = toy_training(grad_cache=True, **changes)
-    torch.nn.ModuleDict(encoders).zero_grad()
     batch = make_batch(0, questions, corpus, encoders, cfg)
     if batch_of:
         batch = batch_of(batch)

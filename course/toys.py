@@ -59,36 +59,38 @@ ACCELERATOR = SimpleNamespace(
 
 
 @cache
-def toy_world():
-    from tests.toy import make_world
-
-    return make_world(tempfile.mkdtemp())
-
-
-@cache
-def toy_training(**changes):
+def toy_parts():
     """Return (settings, questions, corpus, encoders) of train_dpr.py in the toy world, without dropout."""
+    from tests.toy import make_world
     from utils.data import Corpus, read_questions
     from utils.plumbing.config import load_config
     from utils.plumbing.weights import TOWERS, load_towers
 
-    world = toy_world()
+    world = make_world(tempfile.mkdtemp())
     keys = {"init": world / "bert", "corpus": world / "corpus.tsv", "train": world / "train.jsonl"}
     keys |= {"question_tokens": 16, "passage_tokens": 32, "batch_size": 8, "question_chunk": 3}
     keys |= {"passage_chunk": 4, "learning_rate": 0.01, "gradient_scale": 1.0, "dropout": 0.0}
-    argv = [word for key, value in (keys | changes).items() for word in (f"--{key}", str(value))]
+    argv = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
     cfg = load_config("", "config/train_dpr_nq.yaml", argv)
     encoders = load_towers(dict.fromkeys(TOWERS, cfg.init), cfg, "cpu")
-    for encoder in encoders.values():
-        encoder.train()
     return cfg, read_questions(cfg.train), Corpus(cfg.corpus), encoders
+
+
+def toy_training(dropout=0.0, **changes):
+    """Return what toy_parts returns, with changed settings and with encoders of its own."""
+    cfg, questions, corpus, encoders = toy_parts()
+    encoders = copy.deepcopy(encoders)
+    for module in torch.nn.ModuleDict(encoders).modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+    return SimpleNamespace(**vars(cfg) | changes), copy.deepcopy(questions), corpus, encoders
 
 
 def train(steps, **changes):
     """Return the losses of so many steps of train_dpr.py in the toy world, and the norms of the weights."""
     from train_dpr import make_batch, training_step
 
-    cfg, questions, corpus, encoders = copy.deepcopy(toy_training(**changes))
+    cfg, questions, corpus, encoders = toy_training(**changes)
     weights = list(torch.nn.ModuleDict(encoders).parameters())
     # why SGD: Adam divides by the gradient's size, so that a rounding becomes a step
     optimizer = torch.optim.SGD(weights, lr=cfg.learning_rate)
