@@ -977,3 +977,311 @@ PREDICT["a3"] = lambda a, b, c, r, n: {
     "ndcg": (1 / math.log2(b + 1)) / (1 + 1 / math.log2(3)),
     "interval": 100 * 2 * 1.96 * (r / n * (1 - r / n) / n) ** 0.5,
 }
+
+
+# ---------------------------------------------------------------- 4, negatives
+WRONG["mine_negatives.py:wrong_for"] = [
+    (
+        "the question's own positives are negatives",
+        "never | {entry for entry in positives if isinstance(entry, str)}",
+        "never",
+        "wrong_ids",
+    ),
+    ("what another file knows is not left out", "never | {entry for", "{entry for", "wrong_ids"),
+    (
+        "a second copy of a positive is a negative",
+        "passage.text not in texts and not holds_answer(passage, question, cfg)",
+        "not holds_answer(passage, question, cfg)",
+        "wrong_texts",
+    ),
+    (
+        "the text of an inline positive is not compared",
+        'bool(question["answers"]) or inline',
+        'bool(question["answers"])',
+        "wrong_texts",
+    ),
+    (
+        "answers are not looked for",
+        "passage.text not in texts and not holds_answer(passage, question, cfg)",
+        "passage.text not in texts",
+        "wrong_answers",
+    ),
+]
+RIGHT["mine_negatives.py:wrong_for"] = [
+    (
+        "every passage is read",
+        """
+def wrong_for(question, positives, never, corpus, cfg):
+    names = [p for p in positives if not isinstance(p, dict)]
+    texts = [passage_of(p, corpus).text for p in positives]
+    exact = question["answers"] or len(names) < len(positives)
+
+    def is_negative(pid):
+        passage = corpus.passage(pid)
+        if pid in names or pid in never or (exact and passage.text in texts):
+            return False
+        return not holds_answer(passage, question, cfg)
+
+    return is_negative
+""",
+    )
+]
+WRONG["mine_negatives.py:topk"] = [
+    (
+        "answers are not looked for",
+        "list(islice(filter(wrong, ranked), cfg.negatives))",
+        "[pid for pid in ranked if pid not in positives][: cfg.negatives]",
+        "topk_first topk_depth",
+    ),
+    (
+        "the ranking is cut before right passages are taken out",
+        "list(islice(filter(wrong, ranked), cfg.negatives))",
+        "list(filter(wrong, ranked[: cfg.negatives]))",
+        "topk_first",
+    ),
+    ("depth is not used", "found.ranked[: cfg.depth]", "found.ranked", "topk_depth"),
+    (
+        "cfg.positives is not read",
+        "positives_of(question, ranked, corpus, cfg)",
+        'list(question["positives"])',
+        "topk_positives",
+    ),
+    ("what another file knows is not left out", "found.never", "frozenset()", "topk_first"),
+]
+RIGHT["mine_negatives.py:topk"] = [
+    (
+        "with a loop",
+        """
+def topk(question, found, corpus, cfg, rngs):
+    candidates = found.ranked[: cfg.depth]
+    positives = positives_of(question, candidates, corpus, cfg)
+    is_wrong = wrong_for(question, positives, found.never, corpus, cfg)
+    negatives = []
+    for pid in candidates:
+        if len(negatives) < cfg.negatives and is_wrong(pid):
+            negatives.append(pid)
+    return positives, negatives
+""",
+    )
+]
+WRONG["mine_negatives.py:draw_at_random"] = [
+    (
+        "an id may come twice",
+        "pid not in tried and allowed(pid)",
+        "allowed(pid)",
+        "draw_different draw_ends",
+    ),
+    (
+        "an id that is not allowed is not drawn anew",
+        "while len(drawn) < count and len(tried) < len(ids):",
+        "for _ in range(count):",
+        "draw_different draw_ends draw_fair",
+    ),
+    (
+        "the first that are allowed are taken",
+        "    drawn = []",
+        "    return [pid for pid in ids if allowed(pid)][:count]\n    drawn = []",
+        "draw_fair",
+    ),
+    ("the first ids are likelier", "rng.choice(ids)", "ids[int(rng.random() ** 2 * len(ids))]", "draw_fair"),
+]
+RIGHT["mine_negatives.py:draw_at_random"] = [
+    (
+        "a shuffle",
+        """
+def draw_at_random(ids, allowed, count, rng):
+    pool = [pid for pid in ids if allowed(pid)]
+    rng.shuffle(pool)
+    return pool[:count]
+""",
+    )
+]
+WRONG["mine_negatives.py:denoise"] = [
+    (
+        "a score of exactly negative_below counts",
+        "found.scores[pid] < cfg.negative_below",
+        "found.scores[pid] <= cfg.negative_below",
+        "denoise_gate",
+    ),
+    (
+        "the scores are not used",
+        "found.scores[pid] < cfg.negative_below and wrong(pid)",
+        "wrong(pid)",
+        "denoise_gate denoise_fill",
+    ),
+    (
+        "answers are not looked for where there are scores",
+        "found.scores[pid] < cfg.negative_below and wrong(pid)",
+        "found.scores[pid] < cfg.negative_below",
+        "denoise_wrong",
+    ),
+    ("`negatives` for a question", "cfg.negatives * len(positives)", "cfg.negatives", "denoise_count"),
+    ("in the order of the ranking", "negatives[::-1]", "negatives", "denoise_order"),
+    ("fill is not read", "if cfg.fill:", "if False:", "denoise_fill"),
+    (
+        "filled up with passages that have a score",
+        "[pid for pid in ranked if pid not in found.scores]",
+        "ranked",
+        "denoise_fill",
+    ),
+    (
+        "without scores the first ones are taken",
+        "draw_at_random(ranked, wrong, cfg.negatives, rngs[0])",
+        "list(islice(filter(wrong, ranked), cfg.negatives))",
+        "denoise_draw",
+    ),
+]
+RIGHT["mine_negatives.py:denoise"] = [
+    (
+        "with lists",
+        """
+def denoise(question, found, corpus, cfg, rngs):
+    candidates = found.ranked[: cfg.depth]
+    positives = positives_of(question, candidates, corpus, cfg)
+    is_wrong = wrong_for(question, positives, found.never, corpus, cfg)
+    if not cfg.scores:
+        good = [pid for pid in candidates if is_wrong(pid)]
+        return positives, rngs[0].sample(good, min(cfg.negatives, len(good)))
+    most = cfg.negatives * len(positives)
+    negatives = []
+    for pid in candidates:
+        score = found.scores.get(pid, 1.0)
+        if score < cfg.negative_below and is_wrong(pid) and len(negatives) < most:
+            negatives.append(pid)
+    if cfg.fill:
+        rest = [pid for pid in candidates if pid not in found.scores and is_wrong(pid)]
+        negatives += rngs[0].sample(rest, min(len(rest), most - len(negatives)))
+    negatives.reverse()
+    return positives, negatives
+""",
+    )
+]
+WRONG["mine_negatives.py:pseudo_label"] = [
+    (
+        "a score of exactly positive_above is sure",
+        "found.scores[best] <= cfg.positive_above",
+        "found.scores[best] < cfg.positive_above",
+        "pseudo_sure",
+    ),
+    (
+        "the first of the ranking is the positive",
+        "max(scored, key=found.scores.get, default=None)",
+        "next(iter(scored), None)",
+        "pseudo_best pseudo_negatives",
+    ),
+    ("the last of equal scores is the positive", "max(scored,", "max(reversed(scored),", "pseudo_best"),
+    ("depth is not used", "found.ranked[: cfg.depth]", "found.ranked", "pseudo_best"),
+    ("the positive may be a negative too", " and pid != best", "", "pseudo_negatives"),
+    (
+        "a score of exactly negative_below counts",
+        "found.scores[pid] < cfg.negative_below",
+        "found.scores[pid] <= cfg.negative_below",
+        "pseudo_negatives",
+    ),
+]
+RIGHT["mine_negatives.py:pseudo_label"] = [
+    (
+        "sorted by score",
+        """
+def pseudo_label(question, found, corpus, cfg, rngs):
+    candidates = [pid for pid in found.ranked[: cfg.depth] if pid in found.scores]
+    by_score = sorted(candidates, key=lambda pid: -found.scores[pid])
+    if not by_score or not found.scores[by_score[0]] > cfg.positive_above:
+        return [], []
+    rest = [p for p in candidates if p != by_score[0] and found.scores[p] < cfg.negative_below]
+    return by_score[:1], rest[: cfg.negatives]
+""",
+    )
+]
+WRONG["mine_negatives.py:teleport"] = [
+    (
+        "the last episode's negatives are forgotten",
+        "ann + lookahead + found.momentum",
+        "ann + lookahead",
+        "tele_sources",
+    ),
+    (
+        "both draws come from one generator",
+        "sample(found.lookahead, rngs[1])",
+        "sample(found.lookahead, rngs[0])",
+        "tele_draws",
+    ),
+    (
+        "a ranking is cut before right passages are taken out",
+        "list(islice(filter(wrong, ranked), cfg.depth))",
+        "list(filter(wrong, ranked[: cfg.depth]))",
+        "tele_sources",
+    ),
+    (
+        "the negatives are made unique",
+        "ann + lookahead + found.momentum",
+        "list(dict.fromkeys(ann + lookahead + found.momentum))",
+        "tele_sources",
+    ),
+    ("a question without neighbours is kept", "if not ann:", "if False:", "tele_dropped"),
+    ("the first ones are taken, without a draw", "rng.shuffle(pool)", "pass", "tele_draws"),
+    (
+        "the positives of the last episode are forgotten",
+        "for positive in more + found.momentum_positives:",
+        "for positive in more:",
+        "tele_positives",
+    ),
+    ("a positive may stand twice", "if positive not in positives:", "if True:", "tele_positives"),
+]
+RIGHT["mine_negatives.py:teleport"] = [
+    (
+        "with random.sample",
+        """
+def teleport(question, found, corpus, cfg, rngs):
+    positives = positives_of(question, found.ranked, corpus, cfg)
+    is_wrong = wrong_for(question, positives, found.never, corpus, cfg)
+    parts = []
+    for ranking, rng in zip((found.ranked, found.lookahead), rngs):
+        pool = [pid for pid in ranking if is_wrong(pid)][: cfg.depth]
+        parts.append(rng.sample(pool, min(len(pool), cfg.negatives)))
+    if not parts[0]:
+        return positives, []
+    more = positives_of(question, found.lookahead, corpus, cfg) if parts[1] else []
+    known = list(dict.fromkeys([*positives, *more, *found.momentum_positives]))
+    return known, [*parts[0], *parts[1], *found.momentum]
+""",
+    )
+]
+WRONG["train_dpr.py:rotating_negatives"] = [
+    ("every epoch begins with the first one", "begin = epoch * k", "begin = 0", "rotate_all"),
+    (
+        "the order is shuffled anew every epoch",
+        "random.Random(seed)",
+        "random.Random(seed + epoch)",
+        "rotate_all",
+    ),
+    ("a small pool is taken more than once", "min(k, pool)", "k", "rotate_small"),
+    (
+        "the order is that of the file",
+        "random.Random(seed).shuffle(order)",
+        "pass",
+        "rotate_all",
+    ),
+]
+RIGHT["train_dpr.py:rotating_negatives"] = [
+    (
+        "with numpy",
+        """
+def rotating_negatives(pool, k, seed, epoch):
+    if not pool:
+        return []
+    order = np.random.default_rng([seed, 5]).permutation(pool)
+    places = (epoch * k + np.arange(min(k, pool))) % pool
+    return [int(i) for i in order[places]]
+""",
+    )
+]
+
+
+def _a4(a, b, n, t, pool, k):
+    scores = {rank: 0.95 - 0.1 * (rank - 1) for rank in range(1, 11)}
+    found = {"topk": n + 2, "denoise": sum(score < t for rank, score in scores.items() if rank not in (a, b))}
+    return found | {"pseudo": sum(score > t for score in scores.values()), "epochs": pool // k + 1}
+
+
+PREDICT["a4"] = _a4
