@@ -1,5 +1,6 @@
 # make demo   set up, then train, encode, search and ask on real text; see recipes/demo.sh
 # make test   set up, then check style and run all tests
+# make assignment A=2 OUT=folder   set up, then make a folder for assignment 2 of the course; see course/README.md
 PYTHON ?= python3
 
 .venv/ready: requirements.txt
@@ -21,7 +22,10 @@ test: .venv/ready
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest
 
+assignment: .venv/ready
+	.venv/bin/python course/kit.py make $(A) --student $(or $(STUDENT),me) --out $(OUT)
+
 clean:
 	rm -rf .venv runs/demo data/demo
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test assignment clean

@@ -165,14 +165,13 @@ def topk_memory(rng):
     exact_topk(queries_QD, [x_ND[:100]], 5, 50)  # what is imported late
     tracemalloc.start()
     with Largest() as largest:
-        exact_topk(queries_QD, [x_ND], 100, 250)
+        _, rows_Qk = exact_topk(queries_QD, [x_ND], 100, 250)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     all_scores = len(queries_QD) * len(x_ND)
-    return {
-        "a tensor of half of all scores": largest.numel > all_scores / 4,
-        "numpy too": peak > 6 * all_scores,
-    }
+    found = {"a tensor of a quarter of all scores": largest.numel > all_scores / 4}
+    # why the rows too: a function that does nothing needs no memory
+    return found | {"numpy's arrays are as large": peak > 6 * all_scores, "rows": rows_Qk}
 
 
 def fetch_rows(rng):

@@ -11,7 +11,8 @@ SHIP += ["recipes/compare.py", "recipes/demo/prepare.py", "config/mine_negatives
 SHIP += ["config/train_dpr_nq.yaml", "config/train_dpr_demo.yaml", "config/doc2embedding.yaml"]
 SHIP += ["config/test_dpr.yaml", *(f"recipes/demo/{name}.jsonl" for name in ("train", "dev", "test"))]
 DROP = []
-SHOWN = []
+# the first lines of two helpers
+SHOWN = ["holds_answer(passage, question, cfg)", "positives_of(question, ranked, corpus, cfg)"]
 TASKS = {
     "mine_negatives.py:wrong_for": {
         "wrong_ids": (4, "no positive of the question is a negative, nor one that another file knows", ""),

@@ -587,13 +587,13 @@ WRONG["utils/search.py:exact_topk"] = [
         "row numbers begin anew in every block",
         "places_Qk + start",
         "places_Qk",
-        "topk_rows topk_ties topk_short",
+        "topk_rows topk_ties topk_short topk_memory",
     ),
     (
         "the last block is forgotten",
         "        refuse_non_finite(",
         "        if start and start + len(x_nD) == N:\n            continue\n        refuse_non_finite(",
-        "topk_rows topk_short",
+        "topk_rows topk_short topk_memory",
     ),
     ("no candidates are kept beyond k", "min(k + SPARE, N)", "min(k, N)", "topk_ties"),
     (
@@ -625,7 +625,7 @@ WRONG["utils/search.py:exact_topk"] = [
         "the smallest scores are kept",
         "topk(min(K, scores_QM.shape[1]))",
         "topk(min(K, scores_QM.shape[1]), largest=False)",
-        "topk_rows topk_ties",
+        "topk_rows topk_ties topk_memory",
     ),
     (
         "a passage with NaN is left out without a word",
@@ -1285,3 +1285,263 @@ def _a4(a, b, n, t, pool, k):
 
 
 PREDICT["a4"] = _a4
+
+
+# ---------------------------------------------------------------- 5, the reader
+WRONG["utils/reader.py:find_spans"] = [
+    (
+        "the end is the place after the last token",
+        "(begin, begin + size - 1)",
+        "(begin, begin + size)",
+        "spans_all spans_first spans_ends",
+    ),
+    ("the question is searched too", "range(first, len(ids)", "range(0, len(ids)", "spans_first"),
+    ("the last place is not looked at", "len(ids) - size + 1", "len(ids) - size", "spans_ends"),
+    (
+        "only the first mention of an answer is found",
+        "spans.append((begin, begin + size - 1))",
+        "spans.append((begin, begin + size - 1))\n                break",
+        "spans_all spans_ends",
+    ),
+    (
+        "only the first token is compared",
+        "ids[begin] == answer[0] and ids[begin : begin + size] == answer",
+        "ids[begin] == answer[0]",
+        "spans_all",
+    ),
+    ("an answer without tokens is looked for", "if not answer:", "if False:", "spans_empty"),
+]
+RIGHT["utils/reader.py:find_spans"] = [
+    (
+        "place by place",
+        """
+def find_spans(ids, first, answers):
+    found = []
+    for begin in range(first, len(ids)):
+        for end in range(begin, len(ids)):
+            if ids[begin : end + 1] in answers:
+                found.append((begin, end))
+    return found
+""",
+    )
+]
+WRONG["train_reader.py:reader_loss"] = [
+    (
+        "every mention must be found: the sum of logarithms",
+        "-log_nA.logsumexp(1).sum()",
+        "-log_nA.masked_fill(log_nA.isinf(), 0.0).sum()",
+        "loss_marginal",
+    ),
+    (
+        "the mean over questions is taken",
+        "-log_nA.logsumexp(1).sum()",
+        "-log_nA.logsumexp(1).mean()",
+        "loss_marginal loss_sum",
+    ),
+    (
+        "only the likeliest mention counts",
+        "-log_nA.logsumexp(1).sum()",
+        "-log_nA.amax(1).sum()",
+        "loss_marginal",
+    ),
+    (
+        "mentions that are padding count",
+        "log_NA.masked_fill(~spans_NA, -torch.inf)",
+        "log_NA.clone()",
+        "loss_marginal",
+    ),
+    (
+        "a question without a mention is not left out",
+        "log_nA = log_NA[has_span_N]",
+        "log_nA = log_NA",
+        "loss_no_span loss_relevance",
+    ),
+    (
+        "the mean of the relevance is taken",
+        "-log_NM[:, 0].sum()",
+        "-log_NM[:, 0].mean()",
+        "loss_relevance",
+    ),
+    (
+        "each passage is judged alone, by a sigmoid",
+        "-log_NM[:, 0].sum()",
+        "-torch.nn.functional.logsigmoid(relevance_NM[:, 0]).sum()",
+        "loss_marginal loss_no_span loss_relevance",
+    ),
+    (
+        "the second value is a share",
+        "(relevance_NM.argmax(1) == 0).sum()",
+        "(relevance_NM.argmax(1) == 0).float().mean()",
+        "loss_correct",
+    ),
+]
+RIGHT["train_reader.py:reader_loss"] = [
+    (
+        "question by question, with probabilities",
+        """
+def reader_loss(start_NL, end_NL, relevance_NM, begin_NA, end_NA, spans_NA):
+    total, count = relevance_NM.new_zeros(()), 0
+    start, end = torch.softmax(start_NL, dim=1), torch.softmax(end_NL, dim=1)
+    for n in range(len(start_NL)):
+        places = [(b, e) for b, e, ok in zip(begin_NA[n].tolist(), end_NA[n].tolist(), spans_NA[n]) if ok]
+        if places:
+            total = total - torch.log(sum(start[n, b] * end[n, e] for b, e in places))
+        total = total + torch.logsumexp(relevance_NM[n], 0) - relevance_NM[n, 0]
+        count += int(relevance_NM[n].argmax() == 0)
+    return total, torch.tensor(count)
+""",
+    )
+]
+WRONG["utils/reader.py:best_spans"] = [
+    (
+        "a span may be one token longer",
+        "min(max_answer_length, size)",
+        "min(max_answer_length + 1, size)",
+        "best_length",
+    ),
+    (
+        "a span inside or around a better one is kept",
+        "if any(first <= a and b <= last or a <= first and last <= b for a, b, _ in chosen):",
+        "if False:",
+        "best_overlap",
+    ),
+    (
+        "only a span around a better one is passed over",
+        "first <= a and b <= last or a <= first and last <= b for",
+        "first <= a and b <= last for",
+        "best_overlap",
+    ),
+    ("a span may begin within a word", "while first and continues_S[first]:", "while False:", "best_words"),
+    (
+        "a span may end within a word",
+        "while last + 1 < size and continues_S[last + 1]:",
+        "while False:",
+        "best_words",
+    ),
+    (
+        "of equal scores the later one comes first",
+        'np.argsort(-scores_SW, axis=None, kind="stable")',
+        'scores_SW.size - 1 - np.argsort(-scores_SW.ravel()[::-1], kind="stable")',
+        "best_ties",
+    ),
+    (
+        "the length of the end is added, not its logit",
+        "start_S[: size - width] + end_S[width:]",
+        "start_S[: size - width] + width",
+        "best_score best_length best_overlap best_words best_ties",
+    ),
+]
+RIGHT["utils/reader.py:best_spans"] = [
+    (
+        "a sorted list",
+        """
+def best_spans(start_S, end_S, continues_S, max_answer_length, top_spans):
+    spans = []
+    for first in range(len(start_S)):
+        for last in range(first, min(len(start_S), first + max_answer_length)):
+            spans.append((-(start_S[first] + end_S[last]), first, last))
+    chosen = []
+    for cost, first, last in sorted(spans):
+        inside = [(a, b) for a, b, _ in chosen if a <= first and last <= b or first <= a and b <= last]
+        if inside or len(chosen) == top_spans:
+            continue
+        while first > 0 and continues_S[first]:
+            first = first - 1
+        while last < len(start_S) - 1 and continues_S[last + 1]:
+            last = last + 1
+        chosen.append((first, last, float(-cost)))
+    return chosen
+""",
+    )
+]
+WRONG["utils/text.py:exact_match"] = [
+    (
+        "articles and punctuation count",
+        "_squad_words(prediction) == _squad_words(answer)",
+        "prediction.lower().split() == answer.lower().split()",
+        "em_words",
+    ),
+    (
+        "only the first answer is compared",
+        "for answer in answers)",
+        "for answer in answers[:1])",
+        "em_answers",
+    ),
+    (
+        "the words may stand in any order",
+        "_squad_words(prediction) == _squad_words(answer)",
+        "sorted(_squad_words(prediction)) == sorted(_squad_words(answer))",
+        "em_words",
+    ),
+    (
+        "the answer may be a part of the prediction",
+        "_squad_words(prediction) == _squad_words(answer)",
+        '" ".join(_squad_words(answer)) in " ".join(_squad_words(prediction))',
+        "em_words",
+    ),
+]
+RIGHT["utils/text.py:exact_match"] = [
+    (
+        "with a list of lists",
+        """
+def exact_match(prediction, answers):
+    return _squad_words(prediction) in [_squad_words(answer) for answer in answers]
+""",
+    )
+]
+WRONG["utils/text.py:f1"] = [
+    (
+        "a word counts once, however often it stands there",
+        "(Counter(predicted) & Counter(gold)).total()",
+        "len({*predicted} & {*gold})",
+        "f1_counts",
+    ),
+    (
+        "only the first answer is compared",
+        "map(_squad_words, answers)",
+        "map(_squad_words, answers[:1])",
+        "f1_answers",
+    ),
+    ("two answers without words score 0", "float(predicted == gold)", "0.0", "f1_empty"),
+    (
+        "the precision is taken",
+        "2 * common / (len(predicted) + len(gold))",
+        "common / len(predicted)",
+        "f1_counts f1_answers",
+    ),
+    ("the last answer counts", "best = max(best, 2 * common", "best = max(0.0, 2 * common", "f1_answers"),
+]
+RIGHT["utils/text.py:f1"] = [
+    (
+        "from precision and recall",
+        """
+def f1(prediction, answers):
+    scores = [0.0]
+    mine = _squad_words(prediction)
+    for answer in answers:
+        theirs = _squad_words(answer)
+        left = list(theirs)
+        common = 0
+        for word in mine:
+            if word in left:
+                left.remove(word)
+                common += 1
+        if not mine or not theirs:
+            scores.append(1.0 if mine == theirs else 0.0)
+        elif common:
+            precision, recall = common / len(mine), common / len(theirs)
+            scores.append(2 * precision * recall / (precision + recall))
+    return max(scores)
+""",
+    )
+]
+
+
+def _a5(s0, s1, s2, e0, e1, e2, r, p, g, c):
+    span = -math.log(s0 * e1 + s2 * e2)
+    starts, ends = (s0, s1, s2), (e0, e1, e2)
+    best = max(starts[i] * ends[j] for i in range(3) for j in range(i, min(3, i + 2)))
+    return {"span": span, "whole": span - math.log(r), "best": best, "f1": 2 * c / (p + g)}
+
+
+PREDICT["a5"] = _a5

@@ -167,8 +167,8 @@ def run(body, seconds=20):
 )
 def test_a_hostile_function_gets_a_sentence(monkeypatch, body, words):
     """And the next child works as before; what is printed goes nowhere."""
-    monkeypatch.setattr(child, "MEMORY", 5e8)
-    got, fault = run(body, 2)
+    monkeypatch.setattr(child, "MEMORY", 3e8)
+    got, fault = run(body, 2 if "while" in body else 60)
     assert words in kit.verdict(got, {"twice": np.zeros(3), "list": np.array("[1, 2]")}, fault, aloud=False)
 
 
@@ -179,13 +179,13 @@ def test_a_child_sends_arrays():
 
 
 # ---------------------------------------------------------------- prove and grade
-def test_small_functions_are_proved():
-    """Solution, stub, wrong and other right answers, and the variant of two functions, at two seeds."""
-    lines = [*prove.prove("a3", tasks=METRICS, attacks=False)]
+def test_a_small_function_is_proved():
+    """Solution, stub, wrong and other right answers, and the variant of a function, at two seeds."""
+    lines = [*prove.prove("a3", tasks=METRICS[:1], attacks=False)]
     assert [what for what, fault in lines if fault] == []
     kinds = ("wrong", "right", "variant", "the stub")
     counts = [sum(f": {kind}" in what for what, _ in lines) for kind in kinds]
-    assert counts == [len(wrong.WRONG[METRICS[0]]) + len(wrong.WRONG[METRICS[1]]), 2, 2, 2]
+    assert counts == [len(wrong.WRONG[METRICS[0]]), 1, 1, 1]
 
 
 def graded(submission):
@@ -193,9 +193,10 @@ def graded(submission):
     tasks = {task: TABLES["a3"].TASKS[task] for task in METRICS}
     table = SimpleNamespace(TASKS=tasks)
     solution = trees.solution_of("a3", TABLES["a3"])
-    explained = {}
-    for task, i, what, arrays in [*trees.wrong_outputs("a3", table, solution, 7)]:
-        seed, causes, found = explained.setdefault(task, (7, [], {}))
+    one = SimpleNamespace(TASKS={METRICS[0]: tasks[METRICS[0]]})
+    explained = {METRICS[0]: (7, [], {})}
+    for task, i, what, arrays in trees.wrong_outputs("a3", one, solution, 7):
+        _, causes, found = explained[task]
         causes.append(what)
         found[task, i] = arrays
     sealed = {"seeds": [7, 8], "explained": explained}
