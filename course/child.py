@@ -4,6 +4,8 @@ The other process of the course kit: it runs drivers on a tree of files, and sen
 The tree holds one student's function. No expected number is in the process, in its files or in its arguments.
 """
 
+import contextlib
+import gc
 import importlib.util
 import json
 import multiprocessing
@@ -21,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-MEMORY = 4e9  # bytes that a child and its children may hold; torch alone holds 0.4e9
+MEMORY = 4_000_000_000  # bytes that a child may hold; torch alone holds a tenth of it
 SECONDS = 600  # of a child
 LARGEST = 1e8  # bytes of arrays that a child may send back
 # why a server that forks: torch and transformers take seconds to import, and are imported once
@@ -92,10 +94,12 @@ def describe(error, tree):
     return np.array([type(error).__name__, str(error)[:200], where])
 
 
-def run_drivers(folder, assignment, names, seeds):
+def run_drivers(folder, assignment, names, seeds, most):
     """In the child: write what the drivers return for every seed to folder/out.npz, after each driver."""
     os.setsid()  # one group with all its children, so that all of it can be ended
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))  # where the parent is killed itself
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))  # on Linux; elsewhere the parent looks
+    gc.freeze()  # why: a driver may collect, and torch's objects would take long each time
     silence = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(silence, stream)
@@ -130,17 +134,6 @@ def write_tree(files, folder):
         target.write_bytes(content)
 
 
-def memory(process):
-    """Return the bytes that a process and its children hold."""
-    total = 0
-    try:
-        for member in [process, *process.children(recursive=True)]:
-            total += member.memory_info().rss
-    except psutil.Error:  # it has ended meanwhile
-        pass
-    return total
-
-
 def outputs(files, assignment, names, seeds, seconds=SECONDS):
     """
     Run drivers in a child, on a tree of the files {path: bytes}. Return (found, fault, seconds it took).
@@ -151,29 +144,26 @@ def outputs(files, assignment, names, seeds, seconds=SECONDS):
     context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         write_tree(files, f"{folder}/tree")
-        child = context.Process(target=run_drivers, args=(folder, assignment, names, seeds))
+        child = context.Process(target=run_drivers, args=(folder, assignment, names, seeds, MEMORY))
         begin = time.monotonic()
         before = dict(os.environ)
         os.environ.update(ENVIRONMENT)  # what the server starts with
         child.start()
         os.environ.clear()
         os.environ.update(before)
-        process = psutil.Process(child.pid)
         fault = "the process ended without an answer"
         while child.is_alive():
             child.join(0.1)
             if time.monotonic() - begin > seconds:
                 fault = f"no answer after {seconds:.0f} seconds"
-            elif memory(process) > MEMORY:
-                fault = f"more than {MEMORY / 1e9:.0f} GB of memory"
-            else:
-                continue
-            break
+                break
+            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                if psutil.Process(child.pid).memory_info().rss > MEMORY:
+                    fault = f"more than {MEMORY / 1e9:.0f} GB of memory"
+                    break
         for end in (lambda: os.killpg(child.pid, signal.SIGKILL), child.kill):
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 end()
-            except ProcessLookupError:
-                pass
         child.join()
         return read_outputs(f"{folder}/out.npz"), fault, time.monotonic() - begin
 
