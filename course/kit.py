@@ -83,16 +83,23 @@ def verdict(got, wanted, fault, aloud):
     return ""
 
 
+def read_causes(path, seed):
+    """Return {(task, number of a wrong answer): its arrays at a seed}; {} where there is no such file."""
+    wrong = {}
+    for (i, driver), arrays in read_outputs(path).items():
+        task, check = driver.split(">")
+        wrong.setdefault((task, i), {})[seed, check] = arrays
+    return wrong
+
+
 def explain(task, seed, got, table, wrong):
     """Return what is known to give the very arrays of `got` at a seed, "" where nothing or more than one."""
     causes = []
     for i, cause in enumerate(table):
         arrays = {name: parts for (_, name), parts in wrong.get((task, i), {}).items()}
         mine = {name: parts for (at, name), parts in got.items() if at == seed}
-        same = arrays.keys() == mine.keys() and not any(
-            verdict(mine[n], arrays[n], "", False) for n in arrays
-        )
-        if same and not any("error" in parts for parts in arrays.values()):
+        unlike = arrays.keys() != mine.keys() or any("error" in parts for parts in arrays.values())
+        if not unlike and not any(verdict(mine[n], arrays[n], "", False) for n in arrays):
             causes.append(cause)
     return causes[0] if len(causes) == 1 else ""
 
@@ -109,11 +116,7 @@ def student_folder():
 def public_results(made, table, name=""):
     """Yield (task, check, points, of, what was seen, the cause if it is known) at the student's own seed."""
     key = read_outputs(HERE / "public.npz")
-    wrong = {}
-    if (HERE / "causes.npz").is_file():
-        for (i, driver), arrays in read_outputs(HERE / "causes.npz").items():
-            task, driver = driver.split(">")
-            wrong.setdefault((task, i), {})[made["seed"], driver] = arrays
+    wrong = read_causes(HERE / "causes.npz", made["seed"])
     files = {path: (HERE / path).read_bytes() for path in made["files"] if (HERE / path).is_file()}
     for task, checks in table.TASKS.items():
         if name not in task:

@@ -12,10 +12,14 @@ from pathlib import Path
 
 import child
 import kit
+import numpy as np
 import trees
 import wrong as answers
 
 SEEDS = (1, 2)  # where no sealed seeds are given
+# how the lines of prove begin, for the counts
+KINDS = {"stub": ": the stub", "wrong": ": wrong:", "right": ": right:", "variant": ": variant:"}
+KINDS |= {"attack": "attack:"}
 
 
 # ---------------------------------------------------------------- prove
@@ -53,10 +57,8 @@ def prove(assignment, seeds=SEEDS, tasks=None, attacks=True, seconds=None):
     tasks = tasks or [*table.TASKS]
 
     # without running anything
-    yield (
-        "the points are 70",
-        "" if sum(trees.points_of(table).values()) == kit.SECTIONS["code"] else "they are not",
-    )
+    points = sum(trees.points_of(table).values())
+    yield "the points are 70", "" if points == kit.SECTIONS["code"] else f"they are {points}"
     found = [f"{task} in {path}: {piece}" for task, path, piece in trees.leaks(solution, skeleton, table)]
     yield "no piece of a removed body is left", "; ".join(found)
     for path, content in skeleton.items():
@@ -76,11 +78,8 @@ def prove(assignment, seeds=SEEDS, tasks=None, attacks=True, seconds=None):
 
     for task in tasks:
         # the stub must lose every check where it is run, not only because it is known as a stub
-        bare = {path: content for path, content in skeleton.items()}
-        for path, content in bare.items():
-            bare[path] = content.replace(
-                b"    raise NotImplementedError(", b"    pass\n    raise ValueError("
-            )
+        old, new = b"    raise NotImplementedError(", b"    pass\n    raise ValueError("
+        bare = {path: content.replace(old, new) for path, content in skeleton.items()}
         losses, _ = lost(bare, task)
         kept = [check for check, at in losses.items() if len(at) < len(seeds)]
         yield f"{task}: the stub loses all", f"it keeps {kept}" if kept else ""
@@ -117,14 +116,12 @@ def prove_variant(assignment, table, variant, solution, seeds, tasks):
         points = {check: row[0] for check, row in table.TASKS[task].items()}
         gone = sum(points[c] for c in points if all(found[s, c] for s in seeds))
         share = gone / sum(points.values())
-        yield (
-            f"{task}: variant: the public body loses 60 %",
-            "" if share >= 0.6 else f"it loses {share:.0%}",
-        )
+        fault = "" if share >= 0.6 else f"it loses {share:.0%}"
+        yield f"{task}: variant: the public body loses 60 %", fault
 
 
 def prove_attacks(assignment, table, solution, seeds, key):
-    """Yield whether each attack on the first task gets 0 and a sentence, and costs no other task."""
+    """Yield whether each attack on the first task gets 0 and a sentence."""
     task, path, name = next(trees.tasks_of(table))
     source = solution[path].decode()
     secret = str(trees.HERE / "wrong.py")
@@ -146,12 +143,13 @@ def prove_attacks(assignment, table, solution, seeds, key):
 
 
 def prove_command(args):
+    """Print a line for everything that must hold, and how many hold; exit code 1 where one does not."""
     begin = time.monotonic()
     seeds = json.loads(Path(args.sealed).read_text())["seeds"] if args.sealed else SEEDS
     counts = {}
     bad = 0
     for what, fault in prove(args.assignment, seeds, args.tasks, attacks=not args.tasks):
-        kind = next((k for k in ("wrong", "right", "variant", "attack", "stub") if f"{k}" in what), "other")
+        kind = next((kind for kind, sign in KINDS.items() if sign in what), "other")
         counts.setdefault(kind, [0, 0])
         counts[kind][0] += not fault
         counts[kind][1] += 1
@@ -167,18 +165,22 @@ def seal(args):
     """Draw seeds until every wrong answer loses its checks at each; write them."""
     table = child.load(trees.HERE / f"{args.assignment}.py")
     solution = trees.solution_of(args.assignment, table)
-    seeds = []
+    seeds, wrong = [], {}
     while len(seeds) < args.count:
         seed = secrets.randbelow(2**48)
         key, _ = trees.keys_of(args.assignment, table, solution, [seed])
-        faults = []
+        faults, outputs = [], {}
         for task, *_ in trees.tasks_of(table):
-            for what, submission, named in trees.wrong_submissions(solution, table, task):
-                found, *_ = trees.seen_of(args.assignment, table, solution, submission, task, [seed], key, 60)
+            for i, (what, submission, named) in enumerate(trees.wrong_submissions(solution, table, task)):
+                given = (args.assignment, table, solution, submission, task, [seed], key)
+                found, got, _ = trees.seen_of(*given, seconds=60)
+                outputs |= {(i, f"{task}>{check}"): parts for (_, check), parts in got.items()}
                 if {check for (_, check), seen in found.items() if seen} != {*named}:
                     faults.append(f"{task}: {what}")
         print(f"a seed {'is not good for ' + faults[0] if faults else 'is good for all wrong answers'}")
         if not faults:
             seeds.append(seed)
+            wrong = wrong or outputs
     Path(args.out).write_text(json.dumps({"assignment": args.assignment, "seeds": seeds}) + "\n")
+    np.savez(Path(args.out).with_suffix(".npz"), **child.flat(wrong))  # at the first seed, for the feedback
     print(f"written: {args.out}; keep it out of every folder that students can read")

@@ -79,8 +79,8 @@ def grade_one(assignment, table, solution, sealed, submission):
     for task, checks in table.TASKS.items():
         limit = 20 + 10 * took[task]
         found, got, _ = trees.seen_of(assignment, table, solution, submission, task, seeds, key, limit)
-        at, causes, wrong = sealed["explained"].get(task, (0, [], {}))
-        cause = kit.explain(task, at, got, causes, wrong)
+        causes = [what for what, *_ in answers.WRONG.get(task, [])]
+        cause = kit.explain(task, sealed["seeds"][0], got, causes, sealed["wrong"])
         for check, (points, *_) in checks.items():
             seen = found[public, check]
             hidden = next(filter(None, (found[seed, check] for seed in sealed["seeds"])), "")
@@ -161,13 +161,10 @@ def grade(args):
     table = child.load(HERE / f"{args.assignment}.py")
     solution = trees.solution_of(args.assignment, table, args.variant)
     sealed = json.loads(Path(args.sealed).read_text())
-    sealed["explained"] = {}
+    sealed["wrong"] = {}
     if not args.variant:  # the wrong answers are those of the public text
-        seed = sealed["seeds"][0]
-        for task, i, what, arrays in trees.wrong_outputs(args.assignment, table, solution, seed):
-            at, causes, found = sealed["explained"].setdefault(task, (seed, [], {}))
-            causes.append(what)
-            found[task, i] = arrays
+        path = Path(args.sealed).with_suffix(".npz")
+        sealed["wrong"] = kit.read_causes(path, sealed["seeds"][0])
     out = Path(args.out)
     for folder in ("feedback", "gradescope"):
         (out / folder).mkdir(parents=True, exist_ok=True)
