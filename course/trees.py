@@ -142,8 +142,10 @@ def solution_of(assignment, table, variant=""):
     if variant:
         theirs = Path(variant).read_text(encoding="utf-8")
         for _, path, name in tasks_of(table):
-            if find(theirs, name):
-                source, fault = graft(files[path].decode(), theirs, name)
+            if node := find(theirs, name):
+                # alone: the other functions of the file are for other files
+                text = "\n".join(theirs.split("\n")[node.lineno - 1 : node.end_lineno])
+                source, fault = graft(files[path].decode(), text, name)
                 if fault:
                     sys.exit(f"error: {variant}: {name}: {fault}")
                 files[path] = source.encode()
