@@ -134,15 +134,18 @@ def tasks_of(table):
             yield task, path, name
 
 
-def solution_of(assignment, table, variant=""):
-    """Return the tree of the solution; a variant is a file whose functions replace those of their name."""
+def solution_of(assignment, table, variant="", only=""):
+    """
+    Return the tree of the solution. A variant is a file whose functions, or the one named `only`, replace ours.
+    """
     files = closure([*table.SHIP, *COMMON])
     files[f"{assignment}.py"] = (HERE / f"{assignment}.py").read_bytes()
     files["toys.py"] = (HERE / "toys.py").read_bytes()
     if variant:
         theirs = Path(variant).read_text(encoding="utf-8")
         for _, path, name in tasks_of(table):
-            if node := find(theirs, name):
+            node = find(theirs, name)
+            if node and only in ("", name):
                 # alone: the other functions of the file are for other files
                 text = "\n".join(theirs.split("\n")[node.lineno - 1 : node.end_lineno])
                 source, fault = graft(files[path].decode(), text, name)
