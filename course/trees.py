@@ -136,7 +136,8 @@ def tasks_of(table):
 
 def solution_of(assignment, table, variant="", only=""):
     """
-    Return the tree of the solution. A variant is a file whose functions, or the one named `only`, replace ours.
+    Return the tree of the solution. A variant is a file whose functions replace those of their name; only: one
+    of them.
     """
     files = closure([*table.SHIP, *COMMON])
     files[f"{assignment}.py"] = (HERE / f"{assignment}.py").read_bytes()
