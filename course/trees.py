@@ -136,8 +136,8 @@ def tasks_of(table):
 
 def solution_of(assignment, table, variant="", only=""):
     """
-    Return the tree of the solution. A variant is a file whose functions replace those of their name; only: one
-    of them.
+    Return the tree of the solution. A variant is a file whose functions replace those of their name, or only
+    the one of that name.
     """
     files = closure([*table.SHIP, *COMMON])
     files[f"{assignment}.py"] = (HERE / f"{assignment}.py").read_bytes()
