@@ -62,7 +62,8 @@ def difference(got, wanted):
         return "the same numbers in another order"
     if tolerance == 0:
         return f"{(got != wanted).sum()} of {got.size} entries differ"
-    return f"off by {error / max(scale, 1e-300):.2g} of the largest entry"
+    entry = "what is asked for" if got.size == 1 else "the largest entry"
+    return f"off by {error / max(scale, 1e-300):.2g} of {entry}"
 
 
 def verdict(got, wanted, fault, aloud):
