@@ -19,7 +19,7 @@ TASKS = {
     "train_dpr.py:in_batch_loss": {
         "loss_value": (8, "the mean over questions of -log softmax of plain inner products", "paper, Eq. 2"),
         "loss_mask": (6, "pairs in `excluded` take no part: (question, column)", "the docstring"),
-        "loss_count": (4, "how many questions score highest at their positive", "the docstring"),
+        "loss_count": (4, "how many questions score highest at their positive, a tensor", "training_step"),
     },
     "train_dpr.py:excluded_pairs": {
         "own": (3, "the label of a question is never left out", "README, part 2"),
@@ -117,7 +117,7 @@ def loss_count(rng):
     target_Q = (positive_Q + 1).clamp(min=7)
     target_Q[right] = positive_Q[right]
     _, count = in_batch_loss(3 * p_ND[target_Q], p_ND, positive_Q)
-    return {"count": count}
+    return {"count": count.detach()}
 
 
 # ---------------------------------------------------------------- excluded_pairs

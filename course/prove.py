@@ -84,6 +84,15 @@ def prove(assignment, seeds=SEEDS, tasks=None, attacks=True, seconds=None):
         kept = [check for check, at in losses.items() if len(at) < len(seeds)]
         yield f"{task}: the stub loses all", f"it keeps {kept}" if kept else ""
         if ":" not in task:
+            # the other right answers, all at once
+            submission = {}
+            for other, path, name in trees.tasks_of(table):
+                source = submission.get(path, solution[path]).decode()
+                source, _ = trees.graft(source, answers.RIGHT[other][0][1], name)
+                submission[path] = source.encode()
+            losses, found = lost(submission, task)
+            seen = next(filter(None, found.values()), "")
+            yield f"{task}: right: all other right answers at once: keep all", seen
             continue
         for what, submission, named in trees.wrong_submissions(solution, table, task):
             losses, _ = lost(submission, task)

@@ -75,7 +75,7 @@ def in_batch_loss(q_QD, p_ND, positive_Q, excluded=None):
         scores = p_ND[kept] @ q_QD[row]
         losses.append(scores.logsumexp(0) - p_ND[label] @ q_QD[row])
         count += kept[int(scores.argmax())] == label
-    return torch.stack(losses).mean(), count
+    return torch.stack(losses).mean(), torch.tensor(count)
 """,
     ),
     (
@@ -88,7 +88,7 @@ def in_batch_loss(q_QD, p_ND, positive_Q, excluded=None):
         mask[excluded[0], excluded[1]] = True
         scores = scores.masked_fill(mask, float("-inf"))
     log = torch.log_softmax(scores, dim=1)
-    return -log.gather(1, positive_Q[:, None]).mean(), (log.argmax(1) == positive_Q).sum().item()
+    return -log.gather(1, positive_Q[:, None]).mean(), (log.argmax(1) == positive_Q).sum()
 """,
     ),
 ]
