@@ -250,3 +250,37 @@ def test_the_outputs_of_other_systems():
             {"name": "f.py:g c", "status": "fail", "message": "off by 2", "score": 0.0, "max_score": 0.33}
         ],
     }
+
+
+def test_an_entry_for_the_board_and_its_points(tmp_path, monkeypatch, capsys):
+    """The entry has the board's questions alone; one that beats the baseline gets 5 points."""
+    corpus = [f"{i}\tthe {i}th text holds word{i}\ttitle {i}\n" for i in range(30)]
+    (tmp_path / "corpus.tsv").write_text("id\ttext\ttitle\n" + "".join(corpus))
+    questions = []
+    for i in range(20):
+        question = {"qid": f"q{i}", "question": "x", "answers": [f"word{i}"], "positives": [str(i)]}
+        questions.append(json.dumps(question) + "\n")
+    (tmp_path / "sealed.jsonl").write_text("".join(questions))
+    for name, shift, count in (("good", 0, 30), ("base", 7, 20)):
+        rows = [f"q{i}\t{(i + shift) % 30}\t1\t2.0\n" for i in range(count)]
+        (tmp_path / f"{name}.run").write_text("".join(rows))
+
+    # a student's folder
+    (tmp_path / "kit.json").write_text('{"assignment": "a1", "student": "s1"}')
+    (tmp_path / "a1.py").write_text("")
+    (tmp_path / "board.jsonl").write_text("".join(f'{{"qid": "q{i}"}}\n' for i in range(20)))
+    monkeypatch.setattr(kit, "HERE", tmp_path)
+    kit.board(SimpleNamespace(file=str(tmp_path / "good.run")))
+    assert "20 of 20" in capsys.readouterr().out
+    assert len((tmp_path / "board.run").read_text().splitlines()) == 20
+
+    # the staff's table
+    (tmp_path / "entries").mkdir()
+    (tmp_path / "board.run").rename(tmp_path / "entries" / "s1.run")
+    (tmp_path / "entries" / "broken.run").write_text("nonsense")
+    files = {"questions": "sealed.jsonl", "corpus": "corpus.tsv", "baseline": "base.run"}
+    files = {key: tmp_path / name for key, name in files.items()}
+    staff.board_table(SimpleNamespace(table=tmp_path / "entries", **files))
+    head, broken, entry = capsys.readouterr().out.splitlines()
+    assert "n = 20" in head and "no entry" in broken
+    assert re.search(r"s1.run +MRR@10 100.0 .* \+100.0 .* 5$", entry)
