@@ -8,7 +8,7 @@ Students, in that folder:
   python kit.py board FILE        make the entry for the board from a .run or .answers.json
 Staff, in the repository: python course/kit.py make | prove | seal | grade | board --table   (course/staff.py)
 
-The solution is the answer key. A driver is a function of a1.py ... a6.py. It calls one function with numbers
+The solution is the answer key. A driver is a function of a1.py, a2.py ... It calls one function with numbers
 drawn from a seed and returns arrays. Drivers run in a child process that holds no expected number: only the
 arrays come back, and this process compares them with those of the solution.
 """
