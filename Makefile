@@ -1,6 +1,7 @@
 # make demo   set up, then train, encode, search and ask on real text; see recipes/demo.sh
 # make test   set up, then check style and run all tests
 # make browser   install Chromium (Debian, Ubuntu; as root), so that `make test` opens the page of a run in it
+# make assignment A=2 OUT=folder   set up, then make a folder for assignment 2 of the course; see course/README.md
 PYTHON ?= python3
 
 .venv/ready: requirements.txt
@@ -25,7 +26,10 @@ test: .venv/ready
 browser:
 	apt-get update -qq && apt-get install -y -qq chromium
 
+assignment: .venv/ready
+	.venv/bin/python course/kit.py make $(A) --student $(or $(STUDENT),me) --out $(OUT)
+
 clean:
 	rm -rf .venv runs/demo data/demo
 
-.PHONY: setup demo test browser clean
+.PHONY: setup demo test browser assignment clean

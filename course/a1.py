@@ -1,0 +1,304 @@
+"""
+Assignment 1, in-batch negatives: the points, and the drivers that draw numbers and call one function each.
+
+TASKS: {file:function: {driver: (points, what is asked, where to read)}}. A driver takes a numpy Generator and
+returns {name: array, number or list}; nothing that is expected stands here.
+"""
+
+from types import SimpleNamespace
+
+TITLE = "In-batch negatives"
+SHIP = ["train_dpr.py", "doc2embedding.py", "test_dpr.py", "recipes/compare.py", "recipes/demo/prepare.py"]
+SHIP += ["recipes/untrained.py"]
+SHIP += ["tests/toy.py", "config/train_dpr_nq.yaml", "config/train_dpr_demo.yaml"]
+SHIP += ["config/doc2embedding.yaml", "config/test_dpr.yaml"]
+SHIP += [f"recipes/demo/{name}.jsonl" for name in ("train", "dev", "test")]
+DROP = []
+SHOWN = []  # pieces that stay in sight, because other code needs them
+TASKS = {
+    "train_dpr.py:in_batch_loss": {
+        "loss_value": (8, "the mean over questions of -log softmax of plain inner products", "paper, Eq. 2"),
+        "loss_mask": (6, "pairs in `excluded` take no part: (question, column)", "the docstring"),
+        "loss_count": (4, "how many questions score highest at their positive, a tensor", "training_step"),
+    },
+    "train_dpr.py:excluded_pairs": {
+        "own": (3, "the label of a question is never left out", "README, part 2"),
+        "padding": (4, "padding is left out for every question", "draw_batch"),
+        "twins": (4, "any positive of a question that another question brought is left out, and counted", ""),
+        "switch": (3, "without mask_duplicates only padding is left out", "config/train_dpr_nq.yaml"),
+    },
+    "utils/distributed.py:gather_rows": {
+        "gather_order": (5, "the rows of all devices, in the order of the devices, on each of them", ""),
+        "gather_gradient": (9, "the own rows have a gradient, all others have none", "the file's docstring"),
+    },
+    "utils/distributed.py:sum_gradients": {
+        "sum_value": (3, "every device holds the sum of the gradients", "the file's docstring"),
+        "sum_frozen": (2, "a weight without a gradient is passed over", ""),
+    },
+    "train_dpr.py:learning_rate_factor": {
+        "rate_rise": (2, "a linear rise from 0", "the docstring"),
+        "rate_fall": (3, "a linear fall from 1 at the end of the rise to `floor`", "the docstring"),
+    },
+    "utils/metrics.py:positive_ranks": {
+        "rank_value": (3, "ranks from 1", "the docstring"),
+        "rank_ties": (3, "a passage of the same score counts as above", "the docstring"),
+        "rank_nan": (3, "so does NaN", "the docstring"),
+    },
+    "together": {
+        "twelve_steps": (5, "all your functions in one training: the losses and weights of 12 steps", ""),
+    },
+}
+
+# ---------------------------------------------------------------- predict
+QUESTIONS = {
+    "lowest_loss": "A batch has {n} questions. {m} of them have the same gold passage, so it stands there "
+    "{m} times. Nothing is masked, there are no hard negatives. What is the lowest mean loss that an encoder "
+    "can reach?",
+    "negatives": "A batch has {b} questions with {h} hard negatives each. How many negatives has a question?",
+    "even": "Every vector of that batch is the same. What is the loss?",
+    "rank": "{above} passages score higher than the positive, {ties} others score the same. Its rank?",
+}
+
+
+def numbers(rng):
+    """Return the numbers of a student's questions."""
+    return {
+        "n": int(rng.integers(8, 33)),
+        "m": int(rng.integers(2, 6)),
+        "b": int(rng.integers(10, 99)),
+        "h": int(rng.integers(1, 4)),
+        "above": int(rng.integers(2, 9)),
+        "ties": int(rng.integers(2, 9)),
+    }
+
+
+# ---------------------------------------------------------------- in_batch_loss
+def some_batch(rng, questions, width):
+    """Return (q, p, the columns of the positives) in float64, with gradients."""
+    import torch
+
+    q_QD = torch.tensor(rng.standard_normal((questions, 7)) * 0.7, requires_grad=True)
+    p_ND = torch.tensor(rng.standard_normal((questions * width, 7)) * 0.7, requires_grad=True)
+    return q_QD, p_ND, torch.arange(questions) * width
+
+
+def loss_value(rng):
+    from train_dpr import in_batch_loss
+
+    q_QD, p_ND, positive_Q = some_batch(rng, 5, int(rng.integers(2, 5)))
+    loss, _ = in_batch_loss(q_QD, p_ND, positive_Q)
+    loss.backward()
+    return {"loss": loss, "gradient of q": q_QD.grad, "gradient of p": p_ND.grad}
+
+
+def loss_mask(rng):
+    import torch
+
+    from train_dpr import in_batch_loss
+
+    q_QD, p_ND, positive_Q = some_batch(rng, 4, 3)
+    pairs = [(0, 5), (3, 1), (2, 11), (1, 2), (1, 0)]
+    loss, _ = in_batch_loss(q_QD, p_ND, positive_Q, torch.tensor(pairs).T)
+    loss.backward()
+    empty, _ = in_batch_loss(q_QD, p_ND, positive_Q, torch.zeros(2, 0, dtype=torch.long))
+    return {"loss": loss, "gradient of q": q_QD.grad, "gradient of p": p_ND.grad, "without pairs": empty}
+
+
+def loss_count(rng):
+    import torch
+
+    from train_dpr import in_batch_loss
+
+    # every question points at one passage of length 1: at its positive, or at a passage after the first Q
+    questions, width = 6, 2
+    p_ND = torch.nn.functional.normalize(torch.tensor(rng.standard_normal((12, 16))), dim=1)
+    positive_Q = torch.arange(questions) * width
+    right = rng.permutation(questions)[: int(rng.integers(2, questions))]
+    target_Q = (positive_Q + 1).clamp(min=7)
+    target_Q[right] = positive_Q[right]
+    _, count = in_batch_loss(3 * p_ND[target_Q], p_ND, positive_Q)
+    return {"count": count.detach()}
+
+
+# ---------------------------------------------------------------- excluded_pairs
+def pairs_of(rng, mask=True):
+    """Return (pairs, their number of duplicates, width, columns of padding) of a batch with all cases."""
+    from train_dpr import excluded_pairs
+
+    width = int(rng.integers(2, 5))
+    questions = 7
+    ids = [str(i) for i in rng.permutation(1000)[: questions * 8]]
+    inline = {"title": "t", "text": "x"}
+    train = []
+    for i in range(questions):
+        some = ids[i * 8 : i * 8 + 8]
+        train.append({"positives": some[:1], "negatives": some[4 : 3 + width]})
+    train[3]["positives"] = train[0]["positives"]  # the same gold passage
+    train[1]["positives"] = [ids[9], *train[4]["positives"]]  # its second positive is another's gold passage
+    train[5]["negatives"][0] = train[2]["positives"][0]  # a hard negative is another's gold passage
+    train[2]["positives"] = train[2]["positives"] + [inline]
+    train[6]["negatives"][0] = dict(inline)  # and an inline passage
+    items = rng.permutation(questions).tolist()
+
+    # the last column of two questions is padding: their positive again
+    entries, padding = [], set()
+    for row, item in enumerate(items):
+        entries += [train[item]["positives"][0], *train[item]["negatives"]]
+        if item in (0, 6) and width > 2:
+            entries[-1] = train[item]["positives"][0]
+            padding.add(row * width + width - 1)
+    if not padding:
+        row = items.index(4)
+        entries[row * width + 1] = train[4]["positives"][0]
+        padding.add(row * width + 1)
+    cfg = SimpleNamespace(negatives=width - 1, mask_duplicates=mask)
+    pairs, duplicates = excluded_pairs(items, entries, padding, train, cfg)
+    return sorted([int(row), int(column)] for row, column in pairs), int(duplicates), width, padding
+
+
+def own(rng):
+    pairs, _, width, _ = pairs_of(rng)
+    return {"labels that are left out": [row for row, column in pairs if column == row * width]}
+
+
+def padding(rng):
+    pairs, _, _, columns = pairs_of(rng)
+    return {"pairs of padding": [pair for pair in pairs if pair[1] in columns]}
+
+
+def twins(rng):
+    pairs, duplicates, width, columns = pairs_of(rng)
+    others = [pair for pair in pairs if pair[1] not in columns and pair[1] != pair[0] * width]
+    return {"duplicates that are left out": others, "their number": duplicates}
+
+
+def switch(rng):
+    pairs, duplicates, _, columns = pairs_of(rng, mask=False)
+    return {"left out": [pair for pair in pairs if pair[1] not in columns], "their number": duplicates}
+
+
+# ---------------------------------------------------------------- devices
+def gathered(rng, weights=None):
+    """Return what each of two devices gathers, and the gradient of its own rows where weights are given."""
+    import torch
+    from toys import two_devices
+
+    rows = rng.standard_normal((2, 3, 4))
+    weights_ND = torch.tensor(rng.standard_normal((6, 4)))
+
+    def work(rank):
+        from utils.distributed import gather_rows
+
+        x_BD = torch.tensor(rows[rank], requires_grad=True)
+        all_ND = gather_rows(x_BD)
+        if weights is None:
+            return {"rows": all_ND}
+        (all_ND * weights_ND).sum().backward()
+        return {"gradient": x_BD.grad}
+
+    found = two_devices(work)
+    return {f"{name} on device {rank}": found[rank][name] for rank in (0, 1) for name in found[rank]}
+
+
+def gather_order(rng):
+    return gathered(rng)
+
+
+def gather_gradient(rng):
+    return gathered(rng, weights=True)
+
+
+def summed(rng, frozen):
+    """Return what two devices hold after sum_gradients; frozen: one of three weights has no gradient."""
+    import torch
+    from toys import two_devices
+
+    gradients = rng.standard_normal((2, 3, 5))
+
+    def work(rank):
+        from utils.distributed import sum_gradients
+
+        weights = [torch.nn.Parameter(torch.zeros(5, dtype=torch.float64)) for _ in range(3)]
+        for weight, gradient in zip(weights, gradients[rank], strict=True):
+            weight.grad = torch.tensor(gradient)
+        if frozen:
+            weights[1].grad = None
+        sum_gradients(iter(weights))
+        if frozen:
+            return {"frozen": torch.tensor(weights[1].grad is None)}
+        return {f"gradient {i}": weight.grad for i, weight in enumerate(weights)}
+
+    found = two_devices(work)
+    return {f"{name} on device {rank}": found[rank][name] for rank in (0, 1) for name in found[rank]}
+
+
+def sum_value(rng):
+    return summed(rng, frozen=False)
+
+
+def sum_frozen(rng):
+    return summed(rng, frozen=True)
+
+
+# ---------------------------------------------------------------- learning rate
+def factors(rng, rising):
+    import numpy as np
+
+    from train_dpr import learning_rate_factor
+
+    found = []
+    for warmup in (0, int(rng.integers(2, 9)), int(rng.integers(10, 20))):
+        total = warmup + int(rng.integers(5, 30))
+        floor = float(rng.uniform(0.05, 0.2))
+        steps = range(warmup) if rising else range(warmup, total + 3)
+        found += [float(learning_rate_factor(step, warmup, total, floor)) for step in steps]
+    return {"factors": np.array(found)}
+
+
+def rate_rise(rng):
+    return factors(rng, rising=True)
+
+
+def rate_fall(rng):
+    return factors(rng, rising=False)
+
+
+# ---------------------------------------------------------------- ranks
+def ranks(rng, scores_QN):
+    from utils.metrics import positive_ranks
+
+    gold_Q = rng.integers(0, scores_QN.shape[1], len(scores_QN))
+    return scores_QN, gold_Q, positive_ranks
+
+
+def rank_value(rng):
+    scores_QN, gold_Q, positive_ranks = ranks(rng, rng.standard_normal((6, 9)))
+    return {"ranks": positive_ranks(scores_QN, gold_Q)}
+
+
+def rank_ties(rng):
+    scores_QN, gold_Q, positive_ranks = ranks(rng, rng.standard_normal((6, 9)))
+    for row, gold in enumerate(gold_Q):
+        others = [column for column in range(9) if column != gold]
+        same = rng.permutation(others)[: 1 + row % 3]
+        scores_QN[row, same] = scores_QN[row, gold]
+    scores_QN[5] = 0.5  # a collapsed encoder
+    return {"ranks": positive_ranks(scores_QN, gold_Q)}
+
+
+def rank_nan(rng):
+    import numpy as np
+
+    scores_QN, gold_Q, positive_ranks = ranks(rng, rng.standard_normal((6, 9)))
+    for row, gold in enumerate(gold_Q[:4]):
+        others = [column for column in range(9) if column != gold]
+        scores_QN[row, rng.permutation(others)[: 1 + row % 3]] = np.nan
+    scores_QN[5] = np.nan
+    return {"ranks": positive_ranks(scores_QN, gold_Q)}
+
+
+# ---------------------------------------------------------------- together
+def twelve_steps(rng):
+    from toys import train
+
+    return train(12, seed=int(rng.integers(1000)))

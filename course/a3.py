@@ -1,0 +1,406 @@
+"""
+Assignment 3, exact search and what counts as found: the points, and the drivers (a1.py says what these are).
+"""
+
+import numpy as np
+
+TITLE = "Exact search, and what counts as found"
+SHIP = ["test_dpr.py", "doc2embedding.py", "recipes/compare.py", "config/test_dpr.yaml"]
+SHIP += ["config/doc2embedding.yaml", "recipes/demo/prepare.py", "utils/bm25.py", "tests/saved.py"]
+SHIP += ["recipes/untrained.py", "config/train_dpr_nq.yaml", "config/train_dpr_demo.yaml"]
+SHIP += [f"recipes/demo/{name}.jsonl" for name in ("train", "dev", "test")]
+# helpers that would give an answer away
+DROP = ["utils/search.py:best_of_block", "utils/text.py:_probe", "utils/text.py:_token_pattern"]
+DROP += ["utils/text.py:_before", "utils/text.py:answer_position"]
+SHOWN = ["queries_QD = check(queries_QD, shards, k)"]  # search_index and fill_index need these
+SHOWN += ["refuse_non_finite(x_nD, range(start, start + len(x_nD)))"]
+TASKS = {
+    "utils/search.py:exact_topk": {
+        "topk_rows": (
+            7,
+            "the best k rows for any shards and blocks, numbered over the corpus",
+            "the docstring",
+        ),
+        "topk_ties": (5, "equal scores in corpus order, also across the end of a block and of k", "rescore"),
+        "topk_short": (3, "k larger than the corpus; no questions", "the docstring"),
+        "topk_nan": (2, "NaN in a passage is refused", "refuse_non_finite"),
+        "topk_memory": (5, "the scores of a block, and of the best so far; never of all passages", "blocks"),
+    },
+    "utils/search.py:fetch": {
+        "fetch_rows": (3, "the rows in the order asked for, from the right shards", "the docstring"),
+        "fetch_type": (1, "in the stored type", "the docstring"),
+    },
+    "utils/search.py:as_lists": {
+        "lists_pairs": (2, "(row, score), best first; row 0 is a row", "the docstring"),
+        "lists_missing": (1, "-1 means that nothing was found", "the docstring"),
+    },
+    "utils/text.py:has_answer": {
+        "answer_tokens": (5, "the answer's tokens in a row, in either case", "tokenize"),
+        "answer_accents": (3, "accents count, however they are written", "the head of the file"),
+        "answer_blank": (2, "a blank answer is in no text", "the head of the file: DPR differs"),
+        "answer_any": (2, "one of the answers is enough", "the docstring"),
+        "answer_regex": (2, "regex: patterns are searched in NFD text", "_find_regex"),
+    },
+    "utils/metrics.py:topk_accuracy": {
+        "accuracy_cut": (2, "a hit among the first k", "the docstring"),
+        "accuracy_all": (2, "every question counts, also one without passages", "the docstring"),
+    },
+    "utils/metrics.py:mrr": {
+        "mrr_cut": (2, "1 / rank up to the cutoff, which is included", "the docstring"),
+        "mrr_miss": (1, "rank 0 is a miss, and counts", "the docstring"),
+    },
+    "utils/metrics.py:ndcg": {
+        "ndcg_gain": (
+            3,
+            "the discounted grades of the first passages, over those of the ideal order",
+            "trec_eval",
+        ),
+        "ndcg_ideal": (2, "the ideal order has all relevant passages, found or not", "the docstring"),
+    },
+    "utils/metrics.py:bootstrap_interval": {
+        "boot_width": (2, "95 % of the means lie within", "Efron 1979"),
+        "boot_skew": (2, "by percentiles of the drawn means, not by a normal curve", "the docstring"),
+        "boot_seed": (1, "the same seed gives the same interval", ""),
+    },
+    "test_dpr.py:hybrid": {
+        "hybrid_score": (
+            3,
+            "bm25 + weight * dense; a score that one list lacks is its lowest",
+            "the docstring",
+        ),
+        "hybrid_order": (2, "all passages of both lists, best first, equal scores by row, k of them", ""),
+    },
+    "together": {
+        "evaluated": (5, "all your functions in one evaluation: two rankings, joined, and their metrics", ""),
+    },
+}
+
+# ---------------------------------------------------------------- predict
+QUESTIONS = {
+    "mrr": "Four questions have their first right passage at {a}, {b}, {c}, and nowhere. What is MRR@10?",
+    "top5": "And top-5?",
+    "ndcg": "A question has two relevant passages. One is at rank {b}, the other was not found. nDCG@10?",
+    "interval": "A retriever is right for {r} of {n} questions. How wide is the 95 % interval, in points of "
+    "percent, by 2 x 1.96 x sqrt(p (1 - p) / n)?",
+}
+
+
+def numbers(rng):
+    """Return the numbers of a student's questions."""
+    n = int(rng.integers(80, 400))
+    ranks = {"a": int(rng.integers(1, 5)), "b": int(rng.integers(2, 10)), "c": int(rng.integers(11, 30))}
+    return ranks | {"r": int(n * rng.uniform(0.3, 0.7)), "n": n}
+
+
+# ---------------------------------------------------------------- search
+def vectors(rng, rows, dim=24, dtype=np.float32):
+    return rng.standard_normal((rows, dim)).astype(dtype)
+
+
+def cut(x_ND, size):
+    return [x_ND[i : i + size] for i in range(0, len(x_ND), size)]
+
+
+def found_by(queries_QD, x_ND, k, sizes):
+    """Return the arrays of exact_topk for some (shard size, block) each."""
+    from utils.search import exact_topk
+
+    found = {}
+    for size, block in sizes:
+        scores_Qk, rows_Qk = exact_topk(queries_QD, cut(x_ND, size), k, block)
+        found |= {f"rows, shards of {size}, blocks of {block}": rows_Qk}
+        found |= {f"scores, shards of {size}, blocks of {block}": scores_Qk}
+    return found
+
+
+def topk_rows(rng):
+    x_ND = vectors(rng, 1003, dtype=np.float16)
+    few = found_by(vectors(rng, 5), x_ND, 10, ((1003, 0), (1003, 64), (100, 17), (7, 500)))
+    many = found_by(vectors(rng, 300), x_ND, 3, ((500, 200),))
+    return few | {f"{name}, many questions": array for name, array in many.items()}
+
+
+def topk_ties(rng):
+    x_ND = np.repeat(vectors(rng, 10, 96, np.float16), 30, 0)[rng.permutation(300)]
+    found = found_by(vectors(rng, 64, 96), x_ND, 10, ((300, 0), (300, 37), (11, 16)))
+    return {name: array for name, array in found.items() if name.startswith("rows")}
+
+
+def topk_short(rng):
+    from utils.search import exact_topk
+
+    x_ND = vectors(rng, 12)
+    found = found_by(vectors(rng, 3), x_ND, 50, ((12, 0), (5, 0)))
+    scores_Qk, rows_Qk = exact_topk(np.zeros((0, 24), np.float32), [x_ND], 50)
+    return found | {"without questions": [list(scores_Qk.shape), list(rows_Qk.shape)]}
+
+
+def topk_nan(rng):
+    from utils.plumbing.config import UserError
+    from utils.search import exact_topk
+
+    x_ND = vectors(rng, 500)
+    refused = []
+    for row in (3, int(rng.integers(100, 399))):
+        broken_ND = x_ND.copy()
+        broken_ND[row, 2] = np.nan
+        try:
+            exact_topk(vectors(rng, 4), [broken_ND], 5, 100)
+            refused.append("no")
+        except UserError as error:
+            refused.append("yes" if str(row) in str(error) else "without the row's number")
+    return {"refused": refused}
+
+
+def topk_memory(rng):
+    import tracemalloc
+
+    from tests.saved import Largest
+    from utils.search import exact_topk
+
+    # scores that rise along the corpus: every passage is among the best so far
+    queries_QD = np.eye(24, dtype=np.float32)[:6]
+    x_ND = np.abs(vectors(rng, 20000))
+    x_ND[:, :6] = np.sort(x_ND[:, :6], axis=0)
+    exact_topk(queries_QD, [x_ND[:100]], 5, 50)  # what is imported late
+    tracemalloc.start()
+    with Largest() as largest:
+        _, rows_Qk = exact_topk(queries_QD, [x_ND], 100, 250)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    all_scores = len(queries_QD) * len(x_ND)
+    found = {"a tensor of a quarter of all scores": largest.numel > all_scores / 4}
+    # why the rows too: a function that does nothing needs no memory
+    return found | {"numpy's arrays are as large": peak > 6 * all_scores, "rows": rows_Qk}
+
+
+def fetch_rows(rng):
+    from utils.search import fetch
+
+    sizes = rng.permutation([1, 4, 7, 2, 9])
+    x_ND = vectors(rng, int(sizes.sum()), 5)
+    ends = np.cumsum(sizes)
+    shards = np.split(x_ND, ends[:-1])
+    rows = rng.permutation([*(ends - 1), *ends[:-1], 0, 0, *rng.integers(0, len(x_ND), 5)])
+    return {"vectors": fetch(shards, rows)}
+
+
+def fetch_type(rng):
+    from utils.search import fetch
+
+    found = [fetch([vectors(rng, 6, 3, t), vectors(rng, 4, 3, t)], np.array([1, 8])) for t in ("f2", "f4")]
+    return {"types": [str(np.asarray(array).dtype) for array in found]}
+
+
+def lists_of(rows_Qk, scores_Qk):
+    from utils.search import as_lists
+
+    hits = as_lists(scores_Qk, rows_Qk)
+    return {"lists": [[[int(row), float(score)] for row, score in question] for question in hits]}
+
+
+def lists_pairs(rng):
+    rows_Qk = np.stack([rng.permutation(40)[:6] + 1 for _ in range(4)])
+    rows_Qk[1, 0] = rows_Qk[2, 3] = 0
+    return lists_of(rows_Qk, -np.sort(-rng.standard_normal((4, 6)), axis=1))
+
+
+def lists_missing(rng):
+    rows_Qk = np.stack([rng.permutation(40)[:6] + 1 for _ in range(4)])
+    scores_Qk = -np.sort(-rng.standard_normal((4, 6)), axis=1)
+    for question, kept in enumerate((6, 4, 1, 0)):
+        rows_Qk[question, kept:] = -1
+        scores_Qk[question, kept:] = -np.inf
+    return lists_of(rows_Qk, scores_Qk)
+
+
+# ---------------------------------------------------------------- has_answer
+def verdicts(rng, cases, regex=False):
+    """Return what has_answer says of (passage, answers) cases, in an order of the seed."""
+    from utils.text import has_answer
+
+    cases = [cases[i] for i in rng.permutation(len(cases))]
+    return {"verdicts": [bool(has_answer(passage, answers, regex)) for passage, answers in cases]}
+
+
+def answer_tokens(rng):
+    words = "the river rises in old norway and runs past a mill to st olaf".split()
+    words = [words[i] for i in rng.permutation(len(words))]
+    text = " ".join(words)
+    at = int(rng.integers(2, 8))
+    cases = [
+        (text, [" ".join(words[at : at + 3])]),
+        (text, [" ".join(words[at : at + 3]).upper()]),
+        (text, [" ".join(reversed(words[at : at + 2]))]),  # in another order
+        (text, [f"{words[at]} {words[at + 2]}"]),  # not in a row
+        (text, [words[at] + "s"]),
+        (text.replace("norway", "norwegian"), ["norway"]),
+        (text.replace("norway", "norwegian"), ["norw"]),  # a part of a word
+        ("The U.S. Navy sailed.", ["U.S. Navy"]),
+        ("The U.S. Navy sailed.", ["u . s . navy"]),
+        ("The US Navy sailed.", ["U.S. Navy"]),
+        ("It was built in 1975.", ["197"]),
+        ("It was built in 1975.", ["1975."]),
+        ("St.  Olaf's   church", ["st. olaf's church"]),
+    ]
+    return verdicts(rng, cases)
+
+
+def answer_accents(rng):
+    composed, apart = "Dvo\u0159\xe1k", "Dvor\u030ca\u0301k"
+    cases = [
+        (f"{composed} wrote it", [composed]),
+        (f"{composed} wrote it", [apart]),
+        (f"{apart} wrote it", [composed]),
+        (f"{composed} wrote it", ["Dvorak"]),
+        ("Dvorak wrote it", [composed]),
+        ("Beyonc\xe9 sang", ["beyonce"]),
+        ("\xc9MILE Zola", ["\xe9mile"]),
+    ]
+    return verdicts(rng, cases)
+
+
+def answer_blank(rng):
+    return verdicts(rng, [("a text of words", [blank]) for blank in ("", " ", "\u200b", "\n\t")])
+
+
+def answer_any(rng):
+    cases = [("red green blue", answers) for answers in (["pink", "green"], ["green", "pink"], ["pink"], [])]
+    return verdicts(rng, cases)
+
+
+def answer_regex(rng):
+    cases = [
+        ("built in 1975 or so", [r"19\d\d"]),
+        ("built in 1875 or so", [r"19\d\d"]),
+        ("Dvo\u0159\xe1k wrote it", ["dvo\u0159\xe1k"]),
+        ("the (old) mill", [r"\(old\)"]),
+        ("Green hills", ["^green"]),
+        ("no such thing", ["(", "thing$"]),  # one that does not compile
+    ]
+    return verdicts(rng, cases, regex=True)
+
+
+# ---------------------------------------------------------------- metrics
+def accuracy_cut(rng):
+    from utils.metrics import topk_accuracy
+
+    hits = (rng.random((12, 8)) < 0.12).tolist()
+    hits[0] = [False, False, True, True, True, False, False, True]
+    found = topk_accuracy(hits, [1, 2, 3, 5])
+    return {f"top-{k}": float(found[k]) for k in (1, 2, 3, 5)}
+
+
+def accuracy_all(rng):
+    from utils.metrics import topk_accuracy
+
+    hits = [[], [True], [False, False, True], [], [False]]
+    hits = [hits[i] for i in rng.permutation(5)] * int(rng.integers(1, 4))
+    found = topk_accuracy(hits, [1, 4])
+    return {f"top-{k}": float(found[k]) for k in (1, 4)}
+
+
+def mrr_cut(rng):
+    from utils.metrics import mrr
+
+    cutoff = int(rng.integers(5, 9))
+    ranks = [1, cutoff, cutoff + 1, *rng.integers(1, 30, 8).tolist()]
+    return {"mrr": np.float64(mrr(ranks, cutoff))}
+
+
+def mrr_miss(rng):
+    from utils.metrics import mrr
+
+    ranks = [0, 0, *rng.integers(1, 5, int(rng.integers(3, 9))).tolist()]
+    return {"mrr": np.float64(mrr(ranks, 10)), "nothing found": np.float64(mrr([0, 0, 0], 10))}
+
+
+def ndcg_gain(rng):
+    from utils.metrics import ndcg
+
+    # all that is relevant is found, in another order and in part beyond the cutoff
+    gains = [rng.permutation([3, 2, 1, 1, 0, 0, 0, 0]).tolist() for _ in range(4)] + [[0] * 5 + [1, 2]]
+    relevant = [sorted(gain for gain in question if gain) for question in gains]
+    return {"ndcg": np.array([ndcg([g], [r], 5) for g, r in zip(gains, relevant, strict=True)])}
+
+
+def ndcg_ideal(rng):
+    from utils.metrics import ndcg
+
+    gains = [[0, 1, 0, 0], [0, 0], [1, 0, 0]]
+    relevant = [[2] * int(rng.integers(1, 4)) + [1, 1], [2], []]
+    return {"ndcg": np.array([ndcg([g], [r], 4) for g, r in zip(gains, relevant, strict=True)])}
+
+
+def boot_width(rng):
+    from utils.metrics import bootstrap_interval
+
+    values = rng.standard_normal(120)
+    low, high = bootstrap_interval(values, samples=20000, seed=int(rng.integers(99)))
+    normal = 2 * 1.96 * values.std() / 120**0.5
+    return {"width over the normal one's": round(float((high - low) / normal), 1)}
+
+
+def boot_skew(rng):
+    from utils.metrics import bootstrap_interval
+
+    values = rng.permutation([1.0] + [0.0] * 19)
+    low, high = bootstrap_interval(values, samples=20000, seed=int(rng.integers(99)))
+    return {"low": round(float(low), 3), "high": round(float(high), 3)}
+
+
+def boot_seed(rng):
+    from utils.metrics import bootstrap_interval
+
+    values = rng.standard_normal(50)
+    found = [bootstrap_interval(values, samples=200, seed=seed) for seed in (7, 7, 8)]
+    return {"the same again": found[0] == found[1], "another seed the same": found[0] == found[2]}
+
+
+# ---------------------------------------------------------------- hybrid
+def hybrid_score(rng):
+    from test_dpr import hybrid
+
+    rows = rng.permutation(100)
+    dense = [(int(row), float(score)) for row, score in zip(rows[:8], rng.uniform(60, 80, 8), strict=True)]
+    bm25 = [(int(row), float(score)) for row, score in zip(rows[5:13], rng.uniform(5, 30, 8), strict=True)]
+    weight = float(rng.uniform(0.5, 2))
+    scores = dict(hybrid(dense, bm25, weight, 50))
+    alone = dict(hybrid(dense, [], weight, 50))
+    # why by row: the order is another check
+    found = {"how many": len(scores), "scores": np.array([scores[row] for row in sorted(scores)])}
+    return found | {"without BM25": np.array([alone[row] for row in sorted(alone)])}
+
+
+def hybrid_order(rng):
+    from test_dpr import hybrid
+
+    rows = [int(row) for row in rng.permutation(100)[:10]]
+    dense = [(row, float(5 - i // 3)) for i, row in enumerate(rows[:7])]
+    bm25 = [(row, 2.0) for row in rows[4:]]
+    return {"rows": [[row for row, _ in hybrid(dense, bm25, 1.0, k)] for k in (4, 20)]}
+
+
+# ---------------------------------------------------------------- together
+def evaluated(rng):
+    from test_dpr import hybrid, search
+    from utils.metrics import mrr, ndcg, topk_accuracy
+    from utils.text import has_answer
+
+    texts = [f"passage {i} is about the {'red' if i % 7 == 0 else 'blue'} river" for i in range(60)]
+    shards = cut(vectors(rng, 60, 8), 25)
+    queries_QD = vectors(rng, 9, 8)
+    queries_QD[4] = np.nan  # no result for this one
+    hits, ranks, gains = [], [], []
+    for dense in search(queries_QD, shards, None, 12, "cpu"):
+        bm25 = [
+            (int(row), float(score))
+            for row, score in zip(rng.permutation(60)[:9], range(9, 0, -1), strict=True)
+        ]
+        joined = hybrid(dense, bm25, 0.5, 10)
+        right = [has_answer(texts[row], ["Red river"]) for row, _ in joined]
+        hits.append(right)
+        ranks.append(right.index(True) + 1 if any(right) else 0)
+        gains.append([int(hit) for hit in right])
+    found = {f"top-{k}": float(share) for k, share in topk_accuracy(hits, [1, 5, 10]).items()}
+    return found | {"mrr": float(mrr(ranks, 10)), "ndcg": float(ndcg(gains, [[1] * 9] * len(gains), 10))}

@@ -1,0 +1,105 @@
+"""What several drivers need: two devices, and a trainer in the toy world of tests/toy.py."""
+
+import copy
+import os
+import tempfile
+from contextlib import nullcontext
+from datetime import timedelta
+from functools import cache
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+def two_devices(function):
+    """Call function(rank), which returns {name: tensor}, on two gloo processes; return one dict of each."""
+    folder = tempfile.mkdtemp()
+    children = []
+    for rank in (0, 1):
+        child = os.fork()
+        if not child:
+            answer(function, rank, folder)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+    found = []
+    for rank in (0, 1):
+        if os.path.exists(f"{folder}/{rank}.txt"):
+            with open(f"{folder}/{rank}.txt", encoding="utf-8") as file:
+                raise RuntimeError(f"on device {rank}: {file.read()}")
+        with np.load(f"{folder}/{rank}.npz", allow_pickle=False) as arrays:
+            found.append({name: arrays[name] for name in arrays.files})
+    return found
+
+
+def answer(function, rank, folder):
+    """One of two devices: write what function(rank) returns, or its error, and end."""
+    try:
+        store = f"file://{folder}/store"
+        limit = timedelta(seconds=20)
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=limit)
+        arrays = {name: tensor.detach().numpy() for name, tensor in function(rank).items()}
+        np.savez(f"{folder}/{rank}.npz", **arrays)
+    except BaseException as error:
+        with open(f"{folder}/{rank}.txt", "w", encoding="utf-8") as file:
+            file.write(f"{type(error).__name__}: {error}"[:200])
+    os._exit(0)
+
+
+# ---------------------------------------------------------------- a trainer in the toy world
+ACCELERATOR = SimpleNamespace(
+    device=torch.device("cpu"),
+    process_index=0,
+    backward=torch.Tensor.backward,
+    autocast=nullcontext,
+    unscale_gradients=lambda: None,
+)
+
+
+@cache
+def toy_parts():
+    """Return (settings, questions, corpus, encoders) of train_dpr.py in the toy world, without dropout."""
+    from tests.toy import make_world
+    from utils.data import Corpus, read_questions
+    from utils.plumbing.config import load_config
+    from utils.plumbing.weights import TOWERS, load_towers
+
+    world = make_world(tempfile.mkdtemp())
+    keys = {"init": world / "bert", "corpus": world / "corpus.tsv", "train": world / "train.jsonl"}
+    keys |= {"question_tokens": 16, "passage_tokens": 32, "batch_size": 8, "question_chunk": 3}
+    keys |= {"passage_chunk": 4, "learning_rate": 0.01, "gradient_scale": 1.0, "dropout": 0.0}
+    argv = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    cfg = load_config("", "config/train_dpr_nq.yaml", argv)
+    encoders = load_towers(dict.fromkeys(TOWERS, cfg.init), cfg, "cpu")
+    return cfg, read_questions(cfg.train), Corpus(cfg.corpus), encoders
+
+
+def toy_training(dropout=0.0, **changes):
+    """Return what toy_parts returns, with changed settings and with encoders of its own."""
+    cfg, questions, corpus, encoders = toy_parts()
+    encoders = copy.deepcopy(encoders)
+    for module in torch.nn.ModuleDict(encoders).modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+    return SimpleNamespace(**vars(cfg) | changes), copy.deepcopy(questions), corpus, encoders
+
+
+def train(steps, **changes):
+    """Return the losses of so many steps of train_dpr.py in the toy world, and the norms of the weights."""
+    from train_dpr import make_batch, training_step
+
+    cfg, questions, corpus, encoders = toy_training(**changes)
+    weights = list(torch.nn.ModuleDict(encoders).parameters())
+    # why SGD: Adam divides by the gradient's size, so that a rounding becomes a step
+    optimizer = torch.optim.SGD(weights, lr=cfg.learning_rate)
+    run = SimpleNamespace(warmup=2, total=steps, accelerator=ACCELERATOR, weights=weights)
+    run.refuse_non_finite = lambda *numbers: None
+    losses = []
+    for step in range(steps):
+        batch = make_batch(step, questions, corpus, encoders, cfg)
+        shown, _ = training_step(step, batch, encoders, optimizer, run, cfg)
+        losses.append(shown["loss"])
+    norms = torch.stack([weight.detach().norm() for weight in weights])
+    return {"losses": np.array(losses, np.float32), "weights": norms}
