@@ -115,7 +115,7 @@ def student_folder():
     """Return (kit.json, the table of the assignment) of the folder this file lies in."""
     if not (HERE / "kit.json").is_file():
         sys.exit("error: this is the repository; `python course/kit.py make` makes a folder to work in")
-    made = json.loads((HERE / "kit.json").read_text())
+    made = json.loads((HERE / "kit.json").read_text(encoding="utf-8"))
     return made, load(HERE / f"{made['assignment']}.py")
 
 
@@ -188,7 +188,7 @@ def predict(args):
         print(f"{name}: {question.format(**numbers)}")
     path = HERE / "answers.json"
     if not path.exists():
-        path.write_text(json.dumps(dict.fromkeys(table.QUESTIONS), indent=1) + "\n")
+        path.write_text(json.dumps(dict.fromkeys(table.QUESTIONS), indent=1) + "\n", encoding="utf-8")
     print("write your numbers into answers.json, before you write any code")
 
 

@@ -155,7 +155,7 @@ def prove_attacks(assignment, table, solution, seeds, key):
 def prove_command(args):
     """Print a line for everything that must hold, and how many hold; exit code 1 where one does not."""
     begin = time.monotonic()
-    seeds = json.loads(Path(args.sealed).read_text())["seeds"] if args.sealed else SEEDS
+    seeds = json.loads(Path(args.sealed).read_text(encoding="utf-8"))["seeds"] if args.sealed else SEEDS
     counts = {}
     bad = 0
     for what, fault in prove(args.assignment, seeds, args.tasks, attacks=not args.tasks):
@@ -191,6 +191,8 @@ def seal(args):
         if not faults:
             seeds.append(seed)
             wrong = wrong or outputs
-    Path(args.out).write_text(json.dumps({"assignment": args.assignment, "seeds": seeds}) + "\n")
+    Path(args.out).write_text(
+        json.dumps({"assignment": args.assignment, "seeds": seeds}) + "\n", encoding="utf-8"
+    )
     np.savez(Path(args.out).with_suffix(".npz"), **child.flat(wrong))  # at the first seed, for the feedback
     print(f"written: {args.out}; keep it out of every folder that students can read")

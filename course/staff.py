@@ -61,7 +61,7 @@ def make(args):
         np.savez(out / "causes.npz", **child.flat(found))
     made = {"assignment": args.assignment, "student": args.student, "seed": seed, "seconds": seconds}
     made |= {"files": [*skeleton], "causes": causes}
-    (out / "kit.json").write_text(json.dumps(made, indent=1) + "\n")
+    (out / "kit.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     print(f"written: {out}, {len(skeleton)} files; begin with its README.md")
 
 
@@ -163,7 +163,7 @@ def grade(args):
     """Grade every zip or folder in a folder; write grades.json, grades.csv, feedback/ and results/."""
     table = child.load(HERE / f"{args.assignment}.py")
     solution = trees.solution_of(args.assignment, table, args.variant)
-    sealed = json.loads(Path(args.sealed).read_text())
+    sealed = json.loads(Path(args.sealed).read_text(encoding="utf-8"))
     sealed["wrong"] = {}
     if not args.variant:  # the wrong answers are those of the public text
         path = Path(args.sealed).with_suffix(".npz")
@@ -189,14 +189,18 @@ def grade(args):
             rows.append(row)
             # after every check, so that an overall time limit leaves the points so far
             text = json.dumps(gradescope(rows), indent=1)
-            (out / "gradescope" / f"{name}.json").write_text(text)
+            (out / "gradescope" / f"{name}.json").write_text(text, encoding="utf-8")
         rows.append(predict_row(args.assignment, table, submission))
-        (out / "gradescope" / f"{name}.json").write_text(json.dumps(gradescope(rows), indent=1))
+        (out / "gradescope" / f"{name}.json").write_text(
+            json.dumps(gradescope(rows), indent=1), encoding="utf-8"
+        )
         (out / "feedback" / f"{name}.txt").write_text(feedback(student, rows, table), encoding="utf-8")
         everything += [{"student": student} | row for row in rows]
         print(f"{student}: {sum(row['points'] for row in rows):g} of 80", flush=True)
 
-    (out / "grades.json").write_text(json.dumps(everything, indent=1, ensure_ascii=False) + "\n")
+    (out / "grades.json").write_text(
+        json.dumps(everything, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     with open(out / "grades.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["student", "task", "check", "points", "of", "seen", "sealed", "cause"])
         writer.writeheader()

@@ -54,6 +54,11 @@ READER = f"{DPR} search_dev search_train read_train read"
 
 
 # ---------------------------------------------------------------- what stands where in a run folder
+def text_lines(path):
+    """Return the lines of a file, none where there is no file."""
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
 def demo_places(run, data):
     """Return what places_of() returns, for the folder of recipes/own_data.sh."""
     config = read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {}
@@ -64,7 +69,7 @@ def demo_places(run, data):
         corpus = data / corpus.name
     table = read_json(run / "table.json") if (run / "table.json").is_file() else {}
     seconds = {}
-    for line in (run / "seconds.tsv").read_text().splitlines() if (run / "seconds.tsv").is_file() else ():
+    for line in text_lines(run / "seconds.tsv"):
         name, number = line.split("\t")
         seconds[name] = int(number)
     rows = []
@@ -244,7 +249,8 @@ def lessons_of(run, places, shelf):
     scores = {}
     for path in places["scores"]:
         scores |= {qid: dict(hits) for qid, hits in rankings_of(run / path, wanted).items()}
-    below = float((run / "gate.txt").read_text().split()[0]) if (run / "gate.txt").is_file() else 0.0
+    gate = text_lines(run / "gate.txt")
+    below = float(gate[0].split()[0]) if gate else 0.0
 
     # a row a question, in it a list of groups a file
     rows = []

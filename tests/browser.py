@@ -125,9 +125,11 @@ class Browser:
         """Click with the mouse in the middle of the first element of a selector."""
         find = f"document.querySelector({json.dumps(selector)})"
         self.js(f"{find}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
-        box = self.js(
-            f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])({find}.getBoundingClientRect())"
-        )
+        middle = "({x, y, width, height}) => [x + width / 2, y + height / 2]"
+        middle = f"({middle})({find}.getBoundingClientRect())"
+        # why: on a busy machine the page may still be laid out, and a click would hit a neighbour
+        self.wait(f"{find}.contains(document.elementFromPoint(...{middle}))")
+        box = self.js(middle)
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
 

@@ -47,12 +47,16 @@ def flags(keys):
     return [word for key, value in keys.items() for word in (f"--{key}", str(value))]
 
 
+def no_handler(*_):
+    """In the place of signal.signal. why not a lambda: processes that are spawned are told of it by name."""
+
+
 def main(script, keys, *words):
     """Run main() of a script or module in this process, without its signal handlers."""
     AcceleratorState._reset_state(True)  # why: it keeps the first mixed_precision of a process for ever
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", [script, *flags(keys), *words])
-        patch.setattr("signal.signal", lambda *_: None)
+        patch.setattr("signal.signal", no_handler)
         importlib.import_module(script.removesuffix(".py")).main()
 
 
