@@ -18,7 +18,9 @@
 #
 # TriviaQA and WebQuestions: emdr2_trivia.sh and emdr2_webq.sh run this file with other variables.
 # CLOZE=true needs no retriever: one is trained on sentences that are taken out of their passages (inverse cloze), without
-# any question. With MSS=true after it, that is how the paper's own retriever began.
+# any question. With MSS=true after it, that is how the paper's own retriever began. Without MSS let the reader learn first
+# (BASELINE=true READER_FIRST=true), and the question encoder alone (REFRESH=none TRAIN_FLAGS="--train_doc_encoder false"):
+# what a laptop shows of it is recipes/claim_emdr2.sh.
 #
 # Smaller: DATA, RUN, RETRIEVER, READER=google/flan-t5-small, READ=10, TRAIN_FLAGS="--top_k 10 --mixed_precision no",
 # ANSWER_FLAGS="--mixed_precision no", LAUNCH=python. Files in DATA: corpus.tsv, train_qa.jsonl, dev_qa.jsonl,
@@ -33,6 +35,7 @@ READER=${READER:-t5-base}
 CONFIG=${CONFIG:-config/train_emdr2_nq.yaml}
 REFRESH=${REFRESH:-sync}                           # sync | async | none
 BASELINE=${BASELINE:-false}                        # true: also FiD over the retriever as it is
+READER_FIRST=${READER_FIRST:-false}                # true, with BASELINE: EMDR2 goes on from that FiD's reader
 CLOZE=${CLOZE:-false}                              # true: begin with a retriever of your own, trained without labels
 START=${START:-bert-base-uncased}                  # its two encoders
 CLOZE_FLAGS=${CLOZE_FLAGS:-}
@@ -99,6 +102,7 @@ search $RETRIEVER $DATA/test.jsonl $DEPTH test
 if [ $BASELINE = true ]; then
     train $RUN/fid $CONFIG $TRAIN "$DEV" --retriever_loss none --refresh none
     answer $RUN/fid $RETRIEVER/test.run
+    [ $READER_FIRST = false ] || READER=$RUN/fid/reader
 fi
 
 # EMDR2. After it: what its retriever finds, exact match, and the curves of the training.

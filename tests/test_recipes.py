@@ -212,8 +212,8 @@ done
         ("rocketqa_nq", "d1.jsonl", {"FROM": "3"}, ["d1"], "nq-test.qa.csv"),
         ("rocketqa_nq", "d2.jsonl", {"FROM": "4"}, ["d2"], "nq-test.qa.csv"),
         ("ance_tele_nq", "m3.jsonl", {"EPISODES": "3"}, ["m3"], "biencoder-nq-train.json nq-test.qa.csv"),
-        ("emdr2_trivia", "", {"CLOZE": "true"}, ["cloze", "run"],
-         "trivia-train.qa.csv trivia-dev.qa.csv trivia-test.qa.csv"),
+        ("emdr2_trivia", "", {"CLOZE": "true", "BASELINE": "true", "READER_FIRST": "true"},
+         ["cloze", "fid", "run"], "trivia-train.qa.csv trivia-dev.qa.csv trivia-test.qa.csv"),
         (
             "emdr2_webq", "", {"RETRIEVER": "r"}, ["run"],
             "biencoder-webquestions-train.json biencoder-webquestions-dev.json webquestions-test.qa.csv",
@@ -237,7 +237,7 @@ def test_where_a_recipe_begins(tmp_path, recipe, given, variables, trained, file
     places = {"DATA": str(data), "RUN": str(run), "LOG": str(log), "LAUNCH": "python"}
     places |= {"PATH": f"{fake.parent}:{ENVIRONMENT['PATH']}"}
     command = ["bash", ROOT / "recipes" / f"{recipe}.sh"]
-    for name in ("compare.txt", "curves.png"):
+    for name in ("compare.txt", "compare_answers.txt", "curves.png"):
         (run / name).touch()
     done = subprocess.run(command, env=ENVIRONMENT | places | variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -253,6 +253,8 @@ def test_where_a_recipe_begins(tmp_path, recipe, given, variables, trained, file
         assert f"--config config/train_{recipe}.yaml" in trainings[-1]
         retriever = run / "cloze" if "CLOZE" in variables else variables["RETRIEVER"]
         assert f"--doc_encoder {retriever}/doc_encoder" in trainings[-1]
+        reader = f"{run}/fid/reader" if "READER_FIRST" in variables else "t5-base"
+        assert f"--reader {reader} " in trainings[-1]
 
 
 def test_a_stage_runs_once(tmp_path):
