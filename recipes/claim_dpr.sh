@@ -8,7 +8,7 @@
 #   more     as inbatch, for as many questions as gc was shown: the control of gc
 # Each is RUN/ARM_seedN; the weights of the last step count, nothing is chosen by dev. BM25 is the ranking beside them.
 #
-# Time: results/dpr_gc. A recipe that was stopped continues where it was.
+# A recipe that was stopped continues where it was.
 set -euo pipefail
 DATA=${DATA:-data/demo}                            # corpus.tsv, train.jsonl, dev.jsonl, test.jsonl
 RUN=${RUN:-runs/dpr_gc}

@@ -4,14 +4,16 @@
 #   start    two encoders after inverse cloze, the sentences of the corpus alone; no question, no label, no dev set
 #   fid      a T5 learns to read what this start finds: FIRST steps of plain FiD over its best FIRST_READ passages
 #   ARM      then STEPS steps of EMDR2 from both. The weights of the last step count; nothing is chosen by dev.
-# Arms, each RUN/ARM_seedN. The question encoder learns alone (train_doc_encoder: false) but in `sync` and `async`:
+# Arms, each RUN/ARM_seedN. The question encoder learns alone (train_doc_encoder: false) but in `none`, `sync` and `async`:
 #   token    the released loss                   sequence, kl   the paper's other two losses
 #   k16, k32 more passages a question             shuffled       answers of other questions: must not gain
-#   sync     both encoders learn on from token, the index renewed every 30 steps; async: by a second process
+#   longer   token goes on for STEPS more, the control of the next three
+#   none     both encoders learn on from token for STEPS more, the index stays; sync: it is renewed every 30 steps; async: by a
+#            second process
 #   plain    FiD goes on for STEPS, no retriever learns: the control of token's exact match
 #
-# Time on two CPU cores without bfloat16: results/emdr2_alone. A recipe that was stopped continues where it was. Arms can run
-# at the same time, with OMP_NUM_THREADS=1, once `ARMS= SEEDS=` has made what they share.
+# A recipe that was stopped continues where it was. Arms can run at the same time, with OMP_NUM_THREADS=1, once
+# `ARMS= SEEDS=` has made what they share.
 set -euo pipefail
 DATA=${DATA:-data/demo}                            # corpus.tsv, train.jsonl, dev.jsonl, test.jsonl
 RUN=${RUN:-runs/emdr2_alone}
@@ -51,14 +53,14 @@ answer() { # NAME READER RANKING: the test questions, from the READ best passage
     stage $RUN/$1.metrics.json $LAUNCH answer.py --reader $2 --questions $DATA/test.jsonl --ranking $3 $CORPUS \
         --depth $READ --out $RUN/$1.json $ANSWER_FLAGS
 }
-question_encoder() { # NAME SEED FLAGS...: an arm in which the passages' vectors stay those of the start
+question_encoder() { # NAME SEED FROM READER FLAGS...: an arm in which the passages' vectors stay those of the start
     local name=$1_seed$2
-    train $name $RUN/start $RUN/fid/reader $STEPS --seed $2 --refresh none --train_doc_encoder false "${@:3}"
+    train $name $3 $4 $STEPS --seed $2 --refresh none --train_doc_encoder false "${@:5}"
     stage $RUN/$name/embeddings ln -s ../start/embeddings $RUN/$name/embeddings
     search $RUN/$name $DATA/test.jsonl $DEPTH test
 }
 both_encoders() { # NAME REFRESH: what the passage encoder adds
-    train $1_seed$seed $RUN/token_seed$seed $RUN/token_seed$seed/reader $STEPS --seed $seed --refresh $2 --refresh_every 30
+    train $1_seed$seed $second $STEPS --seed $seed --refresh $2 --refresh_every 30
     encode $RUN/$1_seed$seed
     search $RUN/$1_seed$seed $DATA/test.jsonl $DEPTH test
 }
@@ -74,26 +76,30 @@ TRAIN=$DATA/train.jsonl
 train fid $RUN/start $T5 $FIRST --seed 1 --retriever_loss none --refresh none --top_k $FIRST_READ
 
 read -r seed _ <<<"$SEEDS"
+first="$RUN/start $RUN/fid/reader" second="$RUN/token_seed$seed $RUN/token_seed$seed/reader"
 for arm in $ARMS; do
     case $arm in
     token)
-        for s in $SEEDS; do question_encoder token $s; done
+        for s in $SEEDS; do question_encoder token $s $first; done
         # one reader, two retrievers: what the passages alone are worth in exact match
         answer fid_on_start $RUN/fid/reader $RUN/start/test.run
         answer fid_on_token $RUN/fid/reader $RUN/token_seed$seed/test.run
         answer token_on_token $RUN/token_seed$seed/reader $RUN/token_seed$seed/test.run ;;
-    sequence) question_encoder sequence $seed --marginal sequence ;;
-    kl) question_encoder kl $seed --retriever_loss kl ;;
-    k16) question_encoder k16 $seed --top_k 16 ;;
-    k32) question_encoder k32 $seed --top_k 32 ;;
+    sequence) question_encoder sequence $seed $first --marginal sequence ;;
+    kl) question_encoder kl $seed $first --retriever_loss kl ;;
+    k16) question_encoder k16 $seed $first --top_k 16 ;;
+    k32) question_encoder k32 $seed $first --top_k 32 ;;
     shuffled)
         stage $RUN/shuffled.jsonl write $RUN/shuffled.jsonl shuffle
-        TRAIN=$RUN/shuffled.jsonl question_encoder shuffled $seed ;;
-    sync) both_encoders sync sync ;;
+        TRAIN=$RUN/shuffled.jsonl question_encoder shuffled $seed $first ;;
+    longer) question_encoder longer $seed $second ;;
+    none | sync) both_encoders $arm $arm ;;
     async)
         bash recipes/emdr2_worker.sh $RUN/async_seed$seed $CORPUS $ENCODE_FLAGS &
+        worker=$!
+        trap 'kill $worker 2>/dev/null || true' EXIT # it waits for a training that may have failed
         both_encoders async async
-        wait ;;
+        wait $worker ;;
     plain)
         train plain_seed$seed $RUN/start $RUN/fid/reader $STEPS --seed $seed --retriever_loss none --refresh none
         answer plain_on_start $RUN/plain_seed$seed/reader $RUN/start/test.run ;;

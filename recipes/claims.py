@@ -35,8 +35,9 @@ Made by `python -m recipes.claims` from results/claims.yaml and the files that i
 has the same rows for machines. A gain is in points of percent, paired by question, with its 95 % bootstrap
 interval over the test questions. Where an arm has several seeds, a question's gain is first averaged over
 them, and the range over seeds stands behind it. *Shown*: the interval excludes zero, one thing differs
-between the two arms, and there is more than one seed. *Shown in part*: something of this is missing, and
-the reason says what. *Not shown*: the reason says what was found instead.
+between the two arms, and there is more than one seed; an identity or a size in memory has neither. *Shown
+in part*: something of this is missing, and the reason says what. *Not shown*: the reason says what was
+found instead.
 
 """
 
@@ -131,7 +132,7 @@ def row_of(entry):
         figure |= gain_of_table(entry)
     elif "text" in entry:
         figure |= gain_of_text(entry)
-    if entry["verdict"] == "shown" and not entry.get("measured"):
+    if entry["verdict"] == "shown" and not ("measured" in entry and figure["gain"] is None):
         if figure["low"] is None or figure["low"] <= 0:
             raise UserError(f"claims.yaml: {name}: shown, but the interval holds zero or there is none")
         if figure["seeds"] < 2:

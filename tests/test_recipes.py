@@ -44,7 +44,7 @@ RECIPES = {  # recipe: its variables; the longest first, because two run at a ti
     "claim_emdr2": {
         "TRAIN_FLAGS": "--reader_tokens 48 --answer_tokens 8 --question_chunk 4 --eval_every 2 --warmup 0",
         "BATCH": 8, "READ": 4, "FIRST": 2, "STEPS": 3, "DEPTH": 20, "SEEDS": "1 2", "CLOZE_FLAGS": CLOZE,
-        "ARMS": "token sequence shuffled sync plain",
+        "ARMS": "token shuffled longer none sync plain",
     },
     "claim_dpr": {
         "BATCH": 8, "GC_BATCH": 16, "UPDATES": 2, "DEPTH": 20, "SEEDS": 1, "CLOZE_FLAGS": CLOZE,
@@ -385,7 +385,7 @@ def test_emdr2_nq(rehearsal):
 def test_claim_emdr2(rehearsal):
     """The question encoders learn alone from what plain FiD left; the control's answers belong to others."""
     world, run, _ = rehearsal("claim_emdr2")
-    for name in ("token_seed1", "token_seed2", "sequence_seed1", "shuffled_seed1"):
+    for name in ("token_seed1", "token_seed2", "shuffled_seed1"):
         config = read_yaml(run / name / "config.yaml")
         assert config["reader"] == f"{run}/fid/reader" and not config["train_doc_encoder"]
         assert config["embeddings"] == f"{run}/start/embeddings" and config["refresh"] == "none"
@@ -395,8 +395,12 @@ def test_claim_emdr2(rehearsal):
     assert [row["qid"] for row in mine] == [row["qid"] for row in others]
     answers = [[row["answers"] for row in rows] for rows in (mine, others)]
     assert answers[0] != answers[1] and sorted(answers[0]) == sorted(answers[1])
-    sync = read_yaml(run / "sync_seed1" / "config.yaml")
-    assert sync["query_encoder"] == f"{run}/token_seed1/query_encoder" and sync["train_doc_encoder"]
+    for name in ("longer", "none", "sync"):
+        config = read_yaml(run / f"{name}_seed1" / "config.yaml")
+        assert config["query_encoder"] == f"{run}/token_seed1/query_encoder"
+        assert config["reader"] == f"{run}/token_seed1/reader"
+        assert config["train_doc_encoder"] == (name != "longer")
+        assert config["refresh"] == ("sync" if name == "sync" else "none")
     for name in ("fid_on_start", "fid_on_token", "token_on_token", "plain_on_start"):
         assert read_json(run / f"{name}.metrics.json")["EM@4"]["n"] == 10
 

@@ -41,6 +41,7 @@ from utils.plumbing.files import (
 # keys that a resume may change: files are compared by content, the others do not change what is learned
 FREE = "config run_dir resume tracker log_every save_every corpus train dev init".split()
 FREE += "train_run dev_run gold workers query_encoder doc_encoder embeddings reader".split()
+NEW = {"keep": "best", "train_doc_encoder": True}  # what checkpoints of before December 2026 do not say
 PUBLISHED = ("metrics.json", "query_encoder", "doc_encoder", "cross_encoder", "reader")
 
 
@@ -104,7 +105,7 @@ class Run:
             message = f"{self.dir} holds a run ({self.checkpoint.name})"
             raise UserError(f"{message}: add --resume exact, or another --run_dir")
         stored = read_json(self.checkpoint / "state.json")
-        before = stored["settings"]
+        before = {key: value for key, value in NEW.items() if key in settings} | stored["settings"]
         changed = {}
         for key in sorted({*before, *settings}):
             if before.get(key) != settings.get(key):
