@@ -1,5 +1,6 @@
 """What all four trainers share: a run that ends, that is killed, that is told to stop, that goes wrong."""
 
+import contextlib
 import json
 import shlex
 import shutil
@@ -21,7 +22,7 @@ from tests.toy import make_world, write_lines
 from tests.toy_t5 import t5
 from utils.plumbing.checkpoint import load_moments, save_checkpoint
 from utils.plumbing.config import ROOT, UserError
-from utils.plumbing.files import folder_hash, weights_hash
+from utils.plumbing.files import folder_hash, sha256, weights_hash
 from utils.plumbing.model_card import model_card
 from utils.plumbing.run import make_optimizer
 from utils.plumbing.weights import load_encoder, pair_id
@@ -119,6 +120,23 @@ def test_a_finished_run(whole):
     before = rows(folder)
     main(trainer.script, keys | {"resume": "exact"})  # a finished run says so, and changes nothing
     assert rows(folder) == before and json.loads((folder / "metrics.json").read_text()) == end
+
+
+def test_a_checkpoint_of_an_older_version_goes_on(whole_dpr, tmp_path):
+    """It does not say `keep`, because there was only one way; a key that it lacks by fault is named."""
+    trainer, keys, folder = whole_dpr
+    shutil.copytree(folder, tmp_path / "run")
+    newest = max((tmp_path / "run" / "checkpoints").glob("step_*"))
+    state, hashes = (json.loads((newest / name).read_text()) for name in ("state.json", "manifest.json"))
+    for key, message in (("keep", ""), ("seed", "seed: None then")):
+        del state["settings"][key]
+        (newest / "state.json").write_text(json.dumps(state))
+        (newest / "manifest.json").write_text(
+            json.dumps(hashes | {"state.json": sha256(newest / "state.json")})
+        )
+        refused = pytest.raises(UserError, match=message) if message else contextlib.nullcontext()
+        with refused:
+            main(trainer.script, keys | {"run_dir": tmp_path / "run", "resume": "exact"})
 
 
 def test_the_loss_falls(whole):
