@@ -66,7 +66,4 @@ for seed in $SEEDS; do
 done
 
 # the ranks of every test question, and each arm over the start
-stored=(bm25=$RUN/bm25_test.run start=$RUN/start/test.run)
-for run in $RUN/*_seed*/test.run; do stored+=("$(basename "${run%/test.run}")=$run"); done
-python -m recipes.claims store $DATA/corpus.tsv $DATA/test.jsonl $RUN/ranks.json "${stored[@]}"
-python recipes/compare.py $DATA/corpus.tsv $DATA/test.jsonl "${stored[@]#*=}"
+keep_ranks bm25=$RUN/bm25_test.run start=$RUN/start/test.run $(arms '*')

@@ -108,10 +108,6 @@ for arm in $ARMS; do
 done
 
 # the ranks of every test question, and each arm over the start
-stored=(start=$RUN/start/test.run)
-for run in $RUN/*_seed*/test.run; do [ ! -f $run ] || stored+=("$(basename "${run%/test.run}")=$run"); done
-for name in fid_on_start fid_on_token token_on_token plain_on_start; do
-    [ ! -f $RUN/$name.answers.json ] || stored+=($name=$RUN/$name.answers.json)
-done
-python -m recipes.claims store $DATA/corpus.tsv $DATA/test.jsonl $RUN/ranks.json "${stored[@]}"
-python recipes/compare.py $DATA/corpus.tsv $DATA/test.jsonl "${stored[@]#*=}"
+answers=()
+for name in fid_on_start fid_on_token token_on_token plain_on_start; do answers+=($name=$RUN/$name.answers.json); done
+keep_ranks start=$RUN/start/test.run $(arms '*') "${answers[@]}"

@@ -93,10 +93,5 @@ if wants arms; then
             train ${arm}_seed$seed $RUN/d0/query_encoder $RUN/$file.jsonl $negatives --epochs $EPOCHS --seed $seed
         done
     done
-    stored=(d0=$RUN/d0/test.run bm25=$DATA/bm25_test.run)
-    for run in $RUN/{none,mined,gated,filtered}_seed*/test.run; do
-        [ ! -f $run ] || stored+=("$(basename "${run%/test.run}")=$run")
-    done
-    python -m recipes.claims store $DATA/corpus.tsv $DATA/test.jsonl $RUN/ranks.json "${stored[@]}"
-    python recipes/compare.py $DATA/corpus.tsv $DATA/test.jsonl "${stored[@]#*=}"
+    keep_ranks d0=$RUN/d0/test.run bm25=$DATA/bm25_test.run $(arms none mined gated filtered)
 fi

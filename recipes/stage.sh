@@ -50,3 +50,20 @@ write() {
     "${@:2}" >$1.tmp
     mv $1.tmp $1
 }
+
+# arms NAME...: ARM_seedN=its test ranking, of those that are there; '*' is every name
+arms() {
+    local name run
+    for name; do
+        for run in $RUN/${name}_seed*/test.run; do [ ! -f $run ] || echo "$(basename "${run%/test.run}")=$run"; done
+    done
+}
+
+# keep_ranks NAME=FILE...: the ranks of every test question in the files that are there -> RUN/ranks.json; prints their
+# table, with the gains over the first
+keep_ranks() {
+    local pair there=()
+    for pair; do [ ! -f "${pair#*=}" ] || there+=("$pair"); done
+    python -m recipes.claims store $DATA/corpus.tsv $DATA/test.jsonl $RUN/ranks.json "${there[@]}"
+    python recipes/compare.py $DATA/corpus.tsv $DATA/test.jsonl "${there[@]#*=}"
+}
