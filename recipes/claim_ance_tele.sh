@@ -15,6 +15,8 @@
 #
 # Variables as in claim_rocketqa.sh, with the same RUN. A part of it: ARMS="ann all" FLOOR=.
 set -euo pipefail
+. "$(dirname "$0")/progress.sh"
+FROM=${DATA:-data/nq_small}
 export RUN=${RUN:-runs/claim_rocketqa} LAUNCH=${LAUNCH:-python} ENCODE_FLAGS=${ENCODE_FLAGS-}
 ARMS=${ARMS:-ann lookahead momentum all} FLOOR=${FLOOR-all}
 EPISODES=${EPISODES:-1 2 3} EPOCHS=${EPOCHS:-2}
@@ -23,11 +25,11 @@ DEPTH=${DEPTH:-20}                                 # passages retrieved; 200 of 
 SAMPLE=${SAMPLE:-10}                               # drawn from each of the two
 TEST_DEPTH=${TEST_DEPTH:-100}
 CONFIG=${CONFIG:-config/train_dpr_demo.yaml}
-PARTS=start bash "$(dirname "$0")/claim_rocketqa.sh"
-FLAGS="--batch_size 32 --passage_tokens 128 --question_tokens 32 ${FLAGS:-}"
 export DATA=$RUN/data DEV=${DEV-$RUN/data/dev.jsonl} FORMAT=auto
 export MEASURE=${MEASURE-python recipes/measured.py $RUN/peaks.tsv}
 . "$(dirname "$0")/stage.sh"
+DATA=$FROM PARTS=start bash recipes/claim_rocketqa.sh
+FLAGS="--batch_size 32 --passage_tokens 128 --question_tokens 32 ${FLAGS:-}"
 
 arm() { # ARM SEED
     local folder=$RUN/ance/$1_seed$2 start=$RUN/d0/query_encoder lookahead=false momentum=false like=
@@ -39,8 +41,8 @@ arm() { # ARM SEED
     *) echo "ARMS must be of ann, lookahead, momentum, all, got $1" >&2 && exit 2 ;;
     esac
     mkdir -p $folder
-    [ -e $folder/m0 ] || ln -s ../../d0 $folder/m0
-    if [ -n "$like" ] && [ ! -e $folder/m1 ] && [ -e $RUN/ance/${like}_seed$2/m1/test.run ]; then
+    [ -n "$DRY" ] || [ -e $folder/m0 ] || ln -s ../../d0 $folder/m0
+    if [ -z "$DRY" ] && [ -n "$like" ] && [ ! -e $folder/m1 ] && [ -e $RUN/ance/${like}_seed$2/m1/test.run ]; then
         ln -s ../${like}_seed$2/m1 ../${like}_seed$2/m1.jsonl $folder
     fi
     RUN=$folder START=$start TRAIN=$DATA/train_answers.jsonl LOOKAHEAD=$lookahead MOMENTUM=$momentum \

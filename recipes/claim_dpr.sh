@@ -44,7 +44,7 @@ stage $RUN/start/metrics.json $LAUNCH train_dpr.py --config config/train_dpr_dem
 encode $RUN/start
 search $RUN/start $DATA/test.jsonl $DEPTH test
 
-lines=$(wc -l <$RUN/train.jsonl)
+lines=$(lines_of $RUN/train.jsonl)
 train() { # NAME SEED BATCH UPDATES FLAGS...: a dual encoder, its vectors, its test
     local run=$RUN/$1_seed$2 epoch=$((lines / $3))
     stage $run/metrics.json $LAUNCH train_dpr.py --config $CONFIG --run_dir $run --init $RUN/start/query_encoder \

@@ -44,7 +44,7 @@ encode $RUN/start
 search $RUN/start $DATA/test.jsonl $DEPTH test
 
 train() { # NAME FROM READER STEPS FLAGS...: train_emdr2.py from the encoders of FROM
-    local epoch=$(($(wc -l <$TRAIN) / BATCH))
+    local epoch=$(($(lines_of $TRAIN) / BATCH))
     stage $RUN/$1/metrics.json $LAUNCH train_emdr2.py --run_dir $RUN/$1 --train $TRAIN --dev $DATA/dev.jsonl $CORPUS \
         --query_encoder $2/query_encoder --doc_encoder $2/doc_encoder --embeddings $2/embeddings --reader $3 \
         --epochs $((($4 + epoch - 1) / epoch)) --stop_after $4 --eval_every 30 --resume exact $TRAIN_FLAGS "${@:5}"
@@ -97,7 +97,7 @@ for arm in $ARMS; do
     async)
         bash recipes/emdr2_worker.sh $RUN/async_seed$seed $CORPUS $ENCODE_FLAGS &
         worker=$!
-        trap 'kill $worker 2>/dev/null || true' EXIT # it waits for a training that may have failed
+        trap 'kill $worker 2>/dev/null || true; rm -f "$STAGES"*' EXIT # it waits for a training that may have failed
         both_encoders async async
         wait $worker ;;
     plain)
