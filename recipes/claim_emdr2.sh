@@ -84,7 +84,9 @@ for arm in $ARMS; do
         # one reader, two retrievers: what the passages alone are worth in exact match
         answer fid_on_start $RUN/fid/reader $RUN/start/test.run
         answer fid_on_token $RUN/fid/reader $RUN/token_seed$seed/test.run
-        answer token_on_token $RUN/token_seed$seed/reader $RUN/token_seed$seed/test.run ;;
+        answer token_on_token $RUN/token_seed$seed/reader $RUN/token_seed$seed/test.run
+        stage $RUN/belief.json python -m recipes.reader_signal batch $DATA/corpus.tsv $DATA/test.jsonl \
+            $RUN/start/test.run $RUN/fid/reader $RUN/token_seed$seed/test.run $RUN/token_seed$seed/reader $RUN/belief.json ;;
     sequence) question_encoder sequence $seed $first --marginal sequence ;;
     kl) question_encoder kl $seed $first --retriever_loss kl ;;
     k16) question_encoder k16 $seed $first --top_k 16 ;;

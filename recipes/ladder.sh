@@ -155,6 +155,8 @@ fi
 if wants emdr2 && [ -n "$T5" ]; then
     RETRIEVER=$RUN/d0 READER=$T5 CONFIG=config/train_emdr2_nq.yaml TRAIN=$DATA/questions.jsonl BASELINE=true \
         REFRESH=sync TRAIN_FLAGS="$EMDR2_FLAGS --seed $SEED" RUN=$RUN/emdr2 bash recipes/emdr2_nq.sh
+    stage $RUN/emdr2/belief.json python -m recipes.reader_signal batch $DATA/corpus.tsv $DATA/test.jsonl \
+        $RUN/d0/test.run $T5 $RUN/emdr2/test.run $RUN/emdr2/reader $RUN/emdr2/belief.json
 fi
 python recipes/ladder.py $RUN $(ls -d ${RUN}_seed* 2>/dev/null || true) $DATA
 [ $RUN/ladder.png -nt $RUN/table.json ] || python -m recipes.plot --table $RUN/table.json --out $RUN/ladder.png
