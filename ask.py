@@ -8,9 +8,11 @@ Run:  python ask.py --run runs/demo "who wrote hamlet"
       python ask.py --run runs/demo --reader runs/demo/reading/reader
       python ask.py --run runs/emdr2_nq --corpus data/nq/corpus.tsv --reader runs/emdr2_nq/reader
 
-A passage has its dense rank, BM25 rank (`-`: not in the best 1000), inner product, id, title and text.
+A passage has its dense rank, BM25 rank (`-`: not in the best 1000), inner product, id, title and text. Where
+the run's page (recipes/page.py) has the question, its address is printed.
 """
 
+import json
 import re
 import shutil
 import sys
@@ -18,6 +20,7 @@ import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import quote
 
 from utils.data import read_questions
 from utils.plumbing import config
@@ -63,8 +66,25 @@ def check_inputs(cfg, question):
         config.need_model(cfg, "reader")
 
 
+def key_of(question):
+    """Return what makes two questions the same: its text in lower case, without a mark at the end."""
+    return question.lower().strip(" ?")
+
+
+def links_of(run):
+    """Return {key_of(question): its address} of the run's page, or of its ladder's; {} without a page."""
+    pages = [path for path in (run / "page.html", run.parent / "page.html") if path.is_file()]
+    links = {}
+    for page in pages[:1]:
+        _, _, rest = page.read_text(encoding="utf-8").partition('id="data">')
+        data = json.loads(rest.partition("</script>")[0] or '{"questions": []}')
+        for row in data["questions"]:
+            links[key_of(row["text"])] = f"{page.resolve().as_uri()}#q={quote(row['qid'], safe='')}"
+    return links
+
+
 def load(cfg):
-    """Return a namespace of corpus, shards, bm25, encoder and reader (None without one)."""
+    """Return a namespace of corpus, shards, bm25, encoder, reader (None without one), links to the page."""
     # why imported here and below: torch takes seconds, and a mistake on the command line should show at once
     import torch
 
@@ -90,7 +110,10 @@ def load(cfg):
         role = read_inputs(cfg.reader, "reader").get("role")
         model = fid.load_fid(cfg.reader) if role == "fid" else reader.load_reader(cfg.reader)
         model.to(device)
-    return SimpleNamespace(corpus=corpus, shards=shards, bm25=bm25, encoder=encoder, reader=model)
+    links = links_of(run)
+    return SimpleNamespace(
+        corpus=corpus, shards=shards, bm25=bm25, encoder=encoder, reader=model, links=links
+    )
 
 
 # ---------------------------------------------------------------- the answer
@@ -135,7 +158,7 @@ def embolden(text, words, answers):
 
 
 def show(question, tools, known, k):
-    """Print the passages for one question, and what it cost. known: {question in lower case: its answers}."""
+    """Print the passages for one question, and what it cost. known: {key_of(question): its answers}."""
     from utils.bm25 import search_bm25, tokens
     from utils.encoder import embed, tokenize_questions
     from utils.search import as_lists, exact_topk
@@ -156,7 +179,7 @@ def show(question, tools, known, k):
 
     # answers: those known from the question file, and the reader's
     passages = [tools.corpus[row] for row, _ in dense]
-    answers = known.get(question.lower().strip(" ?"), [])
+    answers = known.get(key_of(question), [])
     if answers:
         print(f"known answers: {', '.join(answers)}")
     if tools.reader:
@@ -172,7 +195,9 @@ def show(question, tools, known, k):
         text = textwrap.fill(plain(passage.text), width, initial_indent="    ", subsequent_indent="    ")
         print(embolden(text, words, answers) if sys.stdout.isatty() else text)
 
-    # the cost
+    # what the other systems find for it, and the cost
+    if key_of(question) in tools.links:
+        print(f"all systems on this question: {tools.links[key_of(question)]}")
     steps = zip(("encode", "search", "BM25", "read"), times, times[1:], strict=False)
     costs = [f"{name} {1000 * (end - begin):.0f} ms" for name, begin, end in steps]
     if len(ids[0]) == tools.encoder.inputs["question_tokens"]:
@@ -191,7 +216,7 @@ def main():
         raise UserError(f"{error} (the question comes last)") from None
     check_inputs(cfg, question)
     rows = read_questions(cfg.questions, repeats=True) if cfg.questions else []
-    known = {row["question"].lower().strip(" ?"): row["answers"] for row in rows}
+    known = {key_of(row["question"]): row["answers"] for row in rows}
 
     # one question from the command line, or one after the other
     tools = load(cfg)
