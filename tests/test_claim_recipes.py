@@ -11,7 +11,7 @@ from recipes import false_negatives, forgetting
 from recipes.claim_data import choose
 from recipes.false_negatives import negatives_of, shares
 from tests.processes import ENVIRONMENT
-from tests.test_recipes import FAKE, lines, snapshot, write_lines
+from tests.test_recipes import FAKE, lines, run_and_count, snapshot, write_lines
 from tests.toy import make_world
 from utils.data import Corpus, iter_run, read_run, write_run
 from utils.plumbing.config import ROOT, UserError, read_yaml
@@ -37,11 +37,12 @@ def recipe(tmp_path_factory, python):
     (world / "corpus.tsv").unlink()
     variables = VARIABLES | {"DATA": world, "RUN": folder / "run", "START": world / "bert"}
     variables |= {"PATH": f"{python}:{ENVIRONMENT['PATH']}"}
+    stages = tmp_path_factory.mktemp("stages") / "claims"
 
     def bash(name, **changes):
         environment = ENVIRONMENT | {key: str(value) for key, value in (variables | changes).items()}
         command = ["bash", f"recipes/claim_{name}.sh"]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        return run_and_count(command, stages, cwd=ROOT, env=environment)[0]
 
     return world, folder / "run", bash
 
