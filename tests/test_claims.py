@@ -6,8 +6,9 @@ import pytest
 import torch
 import yaml
 
-from recipes import claims
+from recipes import claims, reader_signal
 from recipes.reader_signal import shares
+from utils.data import write_run
 from utils.plumbing.config import ROOT, UserError
 
 # four questions; the rank of the first passage with an answer, and of the first right one
@@ -95,3 +96,41 @@ def test_the_share_of_belief_on_passages_with_an_answer():
         "by_chance": 0.5,
     }
     assert found == pytest.approx(wanted)
+
+
+def test_the_beliefs_of_a_batch_by_hand(tmp_path, monkeypatch):
+    """
+    Three passages: prior and posterior before and after, of the passages that the first ranking found; not of
+    a question of which all passages hold an answer, nor of one that lost a passage.
+    """
+    texts = {"a": "a red car", "b": "a blue car", "c": "a green car"}
+    rows = "".join(f"{pid}\t{text}\tt\n" for pid, text in texts.items())
+    (tmp_path / "corpus.tsv").write_text(f"id\ttext\ttitle\n{rows}")
+    answers = {"one": "blue", "all": "car", "lost": "red"}
+    questions = [
+        {"qid": qid, "question": "which ?", "answers": [text], "positives": []}
+        for qid, text in answers.items()
+    ]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    before = [("a", 2.0), ("b", 1.0), ("c", 1.0)]
+    after = [("b", 3.0), ("a", 1.0), ("c", 0.0)]
+    write_run(tmp_path / "before.run", [(qid, before) for qid in answers])
+    write_run(tmp_path / "after.run", [("one", after), ("all", after), ("lost", after[:2])])
+    monkeypatch.setattr(reader_signal.fid, "load_fid", lambda path, lengths: torch.nn.Linear(1, int(path)))
+
+    def read(reader, question, passages):  # a reader of two tokens that prefers the answer's passage
+        likelihoods = [0.1 * reader.out_features if "blue" in passage.text else 0.1 for passage in passages]
+        return torch.tensor([[p, p] for p in likelihoods]).log()
+
+    monkeypatch.setattr(reader_signal, "read", read)
+    places = [
+        str(tmp_path / name) for name in ("corpus.tsv", "test.jsonl", "before.run", "after.run", "o.json")
+    ]
+    reader_signal.batch(*places[:3], "3", places[3], "9", places[4])
+    (row,) = json.loads((tmp_path / "o.json").read_text())
+    assert (row["qid"], row["passages"]) == ("one", ["a", "b", "c"])
+    for name, scores, factor in (("before", [2, 1, 1], 3), ("after", [1, 3, 0], 9)):
+        prior = torch.tensor(scores, dtype=torch.float).softmax(0)
+        posterior = prior * torch.tensor([1.0, factor, 1.0])
+        assert row[name]["prior"] == pytest.approx(prior.tolist(), abs=1e-4)
+        assert row[name]["posterior"] == pytest.approx((posterior / posterior.sum()).tolist(), abs=1e-4)
