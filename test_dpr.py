@@ -11,10 +11,12 @@ Run:  python test_dpr.py --config config/test_dpr.yaml
 Next: mine_negatives.py, rerank.py, ask.py
 
 top-k is the share of questions with an answer in the text of the first k passages. MRR@10, nDCG@10 and hit@k
-count the listed positives, by id; hit@50 and hit@1000 are MS MARCO's R@50 and R@1000. lookahead (ANCE-Tele,
-Sun et al. 2022) searches with the positive passage: with what the question becomes once it is learned.
+count the listed positives, by id. MRR@10 is the mean of 1 / rank of the first one, 0 where none is among
+ten. nDCG@10 counts all of them, less and less down the ranking. hit@50 and hit@1000 are MS MARCO's R@50 and
+R@1000. lookahead (ANCE-Tele, Sun et al. 2022) searches with the vector of the positive passage. why: training
+moves the vector of the question towards it.
 
-Q questions · D dimensions
+Q questions · D dimensions · row: the place of a passage in the corpus, from 0 · qid, pid: ids
 """
 
 from pathlib import Path
@@ -231,20 +233,22 @@ def main():
     size = f"{len(questions):,} questions, {len(corpus):,} passages x {manifest['dim']} {manifest['dtype']}"
     print(f"{size}, index {cfg.index}, {device}, {threads} threads", flush=True)
 
-    # load the question encoder, build the index or read a saved one
-    if not cfg.lookahead:
-        encoder = load_question_encoder(cfg, manifest["dim"], device)
-    index = None
-    if cfg.index != "stream":
-        folder = cfg.embeddings.rstrip("/") + ".index"
-        embeddings = sha256(Path(cfg.embeddings) / "manifest.json")
-        index = build_index(cfg.index, shards, folder, embeddings, cfg.nprobe, cfg.ef_search)
-
-    # questions -> vectors -> the best passages
+    # questions -> vectors
     if cfg.lookahead:
         vectors_QD = vectors_of_positives(questions, shards, corpus)
     else:
-        vectors_QD = (encode_once if cfg.question_vectors else encode)(encoder, questions, cfg)
+        encoder = load_question_encoder(cfg, manifest["dim"], device)
+        vectors_of = encode_once if cfg.question_vectors else encode
+        vectors_QD = vectors_of(encoder, questions, cfg)
+
+    # build the index, or read a saved one
+    index = None
+    if cfg.index != "stream":
+        folder = cfg.embeddings.rstrip("/") + ".index"
+        embeddings_hash = sha256(Path(cfg.embeddings) / "manifest.json")
+        index = build_index(cfg.index, shards, folder, embeddings_hash, cfg.nprobe, cfg.ef_search)
+
+    # vectors -> the best passages; one more where named_hits drops the question's own document
     k = cfg.k + cfg.ignore_identical_ids
     results = search(vectors_QD, shards, index, k, device)
     write_run(cfg.out, rankings(questions, results, bm25, corpus, cfg))

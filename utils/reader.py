@@ -388,7 +388,7 @@ def predict(reader, questions, top_docs, max_answer_length, batch_size, autocast
             best.append(max(first_n, key=lambda i: logits_M[i][2], default=None))
 
         # the best span in each of these
-        spans = {None: None}
+        spans = {None: None}  # no passage to read, no answer
         for i in {*best} - {None}:
             passage = question["passages"][i]
             span = span_text(reader, passage, sequences[i], logits_M[i], max_answer_length)
