@@ -27,6 +27,7 @@ from tqdm import tqdm
 from utils.data import (
     Corpus,
     aligned_reader,
+    check_ids,
     check_scores,
     is_itself,
     iter_lists,
@@ -255,7 +256,7 @@ def mine(questions, corpus, cfg, counts):
             continue
         for entry in positives + negatives:
             if isinstance(entry, str):
-                corpus.row(entry)  # UserError for a ranking of another corpus
+                corpus.row(entry, cfg.run)  # UserError for a ranking of another corpus
 
         # count what is new; asked for: `negatives` per positive with scores, else per ranking
         lists = len(positives) if cfg.mode == "denoise" and cfg.scores else 1 + bool(cfg.lookahead_run)
@@ -304,15 +305,15 @@ def check_settings(cfg):
 def main():
     cfg = load_config(__doc__, "config/mine_negatives.yaml")
     check_settings(cfg)
-
     match = "" if cfg.mode == "pseudo_label" else cfg.match
     questions = read_questions(cfg.questions, match=match)
     corpus = Corpus(cfg.corpus, cfg.corpus_format)
+    for question in questions:
+        check_ids(cfg.questions, question, question["positives"], corpus)
     unanswered = sum(not question["answers"] for question in questions)
     if unanswered and cfg.mode != "pseudo_label":  # MARCO: what is not judged is negative
         warning = f"warning: {unanswered} questions have no answers: any passage may be their negative"
         print(warning, file=sys.stderr)
-
     if match:
         refuse_strange_answers(cfg.questions, questions, corpus, partial(holds_answer, cfg=cfg))
 

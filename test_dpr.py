@@ -35,7 +35,6 @@ from utils.plumbing.config import (
     load_config,
     must_be_one_of,
     need_file,
-    need_folder,
     need_model,
     need_out,
     need_value,
@@ -69,7 +68,7 @@ def check_settings(cfg):
     if cfg.question_vectors and not cfg.question_vectors.endswith(".npy"):
         raise UserError(f"question_vectors must be the path of a .npy file, got {cfg.question_vectors!r}")
     if cfg.question_vectors:
-        need_folder(cfg, "question_vectors", Path(cfg.question_vectors).parent)
+        need_out(cfg, "question_vectors", ".json")
 
 
 def with_positive_id(questions, path):
@@ -99,7 +98,7 @@ def read_bm25(questions, corpus, cfg):
     """Return BM25's ranking as {qid: [(row, score), ...]}."""
     bm25 = {}
     for qid, hits in iter_run(cfg.bm25_run):
-        bm25[qid] = [(corpus.row(pid), score) for pid, score in hits]
+        bm25[qid] = [(corpus.row(pid, cfg.bm25_run), score) for pid, score in hits]
     missing = [question["qid"] for question in questions if question["qid"] not in bm25]
     if len(missing) == len(questions):
         raise UserError(f"{cfg.bm25_run}: has none of the questions of {cfg.questions}")
@@ -138,6 +137,8 @@ def encode_once(encoder, questions, cfg):
         if not note.is_file():
             print(f"{path}: no {note.name} says who made these vectors; they are taken as they are")
         return read_vectors(path, len(questions), encoder.dim)
+    if note.is_file() and {*read_json(note)} != {*job}:
+        raise UserError(f"{note}: would be replaced by a note on {path.name}; give that another name")
     vectors_QD = encode(encoder, questions, cfg)
     write_json(note, job)
     with atomic_file(path, "wb") as file:

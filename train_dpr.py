@@ -166,6 +166,7 @@ def in_batch_loss(q_QD, p_ND, positive_Q, excluded=None):
     of each question's positive. excluded: [2, E], pairs (question, column) taken out of the softmax.
     """
     scores_QN = q_QD @ p_ND.T
+    positive_Q = torch.as_tensor(positive_Q, device=scores_QN.device)
     if excluded is not None and excluded.numel():
         scores_QN = scores_QN.index_put(tuple(excluded), scores_QN.new_tensor(-math.inf))
     loss = F.cross_entropy(scores_QN, positive_Q)

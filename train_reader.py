@@ -96,6 +96,7 @@ def reader_loss(start_NL, end_NL, relevance_NM, begin_NA, end_NA, spans_NA):
     log_start_NA = start_NL.log_softmax(1).gather(1, begin_NA)
     log_end_NA = end_NL.log_softmax(1).gather(1, end_NA)
     log_NA = log_start_NA + log_end_NA
+    spans_NA = spans_NA.bool()
     log_NA = log_NA.masked_fill(~spans_NA, -torch.inf)
     has_span_N = spans_NA.any(1)
     log_nA = log_NA[has_span_N]  # trap: a row of -inf has a NaN gradient

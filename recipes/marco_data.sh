@@ -5,6 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATA=$1
+case "$DATA" in *" "*) echo "DATA cannot have spaces in it" >&2 && exit 2 ;; esac
 if [ ! -f $DATA/corpus.tsv ]; then
     for file in para.txt para.title.txt; do
         if [ ! -f $DATA/$file ]; then

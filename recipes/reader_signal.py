@@ -49,7 +49,7 @@ def shares(log_prior_K, log_likelihood_KT, holds_K):
 
 
 def main(corpus, questions, ranking, reader, out):
-    corpus, questions, rankings = Corpus(corpus), read_questions(questions), read_run(ranking)
+    corpus, questions, rankings = Corpus(corpus), read_questions(questions, match="string"), read_run(ranking)
     reader = fid.load_fid(reader, LENGTHS).eval()
     values = {}
     for question in questions:

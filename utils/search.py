@@ -138,7 +138,7 @@ def as_lists(scores_Qk, rows_Qk):
     """Turn the arrays of a search into a list of (row, score) a question, best first, without FAISS's -1."""
     results = []
     if scores_Qk.size > len(scores_Qk) and (scores_Qk[:, 0] == scores_Qk[:, -1]).all():
-        print("warning: all scores are equal, the ranking is the order of the corpus", file=sys.stderr)
+        print("warning: all scores are equal, so the ranking means nothing", file=sys.stderr)
     for scores, rows in zip(scores_Qk.tolist(), rows_Qk.tolist(), strict=True):
         results.append([(row, score) for row, score in zip(rows, scores, strict=True) if row >= 0])
     return results
