@@ -77,7 +77,7 @@ if wants shares; then
     rescore $RUN/d0 $DATA/train.jsonl $SCORED train
 
     SCORES="--scores $RUN/d0/train_ce.run --negatives $NEGATIVES"
-    stage $RUN/gate.txt write $RUN/gate.txt echo $BELOW
+    [ -f $RUN/checked.jsonl ] || write $RUN/gate.txt echo $BELOW
     [ $BELOW = "$(cat $RUN/gate.txt)" ] || { echo "error: $RUN was mined with another BELOW: take another RUN" >&2 && exit 2; }
     mine checked $DATA/train.jsonl $SCORES --negative_below $BELOW
     mine gated $DATA/train.jsonl $SCORES --negative_below $BELOW --fill true
