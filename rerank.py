@@ -58,7 +58,7 @@ def read_inputs(cfg, corpus, say):
             sizes.append(0)
         questions[qid] = unranked.pop(qid)
         for pid, _ in hits[: cfg.depth]:
-            corpus.row(pid)
+            corpus.row(pid, cfg.ranking)
             sizes[-1] += 1
 
     # say what does not match

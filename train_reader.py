@@ -1,8 +1,9 @@
 """
 Train DPR's extractive reader (Karpukhin et al. 2020, Sec. 6), which GC-DPR and RocketQA use as it is.
 
-No span was ever labelled. A question is learned from one passage that holds its answer, where every mention
-counts as right, next to others that do not. To answer, the reader takes the best span of the best passage.
+No span (tokens in a row) was ever labelled. A question is learned from one passage that holds its answer,
+where every span that spells it counts as right, next to passages without it. To answer, the reader takes the
+best span of the passage that it finds most relevant.
 
 In:   question files with answers (train, dev), a ranking of each (test_dpr.py, rerank.py), and the corpus
 Out:  run_dir/reader/ (best exact match on dev), checkpoints/, log.txt, metrics.jsonl
@@ -95,6 +96,7 @@ def reader_loss(start_NL, end_NL, relevance_NM, begin_NA, end_NA, spans_NA):
     log_start_NA = start_NL.log_softmax(1).gather(1, begin_NA)
     log_end_NA = end_NL.log_softmax(1).gather(1, end_NA)
     log_NA = log_start_NA + log_end_NA
+    spans_NA = spans_NA.bool()
     log_NA = log_NA.masked_fill(~spans_NA, -torch.inf)
     has_span_N = spans_NA.any(1)
     log_nA = log_NA[has_span_N]  # trap: a row of -inf has a NaN gradient
@@ -166,7 +168,8 @@ def add_gradient(chunks, reader, accelerator, cfg, step):
         logits = logits_of(questions, reader, accelerator.autocast, cfg)
         spans = span_tensors(questions, device)
         loss, correct = reader_loss(*logits, *spans)
-        # differs: a mean over 16. DPR sums 2 on each of 8 GPUs: its clipping at 1.0 is our max_grad_norm 0.5
+        # differs: the mean of 16. DPR's gradient is twice as large (a sum of 2, averaged over 8 GPUs), so its
+        # clipping at 1.0 is our max_grad_norm 0.5
         loss = loss / cfg.batch_size
         accelerator.backward(loss)  # with fp16's loss scaler
         totals += torch.stack([loss.detach(), correct])
@@ -207,7 +210,7 @@ def training_step(step, chunks, reader, optimizer, run, cfg):
 # ---------------------------------------------------------------- evaluation
 def evaluate(dev, corpus, reader, accelerator, cfg):
     """Return {"em", "f1"} of the answers to the dev questions from their first test_depth passages."""
-    # differs: DPR compares the wrong way round, and looks at the first device's questions only
+    # differs: DPR keeps the checkpoint of the lowest exact match, of the first device's questions alone
     top_docs = [cfg.test_depth]
     sizes = (cfg.max_answer_length, cfg.eval_batch_size)
     answers = reading.answer_all(reader, dev, corpus, top_docs, *sizes, accelerator)

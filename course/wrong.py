@@ -585,8 +585,8 @@ PREDICT["a2"] = lambda q, p, c: {
 WRONG["utils/search.py:exact_topk"] = [
     (
         "row numbers begin anew in every block",
-        "places_Qk + start",
-        "places_Qk",
+        "places_QK + start",
+        "places_QK",
         "topk_rows topk_ties topk_short topk_memory",
     ),
     (

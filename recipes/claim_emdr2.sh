@@ -45,6 +45,7 @@ search $RUN/start $DATA/test.jsonl $DEPTH test
 
 train() { # NAME FROM READER STEPS FLAGS...: train_emdr2.py from the encoders of FROM
     local epoch=$(($(lines_of $TRAIN) / BATCH))
+    [ $epoch -gt 0 ] || { echo "error: $TRAIN fills no batch of $BATCH" >&2 && exit 2; }
     stage $RUN/$1/metrics.json $LAUNCH train_emdr2.py --run_dir $RUN/$1 --train $TRAIN --dev $DATA/dev.jsonl $CORPUS \
         --query_encoder $2/query_encoder --doc_encoder $2/doc_encoder --embeddings $2/embeddings --reader $3 \
         --epochs $((($4 + epoch - 1) / epoch)) --stop_after $4 --eval_every 30 --resume exact $TRAIN_FLAGS "${@:5}"

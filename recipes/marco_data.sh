@@ -6,6 +6,7 @@ set -euo pipefail
 [ -z "${DRY:-}" ] || exit 0                        # a recipe counts its stages (progress.sh)
 cd "$(dirname "$0")/.."
 DATA=$1
+case "$DATA" in *" "*) echo "DATA cannot have spaces in it" >&2 && exit 2 ;; esac
 if [ ! -f $DATA/corpus.tsv ]; then
     for file in para.txt para.title.txt; do
         if [ ! -f $DATA/$file ]; then

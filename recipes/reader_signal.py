@@ -78,7 +78,7 @@ def log_prior(rankings, question, pids):
 
 
 def main(corpus, questions, ranking, reader, out):
-    corpus, questions, rankings = Corpus(corpus), read_questions(questions), read_run(ranking)
+    corpus, questions, rankings = Corpus(corpus), read_questions(questions, match="string"), read_run(ranking)
     reader = fid.load_fid(reader, LENGTHS).eval()
     values = {}
     for question, pids, passages, holds_K in open_questions(questions, rankings, corpus):
@@ -98,7 +98,7 @@ def main(corpus, questions, ranking, reader, out):
 
 
 def batch(corpus, questions, ranking, reader, ranking_after, reader_after, out):
-    corpus, questions = Corpus(corpus), read_questions(questions)
+    corpus, questions = Corpus(corpus), read_questions(questions, match="string")
     rankings = {"before": read_run(ranking), "after": read_run(ranking_after)}
     readers = {"before": reader, "after": reader_after}
     readers = {name: fid.load_fid(path, LENGTHS).eval() for name, path in readers.items()}

@@ -42,6 +42,26 @@ def test_gains_are_paired_and_averaged_over_seeds(house):
     assert by_answer["gain"] == pytest.approx((1 / 9 + 1 + 2 / 3 + 0) / 4)
 
 
+def test_less_may_be_better(house):
+    """What the arm has less is its gain."""
+    entry = ENTRY | {"arm": ["one", "two"], "over": ["start"], "smaller": True}
+    assert claims.row_of(entry)["gain"] == pytest.approx(-(0.25 + 0.5) / 2)
+
+
+def test_the_gain_is_that_of_its_own_ranking(house):
+    """What compare.py prints: a ranking ends where the next one begins, a mean may stand before the gain."""
+    text = "n = 8 questions\nbase\n    MRR@10  12.3 (10.0 to 14.0)\none\n    MRR@10     13.3 (11.0 to 15.0)"
+    text += "          +1.0 (-0.5 to 2.5)\ntwo\n    top-1  1.0 (0.0 to 2.0) +0.5 (0.0 to 1.0)\n"
+    text += "three\n    MRR@10  +2.0 (1.0 to 3.0)\n"
+    (house / "results" / "toy" / "compare.txt").write_text(text)
+    figures = [(0.01, -0.005, 0.025), (0.02, 0.01, 0.03)]
+    for name, (gain, low, high) in zip(("one", "three"), figures, strict=True):
+        row = claims.row_of(ENTRY | {"metric": "MRR@10", "text": ["compare.txt", name]})
+        assert (row["gain"], row["low"], row["high"], row["n"]) == (gain, low, high, 8)
+    with pytest.raises(UserError, match="no gain in MRR@10 of two"):
+        claims.row_of(ENTRY | {"metric": "MRR@10", "text": ["compare.txt", "two"]})
+
+
 def test_a_verdict_says_no_more_than_the_figure(house):
     for changes, message in (
         ({"verdict": "shown", "arm": ["one"], "over": ["start"]}, "the interval holds zero"),

@@ -443,7 +443,12 @@ def test_other_models_are_refused(world, tmp_path):
     for folder, head, inputs, words in (
         (tmp_path / "ernie", True, small, "a reader starts from a BERT, this is a ernie"),
         (tmp_path / "tower", True, small, "holds a DPRContextEncoder"),
-        (tmp_path / "old.cp", True, small, "is a checkpoint of the original DPR; first: python -m prepare"),
+        (
+            tmp_path / "old.cp",
+            True,
+            small,
+            "if it is a checkpoint of the original DPR, first: python -m prepare",
+        ),
         (world / "nowhere", True, small, "no such reader folder"),
         (world / "bert", True, {}, "350 tokens a passage, but only 256"),
     ):

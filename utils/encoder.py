@@ -1,5 +1,5 @@
 """
-One tower of the dual encoder: a BERT-like model, and how text becomes its inputs and a vector.
+One of the two encoders (a *tower*): a BERT-like model, and how text becomes its inputs and a vector.
 
 How inputs are built is stored next to the weights in `encoder_inputs.json` (utils/plumbing/weights.py). A
 vector is only right when a text is tokenised as in training. Lengths, token types and pooling differ between
@@ -20,9 +20,9 @@ from torch.nn.functional import normalize
 
 from utils.distributed import prefetch, world
 
-POOLINGS = ("cls", "mean", "last")  # Encoder.forward
-TOKEN_TYPES = ("zeros", "segments")  # collate
-PASSAGES = ("pair", "joined")  # tokenize_passages
+POOLINGS = ("cls", "mean", "last")  # how L states become one vector: Encoder.forward
+TOKEN_TYPES = ("zeros", "segments")  # what marks the second text: collate
+PASSAGES = ("pair", "joined")  # how a title stands before its text: tokenize_passages
 # what DPR does, where encoder_inputs.json says nothing else
 DEFAULTS = {"normalize": False, "question_prefix": "", "passage_prefix": "", "passage": "pair"}
 
@@ -35,11 +35,11 @@ class Encoder(nn.Module):
       question_tokens, passage_tokens   maximum lengths, special tokens included
       pooling         cls (DPR) | mean (most of sentence-transformers) | last (decoders): the last token
       token_types     zeros (DPR) | segments (nanoDPR, RocketQA: title 0, text 1)
-      normalize       whether a vector is cut to length 1
+      normalize       whether every vector is scaled to length 1
       question_prefix, passage_prefix   what stands before every text (E5: "query: ", "passage: ")
       passage         pair: title and text with [SEP] between (DPR) | joined: one text, as BEIR gives it to
                       sentence-transformers; its questions are left as they are typed
-      pair            an id that a question encoder shares with the passage encoder it was trained with, or ""
+      pair            not the value above: the id of the training that made both encoders, or ""
     """
 
     def __init__(self, model, tokenizer, inputs, projection=None):
@@ -50,7 +50,7 @@ class Encoder(nn.Module):
         self.dim = linears[-1].out_features if linears else model.config.hidden_size
 
     def how(self, key):
-        """Return an entry of DEFAULTS, as `inputs` has it or not."""
+        """Return inputs[key], or what DPR does where `inputs` does not say."""
         return self.inputs.get(key, DEFAULTS[key])
 
     def forward(self, input_ids, attention_mask, token_type_ids):
@@ -61,7 +61,7 @@ class Encoder(nn.Module):
         elif self.inputs["pooling"] == "mean":  # over real tokens
             mask_BL1 = attention_mask[:, :, None].to(hidden_BLD.dtype)
             vectors_BD = (hidden_BLD * mask_BL1).sum(1) / mask_BL1.sum(1)
-        else:
+        elif self.inputs["pooling"] == "last":
             last_B = attention_mask.sum(1) - 1
             vectors_BD = hidden_BLD[torch.arange(len(last_B)), last_B]
         if self.projection:
@@ -80,7 +80,7 @@ def call(model, input_ids, attention_mask, token_type_ids):
 
 def takes_token_types(model):
     """Return whether a model has embeddings for token types."""
-    # trap: GPT-2 takes them too, and adds the embedding of the word of that number
+    # trap: GPT-2 takes them too, and reads type 1 as word 1 of its vocabulary
     types = getattr(model.config, "type_vocab_size", 0)
     return types > 0 and "token_type_ids" in inspect.signature(model.forward).parameters
 
@@ -88,8 +88,8 @@ def takes_token_types(model):
 # ---------------------------------------------------------------- text -> token ids
 def tokenize_questions(encoder, questions):
     """Turn strings into id lists `[CLS] question [SEP]`, cut to question_tokens."""
-    # from: DPR dpr/utils/data_utils.py:63 and nanoDPR: the typographic apostrophe is replaced, in training
-    # and test
+    # from: DPR dpr/utils/data_utils.py:63 and nanoDPR: the typographic apostrophe is replaced, always
+    # why only pair: other people's encoders (joined) take a question as it is typed
     if encoder.how("passage") == "pair":
         questions = [question.replace("’", "'") for question in questions]
     questions = [encoder.how("question_prefix") + question for question in questions]
@@ -111,6 +111,7 @@ def tokenize_passages(encoder, passages):
             title, text = "", f"{title} {text}".strip()
         pairs.append((prefix + title, text) if title else (prefix + text, None))
 
+    # why two calls: a tokenizer takes either pairs or single texts
     ids = [None] * len(passages)
     for titled in (True, False):
         places = [i for i, (_, text) in enumerate(pairs) if (text is not None) == titled]
@@ -123,6 +124,7 @@ def tokenize_passages(encoder, passages):
 
 
 def _ids(encoder, first, second, length):
+    """Return the id lists of texts, or of pairs (first, second), cut to `length`."""
     if not first:
         return []
     cut = {"truncation": True, "max_length": length, "return_attention_mask": False}
@@ -144,8 +146,8 @@ def collate(encoder, ids):
     types = np.zeros_like(input_ids)
     if encoder.inputs["token_types"] == "segments":  # 1 after the first [SEP], up to the end of the sequence
         is_sep = input_ids == tokenizer.sep_token_id
-        after_sep = np.cumsum(is_sep, 1) - is_sep > 0
-        types = (after_sep & (mask == 1)).astype(np.int64)
+        seps_before = np.cumsum(is_sep, 1) - is_sep
+        types = ((seps_before > 0) & (mask == 1)).astype(np.int64)
     device = next(encoder.parameters()).device
     batch = {"input_ids": input_ids, "attention_mask": mask, "token_type_ids": types}
     return {key: torch.from_numpy(array).to(device) for key, array in batch.items()}

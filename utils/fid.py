@@ -5,8 +5,9 @@ decoder looks at all of them at once and writes the answer (Izacard and Grave 20
     "question: q title: t context: c"  x K  --encoder, each alone-->  hidden [K, L, D]
                                             --laid end to end------>  [K*L, D]  --decoder-->  answer
 
-The encoder's cost grows with K, not with K squared. A T5 takes any encoder states, so it is given K passages
-as one long input. Cross-attention knows no positions, so the order of the passages cannot matter.
+Such a line of question and passage is a *context*. The encoder's cost grows with K, not with K squared. A T5
+takes any encoder states, so it is given K passages as one long input. Cross-attention knows no positions, so
+the order of the passages cannot matter.
 
 The same states, one passage at a time, give log p(answer | question, passage). That teaches the retriever of
 EMDR2 (Singh et al. 2021, Sec. 2). The losses are in train_emdr2.py.
@@ -214,7 +215,7 @@ def answer_all(fid, examples, rows, corpus, chunk, accelerator):
     """
     # groups of questions whose contexts fill a chunk
     rank, devices = world()
-    readable = [i for i, passages in enumerate(rows) if len(passages)]
+    readable = [i for i, rows_of_i in enumerate(rows) if len(rows_of_i)]
     width = max(1, chunk // max(1, *map(len, rows)))
     groups = [readable[start : start + width] for start in range(0, len(readable), width)]
     groups = groups[rank::devices]

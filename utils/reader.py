@@ -57,7 +57,7 @@ def read_ranking(path, run, corpus, depth, need=("answers",)):
     # the passages of each question, best first
     for qid, hits in iter_run(run):
         if qid in examples:
-            rows = [corpus.row(pid) for pid, _ in hits[:depth]]
+            rows = [corpus.row(pid, run) for pid, _ in hits[:depth]]
             examples[qid]["rows"] = np.array(rows)
     examples = list(examples.values())
 
@@ -312,6 +312,7 @@ def best_spans(start_S, end_S, continues_S, max_answer_length, top_spans):
     equal scores the earlier one wins. continues_S: whether a token is a piece of the word before it.
     """
     # the score of every span, by its first token and its width
+    start_S, end_S = np.asarray(start_S), np.asarray(end_S)
     size = len(start_S)
     widths = min(max_answer_length, size)
     scores_SW = np.full((size, widths), -np.inf)
@@ -388,7 +389,7 @@ def predict(reader, questions, top_docs, max_answer_length, batch_size, autocast
             best.append(max(first_n, key=lambda i: logits_M[i][2], default=None))
 
         # the best span in each of these
-        spans = {None: None}
+        spans = {None: None}  # no passage to read, no answer
         for i in {*best} - {None}:
             passage = question["passages"][i]
             span = span_text(reader, passage, sequences[i], logits_M[i], max_answer_length)

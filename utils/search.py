@@ -2,11 +2,11 @@
 Search: which passages have the largest inner product with a question?
 
 `exact_topk` reads every vector, in the memory of one block. `build_index` and `search_index` use a FAISS
-index of any factory string: Flat, HNSW32, "IVF4096,PQ48" ... Both only propose candidates, a few more than k.
-The candidates' scores are computed again in float64 from the stored vectors, and rounded to float32; ties go
-to the earlier row of the corpus. why: a matrix product rounds the same vector differently at different places
-of a block (faiss-cpu: a third of the entries), so twins would change places with the block size, the device
-or the number of questions.
+index of any factory string: Flat (all vectors), HNSW32 (a graph of neighbours), "IVF4096,PQ48" (a few of 4096
+clusters, a vector in 48 bytes) ... Both only propose candidates, a few more than k. The scores of candidates
+are computed again in float64 from the stored vectors, and rounded to float32; ties go to the earlier row.
+why: a matrix product rounds the same vector differently at different places of a block (faiss-cpu: a third of
+the entries), so twins would change places with the block size, the device or the number of questions.
 
 Q questions, q of them at a time · D dimensions · k results · K candidates · n rows of a block · N passages
 """
@@ -78,10 +78,10 @@ def exact_topk(queries_QD, shards, k, block=0, device="cpu", resident_ND=None):
     rows_QK = q_QD.new_empty(Q, 0, dtype=torch.long)
     for start, x_nD in blocks(shards, block or BLOCK, device, resident_ND):
         refuse_non_finite(x_nD, range(start, start + len(x_nD)))
-        # the best of this block, then the best of it and of all blocks before
-        scores_Qk, places_Qk = best_of_block(q_QD, x_nD, K)
-        scores_QM = torch.cat([best_QK, scores_Qk], 1)
-        rows_QM = torch.cat([rows_QK, places_Qk + start], 1)
+        # the best of this block, then the best of it and of all blocks before (M of them)
+        scores_QK, places_QK = best_of_block(q_QD, x_nD, K)
+        scores_QM = torch.cat([best_QK, scores_QK], 1)
+        rows_QM = torch.cat([rows_QK, places_QK + start], 1)
         best_QK, order_QK = scores_QM.topk(min(K, scores_QM.shape[1]))
         rows_QK = rows_QM.gather(1, order_QK)
     return rescore(queries_QD, shards, rows_QK.cpu().numpy(), k)
@@ -138,7 +138,7 @@ def as_lists(scores_Qk, rows_Qk):
     """Turn the arrays of a search into a list of (row, score) a question, best first, without FAISS's -1."""
     results = []
     if scores_Qk.size > len(scores_Qk) and (scores_Qk[:, 0] == scores_Qk[:, -1]).all():
-        print("warning: all scores are equal, the ranking is the order of the corpus", file=sys.stderr)
+        print("warning: all scores are equal, so the ranking means nothing", file=sys.stderr)
     for scores, rows in zip(scores_Qk.tolist(), rows_Qk.tolist(), strict=True):
         results.append([(row, score) for row, score in zip(rows, scores, strict=True) if row >= 0])
     return results
@@ -154,7 +154,7 @@ def check(queries_QD, shards, k):
             f"the questions have {queries_QD.shape[1]} dimensions, the passages {shards[0].shape[1]}; "
             "encode both with the two encoders of one training run"
         )
-    for i in np.flatnonzero(~np.isfinite(queries_QD).all(1)):
+    for i in np.flatnonzero(~np.isfinite(queries_QD).all(1))[:1]:  # the first is named
         raise UserError(
             f"the vector of question {i} (from 0) holds NaN or infinity; leave it out, or check it"
         )
@@ -251,7 +251,7 @@ def fill_index(factory, shards):
         for start, x_nD in blocks(shards, BLOCK, torch.device("cpu")):
             refuse_non_finite(x_nD, range(start, start + len(x_nD)))
             index.add(x_nD.numpy())
-        index.search(x_nD[:1].numpy(), 1)
+        index.search(x_nD[:1].numpy(), 1)  # trap: some kinds fail only here
     except RuntimeError as error:
         few = re.search(r"number of clusters \((\d+)\)", str(error))
         if few:

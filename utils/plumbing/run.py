@@ -196,7 +196,7 @@ class Run:
     def refuse_non_finite(self, loss, norm, lr):
         """Stop before the optimizer steps. A loss scaler (fp16) skips an infinite gradient by itself."""
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.accelerator.scaler):
-            advice = "lower learning_rate, or raise adam_epsilon"
+            advice = "lower learning_rate, raise adam_epsilon, or leave fp16 for --mixed_precision bf16"
             if self.state["step"] == self.first and not self.weights_are_finite():
                 advice = "the weights that the training starts from hold NaN or infinity: take others"
             raise UserError(

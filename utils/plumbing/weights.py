@@ -399,7 +399,7 @@ def save_encoder(encoder, folder):
         if words.is_fast:
             words.backend_tokenizer.no_truncation()  # the last length used is no part of a tokenizer
         save_words(temporary, words, encoder.inputs["token_types"])
-        if "pooling" in encoder.inputs:
+        if encoder.inputs.get("pooling") in sentence_transformers.POOLING:  # not one of your own
             sentence_transformers.write_folder(temporary, encoder)
         write_json(temporary / "encoder_inputs.json", encoder.inputs)
 
