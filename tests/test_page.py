@@ -364,7 +364,10 @@ def test_it_fits(browser, made, tmp_path, width, dark):
     assert (tmp_path / "page.png").stat().st_size > 50_000
     for name in ("ink", "muted", "accent"):
         assert contrast(browser, name) >= 4.5, name
-    assert len(text_of(browser, "#planes h4")) == 2 and "inverse cloze alone: not run" in text_of(browser, "#vectors p")[0]
+    assert (
+        len(text_of(browser, "#planes h4")) == 2
+        and "inverse cloze alone: not run" in text_of(browser, "#vectors p")[0]
+    )
     assert browser.errors == []
 
 
