@@ -114,3 +114,9 @@ done
 answers=()
 for name in fid_on_start fid_on_token token_on_token plain_on_start; do answers+=($name=$RUN/$name.answers.json); done
 keep_ranks start=$RUN/start/test.run $(arms '*') "${answers[@]}"
+
+# what each arm finds and answers, and whose belief the reader changed
+pairs=(start=start/test.run)
+for pair in $(arms '*') "${answers[@]}"; do [ ! -f ${pair#*=} ] || pairs+=(${pair%%=*}=${pair#*=$RUN/}); done
+python recipes/page_table.py $RUN $DATA "${pairs[@]}"
+[ $RUN/page.html -nt $RUN/table.json ] || python recipes/page.py $RUN --data $DATA --out $RUN/page.html

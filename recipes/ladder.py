@@ -202,14 +202,13 @@ def table_of(run_dir, questions, corpus):
 
 def shown_of(run_dir, table):
     """Return {"pairs", "pictures"} for recipes/page.py: rows to compare, and encoders with their rankings."""
-    names = {row["key"]: row["name"] for row in table}
     best = Path(next(row["ranking"] for row in table if row["key"] == "best_ce")).parent.name
     if not (run_dir / best / "test.run").is_file():
         best = "d0"
     steps = [(row["key"], over) for row in table for over in row["over"]]
     pairs = dict.fromkeys([("d0", "bm25"), (best, "bm25"), *steps])
-    encoders = [key for key in ("untrained", "cloze", best) if key in names]
-    return {"pairs": [*pairs], "pictures": [(names[key], key, f"{key}/test.run") for key in encoders]}
+    encoders = [row["key"] for row in table if row["key"] in ("untrained", "cloze", best)]
+    return {"pairs": [*pairs], "pictures": [(key, key, f"{key}/test.run") for key in encoders]}
 
 
 def gains_of(table, values):

@@ -1,8 +1,8 @@
 """
 Make a page of a run: what every system found, what taught it, how it was trained, how its vectors moved.
 
-In:  the run folder of recipes/own_data.sh (the demo's too) or of recipes/ladder.sh, whose table.json names
-     the rows and where everything stands; its corpus and test questions
+In:  the run folder of recipes/own_data.sh (the demo's too) or of ladder.sh, whose table.json names the rows
+     and where all stands (of other runs: page_table.py); the corpus and the test questions
 Out: one html file for a browser, without server and network; `page.html#q=QID` opens a question
 Run: python recipes/page.py runs/demo --out runs/demo/page.html
      python recipes/page.py runs/ladder_small --out runs/ladder_small/page.html --megabytes 4
@@ -133,9 +133,14 @@ def belief_of(belief, shelf):
 
 
 # ---------------------------------------------------------------- what taught it
+def ranking_of_bm25(rows):
+    return next((row["ranking"] for row in rows if row["system"] == "BM25"), "")
+
+
 def training_files(rows):
     """Return [(name, file, {source: the ranking it was mined from}, the last episode's file), ...]."""
-    bm25, systems = rows[0]["ranking"].replace("test.run", "train.run"), {row["system"] for row in rows}
+    systems = {row["system"] for row in rows}
+    bm25 = ranking_of_bm25(rows).replace("test.run", "train.run")
     files = [("negatives of BM25", "data/train.jsonl", {"BM25": bm25}, "")]
     for n in (1, 2, 3) if "ANCE-Tele" in systems else ():
         rankings = {"ANN": f"m{n - 1}/ann.run", "look-ahead": f"m{n - 1}/lookahead.run"}
@@ -270,14 +275,14 @@ def content_of(run, data, regex, megabytes):
     content |= {"questionsInAll": len(questions), "passagesInAll": len(shelf.corpus)}
     content |= {key: table[key] for key in ("rows", "seeds", "notes")}
     content |= {"lessons": lessons_of(run, training_files(rows), shelf), "curves": curves_of(run)}
-    bm25 = rankings_of(run / rows[0]["ranking"], qids)
+    bm25 = rankings_of(run / ranking_of_bm25(rows), qids)
     encoders = [(name, run / at, rankings_of(run / path, qids)) for name, at, path in table["pictures"]]
     content["pictures"] = pictures_of(encoders, bm25, drawn, shelf, regex)
 
     # the columns: every ranking once, because a reader has the ranking of its retriever; then the readers
     columns = {}
     for row in rows:
-        if row["ranking"] not in [ranking for _, ranking in columns.values()]:
+        if row["ranking"] and row["ranking"] not in [ranking for _, ranking in columns.values()]:
             columns[row["key"]] = (row["name"], row["ranking"])
     systems = [rankings_of(run / ranking, qids) for _, ranking in columns.values()]
     names = [name for name, _ in columns.values()]

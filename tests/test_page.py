@@ -10,6 +10,7 @@ from recipes.demo.table import write_table
 from recipes.ladder import main as ladder
 from recipes.page import Shelf, groups_of, lessons_of
 from recipes.page import main as page
+from recipes.page_table import main as page_table
 from recipes.page_vectors import plane_of
 from tests.browser import CHROMIUM, Browser
 from tests.toy import make_world
@@ -162,7 +163,7 @@ def test_a_ladder(made, tmp_path):
     ] == names[17]
     steps = [(data["systems"][a][0], data["systems"][b][0]) for a, b in data["pairs"]]
     assert steps[0] == (names[4], "BM25") and (names[6], names[4]) in steps
-    assert data["pictures"]["encoders"] == [names[1], names[2], names[4]] and not data["pictures"]["missing"]
+    assert data["pictures"]["encoders"] == ["untrained", "cloze", "d0"] and not data["pictures"]["missing"]
     assert [name for name, run in data["lessons"]["files"] if not run] == [
         "ANCE-Tele, episode 3",
         "RocketQA, new labels",
@@ -180,6 +181,31 @@ def test_a_ladder(made, tmp_path):
     assert [data["passages"][n][0] for n in (first, second)] == ["1", "2"]
     assert (one, two) == ([0.6, 0.9, 0.8, 0.7], [0.4, 0.1, 0.2, 0.3])
     assert [row["qid"] for row in data["questions"] if row["belief"]] == [questions[3]["qid"]]
+
+
+def test_a_run_without_a_table(made, tmp_path):
+    """Rankings and answers by name: metrics by hand, pairs against the first, no BM25, no training files."""
+    world, run = made[0].parent / "data", tmp_path / "run"
+    run.mkdir()
+    (run / "start").symlink_to(made[0] / "untrained")
+    for name in ("test.run", "reader.answers.json"):
+        (run / name).write_text((made[0] / "test" / name).read_text())
+    with pytest.raises(UserError, match="run/table.json: no such file"):
+        page([str(run), "--out", str(tmp_path / "a.html")])
+    (made[0] / "untrained" / "test.run").write_text((run / "test.run").read_text())
+    page_table(run, world, "start=start/test.run", "later=test.run", "reader=reader.answers.json")
+    (made[0] / "untrained" / "test.run").unlink()
+    table = {row["key"]: row["metrics"] for row in read_json(run / "table.json")["rows"]}
+    assert table["start"] == table["later"] and {*table["reader"]} == {"EM", "F1"}
+    assert (
+        table["later"]["MRR@10"]["value"] == pytest.approx(0.9 / 2) and table["reader"]["EM"]["value"] == 0.9
+    )
+    page([str(run), "--data", str(world), "--out", str(tmp_path / "a.html")])
+    data = data_of(tmp_path / "a.html")
+    assert data["systems"] == [["start", False], ["later", True]] and data["readers"] == [["reader", True]]
+    assert data["pairs"] == [] and data["pictures"]["encoders"] == ["start"]
+    assert {*data["pictures"]["questions"][0]["kinds"]} == {"gold"}
+    assert data["lessons"]["questions"] == [] and data["curves"] == []
 
 
 def test_texts_cannot_leave_the_json(made):
@@ -343,6 +369,13 @@ def test_in_the_browser(browser, made, tmp_path):
     browser.press("Escape")
     browser.wait("!document.querySelector('#passage').open")
 
+    # the address of another question opens it
+    browser.js("location.hash = '#q=' + encodeURIComponent(" + json.dumps(data["questions"][6]["qid"]) + ")")
+    browser.wait(
+        "document.querySelector('#question-detail h3').innerText === "
+        + json.dumps(data["questions"][6]["text"])
+    )
+
     # a text with html in it is a text
     row = next(i for i, row in enumerate(data["passages"]) if row[1] == EVIL)
     browser.click(f".ranks [data-p='{row}']")
@@ -366,7 +399,7 @@ def test_it_fits(browser, made, tmp_path, width, dark):
         assert contrast(browser, name) >= 4.5, name
     assert (
         len(text_of(browser, "#planes h4")) == 2
-        and "inverse cloze alone: not run" in text_of(browser, "#vectors p")[0]
+        and "inverse cloze: not run" in text_of(browser, "#vectors p")[0]
     )
     assert browser.errors == []
 

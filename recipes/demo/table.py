@@ -46,7 +46,11 @@ PAIRS = [
     ("trained + BM25", "trained encoder"),
     ("trained + BM25", "BM25"),
 ]
-PICTURES = [("untrained encoder", "untrained"), ("inverse cloze alone", "cloze"), ("trained encoder", ".")]
+PICTURES = [
+    ("untrained", "untrained", "untrained/test.run"),
+    ("inverse cloze", "cloze", "cloze/test.run"),
+    ("trained", ".", "test/test.run"),
+]
 
 
 def cell(metrics, name):
@@ -104,9 +108,7 @@ def write_table(run_dir, table, answers, seconds):
         reads = name.startswith("reader")
         said = "test/reader.answers.json" if name == list(answers)[-1] else ""  # those of the largest depth
         row(name, "reader", "test/test.run", metrics, READER if reads else DPR, said)
-    files = {name: ranking for name, _, ranking, _ in RANKINGS}
-    pictures = [(name, folder, files[name]) for name, folder in PICTURES]
-    result = {"rows": rows, "notes": [], "seeds": {}, "pairs": PAIRS, "pictures": pictures}
+    result = {"rows": rows, "notes": [], "seeds": {}, "pairs": PAIRS, "pictures": PICTURES}
     write_json(Path(run_dir) / "table.json", result)
 
 
