@@ -47,8 +47,8 @@ place() {
     awk -F '\t' -v at="$at" -v plan="$STAGES" -v folder="$EARLIER" '
         FILENAME != plan { seconds[$1] += NF > 2 ? $3 : $2; next }
         { total++ }
-        total == at && $1 in seconds { takes = sprintf("%.1f minutes, ", seconds[$1] / 60) }
-        total >= at && $2 == "open" && !counted[$1]++ { left += seconds[$1] }
+        total == at && seconds[$1] >= 3 { takes = sprintf("%.1f minutes, ", seconds[$1] / 60) }
+        !known[$1]++ && total >= at && $2 == "open" { left += seconds[$1] } # a stage that comes again costs nothing
         END {
             if (total) printf "%d of %d | ", at, total
             if (left) printf "%s%.1f to the end (%s) | ", takes, left / 60, folder

@@ -354,21 +354,25 @@ def test_which_of_how_many(tmp_path):
     stages = tmp_path / "s"
     script = f"RUN={run} STAGES={stages} DATA=d FORMAT=auto; . recipes/stage.sh; stage $RUN/b touch $RUN/b"
     (run / "b").unlink()
-    stages.write_text("a\tdone\nb\topen\nb\topen\nd0/metrics.json\topen\ngc/metrics.json\tdone\n")
+    names = ["a done", "b open", "b open", "d0/metrics.json open", "e open", "d0/metrics.json open"]
+    stages.write_text("".join(name.replace(" ", "\t") + "\n" for name in [*names, "gc/metrics.json done"]))
     (tmp_path / "s.begun").write_text("a\n")
     times = [line.split("\t") for line in (ROOT / "results/ladder_small/peaks.tsv").read_text().splitlines()]
     (seconds,) = [float(time) for name, _, time, _ in times if name == "d0/metrics.json"]
     done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
-    left = f"2 of 5 | {seconds / 60:.1f} to the end (results/ladder_small) | touch"
+    left = f"2 of 7 | {seconds / 60:.1f} to the end (results/ladder_small) | touch"
     assert done.stdout.startswith(f"\n== {left}"), done.stdout + done.stderr
     script = script.replace("b touch $RUN/b", "d0/metrics.json touch $RUN/d0/metrics.json")
     (tmp_path / "s.begun").write_text("a\nb\nb\n")
     (run / "d0").mkdir()
     done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
     mine = (
-        f"4 of 5 | {seconds / 60:.1f} minutes, {seconds / 60:.1f} to the end (results/ladder_small) | touch"
+        f"4 of 7 | {seconds / 60:.1f} minutes, {seconds / 60:.1f} to the end (results/ladder_small) | touch"
     )
     assert done.stdout.startswith(f"\n== {mine}"), done.stdout + done.stderr
+    script = script.replace("d0/metrics.json touch $RUN/d0/metrics.json", "e touch $RUN/e")
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("\n== 5 of 7 | touch"), done.stdout + done.stderr
 
 
 def metrics_of(run, *names):
