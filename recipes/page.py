@@ -7,9 +7,9 @@ Out: one html file for a browser, without server and network; `page.html#q=QID` 
 Run: python recipes/page.py runs/demo --out runs/demo/page.html
      python recipes/page.py runs/ladder_small --out runs/ladder_small/page.html --megabytes 4
 
-What the folder lacks says "not run". Test questions are drawn at random until the page has its size; the
-table counts all of them. page_template.html holds the looks and gets everything as JSON; page_vectors.py
-makes the pictures of vectors.
+What the folder lacks says "not run". Test questions are taken until the page has its size, those with beliefs
+of EMDR2 (belief.json) first, the others drawn at random; the table counts all. page_template.html holds the
+looks and gets everything as JSON; page_vectors.py makes the pictures of vectors.
 """
 
 import argparse

@@ -288,12 +288,19 @@ def test_mistakes(tmp_path):
             page(arguments)
 
 
-def test_the_committed_page(made):
-    """At most 5 MB, with the data of today's pages; a hundred questions; every row that it has was run."""
-    path = ROOT / "results" / "demo" / "page.html"
-    assert path.stat().st_size <= 5e6
-    data = data_of(path)
-    assert list(data) == list(data_of(made[1])) and len(data["questions"]) > 100
+def test_the_committed_pages(made):
+    """At most 5 MB, with the data of today's pages; a hundred questions; every row that they have was run."""
+    paths = [ROOT / "results" / name / "page.html" for name in ("emdr2_alone", "demo")]
+    for path in paths:
+        assert path.stat().st_size <= 5e6
+        data = data_of(path)
+        assert list(data) == list(data_of(made[1])) and len(data["questions"]) > 100
+        template = (ROOT / "recipes" / "page_template.html").read_text("utf-8").split("DATA_OF_THE_PAGE")
+        html = path.read_text("utf-8")
+        assert html.startswith(template[0]) and html.endswith(template[1]), "made with today's template"
+    beliefs = read_json(paths[0].with_name("belief.json"))
+    told = {row["qid"] for row in data_of(paths[0])["questions"] if row["belief"]}
+    assert told == {belief["qid"] for belief in beliefs} and len(told) == 16
     assert all(row["metrics"] for row in data["rows"])
     assert len(data["pictures"]["encoders"]) == 3 and all(run for _, run in data["systems"] + data["readers"])
 
