@@ -158,6 +158,8 @@ def test_row_0_is_a_passage_and_minus_1_is_none():
     assert as_lists(scores_Qk, rows_Qk) == [[(0, 2.0), (7, 1.0)], [(3, 5.0), (0, 4.0)]]
     x_ND = np.arange(12, dtype=np.float32).reshape(6, 2)
     assert fetch(cut(x_ND, 2), np.array([2, 1, 5, 0, 2]))[:, 0].tolist() == [4, 2, 10, 0, 4]
+    half_ND = fetch(cut(x_ND.astype(np.float16), 2), np.array([5]))
+    assert half_ND.dtype == np.float16 and half_ND.tolist() == [[10, 11]]
 
 
 def test_a_plain_faiss_index_finds_the_same_passages():
