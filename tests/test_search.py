@@ -213,7 +213,7 @@ def test_indexes_score_by_inner_product(factory, tmp_path):
 def test_a_saved_index_is_read_only_while_its_hash_and_its_embeddings_match(tmp_path, capsys):
     """FAISS loads a flipped bit without a word; here it is rebuilt, with a line that says so."""
     shards = [vectors(15, 300, 16)]
-    build_index("HNSW8", shards, tmp_path, "one")
+    assert build_index("HNSW8", shards, tmp_path, "one").hnsw.efConstruction == 200  # DPR's
     written = (tmp_path / "HNSW8.faiss").stat().st_mtime_ns
     build_index("HNSW8", shards, tmp_path, "one")
     assert (tmp_path / "HNSW8.faiss").stat().st_mtime_ns == written and not capsys.readouterr().out

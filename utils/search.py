@@ -238,6 +238,8 @@ def fill_index(factory, shards):
     try:
         # trap: without the metric, every factory string means L2
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+        if "HNSW" in factory:  # from: DPR dpr/indexer/faiss_indexers.py; FAISS's own number is 40
+            faiss.ParameterSpace().set_index_parameter(index, "efConstruction", 200)
         if not index.is_trained:
             lists = max(map(int, re.findall(r"IVF(\d+)", factory)), default=0)
             if N < 39 * lists:  # from: FAISS's ClusteringParameters.min_points_per_centroid
