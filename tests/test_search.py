@@ -13,8 +13,9 @@ from tests.saved import Largest
 from tests.toy import golden_file
 from utils.plumbing.config import UserError
 from utils.plumbing.embeddings import open_embeddings
+from utils.plumbing.faiss_setup import name_blas_kernel
 from utils.plumbing.files import sha256, write_json
-from utils.search import as_lists, build_index, exact_topk, fetch, name_blas_kernel, search_index
+from utils.search import as_lists, build_index, exact_topk, fetch, search_index
 
 GOLDEN = golden_file("merge_topk")["cases"]
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
