@@ -18,6 +18,7 @@ import shutil
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import quote
@@ -28,7 +29,6 @@ from utils.plumbing.config import UserError
 from utils.text import answer_position, has_answer
 
 BM25_DEPTH = 1000
-ANSWER_TOKENS = 10  # of a reader's answer (from: DPR conf/extractive_reader_train_cfg.yaml max_answer_length)
 BATCH = 8  # passages that a reader reads at a time
 NO_TEXT = "none, no text of a passage fits beside the question"
 
@@ -88,11 +88,11 @@ def load(cfg):
     # why imported here and below: torch takes seconds, and a mistake on the command line should show at once
     import torch
 
-    from utils import fid, reader
+    from answer import load_model
     from utils.bm25 import build_bm25
     from utils.data import Corpus
     from utils.plumbing.embeddings import open_embeddings
-    from utils.plumbing.weights import given_inputs, load_encoder, read_inputs
+    from utils.plumbing.weights import given_inputs, load_encoder
 
     # the passages, their vectors, their words
     run = Path(cfg.run)
@@ -105,38 +105,15 @@ def load(cfg):
     # the models
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = load_encoder(query_encoder, "question", given_inputs(cfg)).to(device)
-    model = None
+    reader = None
     if cfg.reader:
-        role = read_inputs(cfg.reader, "reader").get("role")
-        model = fid.load_fid(cfg.reader) if role == "fid" else reader.load_reader(cfg.reader)
+        kind, model = load_model(cfg.reader)
         model.to(device)
+        reader = partial(kind.say, model)
     links = links_of(run)
     return SimpleNamespace(
-        corpus=corpus, shards=shards, bm25=bm25, encoder=encoder, reader=model, links=links
+        corpus=corpus, shards=shards, bm25=bm25, encoder=encoder, reader=reader, links=links
     )
-
-
-# ---------------------------------------------------------------- the answer
-def read_answer(model, question, passages):
-    """Return what stands after `answer: `, from a reader of either kind."""
-    from utils import fid, reader
-
-    if model.inputs["role"] == "fid":
-        budgets = [fid.text_budget(model, question, passage.title) for passage in passages]
-        if max(budgets) < 1:
-            return NO_TEXT
-        contexts = fid.tokenize_contexts(model, question, passages)
-        text = plain(fid.answer(model, [contexts], BATCH)[0]) or "none, the reader wrote an empty text"
-        return f"{text} | FiD over {len(passages)} passages"
-
-    to_read = reader.to_read(model, question, passages)
-    best = reader.predict(model, [to_read], [len(passages)], ANSWER_TOKENS, BATCH)[0][0]
-    if not best:
-        return NO_TEXT
-    i = best["passage_idx"]
-    scores = f"span {best['score']:.3f} | relevance {best['relevance_score']:.3f}"
-    where = f"dense {i + 1} | {plain(passages[i].id)} | {plain(passages[i].title)}"
-    return f"{plain(best['text'])} | {scores} | in {where}"
 
 
 # ---------------------------------------------------------------- the screen
@@ -183,7 +160,7 @@ def show(question, tools, known, k):
     if answers:
         print(f"known answers: {', '.join(answers)}")
     if tools.reader:
-        print(f"answer: {read_answer(tools.reader, question, passages)}")
+        print(f"answer: {plain(tools.reader(question, passages, BATCH)) or NO_TEXT}")
         times.append(time.perf_counter())
 
     # the passages

@@ -40,9 +40,10 @@ from utils.plumbing.config import (
     need_value,
 )
 from utils.plumbing.embeddings import open_embeddings
+from utils.plumbing.faiss_setup import faiss
 from utils.plumbing.files import atomic_file, read_json, sha256, write_json
 from utils.plumbing.weights import encoder_hash, given_inputs, load_encoder
-from utils.search import as_lists, build_index, exact_topk, faiss, fetch, search_index
+from utils.search import as_lists, build_index, exact_topk, fetch, search_index
 from utils.text import report_regex_failures
 
 BLOCK = 16384  # questions searched at a time: MS MARCO's 502,939 x 1,000 hits would fill 100 GB

@@ -230,8 +230,7 @@ def evaluate(dev, corpus, index, models, accelerator, cfg):
     hits = []
     for example in dev:
         hits.append([has_answer(corpus[row].text, example["answers"]) for row in example["rows"]])
-    rows = [example["rows"][: cfg.top_k] for example in dev]
-    answers = fid.answer_all(models["reader"], dev, rows, corpus, cfg.eval_batch_size, accelerator)
+    answers = fid.answer_all(models["reader"], dev, corpus, [cfg.top_k], cfg.eval_batch_size, accelerator)
     em, f1 = answer_scores(dev, answers, [cfg.top_k]).values()
     metrics = {"em": float(np.mean(em)), "f1": float(np.mean(f1))}
     for k, share in topk_accuracy(hits, cfg.eval_hits).items():

@@ -212,8 +212,8 @@ def evaluate(dev, corpus, reader, accelerator, cfg):
     """Return {"em", "f1"} of the answers to the dev questions from their first test_depth passages."""
     # differs: DPR keeps the checkpoint of the lowest exact match, of the first device's questions alone
     top_docs = [cfg.test_depth]
-    sizes = (cfg.max_answer_length, cfg.eval_batch_size)
-    answers = reading.answer_all(reader, dev, corpus, top_docs, *sizes, accelerator)
+    sizes = {"batch_size": cfg.eval_batch_size, "max_answer_length": cfg.max_answer_length}
+    answers = reading.answer_all(reader, dev, corpus, top_docs, accelerator=accelerator, **sizes)
     scores = answer_scores(dev, answers, top_docs)
     em = np.mean(scores[f"EM@{cfg.test_depth}"])
     f1 = np.mean(scores[f"F1@{cfg.test_depth}"])

@@ -390,7 +390,7 @@ def test_logits_that_are_no_numbers_name_the_question(world):
         with torch.no_grad():
             getattr(reader.model.span_predictor, part).bias[0] = float("nan")
         with pytest.raises(UserError) as error:
-            answer_all(reader, train[:3], corpus, [1], 10, 8, ACCELERATOR)
+            answer_all(reader, train[:3], corpus, [1], 8, ACCELERATOR)
         assert str(error.value).startswith(f"question {train[0]['question']!r}: the reader's logits are not")
 
 

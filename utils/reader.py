@@ -33,6 +33,8 @@ DPR_READER = {"reader_tokens": 350, "token_types": "zeros"}
 MAX_POSITIVES, NEGATIVES = 20, (50, 150)
 PATTERN = re.compile(r"\\[sdwb]|\.\*|\(\?:|\w\|\w|\[\^?\w-\w")  # what plain answers hardly ever hold
 BLOCK = 16  # questions that are answered together, so that passages of like length meet
+ANSWER_TOKENS = 10  # from: DPR conf/extractive_reader_train_cfg.yaml max_answer_length
+READS_ALL = False  # each passage by itself: one reading gives the answers from the first 1, 2, 3 ... of them
 
 
 # ---------------------------------------------------------------- questions and their rankings
@@ -398,8 +400,12 @@ def predict(reader, questions, top_docs, max_answer_length, batch_size, autocast
     return answers
 
 
-def answer_all(reader, examples, corpus, top_docs, max_answer_length, batch_size, accelerator):
-    """Return predict()'s answers to all examples on every device; each device answers its share of them."""
+def answer_all(reader, examples, corpus, depths, batch_size, accelerator, max_answer_length=ANSWER_TOKENS):
+    """
+    Return predict()'s answers to all examples, one for each of depths, from the passages of their "rows".
+
+    The same on every device; each device answers its share.
+    """
     rank, devices = world()
     places = range(len(examples))
     blocks = [places[start : start + BLOCK] for start in places[::BLOCK]]
@@ -413,7 +419,7 @@ def answer_all(reader, examples, corpus, top_docs, max_answer_length, batch_size
         return questions
 
     answers = {}
-    how = (top_docs, max_answer_length, batch_size, accelerator.autocast)
+    how = (depths, max_answer_length, batch_size, accelerator.autocast)
     total = sum(len(block) for block in mine)
     with tqdm(total=total, desc="answers", delay=5, leave=False, disable=None) as bar:
         # the next block is tokenised meanwhile
@@ -422,3 +428,14 @@ def answer_all(reader, examples, corpus, top_docs, max_answer_length, batch_size
             bar.update(len(block))
     answers = gather_items(answers)
     return [answers[i] for i in places]
+
+
+def say(reader, question, passages, batch_size):
+    """Return the best answer as ask.py prints it; "" where no passage has room beside the question."""
+    questions = [to_read(reader, question, passages)]
+    ((best,),) = predict(reader, questions, [len(passages)], ANSWER_TOKENS, batch_size)
+    if not best:
+        return ""
+    i = best["passage_idx"]
+    scores = f"span {best['score']:.3f} | relevance {best['relevance_score']:.3f}"
+    return f"{best['text']} | {scores} | in dense {i + 1} | {passages[i].id} | {passages[i].title}"

@@ -12,8 +12,6 @@ Q questions, q of them at a time · D dimensions · k results · K candidates ·
 """
 
 import contextlib
-import os
-import platform
 import re
 import sys
 from pathlib import Path
@@ -24,36 +22,13 @@ import torch
 from tqdm import tqdm
 
 from utils.plumbing.config import UserError
+from utils.plumbing.faiss_setup import faiss
 from utils.plumbing.files import atomic_file, read_json, sha256, write_json
 
-SPARE = (
-    32  # candidates beyond k: the order is right for up to so many passages whose scores are equal at the cut
-)
+# candidates beyond k: the order is right for up to so many passages whose scores are equal at the cut
+SPARE = 32
 BLOCK = 2**15  # passages widened to float32 at a time
-# questions from which on FAISS's knn is faster on a CPU; with 32 a product and topk take less than half of
-# its time
-MANY = 256
-
-
-def name_blas_kernel(cpuinfo="/proc/cpuinfo"):
-    """Name OpenBLAS's kernel by the processor's flags, before faiss is imported; a user's choice is kept."""
-    # why: the OpenBLAS in the faiss-cpu wheel does not know every processor; its fallback was 5x slower
-    if platform.machine() in ("x86_64", "AMD64") and Path(cpuinfo).is_file():
-        line = re.search(r"^flags\s*:(.*)|\Z", Path(cpuinfo).read_text(encoding="utf-8"), re.M)
-        flags = set(line[0].split())
-        if {"avx512f", "avx512dq", "avx512bw", "avx512vl"} <= flags:
-            os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
-        elif {"avx2", "fma"} <= flags:
-            os.environ.setdefault("OPENBLAS_CORETYPE", "Haswell")
-
-
-name_blas_kernel()
-import faiss  # noqa: E402  (after its kernel has a name)
-
-# why: two hyper-threads on one core slow a matrix product down (faiss issue 2953: 58 s became 1 h 43)
-ALLOWED = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-if "OMP_NUM_THREADS" not in os.environ:
-    faiss.omp_set_num_threads(min(psutil.cpu_count(logical=False) or ALLOWED, ALLOWED))
+MANY = 256  # questions from which on FAISS's knn is faster on a CPU than a product and topk
 
 
 # ---------------------------------------------------------------- exact search, without an index
@@ -238,6 +213,8 @@ def fill_index(factory, shards):
     try:
         # trap: without the metric, every factory string means L2
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+        if "HNSW" in factory:  # from: DPR dpr/indexer/faiss_indexers.py; FAISS's own number is 40
+            faiss.ParameterSpace().set_index_parameter(index, "efConstruction", 200)
         if not index.is_trained:
             lists = max(map(int, re.findall(r"IVF(\d+)", factory)), default=0)
             if N < 39 * lists:  # from: FAISS's ClusteringParameters.min_points_per_centroid

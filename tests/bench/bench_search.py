@@ -11,7 +11,7 @@ Run: python tests/bench/bench_search.py --rows 100000 1000000 --dim 384 768 --qu
 The vectors are random, of length 1, in fp16 shards in memory. All but the flat index read them block by
 block, propose a few candidates more than k, and compute these again in float64 (utils.search.rescore): their
 results must have the bits of ours. Those of the flat index may differ in near-ties, as float32 rounds.
-FAISS works with the OpenBLAS kernel that utils/search.py names.
+FAISS works with the OpenBLAS kernel that utils/plumbing/faiss_setup.py names.
 A line for every combination of rows, dimensions and questions: the seconds of each, median (range).
 """
 
