@@ -282,15 +282,15 @@ def main():
     config.must_be_one_of(cfg, retriever_loss=("emdr2", "kl", "none"), marginal=("token", "sequence"))
     # why 2: the prior of one passage is always 1, so no retriever learns
     config.at_least(cfg, 1 if cfg.retriever_loss == "none" else 2, "top_k")
-    config.at_least(cfg, 1, "question_chunk", "passage_chunk", "score_chunk")
+    config.at_least(cfg, 1, "score_chunk")
     config.at_least(cfg, 2, "answer_tokens", "reader_tokens")
     if not cfg.eval_hits or min(cfg.eval_hits) < 1:
         raise UserError(f"eval_hits must name depths of at least 1, got {cfg.eval_hits}")
     config.need_file(cfg, "train", "corpus", optional=("dev",))
-    config.need_value(cfg, "embeddings")
 
     # data
-    run = Run(cfg, files=("train", "dev"), weights=(*TOWERS, "reader"))
+    sizes = {"question_chunk": (4, cfg.top_k * cfg.reader_tokens), "passage_chunk": (200, cfg.reader_tokens)}
+    run = Run(cfg, files=("train", "dev"), weights=(*TOWERS, "reader"), sizes=sizes)
     corpus = run.corpus
     train, train_note = load_questions(cfg.train, corpus)
     none = ([], "no dev set: the last checkpoint is the best")
