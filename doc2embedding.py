@@ -48,8 +48,8 @@ from utils.plumbing.embeddings import (
 from utils.plumbing.files import atomic_file, need_space, read_json, write_json
 from utils.plumbing.weights import encoder_hash, given_inputs, load_encoder
 
-# Processes that tokenise for a GPU. why: of the 192 microseconds that a passage took with one H200, tokenising
-# in the same process had 46 (results/bench/gpu_h200.txt). Python runs one thread at a time, so the GPU waited.
+# Processes that tokenise for a GPU. why: with an H200 a passage took 192 microseconds, 46 of them to be
+# tokenised (results/bench/gpu_h200.txt). A thread would take them from the one that launches the GPU's work.
 WORKERS = 4
 STEP = 32  # compiled code is made for each length of a batch anew; with this step 256 tokens are 8 lengths
 
@@ -61,11 +61,12 @@ def cut(rows, size):
 
 
 def tokenize_windows(windows, corpus, encoder, workers):
-    """Yield the id lists of each window of passages. The next ones are tokenised while the device computes."""
+    """Yield the id lists of each window of passages. The next is tokenised while the device computes."""
 
     def tokenize(rows):
         return tokenize_passages(encoder, [corpus[row] for row in rows])
 
+    # in a thread; for a GPU in processes
     if not workers:
         return prefetch(tokenize, windows)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # in each of them; else the library warns of the fork

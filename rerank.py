@@ -159,7 +159,7 @@ def main():
     refuse_other_job(folder, stored, manifest, ())
     cross = load_cross_encoder(cfg.cross_encoder).to(accelerator.device)
 
-    # how many pairs go through it together: as the key says, else as the first run did, else as fits the device
+    # how many pairs go through it together: the key's number, the first run's, or what fits the device
     width = cross.model.config.hidden_size
     fits = rows_that_fit(128, cross.inputs["pair_tokens"], width, accelerator.device)
     cfg.batch_size = cfg.batch_size or stored.get("batch_size", fits)

@@ -30,9 +30,10 @@ PLAIN |= {f"ACCELERATE_USE_{name}": "false" for name in ("FSDP", "DEEPSPEED", "M
 PLAIN |= {"ACCELERATE_USE_PARALLELISM_CONFIG": "false"}
 LAUNCHED = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"}  # numbers that torchrun tells each process
 
-# Tokens of one forward pass on a GPU. why so many: a GPU waits for the program that launches its work. On an
-# H200 one pass of BERT-base took 20 ms, however small it was; a training step in chunks of 256 passages, which
-# are 64k tokens, was 2.3 times as fast as in chunks of 64 (results/bench/gpu_h200.txt). More was not measured.
+# Tokens of one forward pass on a GPU. why so many: a GPU waits for the program that launches its work. With
+# an H200 one pass of BERT-base took 20 ms, however small it was; training made 290 questions/s in chunks of
+# 64 passages, and 670 in chunks of 256, which are 64k tokens. More was not measured
+# (results/bench/gpu_h200.txt).
 TOKENS = 2**16
 # Bytes that a layer keeps of a token until the backward pass, for each number of its hidden state. Measured
 # there with BERT-base: 66 in float32, 47 under bf16's autocast.

@@ -54,7 +54,7 @@ class Encoder(nn.Module):
         return self.inputs.get(key, DEFAULTS[key])
 
     def forward(self, input_ids, attention_mask, token_type_ids):
-        """Turn [B, L] integer tensors into vectors_BD in float32. attention_mask: None where nothing is padded."""
+        """Turn [B, L] integer tensors into vectors_BD in float32. attention_mask: None, where all is text."""
         hidden_BLD = call(self.model, input_ids, attention_mask, token_type_ids).last_hidden_state
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -155,7 +155,7 @@ def collate(encoder, ids, lengths=()):
 
 
 def padded_length(longest, lengths):
-    """Return the first of `lengths` (ascending) that is not below `longest`; `longest` where there is none."""
+    """Return the first of `lengths` (ascending) that is not below `longest`, or `longest`."""
     return next((length for length in lengths if length >= longest), longest)
 
 
@@ -218,8 +218,7 @@ def batches_by_length(model, ids, size, tokens=0, lengths=()):
     def batch_of(places):
         rows = [ids[i] for i in places]
         batch = collate(model, rows, lengths)
-        # why: without a mask a GPU takes a faster attention. Here it is known; to look into the mask on the GPU
-        # would be to wait for it
+        # why here: without a mask a GPU takes a faster attention; to look into a mask that lies there is to wait
         if min(map(len, rows)) == batch["input_ids"].shape[1]:
             batch["attention_mask"] = None
         return batch

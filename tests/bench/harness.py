@@ -9,6 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+from torch.profiler import ProfilerActivity
+
 ROOT = Path(__file__).resolve().parents[2]
 ANSWER = "answer:"  # begins a line that a peer writes for us
 
@@ -51,6 +54,27 @@ def spread(values, digits=2):
 def ratios(slow, fast, digits=2):
     """Return the spread of slow / fast within a turn."""
     return spread([a / b for a, b in zip(slow, fast, strict=True)], digits)
+
+
+def profile(work, rows):
+    """Return the operations that work() spends most time in: their shares, and how often each is called."""
+    gpu = torch.cuda.is_available()
+    kinds = [ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]
+    work()
+    with torch.profiler.profile(activities=kinds) as profiler:
+        began = time.perf_counter()
+        work()
+        if gpu:
+            torch.cuda.synchronize()
+        spent = time.perf_counter() - began
+    spent_in = {event.key: event.self_device_time_total if gpu else event.self_cpu_time_total
+                for event in profiler.key_averages()}  # fmt: skip
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    total = sum(spent_in.values())  # microseconds
+    lines = [f"operations take {total / 1e6 / spent:.2f} of the time; of theirs:"]
+    for key in sorted(spent_in, key=spent_in.get, reverse=True)[:rows]:
+        lines.append(f"  {spent_in[key] / total:6.1%} in {counts[key]:6} x {key[:90]}")
+    return "\n".join(lines)
 
 
 class Peer:

@@ -53,8 +53,8 @@ class Run:
     files, weights: keys of cfg whose contents are part of the run's identity. UserError where run_dir holds a
     run and `resume` is "never", or where settings or files differ and `resume` is "exact".
 
-    sizes: {key of cfg: (rows on a CPU, tokens of a row)}, how many rows go through a model together. Where the
-    key is 0, it becomes the checkpoint's number, or what fits the device. The last of `weights` is the model.
+    sizes: {key of cfg: (rows on a CPU, tokens of a row)}, how many rows go through a model together. A key of
+    0 becomes the checkpoint's number, or what fits the device. The last of `weights` is that model.
 
     corpus: of cfg.corpus, or None. checkpoint: the folder to resume from, or None. state: stored in every
     checkpoint. notes: lines for the start of the log. first, last, total, warmup: steps, set by steps().
@@ -85,11 +85,11 @@ class Run:
         self.checkpoint = newest_checkpoint(self.dir, self.notes.append)
         stored = read_json(self.checkpoint / "state.json") if self.checkpoint else {"settings": {}}
         for key, (rows, length) in sizes.items():
-            if not getattr(cfg, key) and not stored["settings"].get(key):
+            size = getattr(cfg, key) or stored["settings"].get(key)
+            if not size:
                 width = width_of(getattr(cfg, weights[-1])) if self.device.type == "cuda" else 0
-                setattr(cfg, key, rows_that_fit(rows, length, width, self.device))
-            elif not getattr(cfg, key):
-                setattr(cfg, key, stored["settings"][key])
+                size = rows_that_fit(rows, length, width, self.device)
+            setattr(cfg, key, size)
 
         # the identity of the run: its settings, the contents of its files, the number of devices
         settings = {key: value for key, value in vars(cfg).items() if key not in FREE}
@@ -167,7 +167,8 @@ class Run:
         together = ", ".join(f"{key} {getattr(self.cfg, key)}" for key in self.sizes)
         self.say(
             f"{size / 1e6:.1f} M parameters, {self.accelerator.num_processes} x {self.device.type}, "
-            f"precision {self.accelerator.mixed_precision} | {together} | {story} | {self.per_epoch} steps an epoch, "
+            f"precision {self.accelerator.mixed_precision} | {together} | {story} | "
+            f"{self.per_epoch} steps an epoch, "
             f"{examples % self.cfg.batch_size} {unit} left over; {self.last} in all"
         )
         if self.accelerator.scaler and self.state.get("scaler"):
