@@ -218,7 +218,7 @@ def batches_by_length(model, ids, size, tokens=0, lengths=()):
     def batch_of(places):
         rows = [ids[i] for i in places]
         batch = collate(model, rows, lengths)
-        # why here: without a mask a GPU takes a faster attention; to look into a mask that lies there is to wait
+        # why: without a mask a GPU takes a faster attention, and nobody waits for it to say what is in the mask
         if min(map(len, rows)) == batch["input_ids"].shape[1]:
             batch["attention_mask"] = None
         return batch

@@ -4,16 +4,13 @@ matrix products.
 
 Run: python tests/bench/bench_encode.py --model runs/dpr_nq/doc_encoder --corpus data/nq/corpus.tsv
 
-The same passages, weights and threads, from texts to vectors; loading is not timed. nanoDPR's way is
-written anew: batches of 32 in corpus order, padded to --length (256), fp32. sentence-transformers (written
-for 6.2; where --peer_python names a python that has it) waits between its turns in a process of its own. Its
-texts are pairs (title, text), lengths, pooling and token types those of --model: its vectors must be ours.
-Tevatron's way (repository, 2.x) is restated from its behaviour: "title text" is one text; corpus order, a
-batch tokenised at a time and padded to its longest, then to a multiple of 16, fp32, pickled at the end. Its
-vectors must be ours of that text.
+The same passages, weights and threads, from texts to vectors; loading is not timed. nanoDPR's way, written
+anew: batches of 32 in corpus order, padded to --length, fp32. sentence-transformers (of --peer_python) waits
+between its turns in a process of its own; its texts are pairs (title, text). Tevatron's way, restated:
+"title text" is one text; corpus order, a batch padded to its longest, then to a multiple of 16, pickled.
 Printed: passages per second; the ratios to nanoDPR's way and to ours within a turn (median, range); "apart":
 the largest difference from nanoDPR's vectors (Tevatron: from ours of its text) over the largest number.
---mixed_precision bf16 adds ours and Tevatron's with the weights in bf16, as doc2embedding.py does it, and ours
+--mixed_precision bf16 adds ours and Tevatron's with weights in bf16, as doc2embedding.py does it, and ours
 under autocast. Their differences are those of bf16.
 
 The second table: useful FLOP, those of the matrix products that the passages need without any padding, for n

@@ -2,39 +2,37 @@
 All that one GPU can show, in 15 minutes: models of the papers' sizes with random weights, real text.
 
 Run: python tests/bench/bench_gpu.py --bert_tokenizer data/models/tinybert-4l --t5_tokenizer
-data/models/flan-t5-small --corpus data/nq_small/corpus.tsv --train data/nq_small/train.jsonl --out gpu.txt
+data/models/flan-t5-small --corpus data/nq_small/corpus.tsv --train data/nq_small/train.jsonl --out F
 
-Rows (--rows), each in a process of its own with its own seconds (LIMITS); a row that fails or is stopped keeps
-what it has printed, and the next one begins. Everything goes to the screen and to the end of --out at once.
+Rows (--rows), each in a process of its own with its own seconds (LIMITS); a row that fails or is stopped
+keeps what it has printed, and the next one begins. All goes to the screen and to the end of --out at once.
 gemm     FLOP per second of torch.mm, squares of 8192, in four precisions: the peaks of this card.
 tests    tests/test_gpu.py.
 encode   BERT-base, passages/s from texts to vectors, tokenising included: texts as they are, and texts that
-         fill all 256 tokens. Ours as doc2embedding.py does it (weights in bf16, 64k tokens at a time) and as
-         it did (autocast, rows), ours compiled, nanoDPR's way (batches of 32, padded to 256),
-         sentence-transformers. "useful" is the FLOP of bench_encode.py's formula; its share is of the squares
-         in that precision. "apart" is the largest difference from float32's vectors over the largest number.
+         fill all 256 tokens. Ours as doc2embedding.py does it (weights in bf16, 64k tokens at a time), as it
+         did (autocast, 256 rows), and compiled; nanoDPR's way (batches of 32, padded to 256);
+         sentence-transformers. "useful" is the FLOP of bench_encode.py's formula, its share that of the
+         squares in that precision.
 file     doc2embedding.py on the whole corpus, from file to disk; also compiled, its minutes counted.
 train    A step with one shared BERT-base, a hard negative each, tokenising included, every way of
-         bench_train.py (GradCache and sentence-transformers where they are installed): 128 questions, and
-         with a gradient cache --cached.
+         bench_train.py: 128 questions, and with a gradient cache --cached.
 recipe   Ours with two towers and 128 questions, as the NQ recipe has them; then --big with the cache.
 rerank   BERT-base cross-encoder, pairs/s: ours, and sentence-transformers' CrossEncoder.
-reader   A step of the extractive reader, 16 questions of 24 passages: ours, and DPR's way, a question at a
-         time, each row padded to 350 tokens.
-emdr2    A step of EMDR2 with T5-base and two BERT-base, without the search: ours, and the reference's way: all
-         padded, T5 reads every passage twice, one backward pass; then the recipe's step of 64 questions.
-profile  Where the GPU spends its time in encode, train and emdr2: the largest costs.
-search   --passages random unit vectors of 768 numbers in fp16, on the GPU and in main memory: ours where they
-         lie on the GPU, ours sent block by block, and the bare float32 product.
+reader   A step of the extractive reader, 16 questions of 24 passages: ours, and DPR's way, each row padded to
+         350 tokens.
+emdr2    A step of EMDR2 with T5-base and two BERT-base, without the search: ours, and the reference's way:
+         all padded, T5 reads each passage twice, one backward pass; then the recipe's step of 64 questions.
+profile  In which operations encode, train and emdr2 spend the GPU's time.
 
-Turns forth and back, medians (ranges); ratios are within a turn. Memory: the most that torch had allocated,
-with weights, gradients and AdamW, or beside them. Nothing here says anything about accuracy: the weights are
-random. --tiny: everything small, on any device, to see that it runs; it also checks, in float64, that the ways
-of emdr2 and reader have the same gradient. That the others do is checked by the other benchmarks on CPUs.
+Turns forth and back, medians (ranges); ratios are within a turn. Memory: the most that torch had allocated
+beside weights and AdamW. Nothing here says anything about accuracy: the weights are random.
+--tiny: everything small, on any device, to see that it runs; it also checks, in float64, that the ways of
+emdr2 and reader have the same gradient. That the others do is checked by the other benchmarks on CPUs.
 """
 
 import copy
 import gc
+import itertools
 import json
 import math
 import multiprocessing
@@ -49,7 +47,6 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import numpy as np
 
@@ -58,15 +55,6 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from torch.nn.functional import pad  # noqa: E402
 from torch.nn.utils import clip_grad_norm_  # noqa: E402
-from transformers import (  # noqa: E402
-    AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
-    BertModel,
-    T5Config,
-    T5ForConditionalGeneration,
-    logging,
-)
 from transformers.modeling_outputs import BaseModelOutput  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -77,7 +65,6 @@ from tests.bench import bench_train  # noqa: E402
 from tests.bench.bench_encode import nano_dpr, ours, useful_flop  # noqa: E402
 from tests.bench.harness import ROOT, parser, profile, ratios, spread, take_turns  # noqa: E402
 from utils import fid, reader  # noqa: E402
-from utils import search as search_module  # noqa: E402
 from utils.corpus import Corpus  # noqa: E402
 from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pairs  # noqa: E402
 from utils.data import read_questions  # noqa: E402
@@ -86,13 +73,12 @@ from utils.encoder import collate, embed, tokenize_passages, tokenize_questions 
 from utils.plumbing.config import load_config  # noqa: E402
 from utils.plumbing.files import write_json  # noqa: E402
 from utils.plumbing.weights import TOWERS, load_encoder  # noqa: E402
-from utils.search import exact_topk  # noqa: E402
 
-logging.set_verbosity_error()  # else a report for every pooler that is left out
+transformers.logging.set_verbosity_error()  # else a report for every pooler that is left out
 INPUTS = {"question_tokens": 256, "passage_tokens": 256, "pooling": "cls", "token_types": "zeros"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LIMITS = {"gemm": 30, "tests": 150, "encode": 130, "file": 90, "train": 80, "recipe": 50, "rerank": 40}
-LIMITS |= {"reader": 50, "emdr2": 100, "profile": 60, "search": 100}  # 880 seconds
+LIMITS |= {"reader": 50, "emdr2": 100, "profile": 60}  # 780 seconds
 
 
 def wait(device):
@@ -114,16 +100,15 @@ def autocast_of(args, kind):
 
 
 def peak_of(work, device):
-    """GB that torch had allocated at most during work(), and that beyond what it had before; 0 on a CPU."""
+    """GB that torch had allocated at most during work(), beyond what it had before; 0 on a CPU."""
     gc.collect()
     if torch.device(device).type != "cuda":
-        return work() or (0.0, 0.0)
+        return work() or 0.0
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     work()
-    peak = torch.cuda.max_memory_allocated()
-    return peak / 1e9, (peak - before) / 1e9
+    return (torch.cuda.max_memory_allocated() - before) / 1e9
 
 
 def device_of(args, kind):
@@ -147,20 +132,20 @@ def learn(gradient, models):
     return step
 
 
-def compare(steps, questions, args, mine):
-    """Print questions/s, memory, and how fast `mine` is, for {name: step}; each has made AdamW's states."""
+def compare(works, items, args, mine, unit="questions"):
+    """Print items/s, how fast `mine` is, and the memory beside what stays, of {name: work}."""
     memory = {}
-    for name in list(steps):
+    for name in list(works):
         try:
-            steps[name]()
-            memory[name], _ = peak_of(steps[name], args.device)
-        except torch.OutOfMemoryError as error:
-            print(f"  {name}: {str(error).splitlines()[0]}")
-            del steps[name]
-    seconds = turns(steps, args)
+            works[name]()  # AdamW's two states
+            memory[name] = peak_of(works[name], args.device)
+        except (ImportError, AttributeError, TypeError, RuntimeError) as error:  # memory, or a peer's version
+            print(f"  {name}: not run: {type(error).__name__}: {str(error).splitlines()[0][:90]}")
+            del works[name]
+    seconds = turns(works, args, before=2)  # the first ones also fill torch's store of memory
     for name, spent in seconds.items():
-        rate, times = spread([questions / s for s in spent]), ratios(spent, seconds[mine])
-        print(f"  {name:34} {rate:>22} questions/s, {mine} is {times} x, {memory[name]:.1f} GB", flush=True)
+        rate, times = spread([items / s for s in spent], 1), ratios(spent, seconds[mine])
+        print(f"  {name:34} {rate:>24} {unit}/s, {mine} is {times} x, {memory[name]:.1f} GB", flush=True)
 
 
 def same_gradient(ways, models):
@@ -186,22 +171,22 @@ def models(args):
     """Random models of the papers' sizes in args.work, with real tokenizers."""
     torch.manual_seed(0)
     small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
-    bert = BertConfig(vocab_size=30522, hidden_dropout_prob=0.1, **(small if args.tiny else {}))
-    words = AutoTokenizer.from_pretrained(args.bert_tokenizer)
+    bert = transformers.BertConfig(vocab_size=30522, hidden_dropout_prob=0.1, **(small if args.tiny else {}))
+    words = transformers.AutoTokenizer.from_pretrained(args.bert_tokenizer)
     for name, role in (("query_encoder", "question"), ("doc_encoder", "passage"), ("bert", "shared")):
-        BertModel(bert).save_pretrained(args.work / name)
+        transformers.BertModel(bert).save_pretrained(args.work / name)
         words.save_pretrained(args.work / name)
         write_json(args.work / name / "encoder_inputs.json", {"role": role, **INPUTS, "pair": "bench"})
     bert.num_labels = 2
-    BertForSequenceClassification(bert).save_pretrained(args.work / "cross")
+    transformers.BertForSequenceClassification(bert).save_pretrained(args.work / "cross")
     words.save_pretrained(args.work / "cross")
     write_json(args.work / "cross" / "encoder_inputs.json", {"role": "cross", "pair_tokens": 160})
     small = {"d_model": 64, "d_kv": 32, "d_ff": 128, "num_layers": 2, "num_heads": 2}
     base = {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
     tokens = {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
-    t5 = T5Config(**(small if args.tiny else base), **tokens)
-    T5ForConditionalGeneration(t5).save_pretrained(args.work / "t5")
-    AutoTokenizer.from_pretrained(args.t5_tokenizer).save_pretrained(args.work / "t5")
+    t5 = transformers.T5Config(**(small if args.tiny else base), **tokens)
+    transformers.T5ForConditionalGeneration(t5).save_pretrained(args.work / "t5")
+    transformers.AutoTokenizer.from_pretrained(args.t5_tokenizer).save_pretrained(args.work / "t5")
 
 
 # ---------------------------------------------------------------- rows
@@ -306,120 +291,44 @@ def prepare_steps(args):
     bench_train.LENGTHS = {"question_tokens": 256, "passage_tokens": 256}
 
     def stepper(name, kind, size, shared=True):
-        given = SimpleNamespace(
-            model=str(args.work / "bert"), shared=shared, autocast=autocast_of(args, kind)
-        )
-        given.chunk, given.device = args.chunk, args.device
-        model, gradient = bench_train.make_way(name, given, rows, args.corpus)
-        optimizer, at = torch.optim.AdamW(model.to(args.device).train().parameters(), lr=1e-5), [0]
+        given = SimpleNamespace(model=str(args.work / "bert"), shared=shared, chunk=args.chunk)
+        given.autocast, given.device = autocast_of(args, kind), args.device
+        model, way = bench_train.make_way(name, given, rows, args.corpus)
+        starts = itertools.count(0, size)
 
-        def step():
-            batch = bench_train.examples_of(rows, args.corpus, at[0], size)
-            at[0] += size
-            gradient(*batch)
-            if at[0] == size:  # trap: autocast may remember a weight's cast from a pass without gradients
-                idle = [n for n, p in model.named_parameters() if p.grad is None and "pooler" not in n]
-                assert not idle, f"{name}: no gradient for {len(idle)} weights, such as {idle[0]}"
-            clip_grad_norm_(model.parameters(), 2.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        def gradient():
+            start = next(starts)
+            way(*bench_train.examples_of(rows, args.corpus, start, size))
+            # trap: autocast may remember a weight's cast from a pass without gradients
+            idle = [n for n, p in model.named_parameters() if p.grad is None and "pooler" not in n]
+            assert start or not idle, f"{name}: no gradient for {len(idle)} weights, such as {idle[0]}"
 
-        return step
+        return learn(gradient, [model.to(args.device).train()])
 
     return size, stepper
 
 
 def train(args):
     size, stepper = prepare_steps(args)
-
-    def compare_ways(chosen, size):
-        steps, memory = {}, {}
-        for key in chosen:
+    for ways, questions in ((bench_train.WAYS[:3], size), (bench_train.WAYS[3:], args.cached)):
+        steps = {}
+        for way in ways:
             try:
-                step = stepper(*key, size)
-                step()  # AdamW's two states
-                memory[key], steps[key] = peak_of(step, args.device)[1], step
-            except (ImportError, AttributeError, TypeError, RuntimeError) as error:
-                fault = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
-                print(f"  {', '.join(key)}: not run: {fault}")
-        print(f"  {size} questions, a positive and a negative each, chunk {args.chunk}")
-        seconds = turns(steps, args, before=3)  # the first ones also fill torch's store of memory
-        mine = next(key for key in list(steps)[::-1] if key[0].startswith("ours"))
-        for key, spent in seconds.items():
-            rate, times = spread([size / s for s in spent], 1), ratios(spent, seconds[mine])
-            print(f"  {', '.join(key):36} {rate:>24} questions/s, {mine[0]} is {times} x", end="")
-            print(f", {memory[key]:.1f} GB beside weights and AdamW")
-
-    kinds = [(name, "bf16") for name in bench_train.WAYS]
-    compare_ways(kinds[:3], size)
-    compare_ways(kinds[3:], args.cached)
+                steps[way] = stepper(way, "bf16", questions)
+            except ImportError as error:
+                print(f"  {way}: not run: {error}")
+        print(f"  {questions} questions, a positive and a negative each, chunk {args.chunk}, bf16")
+        compare(steps, questions, args, ways[-1])
+        steps = None  # their memory is for the next ones
 
 
 def recipe(args):
     size, stepper = prepare_steps(args)
     cases = [(name, kind, size) for name in ("ours", "ours, grad_cache") for kind in ("fp32", "bf16")]
-    for name, kind, n in [*cases, ("ours, grad_cache", "bf16", args.big)]:
-        shared = n > size
-        what = f"{name}, {kind}, {n} questions, {'one shared tower' if shared else 'two towers'}"
-        try:
-            step = stepper(name, kind, n, shared)
-            step()  # AdamW's two states
-            peak, _ = peak_of(step, args.device)
-            spent = turns({name: step}, args)[name]
-            print(f"  {what}: {spread([n / s for s in spent], 1)} questions/s, {peak:.1f} GB")
-        except torch.OutOfMemoryError as error:
-            print(f"  {what}: {str(error).splitlines()[0]}")
-        step = None  # its weights make place for those of the next case
-
-
-def search(args):
-    D, chunk = 768, 1000 if args.tiny else 1_000_000
-    N, k = args.passages, 100
-    resident_ND = torch.empty(N, D, dtype=torch.float16, device=args.device)
-    shards = []
-    torch.manual_seed(0)
-    for at in range(0, N, chunk):
-        x_nD = torch.randn(min(chunk, N - at), D, device=args.device)
-        resident_ND[at : at + chunk] = x_nD / x_nD.norm(dim=1, keepdim=True)
-        shards.append(resident_ND[at : at + chunk].cpu().numpy())
-        del x_nD
-    rescored, real = [], search_module.rescore
-
-    def timed_rescore(*given):
-        wait(args.device)
-        began = time.perf_counter()
-        results = real(*given)
-        rescored.append(time.perf_counter() - began)
-        return results
-
-    for Q in (1, 32, 3610):
-        q_QD = torch.randn(Q, D, device=args.device)
-        q_QD /= q_QD.norm(dim=1, keepdim=True)
-        questions, found = q_QD.cpu().numpy(), {}
-
-        def product(q_QD=q_QD):
-            for at in range(0, N, 1 << 18):
-                q_QD @ resident_ND[at : at + (1 << 18)].float().T
-
-        def resident(questions=questions, found=found):
-            found["resident"] = exact_topk(questions, shards, k, resident_ND=resident_ND)
-
-        def sent(questions=questions, found=found):
-            found["sent"] = exact_topk(questions, shards, k, device=args.device)
-
-        works = {"bare product, fp32": product, "ours, resident": resident}
-        works |= {"ours, sent by blocks": sent} if Q > 32 else {}
-        rescored.clear()
-        with patch.object(search_module, "rescore", timed_rescore):
-            seconds = turns(works, args, before=Q <= 32)
-        print(f"{N:,} x {D} fp16, {Q} questions, k = {k}")
-        for name, spent in seconds.items():
-            times = f", {ratios(seconds['bare product, fp32'], spent)} of the product's rate"
-            print(f"  {name:22} {spread(spent, 3)} s{times}")
-        print(f"  exact scores and order, on the CPU: {spread(rescored, 3)} s of each")
-        if "sent" in found:
-            assert all((a == b).all() for a, b in zip(*found.values(), strict=True))
-            print("  resident and sent: the same bits")
+    for name, kind, questions in [*cases, ("ours, grad_cache", "bf16", args.big)]:
+        shared = questions > size
+        print(f"  {questions} questions, {kind}, {'one shared tower' if shared else 'two towers'}")
+        compare({name: stepper(name, kind, questions, shared)}, questions, args, name)
 
 
 def rerank(args):
@@ -439,15 +348,11 @@ def rerank(args):
         works["sentence-transformers, bf16"] = partial(peer.predict, texts, **quiet)
     except ImportError:
         print("sentence-transformers is not installed")
-    seconds = turns(works, args)
-    for name, spent in seconds.items():
-        rate = spread([n / s for s in spent], 0)
-        print(f"  {name:30} {rate} pairs/s, ours is {ratios(spent, seconds['ours, bf16'])} x")
+    compare(works, n, args, "ours, bf16", "pairs")
 
 
-# ---------------------------------------------------------------- reader and EMDR2, next to the originals' ways
-def reader_ways(args):
-    """({name: gradient}, its reader, questions of a step)."""
+# ---------------------------------------------------------------- reader and EMDR2, next to the originals
+def reader_row(args):
     cfg = load_config("", "config/train_reader_nq.yaml", [])
     size, passages, tokens = (3, 4, 64) if args.tiny else (cfg.batch_size, cfg.passages_per_question, 350)
     cfg.batch_size = size
@@ -479,18 +384,14 @@ def reader_ways(args):
             loss = -spans.logsumexp(0) - relevance_M.log_softmax(0)[0]
             (loss / size).backward()
 
-    return {f"ours, {together} at a time": mine, "DPR's way": theirs}, model, size
-
-
-def reader_row(args):
-    ways, model, size = reader_ways(args)
+    ways = {f"ours, {together} at a time": mine, "DPR's way": theirs}
     if args.tiny:
         same_gradient(ways.values(), [model])
     compare({name: learn(way, [model]) for name, way in ways.items()}, size, args, next(iter(ways)))
 
 
 def emdr2_ways(args, size, chunks):
-    """({name: gradient}, the models) of `size` questions: ours in each of `chunks`, and the reference's way."""
+    """({name: gradient}, the models) of `size` questions: ours in `chunks`, and the reference's way."""
     cfg = load_config("", "config/train_emdr2_nq.yaml", [])
     if args.tiny:
         vars(cfg).update(top_k=4, reader_tokens=64, answer_tokens=8)
@@ -521,7 +422,7 @@ def emdr2_ways(args, size, chunks):
 
 
 def emdr2_loss(examples, corpus, models, cfg):
-    """Both losses in one graph, everything padded to its full length (EMDR2 megatron/model/emdr2_model.py)."""
+    """Both losses in one graph, all padded to the full length (EMDR2 megatron/model/emdr2_model.py)."""
     model, query, doc = models["reader"], models["query_encoder"], models["doc_encoder"]
     B, K = len(examples), cfg.top_k
     contexts, passages = [], []
@@ -598,7 +499,7 @@ def profiles(args):
 
 
 ROWS = {row.__name__: row for row in (gemm, tests, encode, file, train, recipe, rerank)}
-ROWS |= {"reader": reader_row, "emdr2": emdr2, "profile": profiles, "search": search}
+ROWS |= {"reader": reader_row, "emdr2": emdr2, "profile": profiles}
 
 
 def in_a_process(function, args, limit):
@@ -629,7 +530,6 @@ def main():
     options.add_argument("--train", required=True, help="questions with answers and positives")
     options.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     options.add_argument("--out", default="", help="a file; what is printed is added to its end")
-    options.add_argument("--passages", type=int, default=21_000_000)
     options.add_argument("--chunk", type=int, default=256, help="passages in a pass; questions: twice")
     options.add_argument("--cached", type=int, default=512, help="questions with a gradient cache")
     options.add_argument("--big", type=int, default=2048, help="questions of the largest batch")
@@ -638,7 +538,7 @@ def main():
     args = options.parse_args()
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.tiny:
-        args.passages, args.big, args.cached, args.chunk = min(args.passages, 5000), 16, 16, 4
+        args.big, args.cached, args.chunk = 16, 16, 4
     elif args.device == "cpu":
         sys.exit("error: there is no GPU; --tiny runs anywhere")
     if args.out:
@@ -653,12 +553,12 @@ def main():
     args.corpus, failed = Corpus(args.corpus), []
     with tempfile.TemporaryDirectory() as folder:
         args.work = Path(folder)
-        if fault := in_a_process(models, args, 60):
+        if fault := in_a_process(models, args, 60 * (20 if args.tiny else 1)):
             sys.exit(f"error: no models: {fault}")
         for row in args.rows:
             print(f"\n== {row}", flush=True)
             began = time.perf_counter()
-            if fault := in_a_process(ROWS[row], args, LIMITS[row]):
+            if fault := in_a_process(ROWS[row], args, LIMITS[row] * (20 if args.tiny else 1)):
                 failed.append(f"{row}: {fault}")
             print(f"-- {row}: {time.perf_counter() - began:.1f} s in all {fault}", flush=True)
     sys.exit(f"error: {', '.join(failed)}" if failed else 0)

@@ -1,11 +1,10 @@
 """
 A training step side by side: nanoDPR's loop, sentence-transformers' losses, the GradCache package, ours.
 
-Same weights (one shared encoder everywhere, so the optimizer costs the same), same questions, passages,
-inputs, lengths and threads; the loss is that of dot products everywhere. Tokenising, forward, backward,
-clipping and AdamW are in the time of all. Each way is a process of its own at each batch size, and waits
-while the others take their turn; n rounds. nanoDPR's loop, restated from its behaviour: one forward pass of
-all questions, one of all passages, each padded to its longest.
+Same weights (one shared encoder), questions, passages, lengths, threads, and a loss of dot products.
+Tokenising, forward, backward, clipping and AdamW are in the time of all. Each way is a process of its own at
+each batch size, and waits while the others take their turn. nanoDPR's loop, restated from its behaviour: one
+forward pass of all questions, one of all passages, each padded to its longest.
 
 Printed: questions per second; how many times as fast ours is within a round, plain and with the gradient
 cache (median, range); the resident memory of the process at its peak, beyond that before the first step

@@ -59,21 +59,20 @@ def ratios(slow, fast, digits=2):
 def profile(work, rows):
     """Return the operations that work() spends most time in: their shares, and how often each is called."""
     gpu = torch.cuda.is_available()
-    kinds = [ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]
     work()
-    with torch.profiler.profile(activities=kinds) as profiler:
+    kind = ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as profiler:
         began = time.perf_counter()
         work()
         if gpu:
             torch.cuda.synchronize()
         spent = time.perf_counter() - began
-    spent_in = {event.key: event.self_device_time_total if gpu else event.self_cpu_time_total
-                for event in profiler.key_averages()}  # fmt: skip
-    counts = {event.key: event.count for event in profiler.key_averages()}
-    total = sum(spent_in.values())  # microseconds
+    events = profiler.key_averages()
+    times = [event.self_device_time_total if gpu else event.self_cpu_time_total for event in events]
+    total = sum(times)  # microseconds
     lines = [f"operations take {total / 1e6 / spent:.2f} of the time; of theirs:"]
-    for key in sorted(spent_in, key=spent_in.get, reverse=True)[:rows]:
-        lines.append(f"  {spent_in[key] / total:6.1%} in {counts[key]:6} x {key[:90]}")
+    for took, event in sorted(zip(times, events, strict=True), key=lambda pair: -pair[0])[:rows]:
+        lines.append(f"  {took / total:6.1%} in {event.count:6} x {event.key[:90]}")
     return "\n".join(lines)
 
 
