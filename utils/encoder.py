@@ -218,7 +218,7 @@ def batches_by_length(model, ids, size, tokens=0, lengths=()):
     def batch_of(places):
         rows = [ids[i] for i in places]
         batch = collate(model, rows, lengths)
-        # why: without a mask a GPU takes a faster attention, and nobody waits for it to say what is in the mask
+        # why: without a mask a GPU takes a faster attention, and nobody asks it whether one is needed
         if min(map(len, rows)) == batch["input_ids"].shape[1]:
             batch["attention_mask"] = None
         return batch

@@ -10,16 +10,13 @@ between its turns in a process of its own; its texts are pairs (title, text). Te
 "title text" is one text; corpus order, a batch padded to its longest, then to a multiple of 16, pickled.
 Printed: passages per second; the ratios to nanoDPR's way and to ours within a turn (median, range); "apart":
 the largest difference from nanoDPR's vectors (Tevatron: from ours of its text) over the largest number.
---mixed_precision bf16 adds ours and Tevatron's with weights in bf16, as doc2embedding.py does it, and ours
-under autocast. Their differences are those of bf16.
+--mixed_precision bf16 adds ours and Tevatron's with weights in bf16, and ours under autocast.
 
 The second table: useful FLOP, those of the matrix products that the passages need without any padding, for n
 tokens, D dimensions, I in the feed-forward layer:
   layers * (2 n (4 D D + 2 D I) + 4 n n D)         projections, feed-forward, attention
-(what torch.utils.flop_counter counts for that passage alone), per second, over the rate of torch.mm in the
-same turn, type and threads: of the model's own shapes (D x D four times, D x I, I x D, for the tokens of a
-batch of median length) and of squares of 2048. Softmax, GELU, norms, embeddings and tokenising are no matrix
-products, so 1 cannot be reached.
+per second, over the rate of torch.mm in the same turn, type and threads, of the model's own shapes, for the
+tokens of a batch of median length. Softmax, GELU, norms and tokenising are no matrix products.
 --profile prints instead in which operations ours spends its time, as shares.
 """
 
@@ -131,13 +128,9 @@ def speed(args):
     passages = [corpus[row]._replace(text=corpus[row].text.strip()) for row in rows]
     lengths = [len(ids) for ids in tokenize_passages(encoder, passages)]
     median = sorted(lengths)[len(lengths) // 2]
-    inner, D, T = (
-        encoder.model.config.intermediate_size,
-        encoder.model.config.hidden_size,
-        args.batch_size * median,
-    )
+    config, T = encoder.model.config, args.batch_size * median
+    inner, D = config.intermediate_size, config.hidden_size
     shapes = {"the model's shapes": [(T, D, D)] * 4 + [(T, D, inner), (T, inner, D)]}
-    shapes["squares"] = [(2048, 2048, 2048)]
 
     size = args.batch_size
     if args.profile:

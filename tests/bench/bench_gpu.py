@@ -81,15 +81,10 @@ LIMITS = {"gemm": 30, "tests": 150, "encode": 130, "file": 90, "train": 80, "rec
 LIMITS |= {"reader": 50, "emdr2": 100, "profile": 60}  # 780 seconds
 
 
-def wait(device):
-    """GPU work is asynchronous: a clock is read after it."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def turns(works, args, before=1):
     """{name: seconds of args.repeat turns}, after some that only warm up."""
-    return take_turns(works, args.repeat, before, lambda: wait(args.device))
+    wait = torch.cuda.synchronize if args.device == "cuda" else lambda: None
+    return take_turns(works, args.repeat, before, wait)
 
 
 def autocast_of(args, kind):
@@ -209,11 +204,10 @@ def tests(args):
 
 
 def file(args):
-    kinds = [{}] if args.device == "cpu" else [{"mixed_precision": "bf16"}]
-    kinds += [kinds[0] | {"compile": "true"}] if args.device == "cuda" else []
-    for number, flags in enumerate(kinds):
-        flags = flags | {"doc_encoder": args.work / "doc_encoder", "corpus": args.corpus.path}
-        flags |= {"out": args.work / f"embeddings{number}"}
+    half = {"mixed_precision": "bf16"}
+    for number, flags in enumerate([{}] if args.device == "cpu" else [half, half | {"compile": "true"}]):
+        files = {"doc_encoder": args.work / "doc_encoder", "corpus": args.corpus.path}
+        flags = flags | files | {"out": args.work / f"embeddings{number}"}
         command = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
         done = subprocess.run([sys.executable, "doc2embedding.py", *command], cwd=ROOT, capture_output=True)
         lines = done.stdout.decode().splitlines() or [done.stderr.decode()[-2000:]]
@@ -476,9 +470,8 @@ def emdr2(args):
     steps = ways = models = None  # their memory is for the next models
 
     # the recipe's step
-    size, chunk = (
-        (4, 2) if args.tiny else (64, rows_that_fit(4, 50 * 256, 12 * 768, torch.device(args.device)))
-    )
+    size = 4 if args.tiny else 64
+    chunk = rows_that_fit(4, 50 * 256, 12 * 768, torch.device(args.device))
     ways, models = emdr2_ways(args, size, (chunk,))
     for model in models.values():
         model.model.activation_checkpointing_enable()
@@ -545,20 +538,19 @@ def main():
         screen = subprocess.Popen(["tee", "-a", args.out], stdin=subprocess.PIPE)
         os.dup2(screen.stdin.fileno(), 1)
         os.dup2(1, 2)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, numpy {np.__version__}"
-    print(f"commit {commit.stdout.strip()}, {versions}, {args.threads} threads", flush=True)
+    print(f"{versions}, {args.threads} threads; commit:", flush=True)
+    subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT)
     args.corpus, failed = Corpus(args.corpus), []
     with tempfile.TemporaryDirectory() as folder:
         args.work = Path(folder)
-        if fault := in_a_process(models, args, 60 * (20 if args.tiny else 1)):
+        patience = 20 if args.tiny else 1
+        if fault := in_a_process(models, args, 60 * patience):
             sys.exit(f"error: no models: {fault}")
         for row in args.rows:
             print(f"\n== {row}", flush=True)
             began = time.perf_counter()
-            if fault := in_a_process(ROWS[row], args, LIMITS[row] * (20 if args.tiny else 1)):
+            if fault := in_a_process(ROWS[row], args, LIMITS[row] * patience):
                 failed.append(f"{row}: {fault}")
             print(f"-- {row}: {time.perf_counter() - began:.1f} s in all {fault}", flush=True)
     sys.exit(f"error: {', '.join(failed)}" if failed else 0)

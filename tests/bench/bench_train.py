@@ -11,9 +11,8 @@ cache (median, range); the resident memory of the process at its peak, beyond th
 (AdamW's two states included); the peak of activations that autograd saves, counted in a first step, which
 is not timed; "apart", how far the gradient of 8 questions, without dropout, is from ours, over its norm.
 
---cache_only leaves out the ways without a gradient cache, whose memory grows with the batch (TinyBERT, 4
-layers, 160 tokens: about 65 MB a question), for batches that do not fit. --peer_python names a python that
-has requirements.txt, GradCache==0.0.1 and sentence-transformers==6.2.0; without it their rows are missing.
+--cache_only leaves out the ways without a gradient cache, whose memory grows with the batch. --peer_python
+names a python that has requirements.txt, GradCache==0.0.1 and sentence-transformers==6.2.0.
 
 Run: python tests/bench/bench_train.py --model data/models/tinybert-4l --train runs/demo/data/train.jsonl
 --corpus data/demo/corpus.tsv --batches 8,32,128 --peer_python NAME
