@@ -97,7 +97,7 @@ def test_vectors_of_a_gpu_are_those_of_a_cpu(world):
     "flags", [{}, {"mixed_precision": "bf16"}, {"mixed_precision": "bf16", "compile": True}], ids=str
 )
 def test_encoding_on_the_gpu(world, tmp_path, flags):
-    """By tokens, with processes that tokenise: the vectors of a CPU to 1e-3 (float16 on disk), bf16 to 2e-2."""
+    """By tokens, tokenised by processes: the vectors of a CPU to 1e-3 (float16 on disk), bf16 to 2e-2."""
     keys = {"doc_encoder": world / "doc_encoder", "corpus": world / "corpus.tsv", "out": tmp_path / "e"}
     said = run("doc2embedding.py", keys | {"shard_size": 16} | flags)
     assert "1 x cuda" in said and "batches of 65,536 tokens" in said

@@ -348,7 +348,7 @@ def rerank(args):
 # ---------------------------------------------------------------- reader and EMDR2, next to the originals
 def reader_row(args):
     cfg = load_config("", "config/train_reader_nq.yaml", [])
-    size, passages, tokens = (3, 4, 64) if args.tiny else (cfg.batch_size, cfg.passages_per_question, 350)
+    size, passages, tokens = (3, 4, 200) if args.tiny else (cfg.batch_size, cfg.passages_per_question, 350)
     cfg.batch_size = size
     model = reader.load_reader(args.work / "bert", {"reader_tokens": tokens}, cfg.dropout, new_head=True)
     model.to(args.device).train()
