@@ -7,8 +7,7 @@ Exact search side by side, in turns in one process.
 Run: python tests/bench/bench_search.py --rows 100000 1000000 --dim 384 768 --questions 1 32 3610 --k 100
 
 The vectors are random, of length 1, in fp16 shards in memory. The results of the flat index may differ from
-ours in near-ties, as float32 rounds. FAISS's knn and torch.topk of each block were compared too, at commit
-ced5a49.
+ours in near-ties, as float32 rounds. Two more ways were compared with commit ced5a49.
 FAISS works with the OpenBLAS kernel that utils/search.py names.
 A line for every combination of rows, dimensions and questions: the seconds of each, median (range).
 """
