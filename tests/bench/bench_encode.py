@@ -10,7 +10,7 @@ between its turns in a process of its own; its texts are pairs (title, text). Te
 "title text" is one text; corpus order, a batch padded to its longest, then to a multiple of 16, pickled.
 Printed: passages per second; the ratios to nanoDPR's way and to ours within a turn (median, range); "apart":
 the largest difference from nanoDPR's vectors (Tevatron: from ours of its text) over the largest number.
---mixed_precision bf16 adds ours and Tevatron's with weights in bf16, and ours under autocast.
+--mixed_precision bf16 adds ours with weights in bf16, and under autocast.
 
 The second table: useful FLOP, those of the matrix products that the passages need without any padding, for n
 tokens, D dimensions, I in the feed-forward layer:
@@ -145,7 +145,6 @@ def speed(args):
         ways["ours, autocast, bf16"] = functools.partial(ours, encoder, passages, size, autocast=autocast)
         half = copy.deepcopy(encoder).bfloat16()
         ways["ours, bf16"] = functools.partial(ours, half, passages, size)
-        ways["Tevatron's way, bf16"] = functools.partial(tevatron, half, passages, size)
     vectors = {name: way() for name, way in ways.items()}  # it also warms up
     for name in shapes:
         for kind, dtype in dtypes.items():
