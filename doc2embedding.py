@@ -171,8 +171,8 @@ def main():
             print(f"warning: {corpus.empty_texts:,} passages have no text; only their titles are encoded")
         print(f"{len(corpus):,} passages, {len(corpus) - count:,} of them done before | {len(shards)} shards")
         batch = f"{how['tokens']:,} tokens" if how["tokens"] else f"{how['size']} passages"
-        device_story = f"{accelerator.num_processes} x {device.type}, precision {cfg.mixed_precision}"
-        print(f"{encoder.dim} x {cfg.dtype} | {device_story} | batches of {batch}")
+        where = f"{accelerator.num_processes} x {device.type}, precision {cfg.mixed_precision}"
+        print(f"{encoder.dim} x {cfg.dtype} | {where} | batches of {batch}")
         print(f"inputs: {encoder.inputs}")
         first = tokenize_passages(encoder, [corpus[0]])[0]
         print(f"first passage: {encoder.tokenizer.decode(first)}", flush=True)
@@ -183,7 +183,7 @@ def main():
     # half precision and compiled code
     how["autocast"] = accelerator.autocast
     if cfg.mixed_precision == "bf16":
-        # differs: nanoDPR's autocast turns the weights into bf16 anew for every batch, which a GPU waits for
+        # why not autocast: it turns the weights into bf16 anew for every batch, and the GPU waits for that
         encoder.to(torch.bfloat16)
         how["autocast"] = contextlib.nullcontext
     if cfg.compile:

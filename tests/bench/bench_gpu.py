@@ -506,6 +506,7 @@ def in_a_process(function, args, limit):
         args.peak = json.loads(peaks.read_text()) if peaks.is_file() else {}
         function(args)
 
+    assert not torch.cuda.is_initialized(), "a fork could not use the GPU"
     process = multiprocessing.get_context("fork").Process(target=call)
     process.start()
     process.join(limit)
