@@ -192,8 +192,7 @@ def add_gradient(examples, corpus, models, accelerator, cfg, step):
         if cfg.retriever_loss != "none":
             numbers += retriever_gradient(batch, likelihood_BKT, models, tokens, accelerator, cfg)
         totals = totals + torch.tensor(numbers, device=accelerator.device)
-    for model in models.values():
-        sum_gradients(model.parameters())
+    sum_gradients(torch.nn.ModuleDict(models).parameters())
     if devices > 1:
         dist.all_reduce(totals)
     return dict(zip(SHOWN, totals.tolist(), strict=False))
@@ -287,6 +286,7 @@ def main():
     if not cfg.eval_hits or min(cfg.eval_hits) < 1:
         raise UserError(f"eval_hits must name depths of at least 1, got {cfg.eval_hits}")
     config.need_file(cfg, "train", "corpus", optional=("dev",))
+    config.need_value(cfg, "embeddings")
 
     # data
     sizes = {"question_chunk": (4, cfg.top_k * cfg.reader_tokens), "passage_chunk": (200, cfg.reader_tokens)}
