@@ -221,7 +221,7 @@ def encode(args):
     compiled.model.compile(dynamic=False, backend="eager" if args.tiny else "inductor")
     lengths = list(range(32, 257, 32))
     torch._dynamo.config.recompile_limit = 2 * len(lengths)
-    some = np.linspace(0, len(args.corpus) - 1, 256 if args.tiny else 8192).astype(int).tolist()
+    some = np.linspace(0, len(args.corpus) - 1, 64 if args.tiny else 8192).astype(int).tolist()
     natural = [args.corpus[row] for row in some]
     triples = zip(natural, natural[1:] + natural[:1], natural[2:] + natural[:2], strict=True)
     full = [a._replace(text=f"{a.text} {b.text} {c.text}") for a, b, c in triples]
