@@ -1,6 +1,7 @@
 """How many rows go through a model together: what fits the device, and the same when a run goes on."""
 
 import importlib
+import shutil
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tests import test_train_dpr
 from tests.processes import main, rows
 from tests.test_rerank import save_cross
 from tests.toy import tokenizer
+from tests.toy_t5 import t5
 from utils.data import read_questions, write_run
 from utils.distributed import rows_that_fit
 from utils.plumbing.config import UserError
@@ -50,9 +52,11 @@ def test_all_devices_take_the_least(monkeypatch):
     assert rows_that_fit(64, 256, BERT_BASE, GPU) == 7
 
 
-def test_the_width_of_a_model(world):
-    """2 layers of 32 numbers."""
-    assert width_of(world / "bert") == 64
+def test_the_width_of_a_model(world, tmp_path):
+    """2 layers of 32 numbers, in BERT's names, in T5's, and one folder further in."""
+    folders = [world / "bert", t5(tmp_path), tmp_path / "sentences"]
+    shutil.copytree(world / "bert", folders[2] / "0_Transformer")
+    assert [width_of(folder) for folder in folders] == [64] * 3
 
 
 # ---------------------------------------------------------------- what each script asks for
