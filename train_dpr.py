@@ -292,12 +292,12 @@ def main():
     # settings, checked before anything is loaded
     cfg = load_config(__doc__, "config/train_dpr_nq.yaml")
     given_inputs(cfg)  # UserError for a value that no encoder knows
-    at_least(cfg, 1, "question_chunk", "passage_chunk")
     at_least(cfg, 4, "question_tokens", "passage_tokens")
     need_file(cfg, "train", optional=("dev", "corpus"))
 
     # data
-    run = Run(cfg, files=("train", "dev"), weights=("init",))
+    sizes = {"question_chunk": (64, cfg.question_tokens), "passage_chunk": (64, cfg.passage_tokens)}
+    run = Run(cfg, files=("train", "dev"), weights=("init",), sizes=sizes)
     corpus = run.corpus
     train, train_note = read_training(cfg.train, corpus)
     dev, dev_note = [], "no dev set: the last checkpoint is the best"

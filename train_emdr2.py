@@ -192,8 +192,7 @@ def add_gradient(examples, corpus, models, accelerator, cfg, step):
         if cfg.retriever_loss != "none":
             numbers += retriever_gradient(batch, likelihood_BKT, models, tokens, accelerator, cfg)
         totals = totals + torch.tensor(numbers, device=accelerator.device)
-    for model in models.values():
-        sum_gradients(model.parameters())
+    sum_gradients(torch.nn.ModuleDict(models).parameters())
     if devices > 1:
         dist.all_reduce(totals)
     return dict(zip(SHOWN, totals.tolist(), strict=False))
@@ -281,7 +280,7 @@ def main():
     config.must_be_one_of(cfg, retriever_loss=("emdr2", "kl", "none"), marginal=("token", "sequence"))
     # why 2: the prior of one passage is always 1, so no retriever learns
     config.at_least(cfg, 1 if cfg.retriever_loss == "none" else 2, "top_k")
-    config.at_least(cfg, 1, "question_chunk", "passage_chunk", "score_chunk")
+    config.at_least(cfg, 1, "score_chunk")
     config.at_least(cfg, 2, "answer_tokens", "reader_tokens")
     if not cfg.eval_hits or min(cfg.eval_hits) < 1:
         raise UserError(f"eval_hits must name depths of at least 1, got {cfg.eval_hits}")
@@ -289,7 +288,8 @@ def main():
     config.need_value(cfg, "embeddings")
 
     # data
-    run = Run(cfg, files=("train", "dev"), weights=(*TOWERS, "reader"))
+    sizes = {"question_chunk": (4, cfg.top_k * cfg.reader_tokens), "passage_chunk": (200, cfg.reader_tokens)}
+    run = Run(cfg, files=("train", "dev"), weights=(*TOWERS, "reader"), sizes=sizes)
     corpus = run.corpus
     train, train_note = load_questions(cfg.train, corpus)
     none = ([], "no dev set: the last checkpoint is the best")

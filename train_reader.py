@@ -224,7 +224,7 @@ def evaluate(dev, corpus, reader, accelerator, cfg):
 def main():
     cfg = load_config(__doc__, "config/train_reader_nq.yaml")
     must_be_one_of(cfg, token_types=("zeros", "segments"))
-    at_least(cfg, 1, "train_depth", "test_depth", "max_answer_length", "question_chunk", "passage_chunk")
+    at_least(cfg, 1, "train_depth", "test_depth", "max_answer_length")
     at_least(cfg, 2, "passages_per_question")
     at_least(cfg, 8, "reader_tokens")
     need_file(cfg, "train", "train_run", "corpus", optional=("dev", "dev_run", "gold"))
@@ -233,7 +233,9 @@ def main():
 
     # data
     files = ("train", "train_run", "dev", "dev_run", "gold")
-    run = Run(cfg, files, weights=("init",))
+    tokens = cfg.passages_per_question * cfg.reader_tokens
+    sizes = {"question_chunk": (1, tokens), "passage_chunk": (24, cfg.reader_tokens)}
+    run = Run(cfg, files, weights=("init",), sizes=sizes)
     corpus = run.corpus
     examples, train_note = reading.read_ranking(cfg.train, cfg.train_run, corpus, cfg.train_depth)
     dev = []

@@ -143,7 +143,7 @@ MISTAKES = [
     ("train_cross_encoder", {"train": "lone.jsonl"}, "lone.jsonl: no question has any negatives"),
     ("train_cross_encoder", {"dev": "lone.jsonl"}, "lone.jsonl: no question has any negatives"),
     ("train_cross_encoder", {"batch_size": 256}, "120 pairs do not fill one batch of 256"),
-    ("train_cross_encoder", {"chunk": 0}, "chunk must be at least 1"),
+    ("train_cross_encoder", {"eval_batch_size": 0}, "eval_batch_size must be at least 1"),
     ("train_cross_encoder", {"pair_tokens": 3}, "pair_tokens must be at least 4"),
     ("train_dpr", {"train": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
     ("train_dpr", {"init": "nowhere/at/all"}, "nowhere/at/all: no such model folder"),
