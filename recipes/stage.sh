@@ -17,14 +17,19 @@ finished() {
 
 # stage OUTPUT COMMAND...: run the command unless OUTPUT exists. Every script writes its output whole or not at all and
 # continues where it was killed, and so does a recipe. Vectors exist when their manifest says that they are complete.
-# trap: an existing OUTPUT is not compared with the variables, nor with the files that it was made from. Give other
-# variables another RUN, and delete what depends on a file that you replace.
+# trap: an existing OUTPUT is not compared with the files that it was made from: delete what depends on a file that you
+# replace. Other variables make other commands, which is said; give them another RUN.
 stage() {
-    local output=$1 began=$SECONDS state=open
+    local output=$1 began=$SECONDS state=open made
     shift
     ! finished $output || state=done
     count $(name_of $output) $state || return 0
-    [ $state = open ] || return 0
+    if [ $state = done ]; then
+        made=$(grep -s "^$(name_of $output)	" $TOP/commands.tsv | tail -1 | cut -f 2- || true)
+        [ -z "$made" ] || [ "$made" = "$*" ] || echo "warning: $output is there, made by another command: $made" >&2
+        return 0
+    fi
+    printf '%s\t%s\n' $(name_of $output) "$*" >>$TOP/commands.tsv
     printf '\n== %s%s\n' "$(place)" "$*"
     if [ "$(type -t "$1")" = function ]; then "$@"; else ${MEASURE:+$MEASURE $output} "$@"; fi
     [ -e $output ] || { echo "error: $output is not there after: $*" >&2 && exit 1; }

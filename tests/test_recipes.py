@@ -305,6 +305,10 @@ def test_a_stage_runs_once(tmp_path):
     assert idle.returncode == 1 and "other is not there after: true" in idle.stderr
     assert bash("stage both write both cat done more").returncode == 0
     assert (tmp_path / "both").read_text() == "1\n2\n"
+    assert not bash("stage both write both cat done more").stderr
+    other = bash("stage both write both cat more")
+    assert other.stdout == "end\n"
+    assert "both is there, made by another command: write both cat done more" in other.stderr
     assert bash("stage half write half cat done missing").returncode and not (tmp_path / "half").exists()
 
 
