@@ -1285,3 +1285,525 @@ def _a4(a, b, n, t, pool, k):
 
 
 PREDICT["a4"] = _a4
+
+
+# ---------------------------------------------------------------- 5, the reader
+WRONG["utils/reader.py:find_spans"] = [
+    (
+        "the end is the place after the last token",
+        "(begin, begin + size - 1)",
+        "(begin, begin + size)",
+        "spans_all spans_first spans_ends",
+    ),
+    ("the question is searched too", "range(first, len(ids)", "range(0, len(ids)", "spans_first"),
+    ("the last place is not looked at", "len(ids) - size + 1", "len(ids) - size", "spans_ends"),
+    (
+        "only the first mention of an answer is found",
+        "spans.append((begin, begin + size - 1))",
+        "spans.append((begin, begin + size - 1))\n                break",
+        "spans_all spans_ends",
+    ),
+    (
+        "only the first token is compared",
+        "ids[begin] == answer[0] and ids[begin : begin + size] == answer",
+        "ids[begin] == answer[0]",
+        "spans_all",
+    ),
+    ("an answer without tokens is looked for", "if not answer:", "if False:", "spans_empty"),
+]
+RIGHT["utils/reader.py:find_spans"] = [
+    (
+        "place by place",
+        """
+def find_spans(ids, first, answers):
+    found = []
+    for begin in range(first, len(ids)):
+        for end in range(begin, len(ids)):
+            if ids[begin : end + 1] in answers:
+                found.append((begin, end))
+    return found
+""",
+    )
+]
+WRONG["train_reader.py:reader_loss"] = [
+    (
+        "every mention must be found: the sum of logarithms",
+        "-log_nA.logsumexp(1).sum()",
+        "-log_nA.masked_fill(log_nA.isinf(), 0.0).sum()",
+        "loss_marginal",
+    ),
+    (
+        "the mean over questions is taken",
+        "-log_nA.logsumexp(1).sum()",
+        "-log_nA.logsumexp(1).mean()",
+        "loss_marginal loss_sum",
+    ),
+    (
+        "only the likeliest mention counts",
+        "-log_nA.logsumexp(1).sum()",
+        "-log_nA.amax(1).sum()",
+        "loss_marginal",
+    ),
+    (
+        "mentions that are padding count",
+        "log_NA.masked_fill(~spans_NA, -torch.inf)",
+        "log_NA.clone()",
+        "loss_marginal",
+    ),
+    (
+        "a question without a mention is not left out",
+        "log_nA = log_NA[has_span_N]",
+        "log_nA = log_NA",
+        "loss_no_span loss_relevance",
+    ),
+    (
+        "the mean of the relevance is taken",
+        "-log_NM[:, 0].sum()",
+        "-log_NM[:, 0].mean()",
+        "loss_relevance",
+    ),
+    (
+        "each passage is judged alone, by a sigmoid",
+        "-log_NM[:, 0].sum()",
+        "-torch.nn.functional.logsigmoid(relevance_NM[:, 0]).sum()",
+        "loss_marginal loss_no_span loss_relevance",
+    ),
+    (
+        "the second value is a share",
+        "(relevance_NM.argmax(1) == 0).sum()",
+        "(relevance_NM.argmax(1) == 0).float().mean()",
+        "loss_correct",
+    ),
+]
+RIGHT["train_reader.py:reader_loss"] = [
+    (
+        "question by question, with probabilities",
+        """
+def reader_loss(start_NL, end_NL, relevance_NM, begin_NA, end_NA, spans_NA):
+    total, count = relevance_NM.new_zeros(()), 0
+    start, end = torch.softmax(start_NL, dim=1), torch.softmax(end_NL, dim=1)
+    for n in range(len(start_NL)):
+        places = [(b, e) for b, e, ok in zip(begin_NA[n].tolist(), end_NA[n].tolist(), spans_NA[n]) if ok]
+        if places:
+            total = total - torch.log(sum(start[n, b] * end[n, e] for b, e in places))
+        total = total + torch.logsumexp(relevance_NM[n], 0) - relevance_NM[n, 0]
+        count += int(relevance_NM[n].argmax() == 0)
+    return total, torch.tensor(count)
+""",
+    )
+]
+WRONG["utils/reader.py:best_spans"] = [
+    (
+        "a span may be one token longer",
+        "min(max_answer_length, size)",
+        "min(max_answer_length + 1, size)",
+        "best_length",
+    ),
+    (
+        "a span inside or around a better one is kept",
+        "if any(first <= a and b <= last or a <= first and last <= b for a, b, _ in chosen):",
+        "if False:",
+        "best_overlap",
+    ),
+    (
+        "only a span around a better one is passed over",
+        "first <= a and b <= last or a <= first and last <= b for",
+        "first <= a and b <= last for",
+        "best_overlap",
+    ),
+    ("a span may begin within a word", "while first and continues_S[first]:", "while False:", "best_words"),
+    (
+        "a span may end within a word",
+        "while last + 1 < size and continues_S[last + 1]:",
+        "while False:",
+        "best_words",
+    ),
+    (
+        "of equal scores the later one comes first",
+        'np.argsort(-scores_SW, axis=None, kind="stable")',
+        'scores_SW.size - 1 - np.argsort(-scores_SW.ravel()[::-1], kind="stable")',
+        "best_ties",
+    ),
+    (
+        "the length of the end is added, not its logit",
+        "start_S[: size - width] + end_S[width:]",
+        "start_S[: size - width] + width",
+        "best_score best_length best_overlap best_words best_ties",
+    ),
+]
+RIGHT["utils/reader.py:best_spans"] = [
+    (
+        "a sorted list",
+        """
+def best_spans(start_S, end_S, continues_S, max_answer_length, top_spans):
+    spans = []
+    for first in range(len(start_S)):
+        for last in range(first, min(len(start_S), first + max_answer_length)):
+            spans.append((-(start_S[first] + end_S[last]), first, last))
+    chosen = []
+    for cost, first, last in sorted(spans):
+        inside = [(a, b) for a, b, _ in chosen if a <= first and last <= b or first <= a and b <= last]
+        if inside or len(chosen) == top_spans:
+            continue
+        while first > 0 and continues_S[first]:
+            first = first - 1
+        while last < len(start_S) - 1 and continues_S[last + 1]:
+            last = last + 1
+        chosen.append((first, last, float(-cost)))
+    return chosen
+""",
+    )
+]
+WRONG["utils/text.py:exact_match"] = [
+    (
+        "articles and punctuation count",
+        "_squad_words(prediction) == _squad_words(answer)",
+        "prediction.lower().split() == answer.lower().split()",
+        "em_words",
+    ),
+    (
+        "only the first answer is compared",
+        "for answer in answers)",
+        "for answer in answers[:1])",
+        "em_answers",
+    ),
+    (
+        "the words may stand in any order",
+        "_squad_words(prediction) == _squad_words(answer)",
+        "sorted(_squad_words(prediction)) == sorted(_squad_words(answer))",
+        "em_words",
+    ),
+    (
+        "the answer may be a part of the prediction",
+        "_squad_words(prediction) == _squad_words(answer)",
+        '" ".join(_squad_words(answer)) in " ".join(_squad_words(prediction))',
+        "em_words",
+    ),
+]
+RIGHT["utils/text.py:exact_match"] = [
+    (
+        "with a list of lists",
+        """
+def exact_match(prediction, answers):
+    return _squad_words(prediction) in [_squad_words(answer) for answer in answers]
+""",
+    )
+]
+WRONG["utils/text.py:f1"] = [
+    (
+        "a word counts once, however often it stands there",
+        "(Counter(predicted) & Counter(gold)).total()",
+        "len({*predicted} & {*gold})",
+        "f1_counts",
+    ),
+    (
+        "only the first answer is compared",
+        "map(_squad_words, answers)",
+        "map(_squad_words, answers[:1])",
+        "f1_answers",
+    ),
+    ("two answers without words score 0", "float(predicted == gold)", "0.0", "f1_empty"),
+    (
+        "the precision is taken",
+        "2 * common / (len(predicted) + len(gold))",
+        "common / len(predicted)",
+        "f1_counts f1_answers",
+    ),
+    ("the last answer counts", "best = max(best, 2 * common", "best = max(0.0, 2 * common", "f1_answers"),
+]
+RIGHT["utils/text.py:f1"] = [
+    (
+        "from precision and recall",
+        """
+def f1(prediction, answers):
+    scores = [0.0]
+    mine = _squad_words(prediction)
+    for answer in answers:
+        theirs = _squad_words(answer)
+        left = list(theirs)
+        common = 0
+        for word in mine:
+            if word in left:
+                left.remove(word)
+                common += 1
+        if not mine or not theirs:
+            scores.append(1.0 if mine == theirs else 0.0)
+        elif common:
+            precision, recall = common / len(mine), common / len(theirs)
+            scores.append(2 * precision * recall / (precision + recall))
+    return max(scores)
+""",
+    )
+]
+
+
+def _a5(s0, s1, s2, e0, e1, e2, r, p, g, c):
+    span = -math.log(s0 * e1 + s2 * e2)
+    starts, ends = (s0, s1, s2), (e0, e1, e2)
+    best = max(starts[i] * ends[j] for i in range(3) for j in range(i, min(3, i + 2)))
+    return {"span": span, "whole": span - math.log(r), "best": best, "f1": 2 * c / (p + g)}
+
+
+PREDICT["a5"] = _a5
+
+
+# ---------------------------------------------------------------- 6, EMDR2
+WRONG["utils/fid.py:encode_contexts"] = [
+    (
+        "the states stay in the order of the chunks",
+        "rows[place] = hidden_LD",
+        "rows[sum(row is not None for row in rows)] = hidden_LD",
+        "context_states",
+    ),
+    (
+        "padding is read as words",
+        'batch["input_ids"], attention_mask=batch["attention_mask"]',
+        'batch["input_ids"]',
+        "context_states context_chunks",
+    ),
+    (
+        "the mask has one token too many",
+        "device=hidden_NLD.device) < lengths_N1",
+        "device=hidden_NLD.device) <= lengths_N1",
+        "context_mask",
+    ),
+    (
+        "the mask is true at padding",
+        "device=hidden_NLD.device) < lengths_N1",
+        "device=hidden_NLD.device) >= lengths_N1",
+        "context_mask",
+    ),
+]
+RIGHT["utils/fid.py:encode_contexts"] = [
+    (
+        "one context at a time",
+        """
+def encode_contexts(fid, ids, chunk, autocast=nullcontext):
+    longest = max(len(tokens) for tokens in ids)
+    hidden, mask = [], torch.zeros(len(ids), longest, dtype=torch.bool)
+    for n, tokens in enumerate(ids):
+        mask[n, : len(tokens)] = True
+        with autocast():
+            found = fid.model.encoder(torch.tensor([tokens])).last_hidden_state[0]
+        hidden.append(pad(found, (0, 0, 0, longest - len(tokens))))
+    return torch.stack(hidden), mask
+""",
+    )
+]
+WRONG["utils/fid.py:log_likelihood"] = [
+    (
+        "the decoder sees the token that it predicts",
+        "fid.model.prepare_decoder_input_ids_from_labels(labels_bT)",
+        "labels_bT.masked_fill(labels_bT == PAD, 0)",
+        "token_value token_mask",
+    ),
+    (
+        "padding is a word of the answer",
+        "labels_bT.flatten(), ignore_index=PAD",
+        "labels_bT.flatten().clamp(min=0), ignore_index=-1",
+        "token_pads",
+    ),
+    ("the costs are returned", "-costs_n", "costs_n", "token_value token_mask"),
+    ("the mask of the states is not used", "attention_mask=mask_bL", "attention_mask=None", "token_mask"),
+    (
+        "the mean over the answer is returned",
+        "-costs_n.view(labels_bT.shape)",
+        "-costs_n.view(labels_bT.shape).mean(1, keepdim=True).expand(labels_bT.shape)",
+        "token_value token_mask token_pads",
+    ),
+]
+RIGHT["utils/fid.py:log_likelihood"] = [
+    (
+        "by log_softmax and gather",
+        """
+def log_likelihood(fid, hidden_bLD, mask_bL, labels_bT, autocast):
+    known = labels_bT.clone()
+    known[known == PAD] = fid.model.config.pad_token_id
+    start = torch.full_like(known[:, :1], fid.model.config.decoder_start_token_id)
+    with autocast():
+        logits = fid.model(
+            encoder_outputs=(hidden_bLD,),
+            attention_mask=mask_bL.long(),
+            decoder_input_ids=torch.cat([start, known[:, :-1]], dim=1),
+        ).logits
+    log = logits.float().log_softmax(2).gather(2, known[:, :, None])[:, :, 0]
+    return torch.where(labels_bT == PAD, torch.zeros_like(log), log)
+""",
+    )
+]
+ALONE = "log_likelihood(fid, hidden_BKLD[:, k], mask_BKL[:, k], labels_BT, autocast)"
+WRONG["utils/fid.py:fused_log_likelihood"] = [
+    (
+        "the mean over passages that are read alone",
+        "log_likelihood(fid, hidden_BKLD.flatten(1, 2), mask_BKL.flatten(1, 2), labels_BT, autocast)",
+        f"sum({ALONE} for k in range(hidden_BKLD.shape[1])) / hidden_BKLD.shape[1]",
+        "fused_value",
+    ),
+    (
+        "only the first passage is read",
+        "log_likelihood(fid, hidden_BKLD.flatten(1, 2), mask_BKL.flatten(1, 2), labels_BT, autocast)",
+        "log_likelihood(fid, hidden_BKLD[:, 0], mask_BKL[:, 0], labels_BT, autocast)",
+        "fused_value fused_order",
+    ),
+    ("padding is read", "mask_BKL.flatten(1, 2)", "torch.ones_like(mask_BKL.flatten(1, 2))", "fused_value"),
+]
+RIGHT["utils/fid.py:fused_log_likelihood"] = [
+    (
+        "with reshape",
+        """
+def fused_log_likelihood(fid, hidden_BKLD, mask_BKL, labels_BT, autocast=nullcontext):
+    B, K, L, D = hidden_BKLD.shape
+    joined = hidden_BKLD.reshape(B, K * L, D)
+    return log_likelihood(fid, joined, mask_BKL.reshape(B, K * L), labels_BT, autocast)
+""",
+    )
+]
+WRONG["utils/fid.py:document_log_likelihood"] = [
+    (
+        "a passage is asked for another question's answer",
+        "labels_BT[rows_b // K]",
+        "labels_BT[rows_b % B]",
+        "each_value",
+    ),
+    (
+        "the passages stay in the order of their lengths",
+        "log_NT[rows_b] = ",
+        "log_NT[start : start + chunk] = ",
+        "each_value",
+    ),
+    (
+        "padding is read",
+        "mask_bL = mask_NL[rows_b, :longest]",
+        "mask_bL = torch.ones_like(mask_NL[rows_b, :longest])",
+        "each_value each_chunks",
+    ),
+    (
+        "the chunk is cut to its shortest passage",
+        "longest = lengths[order[start]]",
+        "longest = lengths[order[min(start + chunk, B * K) - 1]]",
+        "each_value each_chunks",
+    ),
+    (
+        "all passages are read at once",
+        "    log_NT = torch.zeros(",
+        "    chunk = B * K\n    log_NT = torch.zeros(",
+        "each_memory",
+    ),
+]
+RIGHT["utils/fid.py:document_log_likelihood"] = [
+    (
+        "question by question, in the given order",
+        """
+def document_log_likelihood(fid, hidden_BKLD, mask_BKL, labels_BT, chunk, autocast=nullcontext):
+    questions = []
+    for hidden, mask, labels in zip(hidden_BKLD, mask_BKL, labels_BT):
+        parts = []
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            answers = labels.expand(len(hidden[part]), -1)
+            parts.append(log_likelihood(fid, hidden[part], mask[part], answers, autocast))
+        questions.append(torch.cat(parts))
+    return torch.stack(questions)
+""",
+    )
+]
+SUM = "(log_prior_BK[:, :, None] + log_likelihood_BKT).logsumexp(1)"
+WRONG["train_emdr2.py:retriever_loss"] = [
+    (
+        "the mean of logarithms is taken, not the logarithm of the mean",
+        SUM,
+        "(log_prior_BK.exp()[:, :, None] * log_likelihood_BKT).sum(1)",
+        "marginal_token",
+    ),
+    ("the prior is forgotten", SUM, "log_likelihood_BKT.logsumexp(1)", "marginal_token"),
+    (
+        "the mean over tokens is taken for each question",
+        "-log_BT[mask_BT].sum() / mask_BT.sum()",
+        "-((log_BT * mask_BT).sum(1) / mask_BT.sum(1)).mean()",
+        "marginal_mean",
+    ),
+    (
+        "padding is a part of the answer",
+        "log_likelihood_BKT = log_likelihood_BKT.masked_fill(~mask_BT[:, None], 0.0)",
+        "pass",
+        "marginal_pads",
+    ),
+    ("the sum over questions is taken", ".logsumexp(1).mean()", ".logsumexp(1).sum()", "marginal_mean"),
+    (
+        "the mean over the answer's tokens stands for their product",
+        "log_likelihood_BKT.sum(2)",
+        "log_likelihood_BKT.mean(2)",
+        "marginal_sequence marginal_mean",
+    ),
+    (
+        "token and sequence are exchanged",
+        'if marginal == "token":',
+        'if marginal == "sequence":',
+        "marginal_token marginal_sequence marginal_mean",
+    ),
+]
+RIGHT["train_emdr2.py:retriever_loss"] = [
+    (
+        "question by question, with probabilities",
+        """
+def retriever_loss(log_prior_BK, log_likelihood_BKT, mask_BT, marginal):
+    total, count = 0.0, 0
+    for log_prior, log_likelihood, mask in zip(log_prior_BK, log_likelihood_BKT, mask_BT.bool()):
+        log = log_likelihood[:, mask]
+        if marginal == "token":
+            total = total - torch.log((log_prior.exp()[:, None] * log.exp()).sum(0)).sum()
+            count += int(mask.sum())
+        else:
+            total = total - torch.log((log_prior.exp() * log.sum(1).exp()).sum())
+            count += 1
+    return total / count
+""",
+    )
+]
+WRONG["train_emdr2.py:kl_loss"] = [
+    (
+        "the divergence is taken the other way round",
+        "(negentropy_BK - preference_BK * log_prior_BK)",
+        "(log_prior_BK.exp() * (log_prior_BK - preference_BK.log()))",
+        "kl_value",
+    ),
+    (
+        "the sum over the answer is taken, not the mean",
+        "(sums_BK / mask_BT.sum(1, keepdim=True))",
+        "sums_BK",
+        "kl_value kl_zero",
+    ),
+    (
+        "the entropy of the preference is left out",
+        "(negentropy_BK - preference_BK * log_prior_BK)",
+        "(-preference_BK * log_prior_BK)",
+        "kl_value kl_zero",
+    ),
+    (
+        "padding is a part of the answer",
+        "log_likelihood_BKT.masked_fill(~mask_BT[:, None], 0.0).sum(2)",
+        "log_likelihood_BKT.sum(2)",
+        "kl_pads",
+    ),
+]
+RIGHT["train_emdr2.py:kl_loss"] = [
+    (
+        "by torch's own divergence",
+        """
+def kl_loss(log_prior_BK, log_likelihood_BKT, mask_BT):
+    mask = mask_BT.to(log_likelihood_BKT.dtype)
+    kept = torch.where(mask_BT.bool()[:, None], log_likelihood_BKT, torch.zeros_like(log_likelihood_BKT))
+    wish = (kept.sum(2) / mask.sum(1)[:, None]).softmax(dim=1)
+    return torch.nn.functional.kl_div(log_prior_BK, wish, reduction="batchmean")
+""",
+    )
+]
+
+
+def _a6(p1, p2, p3, l1, l2, l3):
+    evidence = p1 * l1 + p2 * l2 + p3 * l3
+    found = {"slope_1": p1 - p1 * l1 / evidence, "slope_3": p3 - p3 * l3 / evidence}
+    return found | {"loss": -math.log(evidence), "even": 0.0}
+
+
+PREDICT["a6"] = _a6
