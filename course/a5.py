@@ -157,8 +157,9 @@ def loss_no_span(rng):
 def loss_relevance(rng):
     relevance_NM = rng.standard_normal((4, 5))
     relevance_NM[1, 3:] = -np.inf
-    nothing = ([[0]] * 4, [[0]] * 4, [[False]] * 4)
-    loss, _, found = loss_of(*np.zeros((2, 4, 3)), relevance_NM, *nothing)
+    # passages of one token, which is the mention: the span costs nothing
+    mention = ([[0]] * 4, [[0]] * 4, [[True]] * 4)
+    loss, _, found = loss_of(*np.zeros((2, 4, 1)), relevance_NM, *mention)
     return {"loss": loss, "gradient": found["gradient of relevance"]}
 
 
