@@ -5,6 +5,8 @@ Assignment 4, where negatives come from: the points, and the drivers (a1.py says
 import random
 from types import SimpleNamespace
 
+from child import tasks
+
 TITLE = "Where negatives come from"
 SHIP = ["mine_negatives.py", "train_dpr.py", "test_dpr.py", "doc2embedding.py", "utils/bm25.py"]
 SHIP += ["recipes/compare.py", "recipes/demo/prepare.py", "config/mine_negatives.yaml"]
@@ -13,53 +15,41 @@ SHIP += ["config/test_dpr.yaml", *(f"recipes/demo/{name}.jsonl" for name in ("tr
 DROP = []
 # the first lines of two helpers
 SHOWN = ["holds_answer(passage, question, cfg)", "positives_of(question, ranked, corpus, cfg)"]
-TASKS = {
-    "mine_negatives.py:wrong_for": {
-        "wrong_ids": (4, "no positive of the question is a negative, nor one that another file knows", ""),
-        "wrong_texts": (4, "nor a passage with the very text of a positive", "the corpus may hold it twice"),
-        "wrong_answers": (4, "nor a passage with an answer", "holds_answer"),
-    },
-    "mine_negatives.py:topk": {
-        "topk_first": (4, "the first `negatives` passages that are wrong", "the docstring"),
-        "topk_depth": (2, "among the first `depth` of the ranking", "config/mine_negatives.yaml"),
-        "topk_positives": (1, "the positives as cfg.positives says", "positives_of"),
-    },
-    "mine_negatives.py:draw_at_random": {
-        "draw_different": (2, "`count` different ids that are allowed", "the docstring"),
-        "draw_ends": (1, "fewer where there are fewer", "the docstring"),
-        "draw_fair": (2, "each as likely as the others", "the docstring: uniformly"),
-    },
-    "mine_negatives.py:denoise": {
-        "denoise_draw": (3, "without scores: a draw from the whole ranking", "the docstring"),
-        "denoise_gate": (4, "with scores: below `negative_below`, which is excluded", "the docstring"),
-        "denoise_wrong": (3, "a passage with an answer is no negative, whatever its score", "wrong_for"),
-        "denoise_count": (2, "`negatives` for each positive", "config/mine_negatives.yaml"),
-        "denoise_order": (1, "handed out from the end", ""),
-        "denoise_fill": (2, "fill: topped up with passages that have no score", "config/mine_negatives.yaml"),
-    },
-    "mine_negatives.py:pseudo_label": {
-        "pseudo_best": (4, "the positive is the passage of the highest score, the first of equals", ""),
-        "pseudo_sure": (3, "only if its score is above `positive_above`", "config/mine_negatives.yaml"),
-        "pseudo_negatives": (2, "the first ones below `negative_below`, without the positive", ""),
-    },
-    "mine_negatives.py:teleport": {
-        "tele_sources": (
-            5,
-            "neighbours, then look-ahead, then momentum, nothing made unique",
-            "the docstring",
-        ),
-        "tele_draws": (3, "`negatives` of the first `depth` that are wrong; rngs[0], rngs[1]", "mine"),
-        "tele_positives": (2, "the positives of all three, each once, the newest first", ""),
-        "tele_dropped": (2, "no negatives where no neighbour is wrong", "mine"),
-    },
-    "train_dpr.py:rotating_negatives": {
-        "rotate_all": (3, "every negative once before any comes back, in an order by the seed", ""),
-        "rotate_small": (2, "a pool of fewer than k is taken once", "the docstring: differs"),
-    },
-    "together": {
-        "mined": (5, "all your functions: the training lines of three modes", ""),
-    },
-}
+TASKS = tasks("""
+mine_negatives.py:wrong_for
+   4 wrong_ids        no positive of the question is a negative, nor one that another file knows
+   4 wrong_texts      nor a passage with the very text of a positive | the corpus may hold it twice
+   4 wrong_answers    nor a passage with an answer | holds_answer
+mine_negatives.py:topk
+   4 topk_first       the first `negatives` passages that are wrong | the docstring
+   2 topk_depth       among the first `depth` of the ranking | config/mine_negatives.yaml
+   1 topk_positives   the positives as cfg.positives says | positives_of
+mine_negatives.py:draw_at_random
+   2 draw_different   `count` different ids that are allowed | the docstring
+   1 draw_ends        fewer where there are fewer | the docstring
+   2 draw_fair        each as likely as the others | the docstring: uniformly
+mine_negatives.py:denoise
+   3 denoise_draw     without scores: a draw from the whole ranking | the docstring
+   4 denoise_gate     with scores: below `negative_below`, which is excluded | the docstring
+   3 denoise_wrong    a passage with an answer is no negative, whatever its score | wrong_for
+   2 denoise_count    `negatives` for each positive | config/mine_negatives.yaml
+   1 denoise_order    handed out from the end
+   2 denoise_fill     fill: topped up with passages that have no score | config/mine_negatives.yaml
+mine_negatives.py:pseudo_label
+   4 pseudo_best      the positive is the passage of the highest score, the first of equals
+   3 pseudo_sure      only if its score is above `positive_above` | config/mine_negatives.yaml
+   2 pseudo_negatives the first ones below `negative_below`, without the positive
+mine_negatives.py:teleport
+   5 tele_sources     neighbours, then look-ahead, then momentum, nothing made unique | the docstring
+   3 tele_draws       `negatives` of the first `depth` that are wrong; rngs[0], rngs[1] | mine
+   2 tele_positives   the positives of all three, each once, the newest first
+   2 tele_dropped     no negatives where no neighbour is wrong | mine
+train_dpr.py:rotating_negatives
+   3 rotate_all       every negative once before any comes back, in an order by the seed
+   2 rotate_small     a pool of fewer than k is taken once | the docstring: differs
+together
+   5 mined            all your functions: the training lines of three modes
+""")
 
 # ---------------------------------------------------------------- predict
 QUESTIONS = {
@@ -120,46 +110,42 @@ def streams(seed=0):
     return [random.Random(seed), random.Random(seed)]
 
 
-def judged(question, corpus, never=frozenset(), **changes):
+def judged(wrong_for, question, corpus, never=frozenset(), **changes):
     """Return what wrong_for says of every passage, by id."""
-    from mine_negatives import wrong_for
-
     wrong = wrong_for(question, question["positives"], never, corpus, settings(**changes))
     return {"wrong": [bool(wrong(pid)) for pid in sorted(corpus.passages)]}
 
 
 # ---------------------------------------------------------------- wrong_for
-def wrong_ids(rng):
+def wrong_ids(rng, wrong_for):
     question, corpus, ids = world(rng, answers=())
     question["positives"] = [ids[2], ids[20]]
-    return judged(question, corpus, frozenset({ids[5], ids[31]}))
+    return judged(wrong_for, question, corpus, frozenset({ids[5], ids[31]}))
 
 
-def wrong_texts(rng):
+def wrong_texts(rng, wrong_for):
     question, corpus, ids = world(rng, holding=())
     question["positives"] = [ids[1]]
     twin = corpus.passages[ids[1]]
     corpus.passages[ids[7]] = twin._replace(id=ids[7])
-    first = judged(question, corpus)["wrong"]
+    first = judged(wrong_for, question, corpus)["wrong"]
 
     # an inline positive, of a question without answers
     question, corpus, ids = world(rng, answers=())
     question["positives"] = [{"title": "t", "text": corpus.passages[ids[4]].text}, ids[9]]
-    return {"with answers": first, "an inline positive": judged(question, corpus)["wrong"]}
+    return {"with answers": first, "an inline positive": judged(wrong_for, question, corpus)["wrong"]}
 
 
-def wrong_answers(rng):
+def wrong_answers(rng, wrong_for):
     question, corpus, ids = world(rng, answers=("pink", "amber"))
     question["positives"] = [ids[0]]
     corpus.passages[ids[6]] = corpus.passages[ids[6]]._replace(title="amber")
-    titles = judged(question, corpus, match_title=True)["wrong"]
-    return judged(question, corpus) | {"titles too": titles}
+    titles = judged(wrong_for, question, corpus, match_title=True)["wrong"]
+    return judged(wrong_for, question, corpus) | {"titles too": titles}
 
 
 # ---------------------------------------------------------------- topk
-def topk_first(rng):
-    from mine_negatives import topk
-
+def topk_first(rng, topk):
     question, corpus, ids = world(rng, holding=(0, 3, 4))
     question["positives"] = [ids[1]]
     found = found_of(ids, never=frozenset({ids[6]}))
@@ -167,48 +153,42 @@ def topk_first(rng):
     return {"positives": positives, "negatives": negatives}
 
 
-def topk_depth(rng):
-    from mine_negatives import topk
-
+def topk_depth(rng, topk):
     question, corpus, ids = world(rng, holding=(5, 6))
     question["positives"] = [ids[4]]
     _, negatives = topk(question, found_of(ids), corpus, settings(depth=7, negatives=6), streams())
     return {"negatives": sorted(negatives)}
 
 
-def topk_positives(rng):
-    from mine_negatives import topk
-
+def topk_positives(rng, topk):
     question, corpus, ids = world(rng)
     positives, _ = topk(question, found_of(ids), corpus, settings(positives="find"), streams())
     return {"positives": positives}
 
 
 # ---------------------------------------------------------------- draw_at_random
-def draws(rng, count, ids=12, forbidden=4, times=1):
+def draws(rng, draw_at_random, count, ids=12, forbidden=4, times=1):
     """Return the draws of `count` of some ids, the ids that are allowed."""
-    from mine_negatives import draw_at_random
-
     names = [f"p{i}" for i in rng.permutation(100)[:ids]]
     allowed = names[forbidden:]
     source = random.Random(int(rng.integers(10**6)))
     return [draw_at_random(names, set(allowed).__contains__, count, source) for _ in range(times)], allowed
 
 
-def draw_different(rng):
-    drawn, allowed = draws(rng, 6, times=20)
+def draw_different(rng, draw_at_random):
+    drawn, allowed = draws(rng, draw_at_random, 6, times=20)
     good = [len(ids) == len({*ids}) == 6 and {*ids} <= {*allowed} for ids in drawn]
     return {"six different ones that are allowed": good}
 
 
-def draw_ends(rng):
-    few, allowed = draws(rng, 9, forbidden=9, times=8)
-    (none,), _ = draws(rng, 3, forbidden=12)
+def draw_ends(rng, draw_at_random):
+    few, allowed = draws(rng, draw_at_random, 9, forbidden=9, times=8)
+    (none,), _ = draws(rng, draw_at_random, 3, forbidden=12)
     return {"all that are allowed": [sorted(ids) == sorted(allowed) for ids in few], "none": len(none)}
 
 
-def draw_fair(rng):
-    drawn, allowed = draws(rng, 2, ids=7, forbidden=2, times=3000)
+def draw_fair(rng, draw_at_random):
+    drawn, allowed = draws(rng, draw_at_random, 2, ids=7, forbidden=2, times=3000)
     often = [sum(pid in ids for ids in drawn) / 3000 for pid in allowed]
     first = [sum(ids[0] == pid for ids in drawn) / 3000 for pid in allowed]
     return {"share of draws": [round(x, 1) for x in often], "as the first": [round(x, 1) for x in first]}
@@ -228,17 +208,13 @@ def scored(rng, count=20, holding=(3, 8, 11)):
     return question, corpus, found_of(ids, scores=scores)
 
 
-def denoised(rng, holding=(), **changes):
-    from mine_negatives import denoise
-
+def denoised(rng, denoise, holding=(), **changes):
     question, corpus, found = scored(rng, holding=holding)
     changes = {"scores": "x.run"} | changes
     return denoise(question, found, corpus, settings(**changes), streams())[1], found
 
 
-def denoise_draw(rng):
-    from mine_negatives import denoise
-
+def denoise_draw(rng, denoise):
     question, corpus, ids = world(rng, holding=(2, 9))
     question["positives"] = [ids[0]]
     good, late = [], 0
@@ -250,34 +226,32 @@ def denoise_draw(rng):
     return {"five different wrong ones": good, "some from far down": late > 0}
 
 
-def denoise_gate(rng):
-    negatives, _ = denoised(rng, negatives=30)
+def denoise_gate(rng, denoise):
+    negatives, _ = denoised(rng, denoise, negatives=30)
     return {"negatives": sorted(negatives)}
 
 
-def denoise_wrong(rng):
-    negatives, found = denoised(rng, holding=(3, 5, 9), negatives=30)
+def denoise_wrong(rng, denoise):
+    negatives, found = denoised(rng, denoise, holding=(3, 5, 9), negatives=30)
     places = (3, 5, 9)
     return {"those with an answer": [found.ranked[place] in negatives for place in places]}
 
 
-def denoise_count(rng):
-    from mine_negatives import denoise
-
+def denoise_count(rng, denoise):
     question, corpus, found = scored(rng, holding=())
     question["positives"] = [found.ranked[0], found.ranked[39]]
     _, negatives = denoise(question, found, corpus, settings(scores="x.run", negatives=2), streams())
     return {"how many": len(negatives)}
 
 
-def denoise_order(rng):
-    negatives, found = denoised(rng, negatives=5)
+def denoise_order(rng, denoise):
+    negatives, found = denoised(rng, denoise, negatives=5)
     places = [found.ranked.index(pid) for pid in negatives]
     return {"from the end": places == sorted(places, reverse=True)}
 
 
-def denoise_fill(rng):
-    negatives, found = denoised(rng, negatives=28, fill=True)
+def denoise_fill(rng, denoise):
+    negatives, found = denoised(rng, denoise, negatives=28, fill=True)
     unscored = [pid for pid in found.ranked[:30] if pid not in found.scores]
     return {
         "all without a score are there": sorted(pid for pid in negatives if pid not in found.scores)
@@ -287,59 +261,55 @@ def denoise_fill(rng):
 
 
 # ---------------------------------------------------------------- pseudo_label
-def labelled(ids, scores, **changes):
-    from mine_negatives import pseudo_label
-
+def labelled(pseudo_label, ids, scores, **changes):
     question = {"qid": "q", "question": "x", "answers": [], "positives": [], "negatives": []}
     return pseudo_label(question, found_of(ids, scores=scores), None, settings(**changes), streams())
 
 
-def pseudo_best(rng):
+def pseudo_best(rng, pseudo_label):
     _, _, ids = world(rng)
     scores = {pid: float(score) for pid, score in zip(ids[:12], rng.uniform(0.4, 0.9, 12), strict=True)}
     scores[ids[5]] = scores[ids[8]] = 0.97
     scores[ids[35]] = 0.99  # beyond the depth
-    return {"positives": labelled(ids, scores)[0]}
+    return {"positives": labelled(pseudo_label, ids, scores)[0]}
 
 
-def pseudo_sure(rng):
+def pseudo_sure(rng, pseudo_label):
     _, _, ids = world(rng)
     found = []
     for best in (0.9, 0.95):
         scores = {ids[0]: best, ids[1]: 0.1, ids[2]: 0.05}
-        positives, negatives = labelled(ids, scores)
+        positives, negatives = labelled(pseudo_label, ids, scores)
         found.append([len(positives), len(negatives)])
-    found.append([len(entries) for entries in labelled(ids, {})])
+    found.append([len(entries) for entries in labelled(pseudo_label, ids, {})])
     return {"how many": found}
 
 
-def pseudo_negatives(rng):
+def pseudo_negatives(rng, pseudo_label):
     _, _, ids = world(rng)
     scores = {pid: float(score) for pid, score in zip(ids[:15], rng.uniform(0, 0.25, 15), strict=True)}
     scores[ids[0]] = 0.99
     scores[ids[2]] = 0.3
     # thresholds that cross: the best passage is below negative_below too
     crossed = {ids[0]: 0.6, ids[1]: 0.5, ids[2]: 0.8}
-    crossing = labelled(ids, crossed, positive_above=0.4, negative_below=0.9)[1]
-    return {"negatives": labelled(ids, scores)[1], "thresholds that cross": crossing}
+    crossing = labelled(pseudo_label, ids, crossed, positive_above=0.4, negative_below=0.9)[1]
+    return {"negatives": labelled(pseudo_label, ids, scores)[1], "thresholds that cross": crossing}
 
 
 # ---------------------------------------------------------------- teleport
-def tele(rng_seed, question, corpus, ids, ahead, rngs=None, momentum=(), known=(), **changes):
-    from mine_negatives import teleport
-
+def tele(teleport, seed, question, corpus, ids, ahead, rngs=None, momentum=(), known=(), **changes):
     found = found_of(ids, lookahead=ahead, momentum=[*momentum], momentum_positives=[*known])
     question = dict(question, positives=[*question["positives"]])
-    return teleport(question, found, corpus, settings(**changes), rngs or streams(rng_seed))
+    return teleport(question, found, corpus, settings(**changes), rngs or streams(seed))
 
 
-def tele_sources(rng):
+def tele_sources(rng, teleport):
     question, corpus, ids = world(rng, holding=(1, 4))
     question["positives"] = [ids[0]]
     ahead = [ids[i] for i in (0, 2, 20, 21, 1, 22, 23)]
     momentum = [ids[2], ids[30], ids[31]]
     sizes = {"depth": 4, "negatives": 4}
-    _, negatives = tele(0, question, corpus, ids, ahead, momentum=momentum, **sizes)
+    _, negatives = tele(teleport, 0, question, corpus, ids, ahead, momentum=momentum, **sizes)
     return {
         "neighbours": sorted(negatives[:4]),
         "look-ahead": sorted(negatives[4:8]),
@@ -347,7 +317,7 @@ def tele_sources(rng):
     }
 
 
-def tele_draws(rng):
+def tele_draws(rng, teleport):
     question, corpus, ids = world(rng, holding=())
     question["positives"] = [ids[39]]
     good, late, alike = [], 0, []
@@ -355,8 +325,8 @@ def tele_draws(rng):
         neighbours = {}
         for ahead in (ids[20:24], ids[20:38]):
             rngs = streams(seed)
-            tele(seed, question, corpus, ids, ahead, rngs, depth=16, negatives=4)
-            _, negatives = tele(seed, question, corpus, ids, ahead, rngs, depth=16, negatives=4)
+            tele(teleport, seed, question, corpus, ids, ahead, rngs, depth=16, negatives=4)
+            _, negatives = tele(teleport, seed, question, corpus, ids, ahead, rngs, depth=16, negatives=4)
             neighbours[len(ahead)] = negatives[:4]
         places = {ids.index(pid) for pid in negatives[:4]}
         good.append(len(places) == 4 and max(places) < 16)
@@ -365,25 +335,23 @@ def tele_draws(rng):
     return {"four of the first 16": good, "some from far down": late > 0, "whatever the look-ahead": alike}
 
 
-def tele_positives(rng):
+def tele_positives(rng, teleport):
     question, corpus, ids = world(rng, holding=())
     question["positives"] = [ids[3]]
     known = [ids[7], ids[3], ids[9]]
-    positives, _ = tele(0, question, corpus, ids, ids[10:30], known=known)
+    positives, _ = tele(teleport, 0, question, corpus, ids, ids[10:30], known=known)
     return {"positives": positives}
 
 
-def tele_dropped(rng):
+def tele_dropped(rng, teleport):
     question, corpus, ids = world(rng, holding=range(30))
     question["positives"] = [ids[0]]
-    _, negatives = tele(0, question, corpus, ids[:20], ids[20:], momentum=ids[35:], depth=10)
+    _, negatives = tele(teleport, 0, question, corpus, ids[:20], ids[20:], momentum=ids[35:], depth=10)
     return {"negatives": len(negatives)}
 
 
 # ---------------------------------------------------------------- rotating_negatives
-def rotate_all(rng):
-    from train_dpr import rotating_negatives
-
+def rotate_all(rng, rotating_negatives):
     found = {}
     for pool, k in ((12, 4), (10, 3), (180, 31)):
         seed = int(rng.integers(10**6))
@@ -396,9 +364,7 @@ def rotate_all(rng):
     return found
 
 
-def rotate_small(rng):
-    from train_dpr import rotating_negatives
-
+def rotate_small(rng, rotating_negatives):
     seed = int(rng.integers(10**6))
     sizes = ((3, 8), (1, 2), (0, 3), (3, 0))
     return {"taken": [sorted(map(int, rotating_negatives(pool, k, seed, 2))) for pool, k in sizes]}

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
+from child import tasks
 
 TITLE = "EMDR2: teaching the retriever without labels"
 SHIP = ["train_emdr2.py", "train_dpr.py", "doc2embedding.py", "answer.py", "recipes/demo/prepare.py"]
@@ -15,41 +16,34 @@ SHIP += [f"recipes/demo/{name}.jsonl" for name in ("train", "dev", "test")]
 DROP = []
 # the first line of a function, and a line of another
 SHOWN = ["log_likelihood(fid, hidden_bLD, mask_bL, labels_bT, autocast)", "mask_BT.sum(1, keepdim=True)"]
-TASKS = {
-    "utils/fid.py:encode_contexts": {
-        "context_states": (4, "the states of each context, in the given order", "the docstring"),
-        "context_mask": (2, "the mask is true at the tokens of a context", "the docstring"),
-        "context_chunks": (2, "each context by itself: the chunk size changes nothing", "the docstring"),
-    },
-    "utils/fid.py:log_likelihood": {
-        "token_value": (6, "log p of each answer token, given the tokens before it", "the docstring"),
-        "token_pads": (4, "0 at PAD", "the docstring"),
-        "token_mask": (4, "states where mask_bL is false are not read", ""),
-    },
-    "utils/fid.py:fused_log_likelihood": {
-        "fused_value": (3, "all passages of a question as one long input", "the head of the file"),
-        "fused_order": (1, "their order does not matter", "the head of the file"),
-    },
-    "utils/fid.py:document_log_likelihood": {
-        "each_value": (9, "log p of each answer token from each passage alone", "the docstring"),
-        "each_chunks": (3, "the chunk size changes nothing", ""),
-        "each_memory": (2, "the logits of a chunk, never of all passages", "the comment: why in chunks"),
-    },
-    "train_emdr2.py:retriever_loss": {
-        "marginal_token": (7, "token: log of a mean over passages, for each token", "the docstring"),
-        "marginal_sequence": (6, "sequence: the same for the whole answer", "the docstring"),
-        "marginal_mean": (3, "token: over all answer tokens; sequence: over questions", "the docstring"),
-        "marginal_pads": (4, "what stands at padding changes nothing", "mask_BT"),
-    },
-    "train_emdr2.py:kl_loss": {
-        "kl_value": (3, "the divergence from the prior, of the softmax of the mean log p", "the docstring"),
-        "kl_zero": (1, "0 where both are the same", ""),
-        "kl_pads": (1, "what stands at padding changes nothing", "mask_BT"),
-    },
-    "together": {
-        "one_step": (5, "all your functions: a reader's loss, and the retriever's", ""),
-    },
-}
+TASKS = tasks("""
+utils/fid.py:encode_contexts
+   4 context_states   the states of each context, in the given order | the docstring
+   2 context_mask     the mask is true at the tokens of a context | the docstring
+   2 context_chunks   each context by itself: the chunk size changes nothing | the docstring
+utils/fid.py:log_likelihood
+   6 token_value      log p of each answer token, given the tokens before it | the docstring
+   4 token_pads       0 at PAD | the docstring
+   4 token_mask       states where mask_bL is false are not read
+utils/fid.py:fused_log_likelihood
+   3 fused_value      all passages of a question as one long input | the head of the file
+   1 fused_order      their order does not matter | the head of the file
+utils/fid.py:document_log_likelihood
+   9 each_value       log p of each answer token from each passage alone | the docstring
+   3 each_chunks      the chunk size changes nothing
+   2 each_memory      the logits of a chunk, never of all passages | the comment: why in chunks
+train_emdr2.py:retriever_loss
+   7 marginal_token   token: log of a mean over passages, for each token | the docstring
+   6 marginal_sequence sequence: the same for the whole answer | the docstring
+   3 marginal_mean    token: over all answer tokens; sequence: over questions | the docstring
+   4 marginal_pads    what stands at padding changes nothing | mask_BT
+train_emdr2.py:kl_loss
+   3 kl_value         the divergence from the prior, of the softmax of the mean log p | the docstring
+   1 kl_zero          0 where both are the same
+   1 kl_pads          what stands at padding changes nothing | mask_BT
+together
+   5 one_step         all your functions: a reader's loss, and the retriever's
+""")
 
 # ---------------------------------------------------------------- predict
 QUESTIONS = {
@@ -81,10 +75,7 @@ def reader(rng, words=40):
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
     config = T5Config(vocab_size=words, decoder_start_token_id=0, **sizes)
     tokenizer = SimpleNamespace(pad_token_id=0, sep_token_id=1)
-    fid = Fid(T5ForConditionalGeneration(config).eval(), tokenizer, {"token_types": "zeros"})
-    for weight in fid.model.parameters():
-        weight.data *= 3  # why: at T5's start every passage gives nearly the same probabilities
-    return fid
+    return Fid(T5ForConditionalGeneration(config).eval(), tokenizer, {"token_types": "zeros"})
 
 
 def ids_of(rng, *lengths):
@@ -108,10 +99,8 @@ def close(a, b):
 
 
 # ---------------------------------------------------------------- encode_contexts
-def contexts(rng, chunk):
+def contexts(rng, encode_contexts, chunk):
     import torch
-
-    from utils.fid import encode_contexts
 
     fid, ids = reader(rng), ids_of(rng, 5, 9, 3, 7, 9, 2)
     with torch.no_grad():
@@ -121,26 +110,24 @@ def contexts(rng, chunk):
     return hidden_NLD * true_NL[:, :, None], mask_NL
 
 
-def context_states(rng):
-    return {"states of the tokens": contexts(rng, 2)[0]}
+def context_states(rng, encode_contexts):
+    return {"states of the tokens": contexts(rng, encode_contexts, 2)[0]}
 
 
-def context_mask(rng):
-    return {"mask": contexts(rng, 4)[1]}
+def context_mask(rng, encode_contexts):
+    return {"mask": contexts(rng, encode_contexts, 4)[1]}
 
 
-def context_chunks(rng):
+def context_chunks(rng, encode_contexts):
     seed = int(rng.integers(10**6))
-    one, all_ = (contexts(np.random.default_rng(seed), chunk)[0] for chunk in (1, 99))
+    one, all_ = (contexts(np.random.default_rng(seed), encode_contexts, chunk)[0] for chunk in (1, 99))
     return {"the same": close(one, all_), "there are states": bool((one != 0).any())}
 
 
 # ---------------------------------------------------------------- log_likelihood
-def tokens(rng, pads=0, short=False):
+def tokens(rng, log_likelihood, pads=0, short=False):
     """Return log_likelihood's log_bT of three rows; short: only the first states of a row may be read."""
     import torch
-
-    from utils.fid import log_likelihood
 
     fid = reader(rng)
     hidden_bLD = torch.tensor(rng.standard_normal((3, 6, 16)), dtype=torch.float32)
@@ -154,24 +141,22 @@ def tokens(rng, pads=0, short=False):
         return log_likelihood(fid, hidden_bLD, mask_bL, labels_bT, nullcontext)
 
 
-def token_value(rng):
-    return {"log p": tokens(rng)}
+def token_value(rng, log_likelihood):
+    return {"log p": tokens(rng, log_likelihood)}
 
 
-def token_pads(rng):
-    log_bT = tokens(rng, pads=2)
+def token_pads(rng, log_likelihood):
+    log_bT = tokens(rng, log_likelihood, pads=2)
     return {"log p at PAD": [float(x) + 0.0 for x in log_bT[1, -2:]], "shape": list(log_bT.shape)}
 
 
-def token_mask(rng):
-    return {"log p": tokens(rng, short=True)}
+def token_mask(rng, log_likelihood):
+    return {"log p": tokens(rng, log_likelihood, short=True)}
 
 
 # ---------------------------------------------------------------- fused, and each alone
-def fused(rng, flip=False):
+def fused(rng, fused_log_likelihood, flip=False):
     import torch
-
-    from utils.fid import fused_log_likelihood
 
     fid = reader(rng)
     hidden_BKLD, mask_BKL, labels_BT = states(rng, 2, 3, 6)
@@ -181,36 +166,34 @@ def fused(rng, flip=False):
         return fused_log_likelihood(fid, hidden_BKLD, mask_BKL, labels_BT)
 
 
-def fused_value(rng):
-    return {"log p": fused(rng)}
+def fused_value(rng, fused_log_likelihood):
+    return {"log p": fused(rng, fused_log_likelihood)}
 
 
-def fused_order(rng):
+def fused_order(rng, fused_log_likelihood):
     seed = int(rng.integers(10**6))
-    there, back = (fused(np.random.default_rng(seed), flip) for flip in (False, True))
+    there, back = (fused(np.random.default_rng(seed), fused_log_likelihood, flip) for flip in (False, True))
     return {"the same": close(there, back), "not nothing": bool((there != 0).any())}
 
 
-def alone(rng, chunk, words=40):
-    from utils.fid import document_log_likelihood
-
-    fid = reader(rng, words)
+def alone(rng, document_log_likelihood, chunk):
+    fid = reader(rng)
     return document_log_likelihood(fid, *states(rng, 2, 4, 7), chunk)
 
 
-def each_value(rng):
-    return {"log p": alone(rng, 3)}
+def each_value(rng, document_log_likelihood):
+    return {"log p": alone(rng, document_log_likelihood, 3)}
 
 
-def each_chunks(rng):
+def each_chunks(rng, document_log_likelihood):
     seed = int(rng.integers(10**6))
-    first, *others = (alone(np.random.default_rng(seed), chunk) for chunk in (1, 3, 99))
+    found = [alone(np.random.default_rng(seed), document_log_likelihood, chunk) for chunk in (1, 3, 99)]
+    first, *others = found
     return {"the same": [close(first, other) for other in others], "not nothing": bool((first != 0).any())}
 
 
-def each_memory(rng):
+def each_memory(rng, document_log_likelihood):
     from tests.saved import Largest
-    from utils.fid import document_log_likelihood
 
     words = 3000
     fid, given = reader(rng, words), states(rng, 2, 4, 7)
@@ -223,79 +206,76 @@ def each_memory(rng):
 
 
 # ---------------------------------------------------------------- losses
-def marginal(rng, kind, B, K, T, lengths=None, at_pads=0.0):
-    """Return (loss, gradient with respect to the scores) of retriever_loss in float64."""
+def marginal(rng, retriever_loss, kind, B, K, T, lengths=None, at_pads=0.0):
+    """Return (loss of retriever_loss, scores) in float64; the prior is the softmax of the scores."""
     import torch
-
-    from train_emdr2 import retriever_loss
 
     scores_BK = torch.tensor(rng.standard_normal((B, K)), requires_grad=True)
     log_BKT = torch.tensor(-rng.uniform(0.1, 3, (B, K, T)))
-    mask_BT = torch.ones(B, T, dtype=torch.bool)
-    if lengths:
-        mask_BT = torch.arange(T) < torch.tensor(lengths)[:, None]
-    log_BKT = log_BKT.masked_fill(~mask_BT[:, None], at_pads)
-    loss = retriever_loss(scores_BK.log_softmax(1), log_BKT, mask_BT, kind)
+    mask_BT = torch.arange(T) < torch.tensor(lengths or [T] * B)[:, None]
+    log_BKT = torch.where(mask_BT[:, None], log_BKT, at_pads * log_BKT)
+    return retriever_loss(scores_BK.log_softmax(1), log_BKT, mask_BT, kind), scores_BK
+
+
+def slope(loss, scores_BK):
     loss.backward()
-    return loss.detach(), scores_BK.grad
+    return {"loss": loss, "d loss / d scores": scores_BK.grad}
 
 
-def marginal_token(rng):
-    loss, slope_BK = marginal(rng, "token", 1, 5, 4)
-    return {"loss": loss, "d loss / d scores": slope_BK}
+def marginal_token(rng, retriever_loss):
+    return slope(*marginal(rng, retriever_loss, "token", 1, 5, 4))
 
 
-def marginal_sequence(rng):
-    loss, slope_BK = marginal(rng, "sequence", 1, 5, 4)
-    return {"loss": loss, "d loss / d scores": slope_BK}
+def marginal_sequence(rng, retriever_loss):
+    return slope(*marginal(rng, retriever_loss, "sequence", 1, 5, 4))
 
 
-def marginal_mean(rng):
+def marginal_mean(rng, retriever_loss):
     # one passage a question: its prior is 1, and only the means are left
-    return {kind: marginal(rng, kind, 3, 1, 4, lengths=[1, 4, 2])[0] for kind in ("token", "sequence")}
+    sizes = {"B": 3, "K": 1, "T": 4, "lengths": [1, 4, 2]}
+    return {kind: marginal(rng, retriever_loss, kind, **sizes)[0] for kind in ("token", "sequence")}
 
 
-def marginal_pads(rng):
-    same = []
+def same_with_pads(rng, loss_of):
+    """Return whether loss_of(rng, what stands at padding) is the same number, not 0, with two values there."""
+    seed = int(rng.integers(10**6))
+    losses = [float(loss_of(np.random.default_rng(seed), at_pads)) for at_pads in (0.0, 5.0)]
+    return {"the same": abs(losses[0] - losses[1]) < 1e-9 and losses[0] != 0}
+
+
+def marginal_pads(rng, retriever_loss):
+    found = {}
     for kind in ("token", "sequence"):
-        seed = int(rng.integers(10**6))
-        losses = []
-        for value in (0.0, -7.0):
-            again = np.random.default_rng(seed)
-            losses.append(marginal(again, kind, 2, 3, 4, lengths=[2, 3], at_pads=value)[0])
-        same.append(abs(float(losses[0] - losses[1])) < 1e-9 and float(losses[0]) != 0)
-    return {"the same": same}
+
+        def loss_of(rng, at_pads, kind=kind):
+            return marginal(rng, retriever_loss, kind, 2, 3, 4, [2, 3], at_pads)[0]
+
+        found[kind] = same_with_pads(rng, loss_of)["the same"]
+    return found
 
 
-def divergence(rng, at_pads=0.0, lengths=(4, 4), equal=False):
+def divergence(rng, kl_loss, at_pads=0.0, lengths=(4, 4), equal=False):
+    """Return (loss of kl_loss, scores) in float64; equal: the prior is what the reader prefers."""
     import torch
 
-    from train_emdr2 import kl_loss
-
     scores_BK = torch.tensor(rng.standard_normal((2, 5)), requires_grad=True)
+    log_BKT = torch.tensor(-rng.uniform(0.1, 3, (2, 5, 4)))
     mask_BT = torch.arange(4) < torch.tensor(lengths)[:, None]
-    log_BKT = torch.tensor(-rng.uniform(0.1, 3, (2, 5, 4))).masked_fill(~mask_BT[:, None], at_pads)
-    log_prior_BK = scores_BK.log_softmax(1)
-    if equal:
-        log_prior_BK = (scores_BK * 0 + log_BKT.mean(2)).log_softmax(1)
-    loss = kl_loss(log_prior_BK, log_BKT, mask_BT)
-    loss.backward()
-    return loss.detach(), scores_BK.grad
+    log_BKT = torch.where(mask_BT[:, None], log_BKT, at_pads * log_BKT)
+    log_prior_BK = (log_BKT.mean(2) if equal else scores_BK).log_softmax(1)
+    return kl_loss(log_prior_BK, log_BKT, mask_BT), scores_BK
 
 
-def kl_value(rng):
-    loss, slope_BK = divergence(rng)
-    return {"loss": loss, "d loss / d scores": slope_BK}
+def kl_value(rng, kl_loss):
+    return slope(*divergence(rng, kl_loss))
 
 
-def kl_zero(rng):
-    return {"zero": bool(abs(float(divergence(rng, equal=True)[0])) < 1e-9)}
+def kl_zero(rng, kl_loss):
+    return {"zero": bool(abs(float(divergence(rng, kl_loss, equal=True)[0])) < 1e-9)}
 
 
-def kl_pads(rng):
-    seed = int(rng.integers(10**6))
-    losses = [float(divergence(np.random.default_rng(seed), value, (2, 3))[0]) for value in (0.0, -7.0)]
-    return {"the same": abs(losses[0] - losses[1]) < 1e-9 and losses[0] != 0}
+def kl_pads(rng, kl_loss):
+    return same_with_pads(rng, lambda rng, at_pads: divergence(rng, kl_loss, at_pads, (2, 3))[0])
 
 
 # ---------------------------------------------------------------- together

@@ -8,9 +8,9 @@ Students, in that folder:
   python kit.py board FILE        make the entry for the board from a .run or .answers.json
 Staff, in the repository: python course/kit.py make | prove | seal | grade | board --table   (course/staff.py)
 
-The solution is the answer key. A driver is a function of a1.py, a2.py ... It calls one function with numbers
-drawn from a seed and returns arrays. Drivers run in a child process that holds no expected number: only the
-arrays come back, and this process compares them with those of the solution.
+The solution is the answer key. A driver is a function of a1.py, a2.py ... It calls the student's function
+with numbers drawn from a seed and returns arrays. Drivers run in a child process that holds no expected
+number: only the arrays come back, and this process compares them with those of the solution.
 """
 
 import argparse
@@ -128,7 +128,7 @@ def public_results(made, table, name=""):
         if name not in task:
             continue
         limit = 60 + 30 * made["seconds"][task]
-        got, fault, _ = outputs(files, made["assignment"], [*checks], [made["seed"]], limit)
+        got, fault, _ = outputs(files, made["assignment"], task, [made["seed"]], limit)
         cause = explain(task, made["seed"], got, made["causes"].get(task, []), wrong)
         for check, (points, *_) in checks.items():
             place = (made["seed"], check)

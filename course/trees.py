@@ -231,7 +231,7 @@ def seen_of(assignment, table, solution, submission, task, seeds, key, seconds):
     files, fault = tree_with(solution, submission, table, task)
     if fault:
         return {(seed, check): fault for seed in seeds for check in checks}, {}, 0.0
-    got, fault, took = child.outputs(files, assignment, checks, seeds, seconds)
+    got, fault, took = child.outputs(files, assignment, task, seeds, seconds)
     seen = {}
     for seed in seeds:
         for check in checks:
@@ -246,7 +246,7 @@ def keys_of(assignment, table, solution, seeds, tasks=None):
     key, seconds = {}, {}
     for task in tasks or table.TASKS:
         checks = table.TASKS[task]
-        found, fault, seconds[task] = child.outputs(solution, assignment, [*checks], seeds)
+        found, fault, seconds[task] = child.outputs(solution, assignment, task, seeds)
         key |= found
         for seed in seeds:
             for check in checks:
@@ -275,7 +275,7 @@ def wrong_outputs(assignment, table, solution, seed):
     for task, *_ in tasks_of(table):
         for i, (what, submission, _) in enumerate(wrong_submissions(solution, table, task)):
             files, _ = tree_with(solution, submission, table, task)
-            found, *_ = child.outputs(files, assignment, [*table.TASKS[task]], [seed])
+            found, *_ = child.outputs(files, assignment, task, [seed])
             yield task, i, what, found
 
 

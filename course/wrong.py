@@ -1553,7 +1553,7 @@ WRONG["utils/fid.py:encode_contexts"] = [
         "the states stay in the order of the chunks",
         "rows[place] = hidden_LD",
         "rows[sum(row is not None for row in rows)] = hidden_LD",
-        "context_states",
+        "context_states context_chunks",
     ),
     (
         "padding is read as words",

@@ -140,15 +140,15 @@ def test_a_difference_is_named_without_the_wanted_number(got, wanted, words):
 
 # ---------------------------------------------------------------- the child
 DRIVERS = """
-def answer(rng):
-    from mine import double
+TASKS = {"mine.py:double": ["answer"]}
+def answer(rng, double):
     return {"twice": double(rng.standard_normal(3)), "list": [1, 2]}
 """
 
 
 def run(body, seconds=20):
     files = {"mine.py": f"def double(x):\n{body}\n".encode(), "a.py": DRIVERS.encode()}
-    found, fault, _ = child.outputs(files, "a", ["answer"], [5], seconds)
+    found, fault, _ = child.outputs(files, "a", "mine.py:double", [5], seconds)
     return found.get((5, "answer")), fault
 
 
