@@ -14,7 +14,7 @@ import child
 import kit
 import numpy as np
 import trees
-import wrong as answers
+import wrong
 
 SEEDS = (1, 2)  # where no sealed seeds are given
 # how the lines of prove begin, for the counts
@@ -88,7 +88,7 @@ def prove(assignment, seeds=SEEDS, tasks=None, attacks=True, seconds=None):
             submission = {}
             for other, path, name in trees.tasks_of(table):
                 source = submission.get(path, solution[path]).decode()
-                source, _ = trees.graft(source, answers.RIGHT[other][0][1], name)
+                source, _ = trees.graft(source, wrong.RIGHT[other][0][1], name)
                 submission[path] = source.encode()
             losses, found = lost(submission, task)
             seen = next(filter(None, found.values()), "")
@@ -100,7 +100,7 @@ def prove(assignment, seeds=SEEDS, tasks=None, attacks=True, seconds=None):
             text = ", ".join(f"{c} lost at {len(losses[c])} of {len(seeds)} seeds" for c in unlike)
             yield f"{task}: wrong: {what}: loses {', '.join(named)}", text
         path, name = task.split(":")
-        for what, text in answers.RIGHT[task]:
+        for what, text in wrong.RIGHT[task]:
             submission = {path: text.encode()}
             losses, found = lost(submission, task)
             text = "; ".join(f"{c}: {next(filter(None, found.values()))}" for c, at in losses.items() if at)

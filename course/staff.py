@@ -7,7 +7,7 @@ python course/kit.py seal A --out FILE                    draw the secret seeds
 python course/kit.py grade A FOLDER --sealed FILE         grade the zips of a folder
 python course/kit.py board --table FOLDER --questions FILE --corpus FILE --baseline FILE
 
-trees.py cuts and grafts, prove.py proves, wrong.py has the wrong answers.
+trees.py cuts and grafts, prove.py proves, wrong.py has the wrong wrong.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import kit
 import numpy as np
 import prove
 import trees
-import wrong as answers
+import wrong
 
 HERE = trees.HERE
 
@@ -82,7 +82,7 @@ def grade_one(assignment, table, solution, sealed, submission):
             key, took = trees.keys_of(assignment, table, solution, seeds, [task])
         limit = 20 + 10 * took[task]
         found, got, _ = trees.seen_of(assignment, table, solution, submission, task, seeds, key, limit)
-        causes = [what for what, *_ in answers.WRONG.get(task, [])]
+        causes = [what for what, *_ in wrong.WRONG.get(task, [])]
         cause = kit.explain(task, sealed["seeds"][0], got, causes, sealed["wrong"])
         for check, (points, *_) in checks.items():
             seen = found[public, check]
@@ -98,11 +98,11 @@ def predict_row(assignment, table, submission):
     """Return the row of the predictions: their share of 10 points, each right within 1 %."""
     made = json.loads(submission.get("kit.json", b"{}"))
     try:
-        given = json.loads(submission.get("answers.json", b"{}"))
+        given = json.loads(submission.get("wrong.json", b"{}"))
     except ValueError:
         given = {}
     seed = seed_of(assignment, str(made.get("student", "")))
-    wanted = answers.PREDICT[assignment](**kit.numbers_of(table, seed))
+    wanted = wrong.PREDICT[assignment](**kit.numbers_of(table, seed))
     right = []
     for name, value in wanted.items():
         mine = given.get(name) if isinstance(given, dict) else None
@@ -110,7 +110,7 @@ def predict_row(assignment, table, submission):
             right.append(name)
     most = kit.SECTIONS["predict"]
     missing = ", ".join(name for name in wanted if name not in right)
-    row = {"task": "predict", "check": "answers.json", "points": round(most * len(right) / len(wanted), 2)}
+    row = {"task": "predict", "check": "wrong.json", "points": round(most * len(right) / len(wanted), 2)}
     return row | {"of": most, "seen": missing and f"not right: {missing}", "sealed": "", "cause": ""}
 
 

@@ -16,7 +16,7 @@ sys.path[:0] = [str(HERE), str(ROOT)]
 
 import child  # noqa: E402
 import kit  # noqa: E402
-import wrong as answers  # noqa: E402
+import wrong  # noqa: E402
 
 PIECE = 28  # letters from which on a piece of a removed body counts as a leak
 COMMON = ["LICENSE", "requirements.txt", "utils/__init__.py", "prepare/__init__.py"]
@@ -263,11 +263,11 @@ def wrong_submissions(solution, table, task):
     node = find(source, name)
     rows = source.split("\n")
     text = "\n".join(rows[node.lineno - 1 : node.end_lineno])
-    for what, old, new, loses in answers.WRONG[task]:
+    for what, old, new, loses in wrong.WRONG[task]:
         if text.count(old) != 1:
-            sys.exit(f"error: wrong.py: {task}: {what}: {old!r} stands {text.count(old)} times")
+            sys.exit(f"error: answers: {task}: {what}: {old!r} stands {text.count(old)} times")
         changed = rows[: node.lineno - 1] + [text.replace(old, new)] + rows[node.end_lineno :]
-        yield what, {path: "\n".join(changed).encode()}, loses.split()
+        yield what, {path: "\n".join(changed).encode()}, loses
 
 
 def wrong_outputs(assignment, table, solution, seed):

@@ -54,7 +54,7 @@ def test_an_assignment_is_cut_without_a_trace(name):
         assert len(wrong.WRONG[task]) >= 3 and wrong.RIGHT[task], task
         assert all(hasattr(table, check) for check in table.TASKS[task])
         for *_, loses in wrong.WRONG[task]:
-            assert {*loses.split()} <= table.TASKS[task].keys(), task
+            assert {*loses} <= table.TASKS[task].keys(), task
     assert wrong.PREDICT[name](**kit.numbers_of(table, 1)).keys() == table.QUESTIONS.keys()
     handout = (ROOT / "course" / f"{name}.md").read_text(encoding="utf-8")
     named = {*re.findall(r"\b(?:(?:utils|recipes|config|tests)/)?[\w/]+\.(?:py|yaml)\b", handout)}
