@@ -5,11 +5,7 @@ Assignment 3, exact search and what counts as found: the points, and the drivers
 import numpy as np
 from child import tasks
 
-TITLE = "Exact search, and what counts as found"
-SHIP = ["test_dpr.py", "doc2embedding.py", "recipes/compare.py", "config/test_dpr.yaml"]
-SHIP += ["config/doc2embedding.yaml", "recipes/demo/prepare.py", "utils/bm25.py", "tests/saved.py"]
-SHIP += ["recipes/untrained.py", "config/train_dpr_nq.yaml", "config/train_dpr_demo.yaml"]
-SHIP += [f"recipes/demo/{name}.jsonl" for name in ("train", "dev", "test")]
+SHIP = ["test_dpr.py", "doc2embedding.py", "utils/bm25.py", "recipes/untrained.py", "tests/saved.py"]
 # helpers that would give an answer away
 DROP = ["utils/search.py:best_of_block", "utils/text.py:_probe", "utils/text.py:_token_pattern"]
 DROP += ["utils/text.py:_before", "utils/text.py:answer_position"]
@@ -148,9 +144,8 @@ def topk_memory(rng, exact_topk):
 
 
 def fetch_rows(rng, fetch):
-    sizes = rng.permutation([1, 4, 7, 2, 9])
-    x_ND = vectors(rng, int(sizes.sum()), 5)
-    ends = np.cumsum(sizes)
+    ends = np.cumsum(rng.permutation([1, 4, 7, 2, 9]))
+    x_ND = vectors(rng, int(ends[-1]), 5)
     shards = np.split(x_ND, ends[:-1])
     rows = rng.permutation([*(ends - 1), *ends[:-1], 0, 0, *rng.integers(0, len(x_ND), 5)])
     return {"vectors": fetch(shards, rows)}
@@ -189,8 +184,7 @@ def verdicts(rng, has_answer, cases, regex=False):
 
 
 def answer_tokens(rng, has_answer):
-    words = "the river rises in old norway and runs past a mill to st olaf".split()
-    words = [words[i] for i in rng.permutation(len(words))]
+    words = rng.permutation("the river rises in old norway and runs past a mill to st olaf".split()).tolist()
     text = " ".join(words)
     at = int(rng.integers(2, 8))
     cases = [
@@ -294,8 +288,8 @@ def boot_width(rng, bootstrap_interval):
 
 def boot_skew(rng, bootstrap_interval):
     values = rng.permutation([1.0] + [0.0] * 19)
-    low, high = bootstrap_interval(values, samples=20000, seed=int(rng.integers(99)))
-    return {"low": round(float(low), 3), "high": round(float(high), 3)}
+    interval = bootstrap_interval(values, samples=20000, seed=int(rng.integers(99)))
+    return {"interval": np.round(interval, 3).tolist()}
 
 
 def boot_seed(rng, bootstrap_interval):
@@ -306,9 +300,9 @@ def boot_seed(rng, bootstrap_interval):
 
 # ---------------------------------------------------------------- hybrid
 def hybrid_score(rng, hybrid):
-    rows = rng.permutation(100)
-    dense = [(int(row), float(score)) for row, score in zip(rows[:8], rng.uniform(60, 80, 8), strict=True)]
-    bm25 = [(int(row), float(score)) for row, score in zip(rows[5:13], rng.uniform(5, 30, 8), strict=True)]
+    rows = rng.permutation(100).tolist()
+    dense = [*zip(rows[:8], rng.uniform(60, 80, 8).tolist(), strict=True)]
+    bm25 = [*zip(rows[5:13], rng.uniform(5, 30, 8).tolist(), strict=True)]
     weight = float(rng.uniform(0.5, 2))
     scores = dict(hybrid(dense, bm25, weight, 50))
     alone = dict(hybrid(dense, [], weight, 50))
@@ -318,7 +312,7 @@ def hybrid_score(rng, hybrid):
 
 
 def hybrid_order(rng, hybrid):
-    rows = [int(row) for row in rng.permutation(100)[:10]]
+    rows = rng.permutation(100)[:10].tolist()
     dense = [(row, float(5 - i // 3)) for i, row in enumerate(rows[:7])]
     bm25 = [(row, 2.0) for row in rows[4:]]
     return {"rows": [[row for row, _ in hybrid(dense, bm25, 1.0, k)] for k in (4, 20)]}
@@ -336,10 +330,7 @@ def evaluated(rng):
     queries_QD[4] = np.nan  # no result for this one
     hits, ranks, gains = [], [], []
     for dense in search(queries_QD, shards, None, 12, "cpu"):
-        bm25 = [
-            (int(row), float(score))
-            for row, score in zip(rng.permutation(60)[:9], range(9, 0, -1), strict=True)
-        ]
+        bm25 = [(row, 9.0 - i) for i, row in enumerate(rng.permutation(60)[:9].tolist())]
         joined = hybrid(dense, bm25, 0.5, 10)
         right = [has_answer(texts[row], ["Red river"]) for row, _ in joined]
         hits.append(right)

@@ -20,6 +20,8 @@ import wrong  # noqa: E402
 
 PIECE = 28  # letters from which on a piece of a removed body counts as a leak
 COMMON = ["LICENSE", "requirements.txt", "utils/__init__.py", "prepare/__init__.py"]
+COMMON += ["recipes/demo/prepare.py", "recipes/compare.py", "config/train_dpr_demo.yaml"]
+COMMON += [f"recipes/demo/{name}.jsonl" for name in ("train", "dev", "test")]
 
 
 # ---------------------------------------------------------------- functions: cut, graft
@@ -108,7 +110,7 @@ def is_constant(node):
 
 # ---------------------------------------------------------------- trees
 def closure(paths):
-    """Return the files of this repository that Python files import, they themselves first."""
+    """Return these files of the repository, and what their Python imports or names (a script its config)."""
     found = {}
     waiting = [*paths]
     while waiting:
@@ -122,6 +124,8 @@ def closure(paths):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.module:
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            if isinstance(node, ast.Constant) and str(node.value).startswith("config/"):
+                waiting.append(node.value)
             waiting += [name.replace(".", "/") + ".py" for name in names]
     return found
 
