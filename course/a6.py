@@ -9,26 +9,30 @@ import numpy as np
 from child import tasks
 
 SHIP = ["train_emdr2.py", "train_dpr.py", "doc2embedding.py", "answer.py", "recipes/demo/flan_t5.py"]
-SHIP += ["tests/saved.py"]
+SHIP += ["tests/saved.py", "tests/toy.py"]
 DROP = []
 # the first line of a function, and a line of another
 SHOWN = ["log_likelihood(fid, hidden_bLD, mask_bL, labels_bT, autocast)", "mask_BT.sum(1, keepdim=True)"]
 TASKS = tasks("""
 utils/fid.py:encode_contexts
-   4 context_states   the states of each context, in the given order | the docstring
-   2 context_mask     the mask is true at the tokens of a context | the docstring
-   2 context_chunks   each context by itself: the chunk size changes nothing | the docstring
+   2 context_states   the states of each context, in the given order | the docstring
+   1 context_mask     the mask is true at the tokens of a context | the docstring
+   1 context_chunks   each context by itself: the chunk size changes nothing | the docstring
 utils/fid.py:log_likelihood
-   6 token_value      log p of each answer token, given the tokens before it | the docstring
-   4 token_pads       0 at PAD | the docstring
+   5 token_value      log p of each answer token, given the tokens before it | the docstring
+   3 token_pads       0 at PAD | the docstring
    4 token_mask       states where mask_bL is false are not read
 utils/fid.py:fused_log_likelihood
    3 fused_value      all passages of a question as one long input | the head of the file
    1 fused_order      their order does not matter | the head of the file
 utils/fid.py:document_log_likelihood
-   9 each_value       log p of each answer token from each passage alone | the docstring
-   3 each_chunks      the chunk size changes nothing
+   8 each_value       log p of each answer token from each passage alone | the docstring
+   2 each_chunks      the chunk size changes nothing
    2 each_memory      the logits of a chunk, never of all passages | the comment: why in chunks
+train_emdr2.py:retriever_gradient ... q_BD = ... log_prior_BK =
+   3 prior_value      the softmax over the passages of a question, of its inner products | docstring, (4)
+   3 prior_gradient   both encoders learn | vectors_with_graph
+   2 prior_temperature  inner products are divided by it; 0 means the root of D | config/train_emdr2_nq.yaml
 train_emdr2.py:retriever_loss
    7 marginal_token   token: log of a mean over passages, for each token | the docstring
    6 marginal_sequence sequence: the same for the whole answer | the docstring
@@ -200,6 +204,40 @@ def each_memory(rng, document_log_likelihood):
     # why not nothing: a function that does nothing needs no memory
     found = {"logits of half of all passages": largest.numel > all_logits / 2}
     return found | {"not nothing": bool((log_BKT != 0).any())}
+
+
+# ---------------------------------------------------------------- the prior
+def learned(rng, retriever_gradient, temperature):
+    """Return (the numbers that are shown, the size of both encoders' gradients) in the toy world."""
+    import torch
+    from toys import ACCELERATOR, toy_training
+
+    encoders = toy_training()[3]
+    keys = {"passage_chunk": 4, "top_k": 3, "batch_size": 2, "temperature": temperature}
+    cfg = SimpleNamespace(**keys, retriever_loss="emdr2", marginal="sequence")
+    batch = {"question_ids": ids_of(rng, 4, 6), "passage_ids": ids_of(rng, 5, 9, 3, 7, 9, 2)}
+    batch["labels_BT"] = torch.tensor(rng.integers(2, 40, (2, 3)))
+    log_BKT = torch.tensor(-rng.uniform(0.1, 3, (2, 3, 3)), dtype=torch.float32)
+    shown = retriever_gradient(batch, log_BKT, encoders, 6, ACCELERATOR, cfg)
+    norms = []
+    for encoder in encoders.values():
+        gradients = [weight.grad.flatten() for weight in encoder.parameters() if weight.grad is not None]
+        norms.append(torch.cat([torch.zeros(1), *gradients]).norm())
+    return torch.stack(shown), torch.stack(norms)
+
+
+def prior_value(rng, retriever_gradient):
+    return {"loss and entropy": learned(rng, retriever_gradient, 1.0)[0][:2]}
+
+
+def prior_gradient(rng, retriever_gradient):
+    return {"size of the gradients": learned(rng, retriever_gradient, 1.0)[1]}
+
+
+def prior_temperature(rng, retriever_gradient):
+    seed = int(rng.integers(10**6))
+    found = [learned(np.random.default_rng(seed), retriever_gradient, t)[0][:2] for t in (0.0, 3.0)]
+    return {"root of D": found[0], "3": found[1]}
 
 
 # ---------------------------------------------------------------- losses

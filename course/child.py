@@ -43,6 +43,7 @@ def tasks(text):
     Return {task: {check: (points, what is asked, where to read)}} of a table.
 
     A task is a line, file:function. Below it each check is one: points driver what is asked | where to read
+    A part of a function is named by the beginnings of two statements: file:function ... first ... last
     """
     found = {}
     for line in text.strip().splitlines():
@@ -53,6 +54,13 @@ def tasks(text):
         asked, _, read = words.partition(" | ")
         checks[name] = (int(points), asked, read)
     return found
+
+
+def parts(task):
+    """Return (file, function, first, last) of a task. No function: together. No first and last: all of it."""
+    place, first, last = [*task.split(" ... "), "", ""][:3]
+    path, _, name = place.partition(":")
+    return path, name, first, last
 
 
 # ---------------------------------------------------------------- in the child
@@ -129,7 +137,7 @@ def run_drivers(folder, assignment, task, seeds, most):
     tempfile.tempdir = folder
     guard(folder)
     drivers = load(f"{tree}/{assignment}.py")
-    path, _, function = task.partition(":")
+    path, function, *_ = parts(task)
     found = {}
     for seed in seeds:
         for name in drivers.TASKS[task]:

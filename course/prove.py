@@ -99,7 +99,7 @@ def prove(assignment, seeds=SEEDS, tasks=None, attacks=True, seconds=None):
             unlike = [c for c, at in losses.items() if len(at) != (len(seeds) if c in named else 0)]
             text = ", ".join(f"{c} lost at {len(losses[c])} of {len(seeds)} seeds" for c in unlike)
             yield f"{task}: wrong: {what}: loses {', '.join(named)}", text
-        path, name = task.split(":")
+        path, name, *_ = child.parts(task)
         for what, text in wrong.RIGHT[task]:
             submission = {path: text.encode()}
             losses, found = lost(submission, task)
@@ -175,7 +175,7 @@ def seal(args):
     """Draw seeds until every wrong answer loses its checks at each; write them."""
     table = child.load(trees.HERE / f"{args.assignment}.py")
     solution = trees.solution_of(args.assignment, table)
-    seeds, wrong = [], {}
+    seeds, sealed = [], {}
     while len(seeds) < args.count:
         seed = secrets.randbelow(2**48)
         key, _ = trees.keys_of(args.assignment, table, solution, [seed])
@@ -190,9 +190,9 @@ def seal(args):
         print(f"a seed {'is not good for ' + faults[0] if faults else 'is good for all wrong answers'}")
         if not faults:
             seeds.append(seed)
-            wrong = wrong or outputs
+            sealed = sealed or outputs
     Path(args.out).write_text(
         json.dumps({"assignment": args.assignment, "seeds": seeds}) + "\n", encoding="utf-8"
     )
-    np.savez(Path(args.out).with_suffix(".npz"), **child.flat(wrong))  # at the first seed, for the feedback
+    np.savez(Path(args.out).with_suffix(".npz"), **child.flat(sealed))  # at the first seed, for the feedback
     print(f"written: {args.out}; keep it out of every folder that students can read")

@@ -33,19 +33,29 @@ def find(source, name):
     return None
 
 
-def body_lines(source, name):
-    """Return (first, last) of the lines of a body without its docstring, from 0, the last excluded."""
+def statements(source, name, first="", last=""):
+    """Return the statements of a function without its docstring, or those from `first` to `last`."""
     node = find(source, name)
     body = node.body[ast.get_docstring(node) is not None :]
+    if first:
+        texts = [ast.get_source_segment(source, statement) for statement in body]
+        (begin,), (end,) = ([i for i, text in enumerate(texts) if text.startswith(x)] for x in (first, last))
+        body = body[begin : end + 1]
+    return body
+
+
+def body_lines(source, name, *region):
+    """Return (first, last) of the lines of these statements, from 0, the last excluded."""
+    body = statements(source, name, *region)
     first = body[0].lineno - 1
     while source.split("\n")[first - 1].strip().startswith("#"):  # comments above the first statement
         first -= 1
     return first, body[-1].end_lineno
 
 
-def replace_body(source, name, lines):
-    """Return the source with other lines, not indented, as the body of a function; its docstring stays."""
-    first, last = body_lines(source, name)
+def replace_body(source, name, lines, *region):
+    """Return the source with other lines, not indented, in the place of these statements."""
+    first, last = body_lines(source, name, *region)
     body = ["    " + line if line else "" for line in lines]
     rows = source.split("\n")
     return "\n".join(rows[:first] + body + rows[last:])
@@ -133,7 +143,7 @@ def closure(paths):
 def tasks_of(table):
     """Yield (task, path, function) of the functions of an assignment, without "together"."""
     for task in table.TASKS:
-        path, _, name = task.partition(":")
+        path, name, *_ = child.parts(task)
         if name:
             yield task, path, name
 
@@ -166,8 +176,8 @@ def skeleton_of(solution, table):
     for dropped in table.DROP:
         path, name = dropped.split(":")
         files[path] = without(files[path].decode(), name).encode()
-    for _, path, name in tasks_of(table):
-        files[path] = replace_body(files[path].decode(), name, stub(name)).encode()
+    for task, path, name in tasks_of(table):
+        files[path] = replace_body(files[path].decode(), name, stub(name), *child.parts(task)[2:]).encode()
     return files
 
 
@@ -185,9 +195,8 @@ def leaks(solution, skeleton, table):
     flat = {path: " ".join(content.decode().split()) for path, content in skeleton.items()}
     for task, path, name in tasks_of(table):
         rows = solution[path].split(b"\n")
-        node = find(solution[path].decode(), name)
         pieces = set()
-        for statement in node.body[ast.get_docstring(node) is not None :]:
+        for statement in statements(solution[path].decode(), name, *child.parts(task)[2:]):
             for part in ast.walk(statement):
                 if isinstance(part, ast.stmt | ast.expr):
                     pieces.add(segment(rows, part))
@@ -262,7 +271,7 @@ def keys_of(assignment, table, solution, seeds, tasks=None):
 
 def wrong_submissions(solution, table, task):
     """Yield (what it is, {path: bytes}, the checks that it must lose) of the wrong answers to a task."""
-    path, name = task.split(":")
+    path, name, *_ = child.parts(task)
     source = solution[path].decode()
     node = find(source, name)
     rows = source.split("\n")

@@ -14,6 +14,8 @@ import ast
 import math
 from pathlib import Path
 
+from child import parts
+
 WRONG, RIGHT = {}, {}
 
 
@@ -45,7 +47,7 @@ for path in sorted((Path(__file__).resolve().parent / "answers").glob("a?.txt"))
     tasks = read_wrong(path.read_text(encoding="utf-8"))
     rights = read_right(path.with_suffix(".py").read_text(encoding="utf-8"))
     WRONG |= tasks
-    RIGHT |= {task: rights[task.partition(":")[2]] for task in tasks}
+    RIGHT |= {task: rights[parts(task)[1]] for task in tasks}
 
 
 # ---------------------------------------------------------------- the key of the predictions

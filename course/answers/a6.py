@@ -71,3 +71,36 @@ def kl_loss(log_prior_BK, log_likelihood_BKT, mask_BT):
     kept = torch.where(mask_BT.bool()[:, None], log_likelihood_BKT, torch.zeros_like(log_likelihood_BKT))
     wish = (kept.sum(2) / mask.sum(1)[:, None]).softmax(dim=1)
     return torch.nn.functional.kl_div(log_prior_BK, wish, reduction="batchmean")
+
+
+def retriever_gradient(batch, log_likelihood_BKT, models, tokens, accelerator, cfg):
+    """Question by question; the softmax by logsumexp."""
+    query, doc = models["query_encoder"], models["doc_encoder"]
+    chunk, autocast = cfg.passage_chunk, accelerator.autocast
+    root = cfg.temperature if cfg.temperature else query.dim**0.5
+    q_BD = encoding.vectors_with_graph(query, batch["question_ids"], chunk, autocast) / root
+    d_ND = encoding.vectors_with_graph(doc, batch["passage_ids"], chunk, autocast)
+    scores = []
+    for i, q_D in enumerate(q_BD):
+        scores.append(d_ND[i * cfg.top_k : (i + 1) * cfg.top_k] @ q_D)
+    scores_BK = torch.stack(scores)
+    log_prior_BK = scores_BK - scores_BK.logsumexp(1, keepdim=True)
+
+    mask_BT = (batch["labels_BT"] != fid.PAD).to(accelerator.device)
+    share = len(mask_BT) / cfg.batch_size
+    weight_B1 = 1 / cfg.batch_size
+    if cfg.retriever_loss == "kl":
+        loss = kl_loss(log_prior_BK, log_likelihood_BKT, mask_BT)
+    else:
+        loss = retriever_loss(log_prior_BK, log_likelihood_BKT, mask_BT, cfg.marginal)
+        if cfg.marginal == "token":
+            share = mask_BT.sum() / tokens
+            weight_B1 = mask_BT.sum(1, keepdim=True) / tokens
+    loss = loss * share
+    (slope_BK,) = torch.autograd.grad(loss, scores_BK, retain_graph=True)
+    accelerator.backward(loss)
+    prior_BK = log_prior_BK.detach().exp()
+    posterior_BK = prior_BK - slope_BK / weight_B1
+    agree_B = prior_BK.argmax(1) == posterior_BK.argmax(1)
+    entropy = torch.special.entr(prior_BK).sum()
+    return [loss.detach(), entropy / cfg.batch_size, agree_B.sum() / cfg.batch_size]

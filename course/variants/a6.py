@@ -82,6 +82,30 @@ def retriever_loss(log_prior_BK, log_likelihood_BKT, mask_BT, marginal):
     return -(log_w_BK + mean_BK).logsumexp(1).mean()
 
 
+def retriever_gradient(batch, log_likelihood_BKT, models, tokens, accelerator, cfg):
+    """
+    (4) Add the gradient of the retriever's loss to the .grad of both encoders; return numbers to show.
+
+    The prior is the softmax of - |q - d|^2 / temperature, the squared distances. The question encoder is a
+    constant.
+    """
+    query, doc = models["query_encoder"], models["doc_encoder"]
+    chunk, autocast = cfg.passage_chunk, accelerator.autocast
+    with torch.no_grad():
+        q_BD = encoding.vectors_with_graph(query, batch["question_ids"], chunk, autocast)
+    d_ND = encoding.vectors_with_graph(doc, batch["passage_ids"], chunk, autocast)
+    d_BKD = d_ND.unflatten(0, (-1, cfg.top_k))
+    scores_BK = -(q_BD[:, None] - d_BKD).square().sum(2) / (cfg.temperature or math.sqrt(query.dim))
+    log_prior_BK = scores_BK.log_softmax(1)
+
+    mask_BT = (batch["labels_BT"] != fid.PAD).to(accelerator.device)
+    loss = retriever_loss(log_prior_BK, log_likelihood_BKT, mask_BT, cfg.marginal)
+    accelerator.backward(loss)
+    prior_BK = log_prior_BK.detach().exp()
+    entropy = torch.special.entr(prior_BK).sum()
+    return [loss.detach(), entropy / cfg.batch_size]
+
+
 def kl_loss(log_prior_BK, log_likelihood_BKT, mask_BT):
     """Return KL(prior || preference), summed over questions; the preference is that of the whole answer."""
     mask_BT = mask_BT.bool()
