@@ -27,6 +27,7 @@ from child import load, outputs, read_outputs
 
 HERE = Path(__file__).resolve().parent
 PUBLIC_SHARE = 1 / 3  # of the points of a check; the rest is for seeds that the student has not seen
+BOARD = ["questions.jsonl", "board.run", "board.answers.json"]
 SECTIONS = {"code": 70, "predict": 10, "experiment": 15, "board": 5}
 
 
@@ -198,7 +199,7 @@ def pack(args):
     holes = dict.fromkeys(task.partition(":")[0] for task in table.TASKS if ":" in task)
     path = HERE / f"{made['assignment']}_{made['student']}.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        for name in [*holes, "kit.json", "answers.json", "report.md", "board.run", "board.answers.json"]:
+        for name in [*holes, "kit.json", "answers.json", "report.md", *BOARD]:
             there = (HERE / name).is_file()
             print(f"{'packed' if there else 'not there':10} {name}")
             if there:

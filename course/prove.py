@@ -171,6 +171,20 @@ def prove_command(args):
 
 
 # ---------------------------------------------------------------- seal
+def faults_at(assignment, table, solution, seed):
+    """Return (wrong answers that do not lose what they must, {(number, task>check): arrays}) at a seed."""
+    key, took = trees.keys_of(assignment, table, solution, [seed])
+    faults, outputs = [], {}
+    for task, *_ in trees.tasks_of(table):
+        for i, (what, submission, named) in enumerate(trees.wrong_submissions(solution, table, task)):
+            given = (assignment, table, solution, submission, task, [seed], key)
+            found, got, _ = trees.seen_of(*given, seconds=20 + 10 * took[task])
+            outputs |= {(i, f"{task}>{check}"): parts for (_, check), parts in got.items()}
+            if {check for (_, check), seen in found.items() if seen} != {*named}:
+                faults.append(f"{task}: {what}")
+    return faults, outputs
+
+
 def seal(args):
     """Draw seeds until every wrong answer loses its checks at each; write them."""
     table = child.load(trees.HERE / f"{args.assignment}.py")
@@ -178,15 +192,7 @@ def seal(args):
     seeds, sealed = [], {}
     while len(seeds) < args.count:
         seed = secrets.randbelow(2**48)
-        key, _ = trees.keys_of(args.assignment, table, solution, [seed])
-        faults, outputs = [], {}
-        for task, *_ in trees.tasks_of(table):
-            for i, (what, submission, named) in enumerate(trees.wrong_submissions(solution, table, task)):
-                given = (args.assignment, table, solution, submission, task, [seed], key)
-                found, got, _ = trees.seen_of(*given, seconds=60)
-                outputs |= {(i, f"{task}>{check}"): parts for (_, check), parts in got.items()}
-                if {check for (_, check), seen in found.items() if seen} != {*named}:
-                    faults.append(f"{task}: {what}")
+        faults, outputs = faults_at(args.assignment, table, solution, seed)
         print(f"a seed {'is not good for ' + faults[0] if faults else 'is good for all wrong answers'}")
         if not faults:
             seeds.append(seed)

@@ -6,6 +6,8 @@ alone into the solution, so a wrong function costs only its own points.
 """
 
 import ast
+import json
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -18,6 +20,7 @@ import child  # noqa: E402
 import kit  # noqa: E402
 import wrong  # noqa: E402
 
+HANDED_IN = ["kit.json", "answers.json", *kit.BOARD]
 PIECE = 28  # letters from which on a piece of a removed body counts as a leak
 COMMON = ["LICENSE", "requirements.txt", "utils/__init__.py", "prepare/__init__.py"]
 COMMON += ["recipes/demo/prepare.py", "recipes/compare.py", "config/train_dpr_demo.yaml"]
@@ -206,20 +209,35 @@ def leaks(solution, skeleton, table):
                     yield task, where, piece
 
 
-def submission_of(path, table):
-    """Return (kit.json, answers.json, {path: bytes} of the files with holes) of a zip or a folder."""
-    files = {}
-    wanted = {"kit.json", "answers.json", *(path for _, path, _ in tasks_of(table))}
+def submission_of(path, wanted):
+    """Return {path: bytes} of the files that are wanted of a zip or a folder, each of up to 10 MB."""
     if Path(path).is_dir():
-        for name in wanted:
-            if (Path(path) / name).is_file():
-                files[name] = (Path(path) / name).read_bytes()
-    else:
-        with zipfile.ZipFile(path) as file:
-            for entry in file.infolist():
-                if entry.filename in wanted and entry.file_size < 1e6:
-                    files[entry.filename] = file.read(entry)
-    return files
+        there = [Path(path) / name for name in wanted]
+        return {str(file.relative_to(path)): file.read_bytes() for file in there if file.is_file()}
+    with zipfile.ZipFile(path) as file:
+        entries = [entry for entry in file.infolist() if entry.filename in wanted and entry.file_size < 1e7]
+        return {entry.filename: file.read(entry) for entry in entries}
+
+
+def hand_ins(folder, more=()):
+    """
+    Yield (name, student, {path: bytes}) of every zip and folder in a folder, or of the one that it is itself.
+
+    more: paths to read besides HANDED_IN. What cannot be read is said, and has no files.
+    """
+    folder = Path(folder)
+    single = folder.suffix == ".zip" or (folder / "kit.json").is_file()
+    for place in [folder] if single else sorted(folder.iterdir()):
+        if not (place.is_dir() or place.suffix == ".zip"):
+            continue
+        name = re.sub(r"\W", "_", place.stem)
+        try:
+            files = submission_of(place, {*HANDED_IN, *more})
+            student = str(json.loads(files.get("kit.json", b"{}")).get("student", name))
+        except (OSError, ValueError, zipfile.BadZipFile, AttributeError, RuntimeError) as error:
+            print(f"{place.name}: not readable ({type(error).__name__}), 0 points")
+            files, student = {}, name
+        yield name, student, files
 
 
 # ---------------------------------------------------------------- one task of one submission
