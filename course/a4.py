@@ -243,7 +243,7 @@ def labelled(rng, pseudo_label, scores, **changes):
 
 def pseudo_best(rng, pseudo_label):
     scores = dict(enumerate(rng.uniform(0.4, 0.9, 12).tolist()))
-    first, second = sorted(rng.permutation(12)[:2].tolist())
+    first, second = (1 + rng.permutation(11)[:2]).tolist()
     more = {first: 0.97, second: 0.97, 35: 0.99}  # the last is beyond the depth
     return {"positives": labelled(rng, pseudo_label, scores | more)[0]}
 

@@ -274,7 +274,7 @@ def marginal_mean(rng, retriever_loss):
 def same_with_pads(rng, loss_of):
     """Return whether loss_of(rng, what stands at padding) is the same number, not 0, with two values."""
     seed = int(rng.integers(10**6))
-    losses = [float(loss_of(np.random.default_rng(seed), at_pads)) for at_pads in (0.0, 5.0)]
+    losses = [loss_of(np.random.default_rng(seed), at_pads).item() for at_pads in (0.0, 5.0)]
     return {"the same": abs(losses[0] - losses[1]) < 1e-9 and losses[0] != 0}
 
 
@@ -306,7 +306,7 @@ def kl_value(rng, kl_loss):
 
 
 def kl_zero(rng, kl_loss):
-    return {"zero": bool(abs(float(divergence(rng, kl_loss, equal=True)[0])) < 1e-9)}
+    return {"zero": abs(divergence(rng, kl_loss, equal=True)[0].item()) < 1e-9}
 
 
 def kl_pads(rng, kl_loss):

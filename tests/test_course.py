@@ -13,6 +13,7 @@ import re
 import sys
 import zipfile
 import zlib
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,6 +36,13 @@ TABLES = {name: child.load(ROOT / "course" / f"{name}.py") for name in NAMES}
 MRR = "utils/metrics.py:mrr"  # a child of it imports no torch
 
 
+@cache
+def built(name):
+    """The trees of an assignment's solution and skeleton."""
+    solution = trees.solution_of(name, TABLES[name])
+    return solution, trees.skeleton_of(solution, TABLES[name])
+
+
 @pytest.fixture(autouse=True)
 def light(monkeypatch):
     """Children that import numpy alone at their start, and are ended soon."""
@@ -46,8 +54,7 @@ def light(monkeypatch):
 def test_an_assignment_is_cut_without_a_trace(name):
     """70 points; every hole parses and says its name; no piece of a body is left; the handout fits."""
     table = TABLES[name]
-    solution = trees.solution_of(name, table)
-    skeleton = trees.skeleton_of(solution, table)
+    solution, skeleton = built(name)
     assert sum(trees.points_of(table).values()) == kit.SECTIONS["code"] == 70
     assert [*trees.leaks(solution, skeleton, table)] == []
     for path, content in skeleton.items():
@@ -69,18 +76,16 @@ def test_an_assignment_is_cut_without_a_trace(name):
 
 def test_a_leak_is_found():
     """The check of the test before can fail: a removed line, pasted into another file of the kit."""
-    table = TABLES["a1"]
-    solution = trees.solution_of("a1", table)
-    skeleton = trees.skeleton_of(solution, table)
-    skeleton["utils/text.py"] += b"\n# duplicates.discard((row, row *  width))\n"
-    assert {path for _, path, _ in trees.leaks(solution, skeleton, table)} == {"utils/text.py"}
+    solution, skeleton = built("a1")
+    leak = skeleton["utils/text.py"] + b"\n# duplicates.discard((row, row *  width))\n"
+    found = trees.leaks(solution, skeleton | {"utils/text.py": leak}, TABLES["a1"])
+    assert {path for _, path, _ in found} == {"utils/text.py"}
 
 
 def test_a_part_of_a_function_is_cut():
     """The statements of the region are gone; those above and below it stay."""
     task = "train_emdr2.py:retriever_gradient ... q_BD = ... log_prior_BK ="
-    solution = trees.solution_of("a6", TABLES["a6"])
-    source = trees.skeleton_of(solution, TABLES["a6"])["train_emdr2.py"].decode()
+    source = built("a6")[1]["train_emdr2.py"].decode()
     body = ast.unparse(trees.find(source, "retriever_gradient"))
     assert child.parts(task) == ("train_emdr2.py", "retriever_gradient", "q_BD =", "log_prior_BK =")
     assert "einsum" not in body and "log_prior_BK =" not in body
@@ -236,7 +241,7 @@ def frozen():
 def test_wrong_and_right_answers(name, frozen):
     """Every wrong answer to a quick function loses the checks named for it and no other; right ones none."""
     table = TABLES[name]
-    solution = trees.solution_of(name, table)
+    solution, _ = built(name)
     for task, path, function in trees.tasks_of(table):
         if function not in QUICK[name].split():
             continue
@@ -297,8 +302,8 @@ def test_a_term(small, tmp_path, monkeypatch, capsys):
     prove.seal(SimpleNamespace(assignment="a3", count=1, out=str(tmp_path / "sealed.json")))
     made = tmp_path / "s1"
     make(made, hints=True, open=True)
-    assert "0 < rank" not in (made / "utils/metrics.py").read_text()
-    assert "0 < rank" in (made / "solution/utils/metrics.py").read_text()
+    assert "0 < rank <= cutoff" not in (made / "utils/metrics.py").read_text()
+    assert "0 < rank <= cutoff" in (made / "solution/utils/metrics.py").read_text()
     assert "Do not" in (made / "AGENTS.md").read_text()
 
     # the student
