@@ -112,7 +112,7 @@ def predict_row(assignment, table, submission):
     """Return the row of the predictions: their share of 10 points, each right within 1 %."""
     made = json.loads(submission.get("kit.json", b"{}"))
     try:
-        given = json.loads(submission.get("wrong.json", b"{}"))
+        given = json.loads(submission.get("answers.json", b"{}"))
     except ValueError:
         given = {}
     seed = seed_of(assignment, str(made.get("student", "")))
@@ -124,7 +124,7 @@ def predict_row(assignment, table, submission):
             right.append(name)
     most = kit.SECTIONS["predict"]
     missing = ", ".join(name for name in wanted if name not in right)
-    row = {"task": "predict", "check": "wrong.json", "points": round(most * len(right) / len(wanted), 2)}
+    row = {"task": "predict", "check": "answers.json", "points": round(most * len(right) / len(wanted), 2)}
     return row | {"of": most, "seen": missing and f"not right: {missing}", "sealed": "", "cause": ""}
 
 
