@@ -316,6 +316,8 @@ def test_a_term(small, tmp_path, monkeypatch, capsys):
     assert "lost   mrr_cut" in seen and "holds  mrr_miss" in seen
     assert "comes out when   the cutoff itself does not count" in seen
     kit.predict(None)
+    key = wrong.PREDICT["a3"](**kit.numbers_of(small, staff.seed_of("a3", "s1")))
+    (made / "answers.json").write_text(json.dumps(key | {"ndcg": None}))
     kit.pack(None)
     packed = zipfile.ZipFile(made / "a3_s1.zip").namelist()
     assert {"utils/metrics.py", "kit.json", "answers.json"} <= {*packed}
@@ -329,13 +331,13 @@ def test_a_term(small, tmp_path, monkeypatch, capsys):
     staff.grade(SimpleNamespace(assignment="a3", variant="", **keys))
     rows = {(row["file"], row["check"]): row for row in json.loads((grades / "grades.json").read_text())}
     points = {place: (row["points"], row["of"]) for place, row in rows.items() if place[0] == "s1"}
-    assert points == {("s1", "mrr_cut"): (0, 2), ("s1", "mrr_miss"): (1, 1), ("s1", "answers.json"): (0, 10)}
+    assert points == {("s1", "mrr_cut"): (0, 2), ("s1", "mrr_miss"): (1, 1), ("s1", "answers.json"): (7.5, 10)}
     assert rows["s1", "mrr_cut"]["cause"] == "the cutoff itself does not count"
     assert rows["broken", "mrr_miss"]["seen"] == "utils/metrics.py was not handed in"
-    assert "1 of 80" in (grades / "feedback" / "s1.txt").read_text()
+    assert "8.5 of 80" in (grades / "feedback" / "s1.txt").read_text()
     assert len((grades / "grades.csv").read_text().splitlines()) == 7
     tests = json.loads((grades / "gradescope" / "s1.json").read_text())["tests"]
-    assert sum(test["score"] for test in tests) == 1 and sum(test["max_score"] for test in tests) == 13
+    assert sum(test["score"] for test in tests) == 8.5 and sum(test["max_score"] for test in tests) == 13
 
 
 def test_a_variant_is_made_and_graded(small, tmp_path):
