@@ -37,13 +37,14 @@ def questions(args):
         except (ValueError, KeyError) as error:
             print(f"{name}: {error}")
 
-    # no question is asked twice, in the demo's own files neither
+    # no question is asked twice; the demo's own questions count
     demo = {}
     for name in LEAST:
         demo[name] = [row for _, row in iter_jsonl(trees.ROOT / "recipes" / "demo" / f"{name}.jsonl")]
     faults, share = faults_of(demo | theirs, {title: passage.text for title, passage in passages.items()})
     faults = {fault.partition(": ")[0]: fault for fault in faults if fault.split(".jsonl:")[0] in theirs}
-    print("\n".join(faults.values()))
+    for fault in faults.values():
+        print(fault)
 
     # write those without a fault; a qid names its author, who is not scored on it
     board, sealed = [], []
@@ -58,7 +59,7 @@ def questions(args):
     out.mkdir(parents=True, exist_ok=True)
     for name, lines in (("board.jsonl", board), ("sealed.jsonl", sealed)):
         (out / name).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    print(f"{len(board)} questions of {len(theirs)} students; {len(faults)} have a fault")
+    print(f"{len(board)} questions of {sum(map(bool, theirs.values()))} students; {len(faults)} have a fault")
 
 
 def baselines(path, questions, corpus):
