@@ -53,8 +53,9 @@ def make(args):
     child.write_tree(skeleton, out)
     for name in ("kit.py", "child.py"):
         (out / name).write_bytes((HERE / name).read_bytes())
-    for name, source in (("README.md", f"{args.assignment}.md"), ("AGENTS.md", "assistants.md")):
-        (out / name).write_bytes((HERE / source).read_bytes())
+    texts = [(HERE / name).read_text(encoding="utf-8") for name in (f"{args.assignment}.md", "working.md")]
+    (out / "README.md").write_text("\n".join(texts), encoding="utf-8")
+    (out / "AGENTS.md").write_bytes((HERE / "assistants.md").read_bytes())
     if args.open:
         child.write_tree({path: solution[path] for _, path, _ in trees.tasks_of(table)}, out / "solution")
     np.savez(out / "public.npz", **child.flat(key))
