@@ -95,7 +95,7 @@ def table(args):
                 child.write_tree({entry: files[entry]}, folder)
                 try:
                     values = per_question(f"{folder}/{entry}", questions, corpus)
-                except (UserError, ValueError, LookupError) as error:
+                except (UserError, ValueError, LookupError, TypeError, AttributeError) as error:
                     print(f"{name:20} no entry: {error}")
                     continue
             metric = "EM" if "EM" in values else "MRR@10"

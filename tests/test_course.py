@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import tests.test_commands as commands
 from utils.plumbing.config import ROOT
 
 sys.path.insert(0, str(ROOT / "course"))
@@ -52,7 +53,7 @@ def light(monkeypatch):
 # ---------------------------------------------------------------- cut and graft
 @pytest.mark.parametrize("name", NAMES)
 def test_an_assignment_is_cut_without_a_trace(name):
-    """70 points; every hole parses and says its name; no piece of a body is left; the handout fits."""
+    """70 points; every hole parses and says its name; no piece of a body is left."""
     table = TABLES[name]
     solution, skeleton = built(name)
     assert sum(trees.points_of(table).values()) == kit.SECTIONS["code"] == 70
@@ -68,10 +69,25 @@ def test_an_assignment_is_cut_without_a_trace(name):
         for *_, loses in trees.wrong_submissions(solution, table, task):  # their pieces are in the solution
             assert loses and {*loses} <= table.TASKS[task].keys(), task
     assert wrong.PREDICT[name](**kit.numbers_of(table, 1)).keys() == table.QUESTIONS.keys()
-    handout = (ROOT / "course" / f"{name}.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_handout_names_what_is_there(name):
+    """Its files are in the folder, its commands and their flags exist, its points are those of the table."""
+    texts = [(ROOT / "course" / f"{part}.md").read_text(encoding="utf-8") for part in (name, "working")]
+    handout = "\n".join(texts)
     named = {*re.findall(r"\b(?:(?:utils|recipes|config|tests)/)?[\w/]+\.(?:py|yaml)\b", handout)}
-    named -= {"kit.py"}
-    assert named <= skeleton.keys(), named - skeleton.keys()
+    assert named <= {"kit.py", *built(name)[1]}
+    found = 0
+    for piece in re.split(r"[\n`;]", handout.replace("\\\n", " ")):
+        for match in commands.COMMAND.finditer(piece.replace("kit.py", "course/kit.py")):
+            if not match[1].startswith("make "):  # a word here
+                commands.test_the_command_exists(f"course/{name}.md", match[1].strip())
+                found += 1
+    assert found > 5
+    rows = re.findall(r"^\| (.*?) \| ([\d, ]+) \|", handout, re.M)
+    shown = [int(number) for _, numbers in rows for number in numbers.split(", ")]
+    assert shown == [*trees.points_of(TABLES[name]).values()]
 
 
 def test_a_leak_is_found():
@@ -331,7 +347,11 @@ def test_a_term(small, tmp_path, monkeypatch, capsys):
     staff.grade(SimpleNamespace(assignment="a3", variant="", **keys))
     rows = {(row["file"], row["check"]): row for row in json.loads((grades / "grades.json").read_text())}
     points = {place: (row["points"], row["of"]) for place, row in rows.items() if place[0] == "s1"}
-    assert points == {("s1", "mrr_cut"): (0, 2), ("s1", "mrr_miss"): (1, 1), ("s1", "answers.json"): (7.5, 10)}
+    assert points == {
+        ("s1", "mrr_cut"): (0, 2),
+        ("s1", "mrr_miss"): (1, 1),
+        ("s1", "answers.json"): (7.5, 10),
+    }
     assert rows["s1", "mrr_cut"]["cause"] == "the cutoff itself does not count"
     assert rows["broken", "mrr_miss"]["seen"] == "utils/metrics.py was not handed in"
     assert "8.5 of 80" in (grades / "feedback" / "s1.txt").read_text()
@@ -468,7 +488,7 @@ def test_the_board(tmp_path, monkeypatch, capsys):
     handed_in(tmp_path / "in", "s1", board__run=(made / "board.run").read_text())
     answers = {row["qid"]: row["answers"][0] for row in questions}
     handed_in(tmp_path / "in", "s2", board__answers__json=json.dumps(answers))
-    handed_in(tmp_path / "in", "s3", board__run="nonsense")
+    handed_in(tmp_path / "in", "s3", board__run="nonsense", board__answers__json=json.dumps({qids[0]: 5}))
     handed_in(tmp_path / "in", "s4", board__run=ranked(7))
     (tmp_path / "base.run").write_text(ranked(7))
     files = {"questions": str(tmp_path / "sealed.jsonl"), "corpus": corpus_of(tmp_path)}
@@ -476,5 +496,5 @@ def test_the_board(tmp_path, monkeypatch, capsys):
     _, *lines = capsys.readouterr().out.splitlines()
     assert re.search(r"s1 +n 20  MRR@10 100.0 .* \+100.0 .* 5$", lines[0])
     assert re.search(r"s2 +n 20  EM 100.0 .* \+100.0 .* 5$", lines[1])
-    assert "s3" in lines[2] and "no entry" in lines[2]
-    assert re.search(r"s4 +n 20  MRR@10 0.0 .* 0$", lines[3])
+    assert all("s3" in line and "no entry" in line for line in lines[2:4])
+    assert re.search(r"s4 +n 20  MRR@10 0.0 .* 0$", lines[4])
