@@ -360,6 +360,25 @@ def test_a_term(small, tmp_path, monkeypatch, capsys):
     assert sum(test["score"] for test in tests) == 8.5 and sum(test["max_score"] for test in tests) == 13
 
 
+def test_a_grading_that_is_cut_short_leaves_all_rows(small, tmp_path, monkeypatch):
+    """Gradescope stops what takes too long: what was graded counts, the rest has 0 of its points."""
+
+    def first_row(*_):
+        yield staff.blank_rows(small)[0] | {"points": 2, "seen": "", "sealed": ""}
+        raise TimeoutError
+
+    monkeypatch.setattr(staff, "grade_one", first_row)
+    handed_in(tmp_path / "in", "s1")
+    (tmp_path / "sealed.json").write_text('{"seeds": [7]}')
+    keys = {"folder": str(tmp_path / "in"), "sealed": str(tmp_path / "sealed.json"), "out": str(tmp_path)}
+    with pytest.raises(TimeoutError):
+        staff.grade(SimpleNamespace(assignment="a3", variant="", **keys))
+    tests = json.loads((tmp_path / "gradescope" / "s1.json").read_text())["tests"]
+    assert [(test["score"], test["max_score"]) for test in tests] == [
+        (0.67, 0.67), (1.33, 1.33), (0, 0.33), (0, 0.67), (0, 10)
+    ]  # fmt: skip
+
+
 def test_a_variant_is_made_and_graded(small, tmp_path):
     """The folder has the variant's docstring; its body keeps all points, the public body loses them."""
     variant = str(ROOT / "course/variants/a3.py")
