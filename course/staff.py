@@ -32,6 +32,10 @@ HERE = trees.HERE
 WAITING = "not graded yet"
 
 
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 # ---------------------------------------------------------------- make
 def seed_of(assignment, student):
     """Return the public seed of a student, from the id."""
@@ -68,7 +72,7 @@ def make(args):
         np.savez(out / "causes.npz", **child.flat(found))
     made = {"assignment": args.assignment, "student": args.student, "seed": seed, "seconds": seconds}
     made |= {"files": [*skeleton], "causes": causes}
-    (out / "kit.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    write_json(out / "kit.json", made)
     print(f"written: {out}, {len(skeleton)} files; begin with its README.md")
 
 
@@ -193,17 +197,17 @@ def grade(args):
         rows = blank_rows(table)
         graded = grade_one(args.assignment, table, solution, sealed, submission)
         last = [predict_row(args.assignment, table, submission)]
+        # written at once and after every check, so that an overall time limit leaves the points so far
+        results = out / "gradescope" / f"{name}.json"
+        write_json(results, gradescope(rows))
         for i, row in enumerate(chain(graded, last)):
             rows[i] = row
-            # after every check, so that an overall time limit leaves the points so far
-            text = json.dumps(gradescope(rows), indent=1)
-            (out / "gradescope" / f"{name}.json").write_text(text, encoding="utf-8")
+            write_json(results, gradescope(rows))
         (out / "feedback" / f"{name}.txt").write_text(feedback(student, rows, table), encoding="utf-8")
         everything += [{"file": name, "student": student} | row for row in rows]
         print(f"{name}: {sum(row['points'] for row in rows):g} of 80", flush=True)
 
-    text = json.dumps(everything, indent=1, ensure_ascii=False)
-    (out / "grades.json").write_text(text + "\n", encoding="utf-8")
+    write_json(out / "grades.json", everything)
     with open(out / "grades.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, everything[0] if everything else ["file", "student"])
         writer.writeheader()

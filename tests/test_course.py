@@ -360,11 +360,13 @@ def test_a_term(small, tmp_path, monkeypatch, capsys):
     assert sum(test["score"] for test in tests) == 8.5 and sum(test["max_score"] for test in tests) == 13
 
 
-def test_a_grading_that_is_cut_short_leaves_all_rows(small, tmp_path, monkeypatch):
+@pytest.mark.parametrize("graded", [0, 1])
+def test_a_grading_that_is_cut_short_leaves_all_rows(small, tmp_path, monkeypatch, graded):
     """Gradescope stops what takes too long: what was graded counts, the rest has 0 of its points."""
 
     def first_row(*_):
-        yield staff.blank_rows(small)[0] | {"points": 2, "seen": "", "sealed": ""}
+        if graded:
+            yield staff.blank_rows(small)[0] | {"points": 2, "seen": "", "sealed": ""}
         raise TimeoutError
 
     monkeypatch.setattr(staff, "grade_one", first_row)
@@ -375,7 +377,7 @@ def test_a_grading_that_is_cut_short_leaves_all_rows(small, tmp_path, monkeypatc
         staff.grade(SimpleNamespace(assignment="a3", variant="", **keys))
     tests = json.loads((tmp_path / "gradescope" / "s1.json").read_text())["tests"]
     assert [(test["score"], test["max_score"]) for test in tests] == [
-        (0.67, 0.67), (1.33, 1.33), (0, 0.33), (0, 0.67), (0, 10)
+        (graded * 0.67, 0.67), (graded * 1.33, 1.33), (0, 0.33), (0, 0.67), (0, 10)
     ]  # fmt: skip
 
 
