@@ -31,26 +31,23 @@ from utils.plumbing.config import (
 from utils.plumbing.files import write_json
 from utils.plumbing.weights import read_inputs
 
+# by the role in encoder_inputs.json; another reader is a module with the same names, and a line here
+READERS = {"reader": (reader, reader.load_reader), "fid": (fid, fid.load_fid)}
 SUFFIXES = (".json", ".answers.json", ".metrics.json")  # the three files that stand for `out`
 
 
 # ---------------------------------------------------------------- the reader
-def load_model(cfg):
-    """Return (a reader of either kind, the depths at which it answers)."""
-    if read_inputs(cfg.reader, "reader").get("role") == "fid":
-        # trap: a FiD reads all `depth` passages at once; for another depth it would have to read again
-        return fid.load_fid(cfg.reader), [cfg.depth]
-    depths = {n for n in cfg.eval_top_docs if 0 < n < cfg.depth}
-    return reader.load_reader(cfg.reader), sorted(depths | {cfg.depth})
+def load_model(path):
+    """Return (the module of a reader, the reader in the folder `path`)."""
+    role = read_inputs(path, "reader").get("role")
+    kind, load = READERS.get(role, READERS["reader"])  # whose load refuses a third role
+    return kind, load(path)
 
 
-def answer_all(model, examples, corpus, depths, accelerator, cfg):
-    """Return one answer a depth of each example, on every device; each device answers its share of them."""
-    if model.inputs["role"] == "fid":
-        rows = [example["rows"].tolist() for example in examples]
-        return fid.answer_all(model, examples, rows, corpus, cfg.batch_size, accelerator)
-    sizes = (cfg.max_answer_length, cfg.batch_size)
-    return reader.answer_all(model, examples, corpus, depths, *sizes, accelerator)
+def depths_of(kind, cfg):
+    """Return the numbers of passages from which answers are wanted, the largest last."""
+    smaller = set() if kind.READS_ALL else {n for n in cfg.eval_top_docs if 0 < n < cfg.depth}
+    return sorted(smaller | {cfg.depth})
 
 
 # ---------------------------------------------------------------- files
@@ -100,12 +97,14 @@ def main():
     with accelerator.main_process_first():  # the first to open a corpus writes its index
         corpus = Corpus(cfg.corpus, cfg.corpus_format)
     examples, note = reader.read_ranking(cfg.questions, cfg.ranking, corpus, cfg.depth, need=())
-    model, depths = load_model(cfg)
+    kind, model = load_model(cfg.reader)
     model.to(accelerator.device)
+    depths = depths_of(kind, cfg)
 
     # answers
     began = time.time()
-    answers = answer_all(model, examples, corpus, depths, accelerator, cfg)
+    sizes = (cfg.batch_size, accelerator, cfg.max_answer_length)
+    answers = kind.answer_all(model, examples, corpus, depths, *sizes)
     rate = len(examples) / (time.time() - began)
     if accelerator.is_main_process:
         print(f"{note}\n{rate:.1f} questions/s of up to {cfg.depth} passages")

@@ -8,16 +8,20 @@ Run:  python ask.py --run runs/demo "who wrote hamlet"
       python ask.py --run runs/demo --reader runs/demo/reading/reader
       python ask.py --run runs/emdr2_nq --corpus data/nq/corpus.tsv --reader runs/emdr2_nq/reader
 
-A passage has its dense rank, BM25 rank (`-`: not in the best 1000), inner product, id, title and text.
+A passage has its dense rank, BM25 rank (`-`: not in the best 1000), inner product, id, title and text. Where
+the run's page (recipes/page.py) has the question, its address is printed.
 """
 
+import json
 import re
 import shutil
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import quote
 
 from utils.data import read_questions
 from utils.plumbing import config
@@ -25,7 +29,6 @@ from utils.plumbing.config import UserError
 from utils.text import answer_position, has_answer
 
 BM25_DEPTH = 1000
-ANSWER_TOKENS = 10  # of a reader's answer (from: DPR conf/extractive_reader_train_cfg.yaml max_answer_length)
 BATCH = 8  # passages that a reader reads at a time
 NO_TEXT = "none, no text of a passage fits beside the question"
 
@@ -63,16 +66,33 @@ def check_inputs(cfg, question):
         config.need_model(cfg, "reader")
 
 
+def key_of(question):
+    """Return what makes two questions the same: its text in lower case, without a mark at the end."""
+    return question.lower().strip(" ?")
+
+
+def links_of(run):
+    """Return {key_of(question): its address} of the run's page, or of its ladder's; {} without a page."""
+    pages = [path for path in (run / "page.html", run.parent / "page.html") if path.is_file()]
+    links = {}
+    for page in pages[:1]:
+        _, _, rest = page.read_text(encoding="utf-8").partition('id="data">')
+        data = json.loads(rest.partition("</script>")[0] or '{"questions": []}')
+        for row in data["questions"]:
+            links[key_of(row["text"])] = f"{page.resolve().as_uri()}#q={quote(row['qid'], safe='')}"
+    return links
+
+
 def load(cfg):
-    """Return a namespace of corpus, shards, bm25, encoder and reader (None without one)."""
+    """Return a namespace of corpus, shards, bm25, encoder, reader (None without one), links to the page."""
     # why imported here and below: torch takes seconds, and a mistake on the command line should show at once
     import torch
 
-    from utils import fid, reader
+    from answer import load_model
     from utils.bm25 import build_bm25
     from utils.data import Corpus
     from utils.plumbing.embeddings import open_embeddings
-    from utils.plumbing.weights import given_inputs, load_encoder, read_inputs
+    from utils.plumbing.weights import given_inputs, load_encoder
 
     # the passages, their vectors, their words
     run = Path(cfg.run)
@@ -85,35 +105,15 @@ def load(cfg):
     # the models
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = load_encoder(query_encoder, "question", given_inputs(cfg)).to(device)
-    model = None
+    reader = None
     if cfg.reader:
-        role = read_inputs(cfg.reader, "reader").get("role")
-        model = fid.load_fid(cfg.reader) if role == "fid" else reader.load_reader(cfg.reader)
+        kind, model = load_model(cfg.reader)
         model.to(device)
-    return SimpleNamespace(corpus=corpus, shards=shards, bm25=bm25, encoder=encoder, reader=model)
-
-
-# ---------------------------------------------------------------- the answer
-def read_answer(model, question, passages):
-    """Return what stands after `answer: `, from a reader of either kind."""
-    from utils import fid, reader
-
-    if model.inputs["role"] == "fid":
-        budgets = [fid.text_budget(model, question, passage.title) for passage in passages]
-        if max(budgets) < 1:
-            return NO_TEXT
-        contexts = fid.tokenize_contexts(model, question, passages)
-        text = plain(fid.answer(model, [contexts], BATCH)[0]) or "none, the reader wrote an empty text"
-        return f"{text} | FiD over {len(passages)} passages"
-
-    to_read = reader.to_read(model, question, passages)
-    best = reader.predict(model, [to_read], [len(passages)], ANSWER_TOKENS, BATCH)[0][0]
-    if not best:
-        return NO_TEXT
-    i = best["passage_idx"]
-    scores = f"span {best['score']:.3f} | relevance {best['relevance_score']:.3f}"
-    where = f"dense {i + 1} | {plain(passages[i].id)} | {plain(passages[i].title)}"
-    return f"{plain(best['text'])} | {scores} | in {where}"
+        reader = partial(kind.say, model)
+    links = links_of(run)
+    return SimpleNamespace(
+        corpus=corpus, shards=shards, bm25=bm25, encoder=encoder, reader=reader, links=links
+    )
 
 
 # ---------------------------------------------------------------- the screen
@@ -135,7 +135,7 @@ def embolden(text, words, answers):
 
 
 def show(question, tools, known, k):
-    """Print the passages for one question, and what it cost. known: {question in lower case: its answers}."""
+    """Print the passages for one question, and what it cost. known: {key_of(question): its answers}."""
     from utils.bm25 import search_bm25, tokens
     from utils.encoder import embed, tokenize_questions
     from utils.search import as_lists, exact_topk
@@ -156,11 +156,11 @@ def show(question, tools, known, k):
 
     # answers: those known from the question file, and the reader's
     passages = [tools.corpus[row] for row, _ in dense]
-    answers = known.get(question.lower().strip(" ?"), [])
+    answers = known.get(key_of(question), [])
     if answers:
         print(f"known answers: {', '.join(answers)}")
     if tools.reader:
-        print(f"answer: {read_answer(tools.reader, question, passages)}")
+        print(f"answer: {plain(tools.reader(question, passages, BATCH)) or NO_TEXT}")
         times.append(time.perf_counter())
 
     # the passages
@@ -172,7 +172,9 @@ def show(question, tools, known, k):
         text = textwrap.fill(plain(passage.text), width, initial_indent="    ", subsequent_indent="    ")
         print(embolden(text, words, answers) if sys.stdout.isatty() else text)
 
-    # the cost
+    # what the other systems find for it, and the cost
+    if key_of(question) in tools.links:
+        print(f"all systems on this question: {tools.links[key_of(question)]}")
     steps = zip(("encode", "search", "BM25", "read"), times, times[1:], strict=False)
     costs = [f"{name} {1000 * (end - begin):.0f} ms" for name, begin, end in steps]
     if len(ids[0]) == tools.encoder.inputs["question_tokens"]:
@@ -191,7 +193,7 @@ def main():
         raise UserError(f"{error} (the question comes last)") from None
     check_inputs(cfg, question)
     rows = read_questions(cfg.questions, repeats=True) if cfg.questions else []
-    known = {row["question"].lower().strip(" ?"): row["answers"] for row in rows}
+    known = {key_of(row["question"]): row["answers"] for row in rows}
 
     # one question from the command line, or one after the other
     tools = load(cfg)

@@ -13,16 +13,19 @@ Next: test_dpr.py, ask.py
 n passages of a shard or of a window · D dimensions
 """
 
+import contextlib
+import os
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils.data import Corpus
-from utils.distributed import prefetch, start
+from utils.distributed import prefetch, rows_that_fit, start
 from utils.encoder import embed, tokenize_passages
 from utils.plumbing.config import (
     UserError,
@@ -45,6 +48,11 @@ from utils.plumbing.embeddings import (
 from utils.plumbing.files import atomic_file, need_space, read_json, write_json
 from utils.plumbing.weights import encoder_hash, given_inputs, load_encoder
 
+# Processes that tokenise for a GPU. why: with an H200 a passage took 192 microseconds, 46 of them to be
+# tokenised (results/bench/gpu_h200.txt). A thread would take them from the one that launches the GPU's work.
+WORKERS = 4
+STEP = 32  # compiled code is made for each length of a batch anew; with this step 256 tokens are 8 lengths
+
 
 # ---------------------------------------------------------------- the vectors
 def cut(rows, size):
@@ -52,16 +60,36 @@ def cut(rows, size):
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def tokenize_windows(windows, corpus, encoder):
-    """Yield the id lists of each window of passages. The next one is tokenised while the device computes."""
+def tokenize_windows(windows, corpus, encoder, workers):
+    """Yield the id lists of each window of passages. The next is tokenised while the device computes."""
 
     def tokenize(rows):
         return tokenize_passages(encoder, [corpus[row] for row in rows])
 
-    return prefetch(tokenize, windows)
+    # in a thread; for a GPU in processes
+    if not workers:
+        return prefetch(tokenize, windows)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # in each of them; else the library warns of the fork
+    how = {"num_workers": workers, "multiprocessing_context": "fork"}
+    return iter(DataLoader(windows, batch_size=None, collate_fn=tokenize, **how))
 
 
-def encode_shard(rows, tokenized, encoder, corpus, cfg, accelerator, bar):
+def batch_sizes(cfg, encoder, stored, device):
+    """
+    Return {"size", "tokens", "lengths"} of utils.encoder.embed: as the key says, else as the folder's first
+    run had it, else as fits the device. stored: the manifest.
+    """
+    lengths = []
+    if cfg.compile:
+        longest = encoder.inputs["passage_tokens"]
+        lengths = [*range(STEP, longest, STEP), longest]
+    if cfg.batch_size:
+        return {"size": cfg.batch_size, "tokens": 0, "lengths": lengths}
+    tokens = rows_that_fit(0, 1, encoder.model.config.hidden_size, device)
+    return {"size": 64, "tokens": tokens} | stored.get("batch", {}) | {"lengths": lengths}
+
+
+def encode_shard(rows, tokenized, encoder, corpus, cfg, how, bar):
     """Return the vectors [n, D] of the passages `rows`, and how many of these fill all their tokens."""
     vectors_nD = np.empty((len(rows), encoder.dim), cfg.dtype)
     full_length = 0
@@ -69,7 +97,7 @@ def encode_shard(rows, tokenized, encoder, corpus, cfg, accelerator, bar):
     for window in cut(rows, cfg.sort_window):
         # differs: DPR pads to 256 tokens, `embed` to the longest of a batch; the same vectors to 1e-6
         ids = next(tokenized)
-        window_nD = embed(encoder, ids, cfg.batch_size, accelerator.autocast, bar)
+        window_nD = embed(encoder, ids, progress=bar, **how)
         advice = "the weights are broken" if cfg.mixed_precision == "no" else "use --mixed_precision no"
         check_storable(window_nD, cfg.dtype, corpus, window, advice)
         # differs: DPR and nanoDPR store float32, which takes twice the space of float16
@@ -92,7 +120,7 @@ def complete(folder, manifest, shards, corpus):
 def main():
     cfg = load_config(__doc__, "config/doc2embedding.yaml")
     must_be_one_of(cfg, dtype=("float16", "float32"), mixed_precision=("no", "fp16", "bf16"))
-    at_least(cfg, 1, "batch_size", "shard_size", "sort_window", "servers")
+    at_least(cfg, 1, "shard_size", "sort_window", "servers")
     if cfg.server >= cfg.servers:
         raise UserError(f"server must be one of 0 to {cfg.servers - 1}, got {cfg.server}")
     need_file(cfg, "corpus")
@@ -103,9 +131,12 @@ def main():
     # start the processes, open the corpus, load the encoder
     accelerator = start(cfg.mixed_precision)
     main_process = accelerator.is_main_process
+    device = accelerator.device
+    if cfg.compile and device.type == "cpu":
+        raise UserError("compile: a CPU gains too little from it; use --compile false")
     with accelerator.main_process_first():  # the first process to open a corpus writes its index
         corpus = Corpus(cfg.corpus, cfg.corpus_format)
-    encoder = load_encoder(cfg.doc_encoder, "passage", inputs).to(accelerator.device)
+    encoder = load_encoder(cfg.doc_encoder, "passage", inputs).to(device)
 
     # cut the corpus into shards
     # differs: DPR and nanoDPR write one file a process; another number of processes means other files
@@ -119,13 +150,15 @@ def main():
     manifest |= {"dim": encoder.dim, "encoder": encoder_hash(encoder), "pair": encoder.inputs["pair"]}
     stored = read_json(folder / "manifest.json") if (folder / "manifest.json").is_file() else {}
     refuse_other_job(folder, stored, manifest, shards)
+    how = batch_sizes(cfg, encoder, stored, device)
+    manifest["batch"] = {"size": how["size"], "tokens": how["tokens"]}
 
     # find the shards that are missing: of this process, and how many passages of all
     # from: DPR's and GC-DPR's --shard_id and --num_shards; there each server writes one file of its own
     here = list(shards.items())[cfg.server :: cfg.servers]
     mine = here[accelerator.process_index :: accelerator.num_processes]
     todo = shards_to_encode(dict(mine), stored)
-    share = torch.tensor(sum(map(len, todo.values())), device=accelerator.device)
+    share = torch.tensor(sum(map(len, todo.values())), device=device)
     count = int(accelerator.reduce(share, "sum"))  # a barrier too: all processes have read what is there
     if stored.get("complete") and not count:
         return accelerator.print(f"{folder}: already complete, {len(corpus):,} passages; nothing to do")
@@ -137,7 +170,9 @@ def main():
         if corpus.empty_texts:
             print(f"warning: {corpus.empty_texts:,} passages have no text; only their titles are encoded")
         print(f"{len(corpus):,} passages, {len(corpus) - count:,} of them done before | {len(shards)} shards")
-        print(f"{encoder.dim} x {cfg.dtype} | {accelerator.num_processes} x {accelerator.device.type}")
+        batch = f"{how['tokens']:,} tokens" if how["tokens"] else f"{how['size']} passages"
+        where = f"{accelerator.num_processes} x {device.type}, precision {cfg.mixed_precision}"
+        print(f"{encoder.dim} x {cfg.dtype} | {where} | batches of {batch}")
         print(f"inputs: {encoder.inputs}")
         first = tokenize_passages(encoder, [corpus[0]])[0]
         print(f"first passage: {encoder.tokenizer.decode(first)}", flush=True)
@@ -145,14 +180,26 @@ def main():
         file.unlink(missing_ok=True)  # a damaged one; the others would not wait for it below
     accelerator.wait_for_everyone()
 
+    # half precision and compiled code
+    how["autocast"] = accelerator.autocast
+    if cfg.mixed_precision == "bf16":
+        # why not autocast: it turns the weights into bf16 anew for every batch, and the GPU waits for that
+        encoder.to(torch.bfloat16)
+        how["autocast"] = contextlib.nullcontext
+    if cfg.compile:
+        torch._dynamo.config.recompile_limit = 2 * len(how["lengths"])  # with a mask and without one
+        encoder.model.compile(dynamic=False)
+
     # encode
     began = time.perf_counter()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = min(WORKERS, os.cpu_count() // local) if device.type == "cuda" else 0
     windows = [window for rows in todo.values() for window in cut(rows, cfg.sort_window)]
-    tokenized = tokenize_windows(windows, corpus, encoder)
+    tokenized = tokenize_windows(windows, corpus, encoder, workers)
     often = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines in a log file
     with tqdm(total=int(share), desc="passages", mininterval=often, disable=not main_process) as bar:
         for file, rows in todo.items():
-            vectors_nD, full_length = encode_shard(rows, tokenized, encoder, corpus, cfg, accelerator, bar)
+            vectors_nD, full_length = encode_shard(rows, tokenized, encoder, corpus, cfg, how, bar)
             write_shard(file, vectors_nD, full_length)
     wait_for(dict(here))
     seconds = time.perf_counter() - began

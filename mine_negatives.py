@@ -27,6 +27,7 @@ from tqdm import tqdm
 from utils.data import (
     Corpus,
     aligned_reader,
+    check_ids,
     check_scores,
     is_itself,
     iter_lists,
@@ -102,7 +103,7 @@ def wrong_for(question, positives, never, corpus, cfg):
 
 
 def draw_at_random(ids, allowed, count, rng):
-    """Return up to `count` different ids, drawn uniformly; as in RocketQA, anew where one is not allowed."""
+    """Return up to `count` different ids of those allowed, drawn uniformly, one by one as in RocketQA."""
     drawn = []
     tried = set()
     while len(drawn) < count and len(tried) < len(ids):
@@ -145,11 +146,11 @@ def denoise(question, found, corpus, cfg, rngs):
     if cfg.fill:
         unseen = [pid for pid in ranked if pid not in found.scores]
         negatives += draw_at_random(unseen, wrong, wanted - len(negatives), rngs[0])
-    return positives, negatives[::-1]  # from: :46-54 hands them out from the end
+    return positives, negatives[::-1]  # from: :46-54 takes them from the end
 
 
 def pseudo_label(question, found, corpus, cfg, rngs):
-    """RocketQA, for questions without answers: the cross-encoder's favourite is positive if it is sure."""
+    """RocketQA, for questions without answers: the highest score, if above `positive_above`, is positive."""
     scored = [pid for pid in found.ranked[: cfg.depth] if pid in found.scores]
     best = max(scored, key=found.scores.get, default=None)  # the first of equals
     if best is None or found.scores[best] <= cfg.positive_above:
@@ -162,7 +163,7 @@ def pseudo_label(question, found, corpus, cfg, rngs):
 def teleport(question, found, corpus, cfg, rngs):
     """
     ANCE-Tele: the neighbours of the question (ANN) and of its positive (look-ahead), and last episode's
-    negatives (momentum). Nothing is weighted: equal lengths are the paper's alpha = beta = 0.5.
+    negatives (momentum). Lists of equal length are the paper's weights alpha = beta = 0.5 of its sources.
     """
     positives = positives_of(question, found.ranked, corpus, cfg)
     wrong = wrong_for(question, positives, found.never, corpus, cfg)
@@ -200,11 +201,13 @@ def read_found(questions, cfg, counts):
     readers = []
     for path, read in (cfg.scores, iter_run), (cfg.lookahead_run, iter_run), (cfg.momentum, iter_lists):
         readers.append(aligned_reader(path, read(path) if path else iter(()), cfg.run))
+    take_scores, take_lookahead, take_momentum = (take for take, _ in readers)
 
     waiting = {question["qid"]: question for question in questions}
     for qid, hits in iter_run(cfg.run):
-        scores, lookahead = (take(qid) or [] for take, _ in readers[:2])
-        momentum = readers[2][0](qid) or ([], [])
+        scores = take_scores(qid) or []
+        lookahead = take_lookahead(qid) or []
+        momentum = take_momentum(qid) or ([], [])
         question = waiting.pop(qid, None)
         if question is None:
             counts["rankings of other questions, ignored"] += 1
@@ -253,15 +256,15 @@ def mine(questions, corpus, cfg, counts):
             continue
         for entry in positives + negatives:
             if isinstance(entry, str):
-                corpus.row(entry)  # UserError for a ranking of another corpus
+                corpus.row(entry, cfg.run)  # UserError for a ranking of another corpus
 
-        # count what is new: the scored negatives are meant per positive, the look-ahead's come on top
+        # count what is new; asked for: `negatives` per positive with scores, else per ranking
         lists = len(positives) if cfg.mode == "denoise" and cfg.scores else 1 + bool(cfg.lookahead_run)
         new = len(negatives) - len(found.momentum)
         counts["questions with fewer new ones than asked"] += 0 < new < lists * cfg.negatives
         counts["questions without a negative"] += not negatives
         counts["negatives"] += len(negatives)
-        question.pop("grades", None)  # of the given positives, in their order
+        question.pop("grades", None)  # why: they grade the positives of before
         yield from training_lines(question | {"positives": positives, "negatives": negatives}, cfg)
 
 
@@ -302,15 +305,15 @@ def check_settings(cfg):
 def main():
     cfg = load_config(__doc__, "config/mine_negatives.yaml")
     check_settings(cfg)
-
     match = "" if cfg.mode == "pseudo_label" else cfg.match
     questions = read_questions(cfg.questions, match=match)
     corpus = Corpus(cfg.corpus, cfg.corpus_format)
+    for question in questions:
+        check_ids(cfg.questions, question, question["positives"], corpus)
     unanswered = sum(not question["answers"] for question in questions)
     if unanswered and cfg.mode != "pseudo_label":  # MARCO: what is not judged is negative
         warning = f"warning: {unanswered} questions have no answers: any passage may be their negative"
         print(warning, file=sys.stderr)
-
     if match:
         refuse_strange_answers(cfg.questions, questions, corpus, partial(holds_answer, cfg=cfg))
 

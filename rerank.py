@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pairs
 from utils.data import Corpus, check_ids, iter_run, read_questions, write_run
-from utils.distributed import prefetch, start
+from utils.distributed import prefetch, rows_that_fit, start
 from utils.metrics import KS, gold_ids, one_question_at_a_time, print_table, retrieval_metrics
 from utils.plumbing.config import (
     UserError,
@@ -58,7 +58,7 @@ def read_inputs(cfg, corpus, say):
             sizes.append(0)
         questions[qid] = unranked.pop(qid)
         for pid, _ in hits[: cfg.depth]:
-            corpus.row(pid)
+            corpus.row(pid, cfg.ranking)
             sizes[-1] += 1
 
     # say what does not match
@@ -132,7 +132,7 @@ def measure(path, questions, corpus, cfg):
 def main():
     cfg = load_config(__doc__, "config/rerank.yaml")
     must_be_one_of(cfg, match=("string", "regex"), mixed_precision=("no", "fp16", "bf16"))
-    at_least(cfg, 1, "depth", "batch_size", "block")
+    at_least(cfg, 1, "depth", "block")
     need_file(cfg, "questions", "ranking", "corpus")
     need_model(cfg, "cross_encoder")
     need_out(cfg, "out", ".metrics.json")
@@ -159,6 +159,12 @@ def main():
     refuse_other_job(folder, stored, manifest, ())
     cross = load_cross_encoder(cfg.cross_encoder).to(accelerator.device)
 
+    # how many pairs go through it together: the key's number, the first run's, or what fits the device
+    width = cross.model.config.hidden_size
+    fits = rows_that_fit(128, cross.inputs["pair_tokens"], width, accelerator.device)
+    cfg.batch_size = cfg.batch_size or stored.get("batch_size", fits)
+    manifest["batch_size"] = cfg.batch_size
+
     # find the blocks that are missing: of this process, and how many pairs of all
     files = [folder / f"{i:05d}.run" for i in range(len(sizes))]
     mine = range(accelerator.process_index, len(files), accelerator.num_processes)
@@ -172,6 +178,7 @@ def main():
         lock(folder / ".lock")
         write_json(folder / "manifest.json", manifest)
         work = f"{sum(sizes):,} pairs, {sum(sizes) - count:,} of them done before | {len(sizes):,} blocks"
+        work += f" | batches of {cfg.batch_size}"
         print(f"{work} | {accelerator.num_processes} x {accelerator.device.type}", flush=True)
     accelerator.wait_for_everyone()
 

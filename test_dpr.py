@@ -11,10 +11,12 @@ Run:  python test_dpr.py --config config/test_dpr.yaml
 Next: mine_negatives.py, rerank.py, ask.py
 
 top-k is the share of questions with an answer in the text of the first k passages. MRR@10, nDCG@10 and hit@k
-count the listed positives, by id; hit@50 and hit@1000 are MS MARCO's R@50 and R@1000. lookahead (ANCE-Tele,
-Sun et al. 2022) searches with the positive passage: with what the question becomes once it is learned.
+count the listed positives, by id. MRR@10 is the mean of 1 / rank of the first one, 0 where none is among
+ten. nDCG@10 counts all of them, less and less down the ranking. hit@50 and hit@1000 are MS MARCO's R@50 and
+R@1000. lookahead (ANCE-Tele, Sun et al. 2022) searches with the vector of the positive passage. why: training
+moves the vector of the question towards it.
 
-Q questions · D dimensions
+Q questions · D dimensions · row: the place of a passage in the corpus, from 0 · qid, pid: ids
 """
 
 from pathlib import Path
@@ -33,15 +35,15 @@ from utils.plumbing.config import (
     load_config,
     must_be_one_of,
     need_file,
-    need_folder,
     need_model,
     need_out,
     need_value,
 )
 from utils.plumbing.embeddings import open_embeddings
+from utils.plumbing.faiss_setup import faiss
 from utils.plumbing.files import atomic_file, read_json, sha256, write_json
 from utils.plumbing.weights import encoder_hash, given_inputs, load_encoder
-from utils.search import as_lists, build_index, exact_topk, faiss, fetch, search_index
+from utils.search import as_lists, build_index, exact_topk, fetch, search_index
 from utils.text import report_regex_failures
 
 BLOCK = 16384  # questions searched at a time: MS MARCO's 502,939 x 1,000 hits would fill 100 GB
@@ -67,7 +69,7 @@ def check_settings(cfg):
     if cfg.question_vectors and not cfg.question_vectors.endswith(".npy"):
         raise UserError(f"question_vectors must be the path of a .npy file, got {cfg.question_vectors!r}")
     if cfg.question_vectors:
-        need_folder(cfg, "question_vectors", Path(cfg.question_vectors).parent)
+        need_out(cfg, "question_vectors", ".json")
 
 
 def with_positive_id(questions, path):
@@ -97,7 +99,7 @@ def read_bm25(questions, corpus, cfg):
     """Return BM25's ranking as {qid: [(row, score), ...]}."""
     bm25 = {}
     for qid, hits in iter_run(cfg.bm25_run):
-        bm25[qid] = [(corpus.row(pid), score) for pid, score in hits]
+        bm25[qid] = [(corpus.row(pid, cfg.bm25_run), score) for pid, score in hits]
     missing = [question["qid"] for question in questions if question["qid"] not in bm25]
     if len(missing) == len(questions):
         raise UserError(f"{cfg.bm25_run}: has none of the questions of {cfg.questions}")
@@ -136,6 +138,8 @@ def encode_once(encoder, questions, cfg):
         if not note.is_file():
             print(f"{path}: no {note.name} says who made these vectors; they are taken as they are")
         return read_vectors(path, len(questions), encoder.dim)
+    if note.is_file() and {*read_json(note)} != {*job}:
+        raise UserError(f"{note}: would be replaced by a note on {path.name}; give that another name")
     vectors_QD = encode(encoder, questions, cfg)
     write_json(note, job)
     with atomic_file(path, "wb") as file:
@@ -231,20 +235,22 @@ def main():
     size = f"{len(questions):,} questions, {len(corpus):,} passages x {manifest['dim']} {manifest['dtype']}"
     print(f"{size}, index {cfg.index}, {device}, {threads} threads", flush=True)
 
-    # load the question encoder, build the index or read a saved one
-    if not cfg.lookahead:
-        encoder = load_question_encoder(cfg, manifest["dim"], device)
-    index = None
-    if cfg.index != "stream":
-        folder = cfg.embeddings.rstrip("/") + ".index"
-        embeddings = sha256(Path(cfg.embeddings) / "manifest.json")
-        index = build_index(cfg.index, shards, folder, embeddings, cfg.nprobe, cfg.ef_search)
-
-    # questions -> vectors -> the best passages
+    # questions -> vectors
     if cfg.lookahead:
         vectors_QD = vectors_of_positives(questions, shards, corpus)
     else:
-        vectors_QD = (encode_once if cfg.question_vectors else encode)(encoder, questions, cfg)
+        encoder = load_question_encoder(cfg, manifest["dim"], device)
+        vectors_of = encode_once if cfg.question_vectors else encode
+        vectors_QD = vectors_of(encoder, questions, cfg)
+
+    # build the index, or read a saved one
+    index = None
+    if cfg.index != "stream":
+        folder = cfg.embeddings.rstrip("/") + ".index"
+        embeddings_hash = sha256(Path(cfg.embeddings) / "manifest.json")
+        index = build_index(cfg.index, shards, folder, embeddings_hash, cfg.nprobe, cfg.ef_search)
+
+    # vectors -> the best passages; one more where named_hits drops the question's own document
     k = cfg.k + cfg.ignore_identical_ids
     results = search(vectors_QD, shards, index, k, device)
     write_run(cfg.out, rankings(questions, results, bm25, corpus, cfg))

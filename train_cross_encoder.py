@@ -215,12 +215,11 @@ def dev_metrics(examples, p_N):
 # ---------------------------------------------------------------- main
 def main():
     cfg = load_config(__doc__, "config/train_cross_encoder_nq.yaml")
-    at_least(cfg, 1, "chunk")
     at_least(cfg, 4, "pair_tokens")
     need_file(cfg, "train", optional=("dev", "corpus"))
 
     # data
-    run = Run(cfg, files=("train", "dev"), weights=("init",))
+    run = Run(cfg, ("train", "dev"), weights=("init",), sizes={"chunk": (64, cfg.pair_tokens)})
     corpus = run.corpus
     _, pairs, train_note = read_pairs(cfg.train, corpus)
     dev, dev_pairs, dev_note = [], [], "no dev set: the last checkpoint is the best"

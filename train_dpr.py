@@ -14,9 +14,10 @@ Next: doc2embedding.py         Expect: results/demo (make demo); the papers' num
 Four systems train with this file, and a config names only what its system changes. GC-DPR encodes the batch
 in chunks (train_gcdpr_nq.yaml). RocketQA takes 1024 or 4096 questions a batch (train_dpr_rocketqa_nq.yaml).
 ANCE-Tele walks through many mined negatives and stops early (train_dpr_ance_tele_nq.yaml). The last two train
-several rounds. Every round starts anew from `init`; only the training file is new.
+several rounds (ANCE-Tele: episodes). Each round starts anew from `init`, with a new training file.
 
 B questions, P = B * (1 + negatives) passages of this device · Q, N: those of all devices · D hidden
+item: the number of a line of the training file · entry: a passage, as a corpus id or inline
 """
 
 import itertools
@@ -56,7 +57,7 @@ def rotating_negatives(pool, k, seed, epoch):
 
 
 def draw_passages(example, item, epoch, cfg):
-    """Return entries (a corpus id or an inline passage), the positive first, of line `item` of the file."""
+    """Return the passages of line `item` of the file, as entries: the positive, then the negatives."""
     positives = example["positives"]
     negatives = example["negatives"]
     first = 0
@@ -67,7 +68,7 @@ def draw_passages(example, item, epoch, cfg):
         picked = rotating_negatives(len(negatives), cfg.negatives, seed, epoch)
     else:
         # from: DPR dpr/models/biencoder.py:184 shuffles the pool anew every epoch and takes the first ones
-        rng = np.random.default_rng([cfg.seed, epoch, item, 1])  # 1: not the stream that orders questions
+        rng = np.random.default_rng([cfg.seed, epoch, item, 1])  # 1: item 0 too has a stream of its own
         if cfg.shuffle_positives:
             first = rng.integers(len(positives))
         picked = rng.permutation(len(negatives))[: cfg.negatives]
@@ -137,8 +138,8 @@ def make_batch(step, train, corpus, encoders, cfg):
     first = rank * share
     last = first + share
     questions = [train[item]["question"] for item in items[first:last]]
-    entries = entries[first * width : last * width]
-    passages = [passage_of(entry, corpus) for entry in entries]
+    own_entries = entries[first * width : last * width]
+    passages = [passage_of(entry, corpus) for entry in own_entries]
 
     # their token ids in chunks by length; places: where the vector of each row is found afterwards
     question_ids = encoding.tokenize_questions(encoders["query_encoder"], questions)
@@ -165,6 +166,7 @@ def in_batch_loss(q_QD, p_ND, positive_Q, excluded=None):
     of each question's positive. excluded: [2, E], pairs (question, column) taken out of the softmax.
     """
     scores_QN = q_QD @ p_ND.T
+    positive_Q = torch.as_tensor(positive_Q, device=scores_QN.device)
     if excluded is not None and excluded.numel():
         scores_QN = scores_QN.index_put(tuple(excluded), scores_QN.new_tensor(-math.inf))
     loss = F.cross_entropy(scores_QN, positive_Q)
@@ -175,7 +177,7 @@ def in_batch_loss(q_QD, p_ND, positive_Q, excluded=None):
 def add_gradient(batch, encoders, accelerator, cfg, step):
     """Add the global batch's gradient, times gradient_scale, to .grad; return the global (loss, correct)."""
     device = accelerator.device
-    questions = len(batch["question_chunks"])
+    question_chunks = len(batch["question_chunks"])
     chunks = [("query_encoder", ids) for ids in batch["question_chunks"]]
     chunks += [("doc_encoder", ids) for ids in batch["passage_chunks"]]
 
@@ -187,8 +189,8 @@ def add_gradient(batch, encoders, accelerator, cfg, step):
 
     def loss_of(vectors):
         # put the rows back into the batch's order: row i of q belongs to question i
-        q_BD = torch.cat(vectors[:questions])
-        p_PD = torch.cat(vectors[questions:])
+        q_BD = torch.cat(vectors[:question_chunks])
+        p_PD = torch.cat(vectors[question_chunks:])
         q_BD = q_BD[batch["question_places"].to(device)]
         p_PD = p_PD[batch["passage_places"].to(device)]
 
@@ -290,12 +292,12 @@ def main():
     # settings, checked before anything is loaded
     cfg = load_config(__doc__, "config/train_dpr_nq.yaml")
     given_inputs(cfg)  # UserError for a value that no encoder knows
-    at_least(cfg, 1, "question_chunk", "passage_chunk")
     at_least(cfg, 4, "question_tokens", "passage_tokens")
     need_file(cfg, "train", optional=("dev", "corpus"))
 
     # data
-    run = Run(cfg, files=("train", "dev"), weights=("init",))
+    sizes = {"question_chunk": (64, cfg.question_tokens), "passage_chunk": (64, cfg.passage_tokens)}
+    run = Run(cfg, files=("train", "dev"), weights=("init",), sizes=sizes)
     corpus = run.corpus
     train, train_note = read_training(cfg.train, corpus)
     dev, dev_note = [], "no dev set: the last checkpoint is the best"
@@ -312,9 +314,9 @@ def main():
     def batch_of(step):
         return make_batch(step, train, corpus, encoders, cfg)
 
-    # the loop
-    negatives = cfg.batch_size * (1 + cfg.negatives) - 1
-    story = f"{cfg.batch_size} questions a step against {negatives} negatives each"
+    # the loop: the next batch is drawn meanwhile; run.save acts only when it is due
+    wrong_passages = cfg.batch_size * (1 + cfg.negatives) - 1
+    story = f"{cfg.batch_size} questions a step against {wrong_passages} negatives each"
     story += f" | gradient x {cfg.gradient_scale}"
     for step, batch in run.steps(len(train), batch_of, story):
         if step == run.first:
@@ -326,7 +328,7 @@ def main():
         evaluated = bool(dev) and run.time_to_evaluate()
         if evaluated:
             metrics = evaluate(pool, encoders, run.accelerator, cfg)
-            run.dev(metrics, by="average_rank", sign=-1)
+            run.dev(metrics, by="average_rank", sign=-1)  # -1: a smaller rank is better
         run.save(encoders, optimizer, evaluated)
 
 

@@ -5,7 +5,7 @@ Nobody says which passages are right: the reader finds out, because they make th
 (1) Search the K best passages of each question, by vectors that may be some steps old.
 (2) Fusion-in-Decoder (FiD): T5 encodes each passage by itself, reads all at once and learns the answer.
 (3) Ask the reader, kept constant, how likely the answer is from each passage alone.
-(4) The encoders' scores give a prior over the K passages; (3) makes it a posterior; they learn to match it.
+(4) The encoders' scores give a prior over the K passages, with (3) Bayes' rule a posterior; they learn it.
 (5) Every `refresh_every` steps encode the corpus again; never, where the question encoder learns alone.
 
 In:   questions with answers, a corpus, two encoders (train_dpr.py), their vectors (doc2embedding.py), any T5
@@ -68,17 +68,17 @@ def draw_questions(step, train, cfg):
 
 
 def tokenize_chunk(examples, corpus, models, cfg):
-    """Return all that the models read of a chunk of B questions."""
+    """Return a dict: token ids for each model, "labels_BT", and "with_answer", how many passages have one."""
     reader = models["reader"]
     questions = [example["question"] for example in examples]
     labels_BT = fid.tokenize_answers(reader, [example["answer"] for example in examples])
-    batch = {"labels_BT": labels_BT, "contexts": [], "hits": 0}
+    batch = {"labels_BT": labels_BT, "contexts": [], "with_answer": 0}
     all_passages = []
     for example in examples:
         passages = [corpus[row] for row in example["rows"]]
         all_passages += passages
         batch["contexts"] += fid.tokenize_contexts(reader, example["question"], passages)
-        batch["hits"] += sum(has_answer(passage.text, example["answers"]) for passage in passages)
+        batch["with_answer"] += sum(has_answer(passage.text, example["answers"]) for passage in passages)
     if cfg.retriever_loss != "none":
         batch["question_ids"] = encoding.tokenize_questions(models["query_encoder"], questions)
         batch["passage_ids"] = encoding.tokenize_passages(models["doc_encoder"], all_passages)
@@ -94,8 +94,8 @@ def retriever_loss(log_prior_BK, log_likelihood_BKT, mask_BT, marginal):
         sequence  - log sum_k prior_k prod_t p(a_t | a_<t, q, z_k), mean over questions   (the paper)
 
     With scores s and log_prior = log_softmax(s), d loss / d s = prior - posterior. The posterior is
-    softmax(log_prior + log p(answer | k)): of the whole answer, or the mean of those of its tokens. So a
-    passage rises when the reader finds the answer likelier with it than the retriever had believed.
+    softmax(log_prior + log p(answer | k)): of the whole answer, or the mean of those of its tokens. So the
+    score of a passage rises where its posterior is above its prior.
     """
     assert marginal in ("token", "sequence"), marginal
     mask_BT = mask_BT.bool()
@@ -118,7 +118,7 @@ def kl_loss(log_prior_BK, log_likelihood_BKT, mask_BT):
 
 # ---------------------------------------------------------------- gradients
 def reader_gradient(batch, reader, tokens, accelerator, cfg):
-    """(2) Add the gradient of the reader's loss to T5's .grad; return it and (3) log_likelihood_BKT."""
+    """Add the gradient of the reader's loss (2) to T5's .grad; return (that loss, (3) log_likelihood_BKT)."""
     # - log p(answer | question, all K passages); no score of the retriever enters it [EM:152-183]
     autocast = accelerator.autocast
     labels_BT = batch["labels_BT"].to(accelerator.device)
@@ -147,18 +147,18 @@ def retriever_gradient(batch, log_likelihood_BKT, models, tokens, accelerator, c
     scores_BK = torch.einsum("bd,bkd->bk", q_BD, d_BKD) / temperature
     log_prior_BK = scores_BK.log_softmax(1)
 
-    # the loss [TR:100-178]; the share of this chunk, and the weight of a question, in the batch's mean
+    # the loss [TR:100-178]; the weight of this chunk, and that of a question, in the batch's mean
     mask_BT = (batch["labels_BT"] != fid.PAD).to(accelerator.device)
-    share = len(mask_BT) / cfg.batch_size
-    weight_B1 = 1 / cfg.batch_size  # a number here, [B, 1] for "token"
+    weight_of_chunk = len(mask_BT) / cfg.batch_size
+    weight_B1 = scores_BK.new_full((len(mask_BT), 1), 1 / cfg.batch_size)
     if cfg.retriever_loss == "kl":
         loss = kl_loss(log_prior_BK, log_likelihood_BKT, mask_BT)
     else:
         loss = retriever_loss(log_prior_BK, log_likelihood_BKT, mask_BT, cfg.marginal)
         if cfg.marginal == "token":
-            share = mask_BT.sum() / tokens
+            weight_of_chunk = mask_BT.sum() / tokens
             weight_B1 = mask_BT.sum(1, keepdim=True) / tokens
-    loss = loss * share
+    loss = loss * weight_of_chunk
     (slope_BK,) = torch.autograd.grad(loss, scores_BK, retain_graph=True)  # weight * (prior - posterior)
     accelerator.backward(loss)
 
@@ -188,12 +188,11 @@ def add_gradient(examples, corpus, models, accelerator, cfg, step):
     for i, batch in enumerate(prefetch(batch_of, range(0, share, cfg.question_chunk))):
         torch.manual_seed(chunk_seed((cfg.seed, step, rank), i))  # the dropout masks
         loss, likelihood_BKT = reader_gradient(batch, models["reader"], tokens, accelerator, cfg)
-        numbers = [loss, batch["hits"] / cfg.top_k / cfg.batch_size]
+        numbers = [loss, batch["with_answer"] / cfg.top_k / cfg.batch_size]
         if cfg.retriever_loss != "none":
             numbers += retriever_gradient(batch, likelihood_BKT, models, tokens, accelerator, cfg)
         totals = totals + torch.tensor(numbers, device=accelerator.device)
-    for model in models.values():
-        sum_gradients(model.parameters())
+    sum_gradients(torch.nn.ModuleDict(models).parameters())
     if devices > 1:
         dist.all_reduce(totals)
     return dict(zip(SHOWN, totals.tolist(), strict=False))
@@ -230,8 +229,7 @@ def evaluate(dev, corpus, index, models, accelerator, cfg):
     hits = []
     for example in dev:
         hits.append([has_answer(corpus[row].text, example["answers"]) for row in example["rows"]])
-    rows = [example["rows"][: cfg.top_k] for example in dev]
-    answers = fid.answer_all(models["reader"], dev, rows, corpus, cfg.eval_batch_size, accelerator)
+    answers = fid.answer_all(models["reader"], dev, corpus, [cfg.top_k], cfg.eval_batch_size, accelerator)
     em, f1 = answer_scores(dev, answers, [cfg.top_k]).values()
     metrics = {"em": float(np.mean(em)), "f1": float(np.mean(f1))}
     for k, share in topk_accuracy(hits, cfg.eval_hits).items():
@@ -282,7 +280,7 @@ def main():
     config.must_be_one_of(cfg, retriever_loss=("emdr2", "kl", "none"), marginal=("token", "sequence"))
     # why 2: the prior of one passage is always 1, so no retriever learns
     config.at_least(cfg, 1 if cfg.retriever_loss == "none" else 2, "top_k")
-    config.at_least(cfg, 1, "question_chunk", "passage_chunk", "score_chunk")
+    config.at_least(cfg, 1, "score_chunk")
     config.at_least(cfg, 2, "answer_tokens", "reader_tokens")
     if not cfg.eval_hits or min(cfg.eval_hits) < 1:
         raise UserError(f"eval_hits must name depths of at least 1, got {cfg.eval_hits}")
@@ -290,7 +288,8 @@ def main():
     config.need_value(cfg, "embeddings")
 
     # data
-    run = Run(cfg, files=("train", "dev"), weights=(*TOWERS, "reader"))
+    sizes = {"question_chunk": (4, cfg.top_k * cfg.reader_tokens), "passage_chunk": (200, cfg.reader_tokens)}
+    run = Run(cfg, files=("train", "dev"), weights=(*TOWERS, "reader"), sizes=sizes)
     corpus = run.corpus
     train, train_note = load_questions(cfg.train, corpus)
     none = ([], "no dev set: the last checkpoint is the best")

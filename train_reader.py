@@ -1,8 +1,9 @@
 """
 Train DPR's extractive reader (Karpukhin et al. 2020, Sec. 6), which GC-DPR and RocketQA use as it is.
 
-No span was ever labelled. A question is learned from one passage that holds its answer, where every mention
-counts as right, next to others that do not. To answer, the reader takes the best span of the best passage.
+No span (tokens in a row) was ever labelled. A question is learned from one passage that holds its answer,
+where every span that spells it counts as right, next to passages without it. To answer, the reader takes the
+best span of the passage that it finds most relevant.
 
 In:   question files with answers (train, dev), a ranking of each (test_dpr.py, rerank.py), and the corpus
 Out:  run_dir/reader/ (best exact match on dev), checkpoints/, log.txt, metrics.jsonl
@@ -95,6 +96,7 @@ def reader_loss(start_NL, end_NL, relevance_NM, begin_NA, end_NA, spans_NA):
     log_start_NA = start_NL.log_softmax(1).gather(1, begin_NA)
     log_end_NA = end_NL.log_softmax(1).gather(1, end_NA)
     log_NA = log_start_NA + log_end_NA
+    spans_NA = spans_NA.bool()
     log_NA = log_NA.masked_fill(~spans_NA, -torch.inf)
     has_span_N = spans_NA.any(1)
     log_nA = log_NA[has_span_N]  # trap: a row of -inf has a NaN gradient
@@ -166,7 +168,8 @@ def add_gradient(chunks, reader, accelerator, cfg, step):
         logits = logits_of(questions, reader, accelerator.autocast, cfg)
         spans = span_tensors(questions, device)
         loss, correct = reader_loss(*logits, *spans)
-        # differs: a mean over 16. DPR sums 2 on each of 8 GPUs: its clipping at 1.0 is our max_grad_norm 0.5
+        # differs: the mean of 16. DPR's gradient is twice as large (a sum of 2, averaged over 8 GPUs), so its
+        # clipping at 1.0 is our max_grad_norm 0.5
         loss = loss / cfg.batch_size
         accelerator.backward(loss)  # with fp16's loss scaler
         totals += torch.stack([loss.detach(), correct])
@@ -207,10 +210,10 @@ def training_step(step, chunks, reader, optimizer, run, cfg):
 # ---------------------------------------------------------------- evaluation
 def evaluate(dev, corpus, reader, accelerator, cfg):
     """Return {"em", "f1"} of the answers to the dev questions from their first test_depth passages."""
-    # differs: DPR compares the wrong way round, and looks at the first device's questions only
+    # differs: DPR keeps the checkpoint of the lowest exact match, of the first device's questions alone
     top_docs = [cfg.test_depth]
-    sizes = (cfg.max_answer_length, cfg.eval_batch_size)
-    answers = reading.answer_all(reader, dev, corpus, top_docs, *sizes, accelerator)
+    sizes = {"batch_size": cfg.eval_batch_size, "max_answer_length": cfg.max_answer_length}
+    answers = reading.answer_all(reader, dev, corpus, top_docs, accelerator=accelerator, **sizes)
     scores = answer_scores(dev, answers, top_docs)
     em = np.mean(scores[f"EM@{cfg.test_depth}"])
     f1 = np.mean(scores[f"F1@{cfg.test_depth}"])
@@ -221,7 +224,7 @@ def evaluate(dev, corpus, reader, accelerator, cfg):
 def main():
     cfg = load_config(__doc__, "config/train_reader_nq.yaml")
     must_be_one_of(cfg, token_types=("zeros", "segments"))
-    at_least(cfg, 1, "train_depth", "test_depth", "max_answer_length", "question_chunk", "passage_chunk")
+    at_least(cfg, 1, "train_depth", "test_depth", "max_answer_length")
     at_least(cfg, 2, "passages_per_question")
     at_least(cfg, 8, "reader_tokens")
     need_file(cfg, "train", "train_run", "corpus", optional=("dev", "dev_run", "gold"))
@@ -230,7 +233,9 @@ def main():
 
     # data
     files = ("train", "train_run", "dev", "dev_run", "gold")
-    run = Run(cfg, files, weights=("init",))
+    tokens = cfg.passages_per_question * cfg.reader_tokens
+    sizes = {"question_chunk": (1, tokens), "passage_chunk": (24, cfg.reader_tokens)}
+    run = Run(cfg, files, weights=("init",), sizes=sizes)
     corpus = run.corpus
     examples, train_note = reading.read_ranking(cfg.train, cfg.train_run, corpus, cfg.train_depth)
     dev = []

@@ -1,8 +1,8 @@
 """
 Say what a training will do with your passages and questions, before it costs an hour.
 
-In:  a folder with corpus.tsv and train.jsonl, dev.jsonl, test.jsonl. Where it has questions.jsonl alone, the
-     three are made from it: eight questions of ten to train, one to choose, one to test
+In:  a folder with corpus.tsv and train.jsonl, dev.jsonl, test.jsonl. Where it has questions.jsonl and none of
+     these, they are made from it: eight questions of ten to train, one to choose, one to test
 Out: a report on the screen: what is cut, what is left out, and what looks wrong
 Run: python -m prepare.check data/my --config config/train_dpr_demo.yaml --init data/models/tinybert-4l
      --match regex: the answers are regular expressions. It takes every key of train_dpr.py too.
@@ -11,6 +11,7 @@ Run: python -m prepare.check data/my --config config/train_dpr_demo.yaml --init 
 import argparse
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 from statistics import mean
 
@@ -36,10 +37,13 @@ def deal(folder):
     tenth = len(questions) // 10
     if tenth == 0:
         raise UserError(f"{folder}/questions.jsonl: 10 questions or more are needed, got {len(questions)}")
-    parts = questions[2 * tenth :], questions[tenth : 2 * tenth], questions[:tenth]
-    for name, part in zip(SPLITS, parts, strict=True):
-        with atomic_file(folder / f"{name}.jsonl") as file:
-            file.writelines(json.dumps(question, ensure_ascii=False) + "\n" for question in part)
+    parts = {"test": questions[:tenth], "dev": questions[tenth : 2 * tenth], "train": questions[2 * tenth :]}
+    with tempfile.TemporaryDirectory(prefix=".deal.", dir=folder) as place:
+        for name, part in parts.items():
+            with atomic_file(Path(place, f"{name}.jsonl")) as file:
+                file.writelines(json.dumps(question, ensure_ascii=False) + "\n" for question in part)
+        for name in parts:
+            Path(place, f"{name}.jsonl").rename(folder / f"{name}.jsonl")
     print(f"{folder}: questions.jsonl is dealt into train.jsonl, dev.jsonl and test.jsonl")
 
 
@@ -102,13 +106,13 @@ def main():
     cfg.corpus = args.corpus or str(folder / "corpus.tsv")
     need_file(cfg, "corpus")
     need_model(cfg, "init")
-    if not (folder / "train.jsonl").is_file() and (folder / "questions.jsonl").is_file():
+    there = [name for name in SPLITS if (folder / f"{name}.jsonl").exists()]
+    if not there and (folder / "questions.jsonl").is_file():
         deal(folder)
     for name in SPLITS:
         if not (folder / f"{name}.jsonl").is_file():
-            raise UserError(
-                f"{folder}/{name}.jsonl: no such file; give it, or a questions.jsonl to deal it from"
-            )
+            cure = "give all three, or questions.jsonl and none of them, to deal them from"
+            raise UserError(f"{folder}/{name}.jsonl: no such file; {cure}")
 
     # the passages
     corpus = Corpus(cfg.corpus, cfg.corpus_format)

@@ -12,7 +12,6 @@ SYNONYMS = {
     "q_chunk_size": "question_chunk",
     "ctx_chunk_size": "passage_chunk",
     "hard_negatives": "negatives",
-    "other_negatives": "negatives",
     "per_device_train_batch_size": "batch_size",
     "per_device_eval_batch_size": "eval_batch_size",
     "dev_batch_size": "eval_batch_size",

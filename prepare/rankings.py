@@ -1,5 +1,5 @@
 """
-Rankings of TREC, DPR, FiD, Pyserini and RocketQA become ours, ours TREC's and DPR's; Tevatron's corpus ours.
+Rankings of TREC, DPR, FiD, Pyserini and RocketQA become ours, and ours TREC's and DPR's.
 """
 
 import hashlib
@@ -115,7 +115,7 @@ def to_dpr_result(run, questions, corpus, out):
     take, check = aligned_reader(run, iter_run(run), questions)
     begin = "[\n"
     with atomic_file(out) as file:
-        for question in read_questions(questions):
+        for question in read_questions(questions, match="string"):
             ctxs = []
             for pid, score in take(question["qid"]) or []:
                 passage = corpus.passage(pid)
@@ -201,6 +201,3 @@ def from_dpr_result(path, folder):
     if not pids:
         (folder / "corpus.jsonl").unlink()
         print(f"{path}: its passages have no texts, so there is no {folder / 'corpus.jsonl'}")
-
-
-# ---------------------------------------------------------------- Tevatron, Anserini

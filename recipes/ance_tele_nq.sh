@@ -53,12 +53,15 @@ if [ ! -f $DATA/test.jsonl ]; then
 fi
 
 # M_0: coCondenser as it is, never trained for retrieval.
-if [[ " $EPISODES " = *" 1 "* ]] && [ ! -f $RUN/m1.jsonl ]; then
+if [[ " $EPISODES " = *" 1 "* ]]; then
+    FOR=$RUN/m1.jsonl
     stage $RUN/m0/doc_encoder python recipes/untrained.py --config $CONFIG --init $START --run_dir $RUN/m0 $TRAIN_FLAGS
     encode $RUN/m0
+    FOR=
 fi
 
 mine() { # the negatives of an episode, found by the model of the last
+    local FOR=$model.jsonl
     search $last $TRAIN $DEPTH ann
     if [ $POSITIVES = find ]; then
         questions=$last/questions.jsonl
@@ -80,7 +83,7 @@ mine() { # the negatives of an episode, found by the model of the last
 
 for episode in $EPISODES; do
     last=$RUN/m$((episode - 1)) model=$RUN/m$episode questions=$TRAIN
-    [ -f $model.jsonl ] || mine
+    mine
     stage $model/metrics.json $LAUNCH train_dpr.py --config $CONFIG --run_dir $model --init $START \
         --train $model.jsonl --dev "$DEV" $CORPUS --negatives ${NEGATIVES[episode - 1]} \
         --stop_after ${STOP_AFTER[episode - 1]} --resume exact $TRAIN_FLAGS

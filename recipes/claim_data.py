@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.bm25 import build_bm25, search_bm25  # noqa: E402
 from utils.data import Corpus, read_questions  # noqa: E402
-from utils.plumbing.config import UserError, friendly_errors  # noqa: E402
+from utils.plumbing.config import UserError, friendly_errors, refuse_input  # noqa: E402
 from utils.plumbing.files import atomic_file  # noqa: E402
 
 SEED = 111
@@ -55,9 +55,11 @@ def write_questions(path, questions, keys):
 def main(source, corpus_path, out, count, passages):
     out, rng = Path(out), random.Random(SEED)
     corpus = Corpus(corpus_path)
+    refuse_input(out / "corpus.tsv", corpus_path)
     parts = {}
     for name in ("train", "dev", "test"):
         path = Path(source) / f"{name}.jsonl"
+        refuse_input(out / f"{name}.jsonl", path)
         parts[name] = read_questions(path, need=("answers", "positives"), match="string")
     if len(parts["train"]) < count:
         raise UserError(f"{source}/train.jsonl: {len(parts['train'])} questions, {count} are asked for")

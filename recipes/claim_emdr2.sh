@@ -44,7 +44,8 @@ encode $RUN/start
 search $RUN/start $DATA/test.jsonl $DEPTH test
 
 train() { # NAME FROM READER STEPS FLAGS...: train_emdr2.py from the encoders of FROM
-    local epoch=$(($(wc -l <$TRAIN) / BATCH))
+    local epoch=$(($(lines_of $TRAIN) / BATCH))
+    [ $epoch -gt 0 ] || { echo "error: $TRAIN fills no batch of $BATCH" >&2 && exit 2; }
     stage $RUN/$1/metrics.json $LAUNCH train_emdr2.py --run_dir $RUN/$1 --train $TRAIN --dev $DATA/dev.jsonl $CORPUS \
         --query_encoder $2/query_encoder --doc_encoder $2/doc_encoder --embeddings $2/embeddings --reader $3 \
         --epochs $((($4 + epoch - 1) / epoch)) --stop_after $4 --eval_every 30 --resume exact $TRAIN_FLAGS "${@:5}"
@@ -84,7 +85,9 @@ for arm in $ARMS; do
         # one reader, two retrievers: what the passages alone are worth in exact match
         answer fid_on_start $RUN/fid/reader $RUN/start/test.run
         answer fid_on_token $RUN/fid/reader $RUN/token_seed$seed/test.run
-        answer token_on_token $RUN/token_seed$seed/reader $RUN/token_seed$seed/test.run ;;
+        answer token_on_token $RUN/token_seed$seed/reader $RUN/token_seed$seed/test.run
+        stage $RUN/belief.json python -m recipes.reader_signal batch $DATA/corpus.tsv $DATA/test.jsonl \
+            $RUN/start/test.run $RUN/fid/reader $RUN/token_seed$seed/test.run $RUN/token_seed$seed/reader $RUN/belief.json ;;
     sequence) question_encoder sequence $seed $first --marginal sequence ;;
     kl) question_encoder kl $seed $first --retriever_loss kl ;;
     k16) question_encoder k16 $seed $first --top_k 16 ;;
@@ -97,7 +100,7 @@ for arm in $ARMS; do
     async)
         bash recipes/emdr2_worker.sh $RUN/async_seed$seed $CORPUS $ENCODE_FLAGS &
         worker=$!
-        trap 'kill $worker 2>/dev/null || true' EXIT # it waits for a training that may have failed
+        trap 'kill $worker 2>/dev/null || true; rm -f "$STAGES"*' EXIT # it waits for a training that may have failed
         both_encoders async async
         wait $worker ;;
     plain)
@@ -111,3 +114,9 @@ done
 answers=()
 for name in fid_on_start fid_on_token token_on_token plain_on_start; do answers+=($name=$RUN/$name.answers.json); done
 keep_ranks start=$RUN/start/test.run $(arms '*') "${answers[@]}"
+
+# what each arm finds and answers, and whose belief the reader changed
+pairs=(start=start/test.run)
+for pair in $(arms '*') "${answers[@]}"; do [ ! -f ${pair#*=} ] || pairs+=(${pair%%=*}=${pair#*=$RUN/}); done
+python recipes/page_table.py $RUN $DATA "${pairs[@]}"
+[ $RUN/page.html -nt $RUN/table.json ] || python recipes/page.py $RUN --data $DATA --out $RUN/page.html

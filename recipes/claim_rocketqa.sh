@@ -77,8 +77,9 @@ if wants shares; then
     rescore $RUN/d0 $DATA/train.jsonl $SCORED train
 
     SCORES="--scores $RUN/d0/train_ce.run --negatives $NEGATIVES"
+    [ -n "$DRY" ] || [ -f $RUN/checked.jsonl ] || write $RUN/gate.txt echo $BELOW
+    [ -n "$DRY" ] || [ $BELOW = "$(cat $RUN/gate.txt)" ] || { echo "error: $RUN was mined with another BELOW: take another RUN" >&2 && exit 2; }
     mine checked $DATA/train.jsonl $SCORES --negative_below $BELOW
-    stage $RUN/gate.txt write $RUN/gate.txt echo $BELOW
     mine gated $DATA/train.jsonl $SCORES --negative_below $BELOW --fill true
     mine mined $DATA/train.jsonl $SCORES --negative_below 2 --fill true
     mine filtered $DATA/train_answers.jsonl $SCORES --negative_below 2 --fill true

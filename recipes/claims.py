@@ -24,11 +24,11 @@ import yaml
 from recipes.compare import first_ranks, metrics_of_ranks
 from utils.data import Corpus, read_questions
 from utils.metrics import bootstrap_interval
-from utils.plumbing.config import ROOT, UserError, friendly_errors
+from utils.plumbing.config import ROOT, UserError, friendly_errors, refuse_input
 from utils.plumbing.files import read_json, write_text
 
 VERDICTS = ("shown", "shown in part", "not shown")
-KEYS = "claim system experiment metric folder arm over table text measured hardware verdict reason".split()
+KEYS = "claim system experiment metric smaller folder arm over table text measured hardware verdict reason"
 PAGE = """# What the papers claim, and what our runs show
 
 Made by `python -m recipes.claims` from results/claims.yaml and the files that it names. results/claims.json
@@ -44,20 +44,23 @@ found instead.
 
 def store(corpus, questions, out, named):
     """Write {name: ranks or answers, a number a question} of rankings and answers; other names stay."""
-    questions = read_questions(questions)
+    refuse_input(out, corpus, questions)
+    questions = read_questions(questions, match="string")
     corpus = Corpus(corpus)
     stored = read_json(out) if Path(out).is_file() else {}
     for item in named:
         name, sign, path = item.partition("=")
         if not sign:
             raise UserError(f"{item}: expected NAME=FILE, such as bm25=runs/demo/bm25_runs/test.run")
+        refuse_input(out, path)
         stored[name] = first_ranks(path, questions, corpus)
-    write_text(
-        out,
-        "{\n"
-        + ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in stored.items())
-        + "\n}\n",
-    )
+    write_rows(out, stored)
+
+
+def write_rows(path, rows):
+    """Write {name: row} as json, a row a line."""
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+    write_text(path, f"{{\n{lines}\n}}\n")
 
 
 def values_of(folder, name, metric):
@@ -82,7 +85,8 @@ def gain_of(entry):
     gains_SQ = []
     for arm, over in zip(arms, overs, strict=True):
         folder, metric = entry["folder"], entry["metric"]
-        gains_SQ.append(values_of(folder, arm, metric) - values_of(folder, over, metric))
+        gains_Q = values_of(folder, arm, metric) - values_of(folder, over, metric)
+        gains_SQ.append(-gains_Q if entry.get("smaller") else gains_Q)
     gains_Q = np.mean(gains_SQ, axis=0)
     low, high = bootstrap_interval(gains_Q)
     seeds = [float(gains_Q.mean()) for gains_Q in gains_SQ]
@@ -110,7 +114,12 @@ def gain_of_text(entry):
     file, name = entry["text"]
     text = (ROOT / "results" / entry["folder"] / file).read_text(encoding="utf-8")
     _, _, rest = text.partition(f"\n{name}\n")
-    found = re.search(rf"{re.escape(entry['metric'])} +([+-][\d.]+) \(([\d.-]+) to ([\d.-]+)\)", rest)
+    rows = re.match(r"( .*\n)*", rest)[0]  # of this ranking; the next one begins without spaces
+    interval = r"\(([\d.-]+) to ([\d.-]+)\)"
+    mean = r"(?:[\d.]+ \([^)]*\) +)?"  # may stand before the gain
+    found = re.search(rf" {re.escape(entry['metric'])} +{mean}([+-][\d.]+) {interval}", rows)
+    if not found:
+        raise UserError(f"results/{entry['folder']}/{file}: no gain in {entry['metric']} of {name}")
     gain, low, high = (round(float(number) / 100, 4) for number in found.groups())
     n = int(re.match(r"n = (\d+)", text)[1])
     return {"gain": gain, "low": low, "high": high, "n": n, "seeds": 1}
@@ -119,7 +128,7 @@ def gain_of_text(entry):
 def row_of(entry):
     """Return the row of claims.json of an entry of claims.yaml. UserError where the verdict says too much."""
     name = entry["claim"]
-    if unknown := {*entry} - {*KEYS}:
+    if unknown := {*entry} - {*KEYS.split()}:
         raise UserError(f"claims.yaml: {name}: unknown {', '.join(sorted(unknown))}")
     if entry["verdict"] not in VERDICTS:
         raise UserError(f"claims.yaml: {name}: the verdict is one of {', '.join(VERDICTS)}")

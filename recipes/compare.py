@@ -96,10 +96,10 @@ def cell(values, signed=False):
     return f"{mean:+.1f} ({low:.1f} to {high:.1f})" if signed else f"{mean:.1f} ({low:.1f} to {high:.1f})"
 
 
-def main(corpus, questions, *runs, regex=False):
+def main(corpus, questions, *runs, regex=False, corpus_format="auto"):
     questions = read_questions(questions, match="regex" if regex else "string")
     # why not always: without answers, as on MS MARCO, the ids are enough
-    corpus = Corpus(corpus) if any(question["answers"] for question in questions) else None
+    corpus = Corpus(corpus, corpus_format) if any(question["answers"] for question in questions) else None
     print(f"n = {len(questions)} questions; percent (95 % interval); then the gain over {runs[0]}")
     baseline = {}
     for run in runs:
@@ -120,5 +120,6 @@ if __name__ == "__main__":
         parser.add_argument("questions")
         parser.add_argument("runs", nargs="+", help="of .run or .answers.json")
         parser.add_argument("--regex", action="store_true", help="the answers are regular expressions")
+        parser.add_argument("--corpus_format", default="auto", help="as in every script")
         args = parser.parse_args()
-        main(args.corpus, args.questions, *args.runs, regex=args.regex)
+        main(args.corpus, args.questions, *args.runs, regex=args.regex, corpus_format=args.corpus_format)

@@ -18,6 +18,7 @@ TRAIN_FLAGS=${TRAIN_FLAGS:-}
 READER_INIT=${READER_INIT:-bert-base-uncased}
 READER_FLAGS=${READER_FLAGS:-}
 GOLD=${GOLD-$DATA/gold_train.json}                 # DPR's gold pages of the training questions; GOLD= for none
+case "$DATA$RUN" in *" "*) echo "DATA and RUN cannot have spaces in them" >&2 && exit 2 ;; esac
 
 # Data: 21,015,324 passages; 58,880 training and 6,515 dev questions with a BM25 negative each; 3,610 test questions.
 if [ ! -f $DATA/corpus.tsv ]; then

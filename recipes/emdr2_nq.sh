@@ -77,7 +77,8 @@ answer() { # RUN_DIR RANKING: the test questions, from the passages that a retri
         $CORPUS --depth $READ --out $1/answers.json $ANSWER_FLAGS
 }
 
-COMPARE="python recipes/compare.py $DATA/corpus.tsv $DATA/test.jsonl" # two files, and the gain of the second
+# compares two files: the gain of the second
+COMPARE="python recipes/compare.py --corpus_format $FORMAT $DATA/corpus.tsv $DATA/test.jsonl"
 
 # Optional: a retriever without any label. Its pairs are whole texts, so it needs no corpus, and no negatives but those of
 # the batch.

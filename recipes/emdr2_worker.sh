@@ -9,6 +9,7 @@
 #
 # differs: EMDR2's training waits for the vectors, and two broadcasts tell when (tasks/openqa/e2eqa/async_indexer.py)
 set -euo pipefail
+[ -z "${DRY:-}" ] || exit 0                        # a recipe counts its stages (progress.sh)
 RUN=$1 LAUNCH=${LAUNCH:-python} SECONDS_BETWEEN=${SECONDS_BETWEEN:-5}
 
 while [ ! -f "$RUN/metrics.json" ]; do

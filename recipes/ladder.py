@@ -2,7 +2,7 @@
 Write the ladder's table: every system of recipes/ladder.sh on the same questions, and what each rung gains.
 
 In:  one folder of recipes/ladder.sh, or several (other seeds of the first); its data folder
-Out: RUN/table.json, which recipes/plot.py draws, and RUN/table.md; both of the first folder, also printed
+Out: RUN/table.json, which plot.py and page.py read, and RUN/table.md; of the first folder, also printed
 Run: python recipes/ladder.py runs/ladder_small runs/ladder_small/data
      python recipes/ladder.py runs/ladder_small runs/ladder_small_seed2 runs/ladder_small/data
      python recipes/ladder.py best runs/ladder_small
@@ -193,10 +193,22 @@ def table_of(run_dir, questions, corpus):
                 if output.endswith("/metrics.json") and (run_dir / output).is_file():
                     steps = read_json(run_dir / output)["step"]
         entry = {"key": row.key, "name": row.name, "system": row.system, "over": row.over}
-        entry |= {"ranking": row.runs[-1], "n": len(questions), "metrics": with_intervals(values[row.key])}
+        entry |= {"ranking": row.runs[-1], "answers": row.answers, "n": len(questions)}
+        entry["metrics"] = with_intervals(values[row.key])
         entry |= {"updates": steps, "minutes": minutes, "minutes_in_all": in_all, "peak_gb": peak}
         table.append(entry)
     return values, table
+
+
+def shown_of(run_dir, table):
+    """Return {"pairs", "pictures"} for recipes/page.py: rows to compare, and encoders with their rankings."""
+    best = Path(next(row["ranking"] for row in table if row["key"] == "best_ce")).parent.name
+    if not (run_dir / best / "test.run").is_file():
+        best = "d0"
+    steps = [(row["key"], over) for row in table for over in row["over"]]
+    pairs = dict.fromkeys([("d0", "bm25"), (best, "bm25"), *steps])
+    encoders = [row["key"] for row in table if row["key"] in ("untrained", "cloze", best)]
+    return {"pairs": [*pairs], "pictures": [(key, key, f"{key}/test.run") for key in encoders]}
 
 
 def gains_of(table, values):
@@ -294,7 +306,7 @@ def main(*arguments):
     values, table = tables[0]
     result = {"questions": len(questions), "passages": len(corpus), "rows": table}
     result |= {"notes": notes_of(folders[0], data, table, corpus), "gains": gains_of(table, values)}
-    result["seeds"] = over_seeds([rows for _, rows in tables])
+    result |= {"seeds": over_seeds([rows for _, rows in tables])} | shown_of(folders[0], table)
     size = f"{len(questions):,} questions, {len(corpus):,} passages"
     text = f"{size}; percent (95 % bootstrap interval).\n\n{page(result)}"
     print(text, end="")

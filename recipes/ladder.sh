@@ -14,6 +14,7 @@
 # and RUNGS=rocket at the same time, with LEG=true, which ends before the stages that need all of them. Then run the
 # whole without LEG. The minutes of its table are then those of busy devices.
 set -euo pipefail
+. "$(dirname "$0")/progress.sh"
 SIZE=${SIZE:-small} SEED=${SEED:-1} BATCH=${BATCH:-32} SCORED=${SCORED:-16} TEST_DEPTH=${TEST_DEPTH:-100}
 DPR_CONFIG=${DPR_CONFIG:-config/train_dpr_demo.yaml} READER_CONFIG=${READER_CONFIG:-config/train_reader_demo.yaml}
 START=${START:-data/models/tinybert-4l}            # of all encoders, cross-encoder and extractive reader
@@ -110,7 +111,7 @@ fi
 stage $RUN/m0 ln -s $first $RUN/m0
 
 # DPR, then GC-DPR with as many updates and as many evaluations on the dev questions.
-lines=$(wc -l <$DATA/train.jsonl)
+lines=$(lines_of $DATA/train.jsonl)
 [ $lines -ge $GC_BATCH ] || { echo "error: GC_BATCH is $GC_BATCH, $lines questions have a label" >&2 && exit 2; }
 updates() { # BATCH UPDATES: the flags for so many
     local epoch=$((lines / $1))
@@ -128,14 +129,15 @@ if wants rocket; then
     stage $RUN/gate.txt write $RUN/gate.txt echo $BELOW $ABOVE
     CROSS_START=$START START=$BASE CONFIG=$DPR_CONFIG POSITIVES=given UNLABELLED_DEPTH=$SCORED SCORED=$SCORED \
         RESCORED=d0 TRAIN_FLAGS="$DUAL" CROSS_FLAGS="$CROSS_FLAGS --dev $DEV" bash recipes/rocketqa_nq.sh
-    train d0_long $(updates $BATCH $(($(wc -l <$RUN/d2.jsonl) / BATCH * EPOCHS)))
+    train d0_long $(updates $BATCH $(($(lines_of $RUN/d2.jsonl) / BATCH * EPOCHS)))
 fi
 
 [ "${LEG:-false}" = false ] || exit 0
 
 # The best retriever by the dev questions' MRR, then with the cross-encoder, with BM25 and with a reader.
 stage $RUN/best.txt write $RUN/best.txt python recipes/ladder.py best $RUN
-read -r best _ <$RUN/best.txt
+best=best
+[ -n "$DRY" ] || read -r best _ <$RUN/best.txt
 if wants rocket; then rescore $RUN/$best $DATA/test.jsonl $SCORED test; fi
 search $RUN/$best $DATA/test.jsonl $TEST_DEPTH hybrid --bm25_run $DATA/bm25_test.run
 if wants reader; then
@@ -153,6 +155,8 @@ fi
 if wants emdr2 && [ -n "$T5" ]; then
     RETRIEVER=$RUN/d0 READER=$T5 CONFIG=config/train_emdr2_nq.yaml TRAIN=$DATA/questions.jsonl BASELINE=true \
         REFRESH=sync TRAIN_FLAGS="$EMDR2_FLAGS --seed $SEED" RUN=$RUN/emdr2 bash recipes/emdr2_nq.sh
+    stage $RUN/emdr2/belief.json python -m recipes.reader_signal batch $DATA/corpus.tsv $DATA/test.jsonl \
+        $RUN/d0/test.run $T5 $RUN/emdr2/test.run $RUN/emdr2/reader $RUN/emdr2/belief.json
 fi
 python recipes/ladder.py $RUN $(ls -d ${RUN}_seed* 2>/dev/null || true) $DATA
 [ $RUN/ladder.png -nt $RUN/table.json ] || python -m recipes.plot --table $RUN/table.json --out $RUN/ladder.png

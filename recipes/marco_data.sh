@@ -3,8 +3,10 @@
 # Questions and judgements are MS MARCO's (test: dev small). The titles are RocketQA's: first put para.txt and
 # para.title.txt of its data into $1 (wget_data.sh in its repository). A passage without a title gets "-", as in theirs.
 set -euo pipefail
+[ -z "${DRY:-}" ] || exit 0                        # a recipe counts its stages (progress.sh)
 cd "$(dirname "$0")/.."
 DATA=$1
+case "$DATA" in *" "*) echo "DATA cannot have spaces in it" >&2 && exit 2 ;; esac
 if [ ! -f $DATA/corpus.tsv ]; then
     for file in para.txt para.title.txt; do
         if [ ! -f $DATA/$file ]; then

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Your own text and questions, from files to a table and a page: check, BM25, train, encode, search, read, ask.
 #
-#     bash recipes/own_data.sh data/my                 (about 12 minutes for the demo's size on two idle CPU cores)
+#     bash recipes/own_data.sh data/my                 (about 13 minutes for the demo's size on two idle CPU cores)
 #
 # data/my holds corpus.tsv, and train.jsonl, dev.jsonl, test.jsonl or one questions.jsonl; README.md says what stands in
 # them. If it is stopped, start it again: training and encoding continue where they were, short stages are repeated.
@@ -13,6 +13,7 @@
 # POSITIVES     find: where a question names no passage, the first one with an answer is its passage | given
 # FLAGS         goes to both trainings of the encoder, such as FLAGS="--batch_size 8"; READER_FLAGS to the reader's
 set -euo pipefail
+. "$(dirname "$0")/progress.sh"
 from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export HF_HUB_DISABLE_TELEMETRY=1
@@ -34,12 +35,15 @@ READER_FLAGS=${READER_FLAGS:-}
 [ -f "$CORPUS" ] || { echo "error: $CORPUS: no such file; README.md says what it holds" >&2; exit 2; }
 
 # stage NAME COMMAND...: run it, and note how long it took the first time
+under "$RUN"
 stage() {
-    local name=$1 began=$SECONDS
+    local name=$1 began=$SECONDS state=open
     shift
-    printf '\n== %s: %s\n' "$name" "$*"
+    ! grep -qs "^$name	" "$RUN/seconds.tsv" || state=done
+    count "$name" $state || return 0
+    printf '\n== %s%s: %s\n' "$(place)" "$name" "$*"
     "$@"
-    grep -qs "^$name	" "$RUN/seconds.tsv" || printf '%s\t%s\n' "$name" $((SECONDS - began)) >>"$RUN/seconds.tsv"
+    [ $state = done ] || printf '%s\t%s\n' "$name" $((SECONDS - began)) >>"$RUN/seconds.tsv"
 }
 
 # search NAME SPLIT OUT MODEL [FLAGS]: the passages nearest to each question of a split
@@ -66,13 +70,18 @@ for split in train dev; do
         --run "$RUN/bm25_runs/$split.run" --positives "$POSITIVES" --match "$MATCH" --out "$RUN/data/$split.jsonl"
 done
 
-# A thousand questions are few: first the corpus itself teaches (inverse cloze, Lee et al. 2019) ...
+# A thousand questions are few: first the corpus itself teaches (inverse cloze, Lee et al. 2019), and is searched ...
 INIT=$START
 stage cloze_data python recipes/demo/inverse_cloze.py "$CORPUS" "$RUN/data/inverse_cloze.jsonl"
-if [ "$(wc -l <"$RUN/data/inverse_cloze.jsonl")" -ge 64 ]; then
+if [ "$(lines_of "$RUN/data/inverse_cloze.jsonl")" -ge 64 ]; then
     stage cloze_train python train_dpr.py --config config/train_dpr_demo_cloze.yaml --run_dir "$RUN/cloze" --init "$START" \
         --train "$RUN/data/inverse_cloze.jsonl" --dev "$RUN/data/dev.jsonl" --corpus "$CORPUS" $FLAGS
+    stage encode_cloze python doc2embedding.py --doc_encoder "$RUN/cloze/doc_encoder" --corpus "$CORPUS" \
+        --out "$RUN/cloze/embeddings"
+    search test_cloze test "$RUN/cloze/test.run" "$RUN/cloze"
     INIT=$RUN/cloze/query_encoder
+else
+    for name in cloze_train encode_cloze test_cloze; do stage $name echo "left out: fewer than 64 sentences to learn from"; done
 fi
 # ... then the questions with their BM25 negatives.
 stage train python train_dpr.py --config config/train_dpr_demo.yaml --run_dir "$RUN" --init "$INIT" \
@@ -89,14 +98,17 @@ search test test "$RUN/test/test.run" "$RUN" --check_leak "$DATA/train.jsonl"
 
 # Dense and BM25 together. How much the dense score counts is chosen on dev.
 search search_dev dev "$RUN/test/dev.run" "$RUN" --k 50
-stage hybrid_weight python recipes/hybrid_weight.py "$CORPUS" "$DATA/dev.jsonl" "$RUN/bm25_runs/dev.run" \
-    "$RUN/test/dev.run" "$MATCH" | tee "$RUN/test/hybrid_weight.txt"
+weigh() {
+    python recipes/hybrid_weight.py "$CORPUS" "$DATA/dev.jsonl" "$RUN/bm25_runs/dev.run" "$RUN/test/dev.run" "$MATCH" |
+        tee "$RUN/test/hybrid_weight.txt"
+}
+stage hybrid_weight weigh
 search test_hybrid test "$RUN/test/hybrid.run" "$RUN" --bm25_run "$RUN/bm25_runs/test.run" \
     --hybrid_weight "$(tail -n 1 "$RUN/test/hybrid_weight.txt")"
 
 # The reader learns from what this retriever finds, and answers from it. It needs answers in words.
 reader=
-if [ "$MATCH" = string ] && grep -q '"answers": *\[ *"' "$DATA/train.jsonl" "$DATA/test.jsonl"; then
+if [ "$MATCH" = string ] && grep -qs '"answers": *\[ *"' "$DATA"/{questions,train,test}.jsonl; then
     search search_train train "$RUN/test/train.run" "$RUN" --k 50
     stage read_train python train_reader.py --config config/train_reader_demo.yaml --run_dir "$RUN/reading" \
         --init "$START" --train "$DATA/train.jsonl" --train_run "$RUN/test/train.run" --dev "$DATA/dev.jsonl" \

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.data import Corpus, read_questions  # noqa: E402
-from utils.plumbing.config import UserError, friendly_errors  # noqa: E402
+from utils.plumbing.config import UserError, friendly_errors, refuse_input  # noqa: E402
 from utils.plumbing.files import atomic_file  # noqa: E402
 
 # from: RocketQA's README says four per question. Its later files have four per positive (2,131,044 lines, not
@@ -23,6 +23,7 @@ NEGATIVES = 4
 
 
 def main(corpus_path, corpus_format, questions, out):
+    refuse_input(out, corpus_path, questions)
     corpus = Corpus(corpus_path, corpus_format)
     rng = random.Random(111)
     lines = without = 0

@@ -37,7 +37,7 @@ LAUNCH=${LAUNCH:-accelerate launch --quiet} FORMAT=${FORMAT:-auto}
 . "$(dirname "$0")/stage.sh"
 
 # Data: DPR's, as in recipes/dpr_nq.sh; 58,880 training questions with the positive and a negative from BM25's 100 best.
-if [ $FROM = 1 ] && [ ! -f $DATA/unlabelled.jsonl ]; then
+if [ $FROM = 1 ] && ! there $DATA/unlabelled.jsonl; then
     if [ ! -f $DATA/mrqa.query.txt ]; then
         echo "$DATA/mrqa.query.txt is missing: take it from RocketQA's data (its wget_data.sh); id, tab, question" >&2
         exit 2
@@ -57,6 +57,7 @@ if [ ! -f $DATA/test.jsonl ]; then
     python -m prepare.convert dpr_qa $DATA/nq-test.qa.csv $DATA/test.jsonl
 fi
 
+taught() { there $RUN/c/metrics.json || [ -e $RUN/c/cross_encoder ]; } # is there a cross-encoder?
 train() { # NAME FILE: the dual encoder on FILE, from START
     stage $RUN/$1/metrics.json $LAUNCH train_dpr.py --config $CONFIG --run_dir $RUN/$1 --init $START \
         --train $2 --dev "$DEV" $CORPUS --resume exact $TRAIN_FLAGS
@@ -64,7 +65,7 @@ train() { # NAME FILE: the dual encoder on FILE, from START
 evaluate() { # NAME: alone, and rescored by the cross-encoder
     encode $RUN/$1
     search $RUN/$1 $DATA/test.jsonl $DEPTH test
-    [[ " $RESCORED " != *" $1 "* || ! -e $RUN/c/cross_encoder ]] || rescore $RUN/$1 $DATA/test.jsonl $SCORED test
+    if [[ " $RESCORED " = *" $1 "* ]] && taught; then rescore $RUN/$1 $DATA/test.jsonl $SCORED test; fi
 }
 
 denoise() { # NAME BELOW
@@ -95,7 +96,7 @@ if [ $FROM != 4 ]; then
 fi
 
 # Step 4. M_D2: what M_C is sure of in M_D1's ranking of unlabelled questions is added to step 3's file.
-if [ $FROM != 4 ] && [ -e $RUN/c/cross_encoder ]; then
+if [ $FROM != 4 ] && taught; then
     search $RUN/d1 $DATA/unlabelled.jsonl $UNLABELLED_DEPTH unlabelled
     rescore $RUN/d1 $DATA/unlabelled.jsonl $UNLABELLED_DEPTH unlabelled
     stage $RUN/pseudo.jsonl python mine_negatives.py --mode pseudo_label --questions $DATA/unlabelled.jsonl \
@@ -103,10 +104,10 @@ if [ $FROM != 4 ] && [ -e $RUN/c/cross_encoder ]; then
         --positive_above $ABOVE --negatives 1 --depth $UNLABELLED_DEPTH --out $RUN/pseudo.jsonl
     stage $RUN/d2.jsonl write $RUN/d2.jsonl cat $RUN/d1.jsonl $RUN/pseudo.jsonl
 fi
-[ $FROM = 3 ] && [ ! -f $RUN/d2.jsonl ] || train d2 $RUN/d2.jsonl
+[ $FROM = 3 ] && ! there $RUN/d2.jsonl || train d2 $RUN/d2.jsonl
 
 for model in d0 d1 d2; do
-    [ ! -f $RUN/$model/metrics.json ] || evaluate $model
+    if there $RUN/$model/metrics.json; then evaluate $model; fi
 done
 
 # Optional: M_D1 without denoising: every score passes. The paper's point is that this hurts.

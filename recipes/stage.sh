@@ -2,27 +2,33 @@
 # Needs: DATA, RUN, LAUNCH, FORMAT, ENCODE_FLAGS. MEASURE: a command that runs a stage and notes what it cost
 # (recipes/measured.py PEAKS); empty: none.
 set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/progress.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export HF_HUB_DISABLE_TELEMETRY=1
 case "$DATA$RUN" in *" "*) echo "DATA and RUN cannot have spaces in them" >&2 && exit 2 ;; esac
 mkdir -p $RUN
+under $RUN
+
+# finished OUTPUT: it is there, complete, or there is what it is FOR
+finished() {
+    if [ -n "${FOR:-}" ] && [ -e $FOR ]; then return; fi
+    if [ "${1##*/}" = manifest.json ]; then grep -qs '"complete": true' $1; else [ -e $1 ]; fi
+}
 
 # stage OUTPUT COMMAND...: run the command unless OUTPUT exists. Every script writes its output whole or not at all and
 # continues where it was killed, and so does a recipe. Vectors exist when their manifest says that they are complete.
 # trap: an existing OUTPUT is not compared with the variables, nor with the files that it was made from. Give other
 # variables another RUN, and delete what depends on a file that you replace.
 stage() {
-    local output=$1 began=$SECONDS
+    local output=$1 began=$SECONDS state=open
     shift
-    if [ "${output##*/}" = manifest.json ]; then
-        grep -qs '"complete": true' $output && return
-    elif [ -e $output ]; then
-        return
-    fi
-    printf '\n== %s\n' "$*"
+    ! finished $output || state=done
+    count $(name_of $output) $state || return 0
+    [ $state = open ] || return 0
+    printf '\n== %s%s\n' "$(place)" "$*"
     if [ "$(type -t "$1")" = function ]; then "$@"; else ${MEASURE:+$MEASURE $output} "$@"; fi
     [ -e $output ] || { echo "error: $output is not there after: $*" >&2 && exit 1; }
-    printf '%s\t%s\n' $output $((SECONDS - began)) >>$RUN/seconds.tsv
+    printf '%s\t%s\n' $(name_of $output) $((SECONDS - began)) >>$TOP/seconds.tsv
 }
 
 CORPUS="--corpus $DATA/corpus.tsv --corpus_format $FORMAT"

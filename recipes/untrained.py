@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.plumbing.config import friendly_errors, load_config  # noqa: E402
+from utils.plumbing.files import atomic_folder  # noqa: E402
 from utils.plumbing.weights import given_inputs, load_encoder, save_encoder  # noqa: E402
 
 
@@ -27,7 +28,8 @@ def main():
         encoder = load_encoder(cfg.init, "passage", inputs, layer_norm_epsilon=cfg.layer_norm_epsilon)
         save_encoder(encoder, query_encoder)
     if not doc_encoder.exists():
-        shutil.copytree(query_encoder, doc_encoder)  # one model is both
+        with atomic_folder(doc_encoder) as folder:
+            shutil.copytree(query_encoder, folder, dirs_exist_ok=True)  # one model is both
     print(f"{cfg.run_dir}: the weights of {cfg.init}, as they are")
 
 

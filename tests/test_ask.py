@@ -1,6 +1,7 @@
 """Asking: its passages are those of the search, and nothing that a person may type breaks it."""
 
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -57,6 +58,25 @@ def test_what_it_prints_is_what_search_finds(world, monkeypatch, capsys):
         wanted.append((str(rank), bm25.get(row, "-"), f"{scores_N[row]:.3f}", pid, title, text))
     assert re.findall(PASSAGE, printed, re.M) == wanted
     assert re.search(r"\nencode \d+ ms \| search \d+ ms \| BM25 \d+ ms\n\n$", printed)
+
+
+def test_the_page_of_the_question(world, tmp_path, monkeypatch, capsys):
+    """Beside the run, or beside its ladder: the address of a question that stands in it; else no line."""
+    questions = [{"qid": "test 3/ä", "text": "Which colour has the tower of Oslo?"}]
+    html = f'<script type="application/json" id="data">{json.dumps({"questions": questions})}</script>'
+    for page in (tmp_path / "ladder" / "page.html", tmp_path / "ladder" / "d 0" / "page.html"):
+        run = tmp_path / "ladder" / "d 0"
+        if not run.exists():
+            shutil.copytree(world, run)
+        page.write_text(html + "<p></p>", encoding="utf-8")
+        say(world, monkeypatch, QUESTION, run=run)
+        link = f"all systems on this question: {page.as_uri()}#q=test%203%2F%C3%A4\n"
+        assert link in capsys.readouterr().out
+    say(world, monkeypatch, "which colour has the tower", run=run)
+    assert "all systems" not in capsys.readouterr().out
+    page.write_text("<p>another page</p>", encoding="utf-8")
+    say(world, monkeypatch, QUESTION, run=run)
+    assert "all systems" not in capsys.readouterr().out
 
 
 def test_damaged_vectors_are_not_searched(world, tmp_path, monkeypatch):

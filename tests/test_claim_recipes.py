@@ -11,11 +11,11 @@ from recipes import false_negatives, forgetting
 from recipes.claim_data import choose
 from recipes.false_negatives import negatives_of, shares
 from tests.processes import ENVIRONMENT
-from tests.test_recipes import FAKE, lines, snapshot, write_lines
+from tests.test_recipes import FAKE, lines, run_and_count, snapshot, write_lines
 from tests.toy import make_world
 from utils.data import Corpus, iter_run, read_run, write_run
 from utils.plumbing.config import ROOT, UserError, read_yaml
-from utils.plumbing.files import read_json
+from utils.plumbing.files import read_json, write_json
 
 FILES = ("ann_seed1/m1.jsonl", "ann_seed1/m2.jsonl", "momentum_seed1/m2.jsonl")
 VARIABLES = {
@@ -37,11 +37,12 @@ def recipe(tmp_path_factory, python):
     (world / "corpus.tsv").unlink()
     variables = VARIABLES | {"DATA": world, "RUN": folder / "run", "START": world / "bert"}
     variables |= {"PATH": f"{python}:{ENVIRONMENT['PATH']}"}
+    stages = tmp_path_factory.mktemp("stages") / "claims"
 
     def bash(name, **changes):
         environment = ENVIRONMENT | {key: str(value) for key, value in (variables | changes).items()}
         command = ["bash", f"recipes/claim_{name}.sh"]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        return run_and_count(command, stages, cwd=ROOT, env=environment)[0]
 
     return world, folder / "run", bash
 
@@ -130,7 +131,7 @@ def test_ance_tele(recipe, rocketqa):
         "EPISODES": "1 2",
         "SAMPLE": 4,
         "NEGATIVES": 2,
-        "DEPTH": 15,
+        "DEPTH": 20,
     }
     done = bash("ance_tele", **variables)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -152,6 +153,10 @@ def test_ance_tele(recipe, rocketqa):
         assert config["rotate_negatives"] and (config["keep"], config["seed"]) == ("last", 1)
         assert read_json(arms / model / "metrics.json")["step"] == 3
     result = read_json(run / "episodes.json")
+    kept = read_json(run / "ance" / "ranks.json")
+    assert [*kept] == [f"{arm}_m{i}_seed1" for arm in ("ann", "momentum") for i in range(3)]
+    known = [row["metrics"]["known"]["value"] for row in result["rows"]]
+    assert [sum(row["known"]) / 24 for row in kept.values()] == pytest.approx(known)
     assert len(result["rows"]) == 6 and (run / "episodes.png").read_bytes().startswith(b"\x89PNG")
     assert {row["metrics"]["known"]["n"] for row in result["rows"]} == {24}
     assert {row["metrics"]["top-20"]["n"] for row in result["rows"]} == {10}
@@ -272,3 +277,19 @@ def test_forgetting(corpus, tmp_path):
     assert table["rows"][1]["metrics"]["forgotten"]["value"] == 0.5
     gains = {(gain["row"], gain["over"]): gain["metrics"]["forgotten"]["value"] for gain in table["gains"]}
     assert gains == {("all_seed1 m1", "ann_seed1 m1"): -0.5, ("ann_seed1 m1", "all_seed1 m1"): 0.5}
+    arms |= {"all_seed2": arms["all_seed1"], "ann_seed2": arms["ann_seed1"]}
+    pairs = {(gain["row"], gain["over"]) for gain in forgetting.table(arms)["gains"]}
+    assert {over for row, over in pairs if row == "all_seed2 m1"} == {"ann_seed2 m1", "all_seed1 m1"}
+
+
+def test_unequal_steps_are_said(tmp_path, capsys):
+    """One arm has lost a question and with it a step."""
+    for arm, steps in {"ann_seed1": 61, "all_seed1": 62}.items():
+        write_json(tmp_path / arm / "m2" / "metrics.json", {"step": steps})
+    forgetting.say_steps([tmp_path / "ann_seed1", tmp_path / "all_seed1"])
+    assert (
+        "m2: the arms took unequally many steps: {'ann_seed1': 61, 'all_seed1': 62}"
+        in capsys.readouterr().out
+    )
+    forgetting.say_steps([tmp_path / "ann_seed1"])
+    assert not capsys.readouterr().out

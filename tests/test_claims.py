@@ -6,8 +6,9 @@ import pytest
 import torch
 import yaml
 
-from recipes import claims
+from recipes import claims, reader_signal
 from recipes.reader_signal import shares
+from utils.data import write_run
 from utils.plumbing.config import ROOT, UserError
 
 # four questions; the rank of the first passage with an answer, and of the first right one
@@ -39,6 +40,26 @@ def test_gains_are_paired_and_averaged_over_seeds(house):
     assert mrr["gain"] == pytest.approx((0.25 + 0 + 0.5 + 0.5) / 4)
     by_answer = claims.row_of(ENTRY | {"arm": ["two"], "over": ["start"], "metric": "answer MRR@10"})
     assert by_answer["gain"] == pytest.approx((1 / 9 + 1 + 2 / 3 + 0) / 4)
+
+
+def test_less_may_be_better(house):
+    """What the arm has less is its gain."""
+    entry = ENTRY | {"arm": ["one", "two"], "over": ["start"], "smaller": True}
+    assert claims.row_of(entry)["gain"] == pytest.approx(-(0.25 + 0.5) / 2)
+
+
+def test_the_gain_is_that_of_its_own_ranking(house):
+    """What compare.py prints: a ranking ends where the next one begins, a mean may stand before the gain."""
+    text = "n = 8 questions\nbase\n    MRR@10  12.3 (10.0 to 14.0)\none\n    MRR@10     13.3 (11.0 to 15.0)"
+    text += "          +1.0 (-0.5 to 2.5)\ntwo\n    top-1  1.0 (0.0 to 2.0) +0.5 (0.0 to 1.0)\n"
+    text += "three\n    MRR@10  +2.0 (1.0 to 3.0)\n"
+    (house / "results" / "toy" / "compare.txt").write_text(text)
+    figures = [(0.01, -0.005, 0.025), (0.02, 0.01, 0.03)]
+    for name, (gain, low, high) in zip(("one", "three"), figures, strict=True):
+        row = claims.row_of(ENTRY | {"metric": "MRR@10", "text": ["compare.txt", name]})
+        assert (row["gain"], row["low"], row["high"], row["n"]) == (gain, low, high, 8)
+    with pytest.raises(UserError, match="no gain in MRR@10 of two"):
+        claims.row_of(ENTRY | {"metric": "MRR@10", "text": ["compare.txt", "two"]})
 
 
 def test_a_verdict_says_no_more_than_the_figure(house):
@@ -95,3 +116,41 @@ def test_the_share_of_belief_on_passages_with_an_answer():
         "by_chance": 0.5,
     }
     assert found == pytest.approx(wanted)
+
+
+def test_the_beliefs_of_a_batch_by_hand(tmp_path, monkeypatch):
+    """
+    Three passages: prior and posterior before and after, of the passages that the first ranking found; not of
+    a question of which all passages hold an answer, nor of one that lost a passage.
+    """
+    texts = {"a": "a red car", "b": "a blue car", "c": "a green car"}
+    rows = "".join(f"{pid}\t{text}\tt\n" for pid, text in texts.items())
+    (tmp_path / "corpus.tsv").write_text(f"id\ttext\ttitle\n{rows}")
+    answers = {"one": "blue", "all": "car", "lost": "red"}
+    questions = [
+        {"qid": qid, "question": "which ?", "answers": [text], "positives": []}
+        for qid, text in answers.items()
+    ]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    before = [("a", 2.0), ("b", 1.0), ("c", 1.0)]
+    after = [("b", 3.0), ("a", 1.0), ("c", 0.0)]
+    write_run(tmp_path / "before.run", [(qid, before) for qid in answers])
+    write_run(tmp_path / "after.run", [("one", after), ("all", after), ("lost", after[:2])])
+    monkeypatch.setattr(reader_signal.fid, "load_fid", lambda path, lengths: torch.nn.Linear(1, int(path)))
+
+    def read(reader, question, passages):  # a reader of two tokens that prefers the answer's passage
+        likelihoods = [0.1 * reader.out_features if "blue" in passage.text else 0.1 for passage in passages]
+        return torch.tensor([[p, p] for p in likelihoods]).log()
+
+    monkeypatch.setattr(reader_signal, "read", read)
+    places = [
+        str(tmp_path / name) for name in ("corpus.tsv", "test.jsonl", "before.run", "after.run", "o.json")
+    ]
+    reader_signal.batch(*places[:3], "3", places[3], "9", places[4])
+    (row,) = json.loads((tmp_path / "o.json").read_text())
+    assert (row["qid"], row["passages"]) == ("one", ["a", "b", "c"])
+    for name, scores, factor in (("before", [2, 1, 1], 3), ("after", [1, 3, 0], 9)):
+        prior = torch.tensor(scores, dtype=torch.float).softmax(0)
+        posterior = prior * torch.tensor([1.0, factor, 1.0])
+        assert row[name]["prior"] == pytest.approx(prior.tolist(), abs=1e-4)
+        assert row[name]["posterior"] == pytest.approx((posterior / posterior.sum()).tolist(), abs=1e-4)

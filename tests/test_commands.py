@@ -106,10 +106,10 @@ def test_every_path_in_the_documents_exists():
 
 
 def test_the_readme_is_short():
-    """A front page: at most 140 lines without the Python that converts files, at most 120 numbers."""
+    """A front page: at most 131 lines without the Python that converts files, at most 120 numbers."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     text = re.sub(r"```python\n.*?```\n", "", text, flags=re.S)
-    assert len(text.splitlines()) <= 140 and len(re.findall(r"\b\d[\d.,]*\b", text)) <= 120
+    assert len(text.splitlines()) <= 131 and len(re.findall(r"\b\d[\d.,]*\b", text)) <= 120
 
 
 def test_no_path_of_a_machine_and_no_stub():

@@ -143,7 +143,7 @@ def test_paths_that_cannot_be(tmp_path, monkeypatch):
         (need_model, tmp_path / "run", inside),
         (need_model, tmp_path / "run" / "reader", "key: .*reader: no such model folder"),
         (need_model, "runs/nowhere/reader", "key: runs/nowhere/reader: no such model folder"),
-        (need_model, tmp_path / "file", "key: .*file: is a file; name the folder"),
+        (need_model, tmp_path / "file", "key: .*file: is a file; .*of other files name the folder"),
         (need_folder, "", "key: give a path, it is empty"),
         (need_folder, tmp_path / "file", "key: .*file is a file, not a folder"),
         (need_folder, tmp_path / "file" / "run", "key: .*file is a file, not a folder"),

@@ -409,6 +409,13 @@ def test_dpr_result(tmp_path, ranking):
     assert [(q["question"], q["answers"]) for q in questions] == [("who?", ["x"]), ("é?", [])]
     assert read_run(tmp_path / "back" / "result.run") == {questions[0]["qid"]: [("2", 2.5), ("1", 1.0)]}
     assert list(Corpus(tmp_path / "back" / "corpus.jsonl")) == [("2", "U", "b"), ("1", "T", 'say "x"')]
+    # answers that are patterns would be looked for letter by letter
+    patterns = tmp_path / "patterns.jsonl"
+    patterns.write_text(
+        "".join(f'{{"qid": "{i}", "question": "?", "answers": ["19\\\\d\\\\d"]}}\n' for i in "123")
+    )
+    with pytest.raises(UserError, match="which are regular expressions"):
+        convert.main(["dpr_result", ranking[0], str(patterns), ranking[2], str(out)])
     # a run and a question file that do not belong together
     save(tmp_path / "q.jsonl", '{"qid": "q9", "question": "who?"}\n')
     with pytest.raises(UserError, match="a.run: question 'q1' is not in .*q.jsonl"):

@@ -105,7 +105,7 @@ def test_a_part_of_a_function_is_cut():
     body = ast.unparse(trees.find(source, "retriever_gradient"))
     assert child.parts(task) == ("train_emdr2.py", "retriever_gradient", "q_BD =", "log_prior_BK =")
     assert "einsum" not in body and "log_prior_BK =" not in body
-    assert "query, doc = " in body and "loss = loss * share" in body
+    assert "query, doc = " in body and "agree_B = " in body
 
 
 OURS = '''import math

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,6 +58,32 @@ def test_row_i_is_the_vector_of_passage_i(world, encode, alone_ND, shard_size, b
     assert [len(s) for s in shards] == [min(shard_size, 60 - k) for k in range(0, 60, shard_size)]
     assert manifest["pair"] == "toy" and manifest["role"] == "passage"
     assert np.abs(np.concatenate(shards) - alone_ND).max() < 1e-5
+
+
+def test_bf16_is_that_of_the_weights(encode, alone_ND):
+    """Weights and states in bf16: within 2e-2 of the largest number, but not float32's vectors."""
+    shards, manifest = open_embeddings(encode(mixed_precision="bf16", dtype="float32"))
+    apart = np.abs(np.concatenate(shards) - alone_ND).max() / np.abs(alone_ND).max()
+    assert 1e-4 < apart < 2e-2 and manifest["mixed_precision"] == "bf16"
+
+
+def test_processes_tokenise_as_a_thread_does(world):
+    """Windows of 7 rows of 60, for a GPU by two processes: the same ids in the same order."""
+    corpus, encoder = Corpus(world / "corpus.tsv"), load_encoder(world / "doc_encoder", "passage")
+    windows = doc2embedding.cut(range(60), 7)
+    wanted = list(doc2embedding.tokenize_windows(windows, corpus, encoder, 0))
+    assert list(doc2embedding.tokenize_windows(windows, corpus, encoder, 2)) == wanted
+    assert [len(ids) for ids in wanted] == [7] * 8 + [4]
+
+
+def test_compiled_lengths(world, encode):
+    """Multiples of 32 and the longest: few shapes. A CPU does not compile."""
+    encoder = load_encoder(world / "doc_encoder", "passage", {"passage_tokens": 100})
+    cfg = SimpleNamespace(compile=True, batch_size=5)
+    sizes = doc2embedding.batch_sizes(cfg, encoder, {}, torch.device("cpu"))
+    assert sizes == {"size": 5, "tokens": 0, "lengths": [32, 64, 96, 100]}
+    with pytest.raises(UserError, match="compile: a CPU gains too little"):
+        encode(compile=True)
 
 
 def test_two_processes_write_the_same_bits_as_one(keys, encode, tmp_path):

@@ -100,7 +100,43 @@ def test_chunks_by_hand():
     assert chunks == [ids[:2], ids[2:4], ids[4:]] and places.tolist() == [0, 1, 2, 3, 4]
 
 
+def test_groups_by_hand():
+    """Lengths 3 1 2 1 4: three rows at a time; as many as make 8 tokens; in lengths of 2 and 4, filled up."""
+    ids = [[1, 2, 3], [4], [5, 6], [7], [8, 9, 9, 9]]
+    assert encoding.groups_by_length(ids, 3) == [[4, 0, 2], [1, 3]]
+    assert encoding.groups_by_length(ids, 0, tokens=8) == [[4, 0], [2, 1, 3]]
+    assert encoding.groups_by_length(ids, 0, tokens=1) == [[4], [0], [2], [1], [3]]
+    assert encoding.groups_by_length(ids, 0, tokens=8, lengths=(2, 4)) == [[4, 0], [2, 1, 3, 3]]
+    assert encoding.groups_by_length(ids, 3, lengths=(2, 4)) == [[4, 0, 2], [1, 3, 3]]
+
+
+def test_the_mask_goes_where_it_hides_nothing():
+    """Rows of 2 2 1 tokens two at a time: the first batch has no mask; with lengths of 3 both have one."""
+    words = SimpleNamespace(pad_token_id=9, sep_token_id=3)
+    encoder = without_weights(words, token_types="zeros")
+    ids = [[1, 2], [3, 4], [5]]
+    masks = [batch["attention_mask"] for _, batch in encoding.batches_by_length(encoder, ids, 2)]
+    assert masks == [None, None]
+    ((_, batch),) = encoding.batches_by_length(encoder, ids, 3)
+    assert batch["attention_mask"].tolist() == [[1, 1], [1, 1], [1, 0]]
+    (_, first), _ = encoding.batches_by_length(encoder, ids, 2, lengths=(3,))
+    assert first["attention_mask"].tolist() == [[1, 1, 0]] * 2
+    assert first["input_ids"].tolist() == [[1, 2, 9], [3, 4, 9]]
+
+
 # ---------------------------------------------------------------- vectors
+@pytest.mark.parametrize("pooling", encoding.POOLINGS)
+def test_vectors_without_a_mask(world, pooling):
+    """Rows of one length: no mask gives what a mask of ones gives, to 1e-6."""
+    encoder = load_encoder(world / "doc_encoder", "passage", INPUTS | {"pooling": pooling}).eval()
+    ids = tokenize_passages(encoder, PASSAGES)
+    batch = collate(encoder, [row[:6] for row in ids])
+    with torch.no_grad():
+        masked_BD = encoder(**batch)
+        plain_BD = encoder(**batch | {"attention_mask": None})
+    assert batch["attention_mask"].all() and (masked_BD - plain_BD).abs().max() < 1e-6
+
+
 def test_vectors_do_not_depend_on_batch_order_or_padding(world):
     """Batches of 1 and of 3, turned round, with a graph: the same vectors, in the given order."""
     encoder = load_encoder(world / "doc_encoder", "passage")
@@ -112,10 +148,14 @@ def test_vectors_do_not_depend_on_batch_order_or_padding(world):
     for vectors in (
         embed(encoder, ids, 1),
         embed(encoder, ids[::-1], 3)[::-1],
+        embed(encoder, ids, 0, tokens=50),
         encoding.embed_on_devices(encoder, ids, 2, accelerator).numpy(),
         graph.detach().numpy(),
     ):
         assert np.allclose(vectors, wanted, atol=1e-5)
+    for lengths in ((16, 32), (13, 32)):  # fixed lengths, groups filled up
+        for sizes in ({"size": 2}, {"size": 0, "tokens": 64}):
+            assert np.abs(embed(encoder, ids, lengths=lengths, **sizes) - wanted).max() < 1e-6
     assert not np.allclose(wanted[0], wanted[1], atol=0.1), "different passages must differ"
 
 

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from recipes import claim_data, claims, random_negatives
+from recipes.demo import inverse_cloze
 from tests import test_train_dpr
 from tests.processes import main
 from tests.toy import make_world
@@ -79,6 +81,38 @@ def test_what_a_killed_write_left_goes_with_the_next_one(tmp_path):
         (tmp_path / name).write_text("half")
     with atomic_file(tmp_path / "x[1].run"):
         assert sorted(path.name for path in tmp_path.glob(".*")) == sorted(stay)
+
+    # half an index of a corpus
+    corpus = tmp_path / "c.tsv"
+    corpus.write_text("1\tone\tA\n")
+    half = tmp_path / own.replace("x[1].run", "c.tsv.index").replace(f"{os.getpid()}.tmp", f"{dead.pid}.a1_b")
+    (half / "new").mkdir(parents=True)
+    Corpus(corpus)
+    assert not half.exists() and sorted(path.name for path in tmp_path.glob("*.index")) == ["c.tsv.index"]
+
+
+OUTPUTS = {  # of a small program, the arguments that name its output as an input
+    "inverse_cloze": ("corpus.tsv", "corpus.tsv"),
+    "random_negatives": ("corpus.tsv", "dpr", "train.jsonl", "train.jsonl"),
+    "claim_data": (".", "corpus.tsv", ".", 8, 40),
+    "claims": ("corpus.tsv", "test.jsonl", "test.jsonl", ["x=test.run"]),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_no_program_writes_over_what_it_reads(name, tmp_path, monkeypatch):
+    program = {
+        "inverse_cloze": inverse_cloze.main,
+        "random_negatives": random_negatives.main,
+        "claim_data": claim_data.main,
+        "claims": claims.store,
+    }[name]
+    folder = make_world(tmp_path / "world")
+    monkeypatch.chdir(folder)
+    before = {path: path.read_bytes() for path in folder.glob("*.*") if path.is_file()}
+    with pytest.raises(UserError, match="is an input too; name another file"):
+        program(*OUTPUTS[name])
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_a_link_stays_a_link(tmp_path):

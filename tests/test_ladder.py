@@ -13,7 +13,7 @@ from recipes.ladder import best_first, page
 from recipes.ladder import main as ladder
 from tests.processes import ENVIRONMENT
 from tests.test_page import data_of
-from tests.test_recipes import add_sentence, lines, snapshot
+from tests.test_recipes import add_sentence, lines, run_and_count, snapshot
 from tests.toy import make_world, write_lines
 from tests.toy_t5 import t5
 from utils.data import Corpus, iter_run, read_questions, write_run
@@ -49,11 +49,11 @@ def recipe(tmp_path_factory, python):
     t5(world)
     variables = VARIABLES | {"DATA": world, "START": world / "bert", "T5": ""}
     variables |= {"PATH": f"{python}:{ENVIRONMENT['PATH']}"}
+    stages = tmp_path_factory.mktemp("stages") / "ladder"
 
     def bash(**changes):
         environment = ENVIRONMENT | {key: str(value) for key, value in (variables | changes).items()}
-        argv = ["bash", "recipes/ladder.sh"]
-        return subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True)
+        return run_and_count(["bash", "recipes/ladder.sh"], stages, cwd=ROOT, env=environment)[0]
 
     return world, folder, bash
 

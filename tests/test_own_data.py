@@ -117,9 +117,14 @@ def test_questions_are_dealt_once(look):
     questions = [row for path in splits for row in read_questions(path)]
     for path in splits:
         path.unlink()
-    with pytest.raises(UserError, match=r"train.jsonl: no such file; give it, or a questions.jsonl"):
+    with pytest.raises(UserError, match=r"train.jsonl: no such file; give all three, or questions.jsonl"):
         call()
     write_lines(world / "questions.jsonl", questions)
+    splits[2].write_text("my own test questions")  # is not written over
+    with pytest.raises(UserError, match=r"train.jsonl: no such file; give all three"):
+        call()
+    assert splits[2].read_text() == "my own test questions" and not splits[0].exists()
+    splits[2].unlink()
     assert "is dealt into" in call()
     parts = [[row["qid"] for row in read_questions(path)] for path in splits]
     assert [len(part) for part in parts] == [48, 6, 6]

@@ -6,9 +6,12 @@ import re
 import numpy as np
 import pytest
 
+from recipes.demo.table import write_table
 from recipes.ladder import main as ladder
-from recipes.page import Shelf, groups_of, lessons_of, plane_of
+from recipes.page import Shelf, groups_of, lessons_of
 from recipes.page import main as page
+from recipes.page_table import main as page_table
+from recipes.page_vectors import plane_of
 from tests.browser import CHROMIUM, Browser
 from tests.toy import make_world
 from utils.data import Corpus, read_questions, write_run
@@ -60,10 +63,9 @@ def made(tmp_path_factory):
     }
     write_json(run / "test" / "reader.answers.json", answers)
     cell = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 10}
-    write_json(
-        run / "table.json", {"BM25": {"top-20": cell, "MRR@10": cell}, "trained encoder": {"top-20": cell}}
-    )
-    (run / "seconds.tsv").write_text("bm25_test\t30\ntrain\t90\n")
+    table = {"BM25": {"top-20": cell, "MRR@10": cell}, "trained encoder": {"top-20": cell}}
+    answers = {"title of passage 1": {"EM": cell}, "reader, best of 1": {"EM": cell}}
+    write_table(run, table, answers, {"bm25_test": 30, "train": 90, "test": 6, "read_train": 60})
     write_lines(run / "data" / "train.jsonl", [json.loads(line) for line in open(world / "train.jsonl")])
     steps = [{"step": n, "loss": 1 / n, "acc": n / 300, "seconds": 0.6} for n in range(1, 301)]
     write_lines(run / "metrics.jsonl", [*steps, {"step": 300, "mrr": 0.5, "average_rank": 3.0}])
@@ -81,7 +83,7 @@ def test_a_question_by_hand(made):
     data = data_of(made[1])
     assert len(data["questions"]) == data["questionsInAll"] == 10 and data["passagesInAll"] == 60
     names = [name for name, run in data["systems"] if run]
-    assert names == ["BM25", "trained encoder"] and data["pairs"] == [[2, 0]]
+    assert names == ["BM25", "trained encoder"] and data["pairs"] == [[3, 0]]
     ids = [pid for pid, _, _ in data["passages"]]
     assert len({*ids}) == len(ids)
     questions = read_questions(made[0].parent / "data" / "test.jsonl")
@@ -89,21 +91,24 @@ def test_a_question_by_hand(made):
         assert (row["qid"], row["text"]) == (question["qid"], question["question"])
         gold = row["gold"][0]
         assert ids[gold] == question["positives"][0] and gold in row["hits"]
-        assert row["goldRanks"] == [1, 0, 2 if n else 0, 0] and row["first"][0] == 1
+        assert row["goldRanks"] == [1, 0, 0, 2 if n else 0, 0] and row["first"][0] == 1
         assert row["said"] == [["wrong", False] if n == 0 else [question["answers"][0], True]]
         for number in {*sum(row["ranks"], [])}:
             holds = question["answers"][0] in data["passages"][number][2]
             assert (number in row["hits"]) == holds
-        assert [ids[number] for number in row["ranks"][2]][0] == "1" and len(row["ranks"][2]) == 10
+        assert [ids[number] for number in row["ranks"][3]][0] == "1" and len(row["ranks"][3]) == 10
 
 
 def test_the_table_and_the_curves(made):
-    """Percent with intervals, minutes of all that a row is built on; a curve of 120 means."""
+    """Shares with intervals, minutes of all that a row is built on; a curve of 120 means."""
     data = data_of(made[1])
-    rows = {row["name"]: row for row in data["table"]}
-    assert rows["BM25"]["metrics"] == {"top-20": [50, 25, 75], "MRR@10": [50, 25, 75]}
-    assert (rows["BM25"]["minutes"], rows["trained encoder"]["minutes"]) == (0.5, 1.5)
+    rows = {row["name"]: row for row in data["rows"]}
+    assert rows["BM25"]["metrics"]["MRR@10"] == {"value": 0.5, "low": 0.25, "high": 0.75, "n": 10}
+    minutes = {name: row["minutes_in_all"] for name, row in rows.items()}
+    assert (minutes["BM25"], minutes["trained encoder"], minutes["title of passage 1"]) == (0.5, 1.6, 1.6)
+    assert minutes["reader, best of 1"] is None, "its own stage, read, was not measured"
     assert rows["inverse cloze alone"]["metrics"] == rows["untrained encoder"]["metrics"] == {}
+    assert data["readers"] == [["reader, best of 1", True]]
     (curve,) = data["curves"]
     assert curve["name"] == "trained encoder" and list(curve["lines"]) == [
         "loss",
@@ -139,7 +144,10 @@ def test_a_ladder(made, tmp_path):
             (run / name / tower).symlink_to(world / tower)
     (run / "m0").symlink_to("cloze")
     (run / "gate.txt").write_text("0.2 0.8\n")
-    (run / "emdr2" / "config.yaml").write_text("top_k: 2\ntemperature: 0.5\n")
+    told = {"qid": questions[3]["qid"], "passages": ["1", "2"]}
+    told |= {"before": {"prior": [0.6, 0.4], "posterior": [0.9, 0.1]}}
+    told |= {"after": {"prior": [0.8, 0.2], "posterior": [0.7, 0.3]}}
+    write_json(run / "emdr2" / "belief.json", [told])
     write_lines(run / "d0" / "metrics.jsonl", [{"step": 1, "loss": 1.0, "seconds": 1}])
     write_json(run / "emdr2" / "answers.answers.json", {question["qid"]: "red" for question in questions})
     ladder(run, run / "data")
@@ -147,10 +155,7 @@ def test_a_ladder(made, tmp_path):
 
     data = data_of(tmp_path / "ladder.html")
     rows = read_json(run / "table.json")["rows"]
-    for shown, row in zip(data["table"], rows, strict=True):
-        expected = {name: round(100 * cell["value"], 1) for name, cell in row["metrics"].items()}
-        expected = {name: value for name, value in expected.items() if name in data["metrics"]}
-        assert {name: cell[0] for name, cell in shown["metrics"].items()} == pytest.approx(expected)
+    assert data["rows"] == rows
     names = [row["name"] for row in rows]
     assert [name for name, run in data["systems"] if run] == [names[n] for n in (0, 1, 2, 4, 6, 17)]
     assert ["ANCE-Tele, episode 3", False] in data["systems"] and [name for name, _ in data["readers"]][
@@ -171,12 +176,36 @@ def test_a_ladder(made, tmp_path):
             m1 == [("ANN", 1), ("look-ahead", 1)] and m2 == [("ANN", 1), ("momentum", 2)] and m3 == new == []
         )
     assert [curve["name"] for curve in data["curves"]] == ["d0"]
-    # scores 0 and -1/4 before, 0 and -1/6 after, at temperature 0.5
-    for row in data["questions"]:
-        (first, *one), (second, *two) = row["belief"]
-        assert [data["passages"][n][0] for n in (first, second)] == ["1", "2"]
-        assert one == pytest.approx([1 / (1 + np.exp(-0.5)), 1 / (1 + np.exp(-1 / 3))], abs=1e-3)
-        assert np.add(one, two) == pytest.approx([1, 1], abs=2e-3)
+    # prior and posterior before, then after, of the question that has them
+    (first, *one), (second, *two) = next(row["belief"] for row in data["questions"] if row["belief"])
+    assert [data["passages"][n][0] for n in (first, second)] == ["1", "2"]
+    assert (one, two) == ([0.6, 0.9, 0.8, 0.7], [0.4, 0.1, 0.2, 0.3])
+    assert [row["qid"] for row in data["questions"] if row["belief"]] == [questions[3]["qid"]]
+
+
+def test_a_run_without_a_table(made, tmp_path):
+    """Rankings and answers by name: metrics by hand, pairs against the first, no BM25, no training files."""
+    world, run = made[0].parent / "data", tmp_path / "run"
+    run.mkdir()
+    (run / "start").symlink_to(made[0] / "untrained")
+    for name in ("test.run", "reader.answers.json"):
+        (run / name).write_text((made[0] / "test" / name).read_text())
+    with pytest.raises(UserError, match="run/table.json: no such file"):
+        page([str(run), "--out", str(tmp_path / "a.html")])
+    (made[0] / "untrained" / "test.run").write_text((run / "test.run").read_text())
+    page_table(run, world, "start=start/test.run", "later=test.run", "reader=reader.answers.json")
+    (made[0] / "untrained" / "test.run").unlink()
+    table = {row["key"]: row["metrics"] for row in read_json(run / "table.json")["rows"]}
+    assert table["start"] == table["later"] and {*table["reader"]} == {"EM", "F1"}
+    assert (
+        table["later"]["MRR@10"]["value"] == pytest.approx(0.9 / 2) and table["reader"]["EM"]["value"] == 0.9
+    )
+    page([str(run), "--data", str(world), "--out", str(tmp_path / "a.html")])
+    data = data_of(tmp_path / "a.html")
+    assert data["systems"] == [["start", False], ["later", True]] and data["readers"] == [["reader", True]]
+    assert data["pairs"] == [] and data["pictures"]["encoders"] == ["start"]
+    assert {*data["pictures"]["questions"][0]["kinds"]} == {"gold"}
+    assert data["lessons"]["questions"] == [] and data["curves"] == []
 
 
 def test_texts_cannot_leave_the_json(made):
@@ -193,9 +222,7 @@ def test_a_small_page_has_fewer_questions(made, tmp_path):
     page([str(made[0]), "--out", str(tmp_path / "small.html"), "--megabytes", str(size)])
     data = data_of(tmp_path / "small.html")
     assert (tmp_path / "small.html").stat().st_size <= 1e6 * size
-    assert (
-        0 < len(data["questions"]) < 10 and data["questionsInAll"] == 10 and data["table"] == whole["table"]
-    )
+    assert 0 < len(data["questions"]) < 10 and data["questionsInAll"] == 10 and data["rows"] == whole["rows"]
     assert all(
         number < len(data["passages"]) for row in data["questions"] for number in sum(row["ranks"], [])
     )
@@ -234,10 +261,10 @@ def test_where_a_negative_comes_from(tmp_path):
     for name in ("data/train.jsonl", "d1.jsonl"):
         write_lines(run / name, [line])
     scores = [("1", 0.99), ("2", 0.9), ("3", 0.8), ("4", 0.1)]
-    write_run(run / "train_ce.run", [("q", scores)])
+    write_run(run / "d0" / "train_ce.run", [("q", scores)])
     (run / "gate.txt").write_text("0.2 0.8\n")
     files = [("BM25", "data/train.jsonl", {}, ""), ("M_D1", "d1.jsonl", {}, "")]
-    lessons = lessons_of(run, {"lessons": files, "scores": ["train_ce.run"]}, shelf)
+    lessons = lessons_of(run, files, shelf)
     (row,) = lessons["questions"]
     assert [source for source, *_ in row["files"][0]] == ["elsewhere"]
     ((_, _, kept), (source, count, refused)) = row["files"][1]
@@ -246,8 +273,11 @@ def test_where_a_negative_comes_from(tmp_path):
 
 
 def test_mistakes(tmp_path):
+    write_json(tmp_path / "old" / "table.json", {"rows": []})
+    write_table(tmp_path, {}, {}, {})
     for arguments, message in (
-        ([str(tmp_path / "none"), "--out", str(tmp_path / "a.html")], "none: no such folder"),
+        ([str(tmp_path / "none"), "--out", str(tmp_path / "a.html")], "none/table.json: no such file"),
+        ([str(tmp_path / "old"), "--out", str(tmp_path / "a.html")], "does not say where the encoders are"),
         ([str(tmp_path), "--out", str(tmp_path / "a.png")], "path of an .html file"),
         (
             [str(tmp_path), "--data", str(tmp_path), "--out", str(tmp_path / "a.html")],
@@ -258,13 +288,20 @@ def test_mistakes(tmp_path):
             page(arguments)
 
 
-def test_the_committed_page(made):
-    """At most 5 MB, with the data of today's pages; a hundred questions; every row that it has was run."""
-    path = ROOT / "results" / "demo" / "page.html"
-    assert path.stat().st_size <= 5e6
-    data = data_of(path)
-    assert list(data) == list(data_of(made[1])) and len(data["questions"]) > 100
-    assert [row["name"] for row in data["table"] if not row["metrics"]] == ["inverse cloze alone"]
+def test_the_committed_pages(made):
+    """At most 5 MB, with the data of today's pages; a hundred questions; every row that they have was run."""
+    paths = [ROOT / "results" / name / "page.html" for name in ("emdr2_alone", "demo")]
+    for path in paths:
+        assert path.stat().st_size <= 5e6
+        data = data_of(path)
+        assert list(data) == list(data_of(made[1])) and len(data["questions"]) > 100
+        template = (ROOT / "recipes" / "page_template.html").read_text("utf-8").split("DATA_OF_THE_PAGE")
+        html = path.read_text("utf-8")
+        assert html.startswith(template[0]) and html.endswith(template[1]), "made with today's template"
+    beliefs = read_json(paths[0].with_name("belief.json"))
+    told = {row["qid"] for row in data_of(paths[0])["questions"] if row["belief"]}
+    assert told == {belief["qid"] for belief in beliefs} and len(told) == 16
+    assert all(row["metrics"] for row in data["rows"])
     assert len(data["pictures"]["encoders"]) == 3 and all(run for _, run in data["systems"] + data["readers"])
 
 
@@ -308,7 +345,7 @@ def test_in_the_browser(browser, made, tmp_path):
     # the filter: at depth 1 BM25 finds all, the trained encoder those whose answer stands in passage 1
     browser.js("document.querySelector('#depth').value = '1'")
     browser.js("document.querySelector('#depth').dispatchEvent(new Event('change'))")
-    lost = [row["text"] for row in data["questions"] if row["first"][2] != 1]
+    lost = [row["text"] for row in data["questions"] if row["first"][3] != 1]
     browser.js("document.querySelector('#show').value = 'b'")
     browser.js("document.querySelector('#show').dispatchEvent(new Event('change'))")
     listed = text_of(browser, "#q-list button")
@@ -333,11 +370,18 @@ def test_in_the_browser(browser, made, tmp_path):
     browser.press("ArrowRight")
     browser.press("Enter")
     browser.wait("document.querySelector('#passage').open")
-    trained = next(row["ranks"][2] for row in data["questions"] if row["text"] == lost[2])
+    trained = next(row["ranks"][3] for row in data["questions"] if row["text"] == lost[2])
     assert text_of(browser, "#passage h3") == [data["passages"][trained[1]][1]], "rank 2 of the second column"
     assert text_of(browser, "#passage mark")
     browser.press("Escape")
     browser.wait("!document.querySelector('#passage').open")
+
+    # the address of another question opens it
+    browser.js("location.hash = '#q=' + encodeURIComponent(" + json.dumps(data["questions"][6]["qid"]) + ")")
+    browser.wait(
+        "document.querySelector('#question-detail h3').innerText === "
+        + json.dumps(data["questions"][6]["text"])
+    )
 
     # a text with html in it is a text
     row = next(i for i, row in enumerate(data["passages"]) if row[1] == EVIL)
@@ -360,7 +404,10 @@ def test_it_fits(browser, made, tmp_path, width, dark):
     assert (tmp_path / "page.png").stat().st_size > 50_000
     for name in ("ink", "muted", "accent"):
         assert contrast(browser, name) >= 4.5, name
-    assert len(text_of(browser, "#planes h4")) == 2 and "cloze: not run" in text_of(browser, "#vectors p")[0]
+    assert (
+        len(text_of(browser, "#planes h4")) == 2
+        and "inverse cloze: not run" in text_of(browser, "#vectors p")[0]
+    )
     assert browser.errors == []
 
 
@@ -380,6 +427,7 @@ def contrast(browser, name):
 def test_an_empty_folder(browser, made, tmp_path):
     """A run that has just begun: every part says so, and nothing breaks."""
     (tmp_path / "run").mkdir()
+    write_table(tmp_path / "run", {}, {}, {})
     data = str(made[0].parent / "data")
     page([str(tmp_path / "run"), "--data", data, "--out", str(tmp_path / "empty.html")])
     open_page(browser, tmp_path / "empty.html")

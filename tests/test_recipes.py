@@ -127,6 +127,35 @@ def gate(recipe, run):
     return scores[int(0.75 * len(scores))]
 
 
+def planned(command, stages, **how):
+    """The stages that a recipe counts in its dry pass, as (name, `done` or `open`)."""
+    stages.write_text("")
+    how["env"] = how["env"] | {"STAGES": str(stages), "DRY": "1"}
+    subprocess.run(command, **how)
+    return [tuple(line.split("\t")) for line in stages.read_text().splitlines()]
+
+
+def run_and_count(command, stages, **how):
+    """
+    Run a recipe, and compare the stages that it began with those of its dry pass, in order. Return what
+    subprocess.run does, and the plan. stages: a file for it.
+    """
+    how |= {"capture_output": True, "text": True}
+    plan = planned(command, stages, **how)
+    begun = stages.with_name(f"{stages.name}.begun")
+    begun.write_text("")
+    done = subprocess.run(command, **(how | {"env": how["env"] | {"STAGES": str(stages)}}))
+    names = begun.read_text().splitlines()
+    assert len(names) == len(plan) or done.returncode, done.stderr[-2000:]
+    for name, (wanted, _) in zip(
+        names, plan, strict=False
+    ):  # of the ladder's best encoder the name comes later
+        assert wanted in (name, f"best/{name.rpartition('/')[2]}"), names
+    counts = [(int(n), int(total)) for n, total in re.findall(r"^== (\d+) of (\d+) \|", done.stdout, re.M)]
+    assert counts == sorted(counts) and all(n <= total == len(plan) for n, total in counts)
+    return done, plan
+
+
 def rehearse(recipe, folder, python):
     """
     (DATA, RUN, output) of a rehearsal that succeeded, and whose repetition changed nothing.
@@ -146,19 +175,20 @@ def rehearse(recipe, folder, python):
     def bash(**changes):
         environment = ENVIRONMENT | {key: str(value) for key, value in (variables | changes).items()}
         command = ["bash", ROOT / "recipes" / f"{recipe}.sh", *arguments]
-        return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+        return run_and_count(command, folder.with_name(f"{folder.name}_stages"), cwd=place, env=environment)
 
     below = {}
     if recipe.startswith("rocketqa"):  # no score is below 0: it stops, and later goes on from there
-        stopped = bash(BELOW=0)
+        stopped, _ = bash(BELOW=0)
         assert stopped.returncode == 2 and "no question is left" in stopped.stderr, stopped.stderr[-2000:]
         below = {"BELOW": gate(recipe, run)}
-    done = bash(**below)
+    done, plan = bash(**below)
     assert done.returncode == 0, f"{recipe}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
     assert "train_cross_encoder.py" not in done.stdout
     if recipe not in ("own_data", "dpr_nq"):  # whose short stages are repeated
-        before, again = snapshot(folder), bash(**below)
+        before, (again, same) = snapshot(folder), bash(**below)
         assert again.returncode == 0 and "==" not in again.stdout, again.stdout + again.stderr
+        assert same == [(name, "done") for name, _ in plan]
         assert snapshot(folder) == before
     return world, run, done.stdout
 
@@ -276,6 +306,73 @@ def test_a_stage_runs_once(tmp_path):
     assert bash("stage both write both cat done more").returncode == 0
     assert (tmp_path / "both").read_text() == "1\n2\n"
     assert bash("stage half write half cat done missing").returncode and not (tmp_path / "half").exists()
+
+
+RECIPE = """
+set -euo pipefail
+DATA=${DATA:-d} LAUNCH= FORMAT=auto ENCODE_FLAGS=
+. RECIPES/stage.sh
+make() { stage $RUN/$1 write $RUN/$1 seq 3; }
+make a
+[ "${INNER:-}" ] || INNER=1 RUN=$RUN/inner bash $0
+make b
+[ $(lines_of $RUN/b) -ge 3 ] && there $RUN/b && ! there $RUN/other && make c
+python -c "open('$RUN/log', 'a').write('x')"
+FOR=$RUN/b make only_for_b
+[ "${STOP:-}" != "$RUN" ] || [ "$DRY" ] || exit 3
+make d
+"""
+
+
+def test_which_of_how_many(tmp_path):
+    """
+    The dry pass does nothing but count, in a recipe within a recipe too; a resumed run goes on in the same
+    count; where an earlier run is stored, its minutes. Stages of the inner recipe are 2 to 6 of 10.
+    """
+    (tmp_path / "r.sh").write_text(RECIPE.replace("RECIPES", str(ROOT / "recipes")))
+    run = tmp_path / "ladder_small"
+    (run / "inner").mkdir(parents=True)
+    environment = ENVIRONMENT | {"RUN": str(run), "PATH": COMMON["PATH"], "TMPDIR": str(tmp_path / "t")}
+    (tmp_path / "t").mkdir()
+
+    def bash(**changes):
+        command, how = ["bash", tmp_path / "r.sh"], {"capture_output": True, "text": True, "cwd": tmp_path}
+        done = subprocess.run(command, env=environment | changes, **how)
+        assert not list((tmp_path / "t").iterdir()), "the list of stages is taken away"
+        return done.returncode, re.findall(r"^== (.*?) \| ", done.stdout, re.M)
+
+    plan = planned(["bash", tmp_path / "r.sh"], tmp_path / "s", env=environment)
+    inner = ["inner/a", "inner/b", "inner/c", "inner/only_for_b", "inner/d"]
+    assert plan == [(name, "open") for name in ["a", *inner, "b", "c", "only_for_b", "d"]]
+    assert not (run / "log").exists() and not (run / "a").exists()
+    assert bash(STOP=str(run)) == (3, [f"{n} of 10" for n in (1, 2, 3, 4, 6, 7, 8)])
+    assert bash() == (0, ["10 of 10"])
+    assert (run / "log").read_text() == (run / "inner/log").read_text() == "xx"
+    assert bash() == (0, [])
+
+    # how long the stages took once, as results/ of the same name have it
+    stages = tmp_path / "s"
+    script = f"RUN={run} STAGES={stages} DATA=d FORMAT=auto; . recipes/stage.sh; stage $RUN/b touch $RUN/b"
+    (run / "b").unlink()
+    names = ["a done", "b open", "b open", "d0/metrics.json open", "e open", "d0/metrics.json open"]
+    stages.write_text("".join(name.replace(" ", "\t") + "\n" for name in [*names, "gc/metrics.json done"]))
+    (tmp_path / "s.begun").write_text("a\n")
+    times = [line.split("\t") for line in (ROOT / "results/ladder_small/peaks.tsv").read_text().splitlines()]
+    (seconds,) = [float(time) for name, _, time, _ in times if name == "d0/metrics.json"]
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    left = f"2 of 7 | {seconds / 60:.1f} to the end (results/ladder_small) | touch"
+    assert done.stdout.startswith(f"\n== {left}"), done.stdout + done.stderr
+    script = script.replace("b touch $RUN/b", "d0/metrics.json touch $RUN/d0/metrics.json")
+    (tmp_path / "s.begun").write_text("a\nb\nb\n")
+    (run / "d0").mkdir()
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    mine = (
+        f"4 of 7 | {seconds / 60:.1f} minutes, {seconds / 60:.1f} to the end (results/ladder_small) | touch"
+    )
+    assert done.stdout.startswith(f"\n== {mine}"), done.stdout + done.stderr
+    script = script.replace("d0/metrics.json touch $RUN/d0/metrics.json", "e touch $RUN/e")
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("\n== 5 of 7 | touch"), done.stdout + done.stderr
 
 
 def metrics_of(run, *names):
@@ -431,11 +528,12 @@ def test_own_data(rehearsal):
     world, run, output = rehearsal("own_data")
     assert [len(lines(world / f"{name}.jsonl")) for name in ("train", "dev", "test")] == [48, 6, 6]
     assert "questions.jsonl is dealt into" in output and "are cut at 128 tokens" in output
-    table = read_json(run / "table.json")
-    retrieval = {"BM25", "untrained encoder", "trained encoder", "trained + BM25"}
+    table = {row["name"]: row["metrics"] for row in read_json(run / "table.json")["rows"]}
+    retrieval = {"BM25", "untrained encoder", "inverse cloze alone", "trained encoder", "trained + BM25"}
     assert set(table) == retrieval | {"title of passage 1", *(f"reader, best of {n}" for n in (1, 2, 3))}
     assert table["reader, best of 3"]["EM"]["n"] == 6
     assert table["trained encoder"]["top-100"]["value"] == 1  # sixty passages
+    assert table["inverse cloze alone"] or "left out: fewer than 64 sentences" in output
     assert "n = 6 questions, 60 passages" in output
     place, command = re.search(r"Ask your own questions, in (.*):\n    (.*)\n$", output).groups()
     asked = subprocess.run(

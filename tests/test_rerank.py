@@ -201,7 +201,7 @@ def test_a_crash_in_the_metrics_costs_no_score(call, tmp_path, monkeypatch, pair
     with pytest.raises(UserError, match="b.run.parts is not from this job"):
         call("b.run")
     keys = {"depth", "block", "mixed_precision", "ranking", "questions", "corpus", "corpus_format"}
-    assert read_json(tmp_path / "a.run.parts/manifest.json").keys() == keys | {"cross_encoder"}
+    assert read_json(tmp_path / "a.run.parts/manifest.json").keys() == keys | {"cross_encoder", "batch_size"}
     assert sum(pairs) == 70
     first = call().read_bytes()
     assert sum(pairs) == 70 and first == call("c.run").read_bytes()

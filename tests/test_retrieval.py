@@ -111,6 +111,12 @@ def test_question_vectors_are_kept_and_read(world, test, tmp_path, capsys):
     assert test(index="stream", question_vectors=path)[0] == usual
     assert "taken as they are" in capsys.readouterr().out
 
+    # a file of somebody else under the name of the note
+    write_json(tmp_path / "other.json", {"q50": "an answer"})
+    with pytest.raises(UserError, match="other.json: would be replaced by a note on other.npy"):
+        test(question_vectors=tmp_path / "other.npy")
+    assert read_json(tmp_path / "other.json") == {"q50": "an answer"}
+
 
 def test_a_question_that_is_a_passage_is_left_out(world, test, tmp_path, capsys):
     """ArguAna: the best passage is the question itself. The key leaves it out, and k others are listed."""

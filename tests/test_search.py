@@ -13,8 +13,9 @@ from tests.saved import Largest
 from tests.toy import golden_file
 from utils.plumbing.config import UserError
 from utils.plumbing.embeddings import open_embeddings
+from utils.plumbing.faiss_setup import name_blas_kernel
 from utils.plumbing.files import sha256, write_json
-from utils.search import as_lists, build_index, exact_topk, fetch, name_blas_kernel, search_index
+from utils.search import as_lists, build_index, exact_topk, fetch, search_index
 
 GOLDEN = golden_file("merge_topk")["cases"]
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -158,6 +159,8 @@ def test_row_0_is_a_passage_and_minus_1_is_none():
     assert as_lists(scores_Qk, rows_Qk) == [[(0, 2.0), (7, 1.0)], [(3, 5.0), (0, 4.0)]]
     x_ND = np.arange(12, dtype=np.float32).reshape(6, 2)
     assert fetch(cut(x_ND, 2), np.array([2, 1, 5, 0, 2]))[:, 0].tolist() == [4, 2, 10, 0, 4]
+    half_ND = fetch(cut(x_ND.astype(np.float16), 2), np.array([5]))
+    assert half_ND.dtype == np.float16 and half_ND.tolist() == [[10, 11]]
 
 
 def test_a_plain_faiss_index_finds_the_same_passages():
@@ -211,7 +214,7 @@ def test_indexes_score_by_inner_product(factory, tmp_path):
 def test_a_saved_index_is_read_only_while_its_hash_and_its_embeddings_match(tmp_path, capsys):
     """FAISS loads a flipped bit without a word; here it is rebuilt, with a line that says so."""
     shards = [vectors(15, 300, 16)]
-    build_index("HNSW8", shards, tmp_path, "one")
+    assert build_index("HNSW8", shards, tmp_path, "one").hnsw.efConstruction == 200  # DPR's
     written = (tmp_path / "HNSW8.faiss").stat().st_mtime_ns
     build_index("HNSW8", shards, tmp_path, "one")
     assert (tmp_path / "HNSW8.faiss").stat().st_mtime_ns == written and not capsys.readouterr().out

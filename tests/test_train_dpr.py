@@ -72,7 +72,7 @@ def test_loss_equals_the_original_codes():
     """Loss, number correct and both gradients equal DPR's BiEncoderNllLoss in float64."""
     for case in golden_file("in_batch_loss")["cases"]:
         q, p = (torch.tensor(case[k], dtype=torch.float64, requires_grad=True) for k in ("q", "p"))
-        loss, correct = in_batch_loss(q, p, torch.tensor(case["positive_idx"]))
+        loss, correct = in_batch_loss(q, p, case["positive_idx"])  # a list, as DPR has it
         loss = loss * case.get("loss_scale", 1)
         loss.backward()
         assert abs(loss.item() - case["loss"]) < 1e-8 * max(1, abs(case["loss"]))

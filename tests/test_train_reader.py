@@ -390,7 +390,7 @@ def test_logits_that_are_no_numbers_name_the_question(world):
         with torch.no_grad():
             getattr(reader.model.span_predictor, part).bias[0] = float("nan")
         with pytest.raises(UserError) as error:
-            answer_all(reader, train[:3], corpus, [1], 10, 8, ACCELERATOR)
+            answer_all(reader, train[:3], corpus, [1], 8, ACCELERATOR)
         assert str(error.value).startswith(f"question {train[0]['question']!r}: the reader's logits are not")
 
 
@@ -443,7 +443,12 @@ def test_other_models_are_refused(world, tmp_path):
     for folder, head, inputs, words in (
         (tmp_path / "ernie", True, small, "a reader starts from a BERT, this is a ernie"),
         (tmp_path / "tower", True, small, "holds a DPRContextEncoder"),
-        (tmp_path / "old.cp", True, small, "is a checkpoint of the original DPR; first: python -m prepare"),
+        (
+            tmp_path / "old.cp",
+            True,
+            small,
+            "if it is a checkpoint of the original DPR, first: python -m prepare",
+        ),
         (world / "nowhere", True, small, "no such reader folder"),
         (world / "bert", True, {}, "350 tokens a passage, but only 256"),
     ):

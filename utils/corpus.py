@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from prepare.hints import kind_of
 from utils.plumbing.config import UserError, file_fault
-from utils.plumbing.files import atomic_folder, read_json, write_json
+from utils.plumbing.files import atomic_folder, read_json, temporary_name, write_json
 
 csv.field_size_limit(2**31 - 1)  # trap: csv refuses fields of more than 131,072 characters
 # how people name the columns of a passage or question file, small letters alone
@@ -299,7 +299,7 @@ class Corpus:
                 why = f"its index belongs next to it, and {folder.parent} cannot be written"
                 raise UserError(f"{path}: {why}; link the corpus (ln -s) into a writable folder")
             # why a name of its own: two programs may open a new corpus at once; the faster one wins
-            with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
+            with tempfile.TemporaryDirectory(prefix=temporary_name(folder), dir=folder.parent) as place:
                 new = Path(place) / "new"
                 with atomic_folder(new) as building:
                     write_json(building / "meta.json", want | write_index(path, fmt, building))
@@ -334,8 +334,8 @@ class Corpus:
             raise UserError(f"{self.path}: changed while it was being read; run the command again")
         return parse(line.decode(), self.meta["fmt"])
 
-    def row(self, pid):
-        """Return the row of a passage id. UserError when the corpus has no such passage."""
+    def row(self, pid, source=""):
+        """Return the row of a passage id. UserError where there is none; source: the file that names it."""
         row = -1
         first_id = self.meta["first_id"]
         if first_id is None:
@@ -347,7 +347,9 @@ class Corpus:
             row = int(pid) - first_id
         if 0 <= row < len(self):
             return row
-        raise UserError(f"{self.path}: no passage has the id {pid!r}; was that id made with another corpus?")
+        named = f" that {source} names" if source else ""
+        fault = f"no passage has the id {pid!r}{named}; was that id made with another corpus?"
+        raise UserError(f"{self.path}: {fault}")
 
     def passage(self, pid):
         return self[self.row(pid)]

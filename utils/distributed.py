@@ -30,6 +30,15 @@ PLAIN |= {f"ACCELERATE_USE_{name}": "false" for name in ("FSDP", "DEEPSPEED", "M
 PLAIN |= {"ACCELERATE_USE_PARALLELISM_CONFIG": "false"}
 LAUNCHED = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"}  # numbers that torchrun tells each process
 
+# Tokens of one forward pass on a GPU. why so many: a GPU waits for the program that launches its work. With
+# an H200 one pass of BERT-base took 20 ms, however small it was; training made 290 questions/s in chunks of
+# 64 passages, and 670 in chunks of 256, which are 64k tokens. More was not measured
+# (results/bench/gpu_h200.txt).
+TOKENS = 2**16
+# Bytes that a layer keeps of a token until the backward pass, for each number of its hidden state. Measured
+# there with BERT-base: 66 in float32, 47 under bf16's autocast.
+BYTES = 70
+
 
 def check_environment(mixed_precision):
     """UserError for what the environment must not say; a warning for what it says and is not used."""
@@ -175,6 +184,23 @@ def prefetch(function, items):
                 yield ready.result()
         if pending:
             yield pending.result()
+
+
+def rows_that_fit(rows, length, width, device):
+    """
+    Return how many rows of `length` tokens go through a model together: on a CPU `rows`, on a GPU as many as
+    make TOKENS, or fewer where its free memory is too small for them. The same on all devices, at least 1.
+
+    width: how many hidden numbers the model keeps of a token: its hidden size; for a backward pass times its
+    layers.
+    """
+    if device.type != "cuda":
+        return rows
+    # why half: weights, AdamW's moments and the scores need room too
+    free, _ = torch.cuda.mem_get_info(device)
+    tokens = min(TOKENS, free // 2 // (BYTES * width))
+    fits = gather_items({world()[0]: max(1, tokens // length)})
+    return min(fits.values())
 
 
 def peak_memory(device):

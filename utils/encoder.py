@@ -1,5 +1,5 @@
 """
-One tower of the dual encoder: a BERT-like model, and how text becomes its inputs and a vector.
+One of the two encoders (a *tower*): a BERT-like model, and how text becomes its inputs and a vector.
 
 How inputs are built is stored next to the weights in `encoder_inputs.json` (utils/plumbing/weights.py). A
 vector is only right when a text is tokenised as in training. Lengths, token types and pooling differ between
@@ -20,9 +20,9 @@ from torch.nn.functional import normalize
 
 from utils.distributed import prefetch, world
 
-POOLINGS = ("cls", "mean", "last")  # Encoder.forward
-TOKEN_TYPES = ("zeros", "segments")  # collate
-PASSAGES = ("pair", "joined")  # tokenize_passages
+POOLINGS = ("cls", "mean", "last")  # how L states become one vector: Encoder.forward
+TOKEN_TYPES = ("zeros", "segments")  # what marks the second text: collate
+PASSAGES = ("pair", "joined")  # how a title stands before its text: tokenize_passages
 # what DPR does, where encoder_inputs.json says nothing else
 DEFAULTS = {"normalize": False, "question_prefix": "", "passage_prefix": "", "passage": "pair"}
 
@@ -35,11 +35,11 @@ class Encoder(nn.Module):
       question_tokens, passage_tokens   maximum lengths, special tokens included
       pooling         cls (DPR) | mean (most of sentence-transformers) | last (decoders): the last token
       token_types     zeros (DPR) | segments (nanoDPR, RocketQA: title 0, text 1)
-      normalize       whether a vector is cut to length 1
+      normalize       whether every vector is scaled to length 1
       question_prefix, passage_prefix   what stands before every text (E5: "query: ", "passage: ")
       passage         pair: title and text with [SEP] between (DPR) | joined: one text, as BEIR gives it to
                       sentence-transformers; its questions are left as they are typed
-      pair            an id that a question encoder shares with the passage encoder it was trained with, or ""
+      pair            not the value above: the id of the training that made both encoders, or ""
     """
 
     def __init__(self, model, tokenizer, inputs, projection=None):
@@ -50,18 +50,20 @@ class Encoder(nn.Module):
         self.dim = linears[-1].out_features if linears else model.config.hidden_size
 
     def how(self, key):
-        """Return an entry of DEFAULTS, as `inputs` has it or not."""
+        """Return inputs[key], or what DPR does where `inputs` does not say."""
         return self.inputs.get(key, DEFAULTS[key])
 
     def forward(self, input_ids, attention_mask, token_type_ids):
-        """Turn [B, L] integer tensors into vectors_BD in float32."""
+        """Turn [B, L] integer tensors into vectors_BD in float32. attention_mask: None, where all is text."""
         hidden_BLD = call(self.model, input_ids, attention_mask, token_type_ids).last_hidden_state
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
         if self.inputs["pooling"] == "cls":
             vectors_BD = hidden_BLD[:, 0]
         elif self.inputs["pooling"] == "mean":  # over real tokens
             mask_BL1 = attention_mask[:, :, None].to(hidden_BLD.dtype)
             vectors_BD = (hidden_BLD * mask_BL1).sum(1) / mask_BL1.sum(1)
-        else:
+        elif self.inputs["pooling"] == "last":
             last_B = attention_mask.sum(1) - 1
             vectors_BD = hidden_BLD[torch.arange(len(last_B)), last_B]
         if self.projection:
@@ -80,7 +82,7 @@ def call(model, input_ids, attention_mask, token_type_ids):
 
 def takes_token_types(model):
     """Return whether a model has embeddings for token types."""
-    # trap: GPT-2 takes them too, and adds the embedding of the word of that number
+    # trap: GPT-2 takes them too, and reads type 1 as word 1 of its vocabulary
     types = getattr(model.config, "type_vocab_size", 0)
     return types > 0 and "token_type_ids" in inspect.signature(model.forward).parameters
 
@@ -88,8 +90,8 @@ def takes_token_types(model):
 # ---------------------------------------------------------------- text -> token ids
 def tokenize_questions(encoder, questions):
     """Turn strings into id lists `[CLS] question [SEP]`, cut to question_tokens."""
-    # from: DPR dpr/utils/data_utils.py:63 and nanoDPR: the typographic apostrophe is replaced, in training
-    # and test
+    # from: DPR dpr/utils/data_utils.py:63 and nanoDPR: the typographic apostrophe is replaced, always
+    # why only pair: other people's encoders (joined) take a question as it is typed
     if encoder.how("passage") == "pair":
         questions = [question.replace("’", "'") for question in questions]
     questions = [encoder.how("question_prefix") + question for question in questions]
@@ -111,6 +113,7 @@ def tokenize_passages(encoder, passages):
             title, text = "", f"{title} {text}".strip()
         pairs.append((prefix + title, text) if title else (prefix + text, None))
 
+    # why two calls: a tokenizer takes either pairs or single texts
     ids = [None] * len(passages)
     for titled in (True, False):
         places = [i for i, (_, text) in enumerate(pairs) if (text is not None) == titled]
@@ -123,20 +126,22 @@ def tokenize_passages(encoder, passages):
 
 
 def _ids(encoder, first, second, length):
+    """Return the id lists of texts, or of pairs (first, second), cut to `length`."""
     if not first:
         return []
     cut = {"truncation": True, "max_length": length, "return_attention_mask": False}
     return encoder.tokenizer(first, second, **cut).input_ids
 
 
-def collate(encoder, ids):
+def collate(encoder, ids, lengths=()):
     """
     Pad id lists to the longest: {"input_ids", "attention_mask", "token_type_ids"}, [B, L] int64 tensors on
-    the encoder's device.
+    the encoder's device. lengths: the values that L may have, ascending; () for any.
     """
     tokenizer = encoder.tokenizer
     padding = tokenizer.pad_token_id or 0  # GPT-2 and Llama have none; what is masked is not read
-    input_ids = np.full((len(ids), max(map(len, ids))), padding, dtype=np.int64)
+    L = padded_length(max(map(len, ids)), lengths)
+    input_ids = np.full((len(ids), L), padding, dtype=np.int64)
     mask = np.zeros_like(input_ids)
     for i, tokens in enumerate(ids):
         input_ids[i, : len(tokens)] = tokens
@@ -144,11 +149,24 @@ def collate(encoder, ids):
     types = np.zeros_like(input_ids)
     if encoder.inputs["token_types"] == "segments":  # 1 after the first [SEP], up to the end of the sequence
         is_sep = input_ids == tokenizer.sep_token_id
-        after_sep = np.cumsum(is_sep, 1) - is_sep > 0
-        types = (after_sep & (mask == 1)).astype(np.int64)
+        seps_before = np.cumsum(is_sep, 1) - is_sep
+        types = ((seps_before > 0) & (mask == 1)).astype(np.int64)
     device = next(encoder.parameters()).device
     batch = {"input_ids": input_ids, "attention_mask": mask, "token_type_ids": types}
-    return {key: torch.from_numpy(array).to(device) for key, array in batch.items()}
+    return {key: send(torch.from_numpy(array), device) for key, array in batch.items()}
+
+
+def padded_length(longest, lengths):
+    """Return the first of `lengths` (ascending) that is not below `longest`, or `longest`."""
+    return next((length for length in lengths if length >= longest), longest)
+
+
+def send(x, device):
+    """Copy a tensor to a device. A GPU is at work meanwhile, and nobody waits for the copy."""
+    if device.type != "cuda":
+        return x.to(device)
+    # why pinned: from other memory the program would wait until the GPU has done all that it was given before
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 # ---------------------------------------------------------------- rows of like length together
@@ -171,33 +189,68 @@ def in_chunks(ids, size):
     return chunks, torch.from_numpy(np.argsort(order))
 
 
-def batches_by_length(model, ids, size):
+def groups_by_length(ids, size, tokens=0, lengths=()):
     """
-    Yield (places, what `collate` makes of them) for `size` id lists at a time, the longest first.
+    Cut the places of id lists into groups, the longest first: `size` places each. tokens above 0: as many
+    places as make so many tokens with their padding, at least one. lengths: as of `collate`; where some are
+    given, all groups of a length have the same size, the last one filled up with its last place.
+    """
+    order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
+    groups = []
+    start = 0
+    while start < len(order):
+        if tokens:
+            size = max(1, tokens // padded_length(len(ids[order[start]]), lengths))
+        group = order[start : start + size]
+        start += size
+        if lengths:
+            group += [group[-1]] * (size - len(group))
+        groups.append(group)
+    return groups
+
+
+def batches_by_length(model, ids, size, tokens=0, lengths=()):
+    """
+    Yield (places, what `collate` makes of them) of each of groups_by_length, a mask that hides nothing None.
 
     Half the cost of padding everything to 256 (tests/bench), for the same vectors to 1e-6.
     """
-    order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
-    groups = [order[start : start + size] for start in range(0, len(order), size)]
+    groups = groups_by_length(ids, size, tokens, lengths)
+
+    def batch_of(places):
+        rows = [ids[i] for i in places]
+        batch = collate(model, rows, lengths)
+        # why: without a mask a GPU takes a faster attention, and nobody asks it whether one is needed
+        if min(map(len, rows)) == batch["input_ids"].shape[1]:
+            batch["attention_mask"] = None
+        return batch
+
     # why prefetch: a GPU would wait while the next batch is padded
-    collated = prefetch(lambda places: collate(model, [ids[i] for i in places]), groups)
-    return zip(groups, collated, strict=True)
+    return zip(groups, prefetch(batch_of, groups), strict=True)
 
 
 # ---------------------------------------------------------------- token ids -> vectors
 @torch.no_grad()
-def embed(encoder, ids, batch_size, autocast=contextlib.nullcontext, progress=None):
-    """Turn id lists into vectors without dropout: numpy float32 [N, D] in the given order."""
+def embed(encoder, ids, size, autocast=contextlib.nullcontext, progress=None, tokens=0, lengths=()):
+    """
+    Turn id lists into vectors without dropout: numpy float32 [N, D] in the given order.
+
+    size, tokens, lengths: how many go through the encoder together, see groups_by_length.
+    """
     was_training = encoder.training
     encoder.eval()
-    vectors_ND = np.zeros((len(ids), encoder.dim), dtype=np.float32)
-    for places, batch in batches_by_length(encoder, ids, batch_size):
+    made = []
+    for places, batch in batches_by_length(encoder, ids, size, tokens, lengths):
         with autocast():
-            vectors_bD = encoder(**batch)
-        vectors_ND[places] = vectors_bD.cpu().numpy()
+            made.append((places, encoder(**batch)))
         if progress:
-            progress.update(len(places))
+            progress.update(len(set(places)))
     encoder.train(was_training)
+
+    # why only now: to fetch a vector is to wait for the GPU, which would then wait for the next batch
+    vectors_ND = np.zeros((len(ids), encoder.dim), dtype=np.float32)
+    for places, vectors_bD in made:
+        vectors_ND[places] = vectors_bD.cpu().numpy()
     return vectors_ND
 
 

@@ -5,8 +5,9 @@ decoder looks at all of them at once and writes the answer (Izacard and Grave 20
     "question: q title: t context: c"  x K  --encoder, each alone-->  hidden [K, L, D]
                                             --laid end to end------>  [K*L, D]  --decoder-->  answer
 
-The encoder's cost grows with K, not with K squared. A T5 takes any encoder states, so it is given K passages
-as one long input. Cross-attention knows no positions, so the order of the passages cannot matter.
+Such a line of question and passage is a *context*. The encoder's cost grows with K, not with K squared. A T5
+takes any encoder states, so it is given K passages as one long input. Cross-attention knows no positions, so
+the order of the passages cannot matter.
 
 The same states, one passage at a time, give log p(answer | question, passage). That teaches the retriever of
 EMDR2 (Singh et al. 2021, Sec. 2). The losses are in train_emdr2.py.
@@ -39,6 +40,7 @@ from utils.plumbing.weights import (
 )
 
 PAD = -100  # the label that counts nowhere (torch's cross_entropy)
+READS_ALL = True  # at once: for answers from fewer passages they are read again
 INPUTS = {
     "role": "fid",
     "pair": "",
@@ -206,15 +208,17 @@ def answer(fid, contexts, chunk, autocast=nullcontext):
     return [text.strip() for text in texts]
 
 
-def answer_all(fid, examples, rows, corpus, chunk, accelerator):
+def answer_all(fid, examples, corpus, depths, chunk, accelerator, max_answer_length=0):
     """
-    Answer every example from the passages corpus[row] of its rows; each device writes its share.
+    Answer every example from the passages corpus[row] of the first depths[-1] of its "rows".
 
-    Return on every device [{"text": answer}] of each example, or [None] where it has no passages.
+    Each device writes its share. Return on every device [{"text": answer}] of each example, or [None] where
+    it has no passages. max_answer_length: of other readers; how long an answer of a FiD is its weights know.
     """
     # groups of questions whose contexts fill a chunk
     rank, devices = world()
-    readable = [i for i, passages in enumerate(rows) if len(passages)]
+    rows = [list(example["rows"][: depths[-1]]) for example in examples]
+    readable = [i for i, rows_of_i in enumerate(rows) if rows_of_i]
     width = max(1, chunk // max(1, *map(len, rows)))
     groups = [readable[start : start + width] for start in range(0, len(readable), width)]
     groups = groups[rank::devices]
@@ -234,6 +238,16 @@ def answer_all(fid, examples, rows, corpus, chunk, accelerator):
             answers[i] = {"text": text}
     answers = gather_items(answers)
     return [[answers.get(i)] for i in range(len(examples))]
+
+
+def say(fid, question, passages, chunk):
+    """Return the answer from all passages as ask.py prints it; "" where none has room beside the question."""
+    budgets = [text_budget(fid, question, passage.title) for passage in passages]
+    if max(budgets) < 1:
+        return ""
+    contexts = tokenize_contexts(fid, question, passages)
+    (text,) = answer(fid, [contexts], chunk)
+    return f"{text or 'none, the reader wrote an empty text'} | FiD over {len(passages)} passages"
 
 
 # ---------------------------------------------------------------- disk

@@ -48,15 +48,15 @@ def grad_cache_step(encode, chunks, loss_of, seed, backward=torch.Tensor.backwar
     # (2) the loss, and its gradient with respect to the vectors
     leaves = [vectors_bD.detach().requires_grad_() for vectors_bD in vectors]
     loss, *rest = loss_of(leaves)
-    loss.backward()
+    loss.backward()  # not scaled: the loss scaler acts once, in (3)
 
     # (3) chunk by chunk through the encoder
     for i, leaf in enumerate(leaves):
         vectors_bD = vectors[i]
         if cached:
             vectors_bD = forward(i)
-        # why a scalar: the fp16 loss scaler takes one; d scalar / d vectors is leaf.grad. trap: its value may
-        # overflow in fp16, so encode must return float32 (utils/encoder.py does)
+        # the gradient of this sum with respect to the vectors is leaf.grad. why a sum: fp16's loss scaler
+        # takes a scalar. trap: it may overflow in fp16, so encode must return float32
         weighted_bD = vectors_bD * leaf.grad
         backward(weighted_bD.sum())
         # free this chunk's graph before the next one is built

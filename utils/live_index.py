@@ -132,7 +132,7 @@ class LiveIndex:
         fresh_nD = encoding.embed(encoder, self.tokenize(encoder, rows), 8, self.run.accelerator.autocast)
         lengths_n = np.linalg.norm(stored_nD, axis=1) * np.linalg.norm(fresh_nD, axis=1)
         cosine_n = (stored_nD * fresh_nD).sum(1) / np.maximum(lengths_n, 1e-12)
-        for i in np.flatnonzero(~(cosine_n > ALIKE)):  # trap: a comparison with NaN is false
+        for i in np.flatnonzero(~(cosine_n > ALIKE))[:1]:  # trap: a comparison with NaN is false
             passage = f"passage {self.corpus[rows[i]].id!r}: cosine {cosine_n[i]:.3f} with what it gives now"
             advice += ", or name the folder that it made"
             raise UserError(f"{fault} are not those of doc_encoder ({passage}); {advice}")
@@ -175,7 +175,7 @@ class LiveIndex:
         hits = gather_items({world()[0]: (scores_Qk, rows_Qk + self.rows.start)})
         scores_QK = np.concatenate([scores for scores, _ in hits.values()], axis=1)
         rows_QK = np.concatenate([rows for _, rows in hits.values()], axis=1)
-        best_Qk = np.lexsort((rows_QK, -scores_QK))[:, :k]
+        best_Qk = np.lexsort((rows_QK, -scores_QK))[:, :k]  # by score, then by row
         return np.take_along_axis(scores_QK, best_Qk, 1), np.take_along_axis(rows_QK, best_Qk, 1)
 
     # ------------------------------------------------------------ refresh

@@ -33,6 +33,8 @@ DPR_READER = {"reader_tokens": 350, "token_types": "zeros"}
 MAX_POSITIVES, NEGATIVES = 20, (50, 150)
 PATTERN = re.compile(r"\\[sdwb]|\.\*|\(\?:|\w\|\w|\[\^?\w-\w")  # what plain answers hardly ever hold
 BLOCK = 16  # questions that are answered together, so that passages of like length meet
+ANSWER_TOKENS = 10  # from: DPR conf/extractive_reader_train_cfg.yaml max_answer_length
+READS_ALL = False  # each passage by itself: one reading gives the answers from the first 1, 2, 3 ... of them
 
 
 # ---------------------------------------------------------------- questions and their rankings
@@ -57,7 +59,7 @@ def read_ranking(path, run, corpus, depth, need=("answers",)):
     # the passages of each question, best first
     for qid, hits in iter_run(run):
         if qid in examples:
-            rows = [corpus.row(pid) for pid, _ in hits[:depth]]
+            rows = [corpus.row(pid, run) for pid, _ in hits[:depth]]
             examples[qid]["rows"] = np.array(rows)
     examples = list(examples.values())
 
@@ -312,6 +314,7 @@ def best_spans(start_S, end_S, continues_S, max_answer_length, top_spans):
     equal scores the earlier one wins. continues_S: whether a token is a piece of the word before it.
     """
     # the score of every span, by its first token and its width
+    start_S, end_S = np.asarray(start_S), np.asarray(end_S)
     size = len(start_S)
     widths = min(max_answer_length, size)
     scores_SW = np.full((size, widths), -np.inf)
@@ -388,7 +391,7 @@ def predict(reader, questions, top_docs, max_answer_length, batch_size, autocast
             best.append(max(first_n, key=lambda i: logits_M[i][2], default=None))
 
         # the best span in each of these
-        spans = {None: None}
+        spans = {None: None}  # no passage to read, no answer
         for i in {*best} - {None}:
             passage = question["passages"][i]
             span = span_text(reader, passage, sequences[i], logits_M[i], max_answer_length)
@@ -397,8 +400,12 @@ def predict(reader, questions, top_docs, max_answer_length, batch_size, autocast
     return answers
 
 
-def answer_all(reader, examples, corpus, top_docs, max_answer_length, batch_size, accelerator):
-    """Return predict()'s answers to all examples on every device; each device answers its share of them."""
+def answer_all(reader, examples, corpus, depths, batch_size, accelerator, max_answer_length=ANSWER_TOKENS):
+    """
+    Return predict()'s answers to all examples, one for each of depths, from the passages of their "rows".
+
+    The same on every device; each device answers its share.
+    """
     rank, devices = world()
     places = range(len(examples))
     blocks = [places[start : start + BLOCK] for start in places[::BLOCK]]
@@ -412,7 +419,7 @@ def answer_all(reader, examples, corpus, top_docs, max_answer_length, batch_size
         return questions
 
     answers = {}
-    how = (top_docs, max_answer_length, batch_size, accelerator.autocast)
+    how = (depths, max_answer_length, batch_size, accelerator.autocast)
     total = sum(len(block) for block in mine)
     with tqdm(total=total, desc="answers", delay=5, leave=False, disable=None) as bar:
         # the next block is tokenised meanwhile
@@ -421,3 +428,14 @@ def answer_all(reader, examples, corpus, top_docs, max_answer_length, batch_size
             bar.update(len(block))
     answers = gather_items(answers)
     return [answers[i] for i in places]
+
+
+def say(reader, question, passages, batch_size):
+    """Return the best answer as ask.py prints it; "" where no passage has room beside the question."""
+    questions = [to_read(reader, question, passages)]
+    ((best,),) = predict(reader, questions, [len(passages)], ANSWER_TOKENS, batch_size)
+    if not best:
+        return ""
+    i = best["passage_idx"]
+    scores = f"span {best['score']:.3f} | relevance {best['relevance_score']:.3f}"
+    return f"{best['text']} | {scores} | in dense {i + 1} | {passages[i].id} | {passages[i].title}"

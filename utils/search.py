@@ -2,18 +2,16 @@
 Search: which passages have the largest inner product with a question?
 
 `exact_topk` reads every vector, in the memory of one block. `build_index` and `search_index` use a FAISS
-index of any factory string: Flat, HNSW32, "IVF4096,PQ48" ... Both only propose candidates, a few more than k.
-The candidates' scores are computed again in float64 from the stored vectors, and rounded to float32; ties go
-to the earlier row of the corpus. why: a matrix product rounds the same vector differently at different places
-of a block (faiss-cpu: a third of the entries), so twins would change places with the block size, the device
-or the number of questions.
+index of any factory string: Flat (all vectors), HNSW32 (a graph of neighbours), "IVF4096,PQ48" (a few of 4096
+clusters, a vector in 48 bytes) ... Both only propose candidates, a few more than k. The scores of candidates
+are computed again in float64 from the stored vectors, and rounded to float32; ties go to the earlier row.
+why: a matrix product rounds the same vector differently at different places of a block (faiss-cpu: a third of
+the entries), so twins would change places with the block size, the device or the number of questions.
 
 Q questions, q of them at a time · D dimensions · k results · K candidates · n rows of a block · N passages
 """
 
 import contextlib
-import os
-import platform
 import re
 import sys
 from pathlib import Path
@@ -24,36 +22,13 @@ import torch
 from tqdm import tqdm
 
 from utils.plumbing.config import UserError
+from utils.plumbing.faiss_setup import faiss
 from utils.plumbing.files import atomic_file, read_json, sha256, write_json
 
-SPARE = (
-    32  # candidates beyond k: the order is right for up to so many passages whose scores are equal at the cut
-)
+# candidates beyond k: the order is right for up to so many passages whose scores are equal at the cut
+SPARE = 32
 BLOCK = 2**15  # passages widened to float32 at a time
-# questions from which on FAISS's knn is faster on a CPU; with 32 a product and topk take less than half of
-# its time
-MANY = 256
-
-
-def name_blas_kernel(cpuinfo="/proc/cpuinfo"):
-    """Name OpenBLAS's kernel by the processor's flags, before faiss is imported; a user's choice is kept."""
-    # why: the OpenBLAS in the faiss-cpu wheel does not know every processor; its fallback was 5x slower
-    if platform.machine() in ("x86_64", "AMD64") and Path(cpuinfo).is_file():
-        line = re.search(r"^flags\s*:(.*)|\Z", Path(cpuinfo).read_text(encoding="utf-8"), re.M)
-        flags = set(line[0].split())
-        if {"avx512f", "avx512dq", "avx512bw", "avx512vl"} <= flags:
-            os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
-        elif {"avx2", "fma"} <= flags:
-            os.environ.setdefault("OPENBLAS_CORETYPE", "Haswell")
-
-
-name_blas_kernel()
-import faiss  # noqa: E402  (after its kernel has a name)
-
-# why: two hyper-threads on one core slow a matrix product down (faiss issue 2953: 58 s became 1 h 43)
-ALLOWED = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-if "OMP_NUM_THREADS" not in os.environ:
-    faiss.omp_set_num_threads(min(psutil.cpu_count(logical=False) or ALLOWED, ALLOWED))
+MANY = 256  # questions from which on FAISS's knn is faster on a CPU than a product and topk
 
 
 # ---------------------------------------------------------------- exact search, without an index
@@ -78,10 +53,10 @@ def exact_topk(queries_QD, shards, k, block=0, device="cpu", resident_ND=None):
     rows_QK = q_QD.new_empty(Q, 0, dtype=torch.long)
     for start, x_nD in blocks(shards, block or BLOCK, device, resident_ND):
         refuse_non_finite(x_nD, range(start, start + len(x_nD)))
-        # the best of this block, then the best of it and of all blocks before
-        scores_Qk, places_Qk = best_of_block(q_QD, x_nD, K)
-        scores_QM = torch.cat([best_QK, scores_Qk], 1)
-        rows_QM = torch.cat([rows_QK, places_Qk + start], 1)
+        # the best of this block, then the best of it and of all blocks before (M of them)
+        scores_QK, places_QK = best_of_block(q_QD, x_nD, K)
+        scores_QM = torch.cat([best_QK, scores_QK], 1)
+        rows_QM = torch.cat([rows_QK, places_QK + start], 1)
         best_QK, order_QK = scores_QM.topk(min(K, scores_QM.shape[1]))
         rows_QK = rows_QM.gather(1, order_QK)
     return rescore(queries_QD, shards, rows_QK.cpu().numpy(), k)
@@ -138,7 +113,7 @@ def as_lists(scores_Qk, rows_Qk):
     """Turn the arrays of a search into a list of (row, score) a question, best first, without FAISS's -1."""
     results = []
     if scores_Qk.size > len(scores_Qk) and (scores_Qk[:, 0] == scores_Qk[:, -1]).all():
-        print("warning: all scores are equal, the ranking is the order of the corpus", file=sys.stderr)
+        print("warning: all scores are equal, so the ranking means nothing", file=sys.stderr)
     for scores, rows in zip(scores_Qk.tolist(), rows_Qk.tolist(), strict=True):
         results.append([(row, score) for row, score in zip(rows, scores, strict=True) if row >= 0])
     return results
@@ -154,7 +129,7 @@ def check(queries_QD, shards, k):
             f"the questions have {queries_QD.shape[1]} dimensions, the passages {shards[0].shape[1]}; "
             "encode both with the two encoders of one training run"
         )
-    for i in np.flatnonzero(~np.isfinite(queries_QD).all(1)):
+    for i in np.flatnonzero(~np.isfinite(queries_QD).all(1))[:1]:  # the first is named
         raise UserError(
             f"the vector of question {i} (from 0) holds NaN or infinity; leave it out, or check it"
         )
@@ -238,6 +213,8 @@ def fill_index(factory, shards):
     try:
         # trap: without the metric, every factory string means L2
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+        if "HNSW" in factory:  # from: DPR dpr/indexer/faiss_indexers.py; FAISS's own number is 40
+            faiss.ParameterSpace().set_index_parameter(index, "efConstruction", 200)
         if not index.is_trained:
             lists = max(map(int, re.findall(r"IVF(\d+)", factory)), default=0)
             if N < 39 * lists:  # from: FAISS's ClusteringParameters.min_points_per_centroid
@@ -251,7 +228,7 @@ def fill_index(factory, shards):
         for start, x_nD in blocks(shards, BLOCK, torch.device("cpu")):
             refuse_non_finite(x_nD, range(start, start + len(x_nD)))
             index.add(x_nD.numpy())
-        index.search(x_nD[:1].numpy(), 1)
+        index.search(x_nD[:1].numpy(), 1)  # trap: some kinds fail only here
     except RuntimeError as error:
         few = re.search(r"number of clusters \((\d+)\)", str(error))
         if few:

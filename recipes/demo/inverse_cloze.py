@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.data import Corpus  # noqa: E402
-from utils.plumbing.config import UserError, friendly_errors  # noqa: E402
+from utils.plumbing.config import UserError, friendly_errors, refuse_input  # noqa: E402
 from utils.plumbing.files import atomic_file  # noqa: E402
 
 # A full stop after a small letter or digit, then a capital: "St. Paul" and "J. S. Bach" mostly stay whole.
@@ -35,6 +35,7 @@ def split_sentences(text):
 
 
 def main(corpus_path, out):
+    refuse_input(out, corpus_path)
     rng, corpus, written = random.Random(0), Corpus(corpus_path), 0
     with atomic_file(out) as file:
         for passage in corpus:

@@ -2,7 +2,8 @@
 Print the table of recipes/own_data.sh: BM25, untrained and trained encoder, both; the reader; seconds.
 
 In:  the run folder of recipes/own_data.sh, its data folder and corpus; `regex`: the answers are patterns
-Out: the table on the screen, RUN/table.json. Every number has its 95 % interval
+Out: the table on the screen; RUN/table.json with the same rows and what recipes/page.py needs to know. Every
+     number has its 95 % interval
 Run: python recipes/demo/table.py runs/demo data/demo data/demo/corpus.tsv string
 """
 
@@ -26,12 +27,30 @@ from utils.plumbing.files import read_json, write_json  # noqa: E402
 KS = (1, 5, 20, 100)
 WITH_ANSWERS = [f"top-{k}" for k in KS] + ["MRR@10"]
 BY_ID = [f"hit@{k}" for k in KS] + ["MRR@10", "nDCG@10"]
-RUNS = {
-    "BM25": "bm25_runs/test.run",
-    "untrained encoder": "untrained/test.run",
-    "trained encoder": "test/test.run",
-    "trained + BM25": "test/hybrid.run",
-}
+
+# of a ranking: its row, its system, the file, the stages of seconds.tsv that it is built on, its own last
+CLOZE = "bm25_dev mine_dev cloze_data cloze_train"
+DPR = f"bm25_train mine_train {CLOZE} train encode test"
+RANKINGS = [
+    ("BM25", "BM25", "bm25_runs/test.run", "bm25_test"),
+    ("untrained encoder", "no questions", "untrained/test.run", "untrained encode_untrained test_untrained"),
+    ("inverse cloze alone", "no questions", "cloze/test.run", f"{CLOZE} encode_cloze test_cloze"),
+    ("trained encoder", "DPR", "test/test.run", DPR),
+    ("trained + BM25", "+ BM25", "test/hybrid.run", f"{DPR} bm25_test search_dev hybrid_weight test_hybrid"),
+]
+READER = f"{DPR} search_dev search_train read_train read"
+PAIRS = [
+    ("trained encoder", "BM25"),
+    ("trained encoder", "inverse cloze alone"),
+    ("inverse cloze alone", "untrained encoder"),
+    ("trained + BM25", "trained encoder"),
+    ("trained + BM25", "BM25"),
+]
+PICTURES = [
+    ("untrained", "untrained", "untrained/test.run"),
+    ("inverse cloze", "cloze", "cloze/test.run"),
+    ("trained", ".", "test/test.run"),
+]
 
 
 def cell(metrics, name):
@@ -67,33 +86,61 @@ def reader_scores(run_dir, questions, corpus):
     return answers
 
 
+def minutes_of(stages, seconds):
+    """Return what the stages of a row took together; None where its own one was not measured."""
+    stages = stages.split()
+    measured = [seconds[stage] for stage in stages if stage in seconds]
+    return sum(measured) / 60 if stages[-1] in seconds else None
+
+
+def write_table(run_dir, table, answers, seconds):
+    """Write RUN/table.json, with the keys of the ladder's (recipes/ladder.py)."""
+    rows = []
+
+    def row(name, system, ranking, metrics, stages, said=""):
+        entry = {"key": name, "name": name, "system": system, "ranking": ranking, "answers": said}
+        entry |= {"metrics": metrics, "minutes_in_all": minutes_of(stages, seconds), "updates": None}
+        rows.append(entry)
+
+    for name, system, ranking, stages in RANKINGS:
+        row(name, system, ranking, table.get(name, {}), stages)
+    for name, metrics in answers.items():
+        reads = name.startswith("reader")
+        said = "test/reader.answers.json" if name == list(answers)[-1] else ""  # those of the largest depth
+        row(name, "reader", "test/test.run", metrics, READER if reads else DPR, said)
+    result = {"rows": rows, "notes": [], "seeds": {}, "pairs": PAIRS, "pictures": PICTURES}
+    write_json(Path(run_dir) / "table.json", result)
+
+
 def main(run_dir, data, corpus, match):
     # what the retrievers find, and what a reader answers from it
     corpus = Corpus(corpus)
     questions = read_questions(f"{data}/test.jsonl")
     table = {}
-    for name, path in RUNS.items():
-        ranked = one_question_at_a_time(questions, iter_run(f"{run_dir}/{path}"))
-        table[name] = retrieval_metrics(ranked, corpus, KS, match == "regex")
+    for name, _, path, _ in RANKINGS:
+        if Path(f"{run_dir}/{path}").is_file():  # a small corpus has no inverse cloze
+            ranked = one_question_at_a_time(questions, iter_run(f"{run_dir}/{path}"))
+            table[name] = retrieval_metrics(ranked, corpus, KS, match == "regex")
     answers = {}
     if Path(f"{run_dir}/test/reader.metrics.json").is_file():
         answers = reader_scores(run_dir, questions, corpus)
-    write_json(Path(run_dir) / "table.json", table | answers)
+    lines = (Path(run_dir) / "seconds.tsv").read_text().splitlines()
+    seconds = {name: int(number) for name, number in (line.split("\t") for line in lines)}
+    write_table(run_dir, table, answers, seconds)
 
     # print both, and the time
     print(f"n = {len(questions)} questions, {len(corpus):,} passages; percent, 95 % bootstrap interval")
     columns = WITH_ANSWERS if "top-1" in table["BM25"] else BY_ID
-    print(f"{'':18}" + "".join(f"{column:>20}" for column in columns))
+    print(f"{'':20}" + "".join(f"{column:>20}" for column in columns))
     for name, metrics in table.items():
-        print(f"{name:18}" + "".join(f"{cell(metrics, column):>20}" for column in columns))
+        print(f"{name:20}" + "".join(f"{cell(metrics, column):>20}" for column in columns))
     print("top-k: one of the k best passages holds an answer; MRR: by the rank of the question's own passage")
     if answers:
         print(f"\n{'':28}{'exact match':>20}{'F1':>20}")
     for name, metrics in answers.items():
         print(f"{name:28}{cell(metrics, 'EM'):>20}{cell(metrics, 'F1'):>20}")
-    seconds = [line.split("\t") for line in (Path(run_dir) / "seconds.tsv").read_text().splitlines()]
-    print("seconds: " + ", ".join(f"{name} {time}" for name, time in seconds), end="")
-    print(f"; in all {sum(int(time) for _, time in seconds) / 60:.1f} minutes")
+    print("seconds: " + ", ".join(f"{name} {number}" for name, number in seconds.items()), end="")
+    print(f"; in all {sum(seconds.values()) / 60:.1f} minutes")
     trained, untrained = table["trained encoder"][columns[2]], table["untrained encoder"][columns[2]]
     verdict = "beats" if trained["low"] > untrained["high"] else "does not beat"
     print(f"The trained encoder {verdict} the untrained one by more than the interval ({columns[2]}).")

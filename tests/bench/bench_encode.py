@@ -1,53 +1,45 @@
 """
 Encoding passages side by side: nanoDPR's way, sentence-transformers, Tevatron, ours, and the rate of bare
-matrix products; and memory by corpus size.
+matrix products.
 
-Run: python tests/bench/bench_encode.py speed --model runs/dpr_nq/doc_encoder --corpus data/nq/corpus.tsv
-     python tests/bench/bench_encode.py memory
+Run: python tests/bench/bench_encode.py --model runs/dpr_nq/doc_encoder --corpus data/nq/corpus.tsv
 
-speed: the same passages, weights and threads, from texts to vectors; loading is not timed. nanoDPR's way is
-written anew: batches of 32 in corpus order, padded to --length (256), fp32. sentence-transformers (written
-for 6.2; where --peer_python names a python that has it) waits between its turns in a process of its own. Its
-texts are pairs (title, text), lengths, pooling and token types those of --model: its vectors must be ours.
-Tevatron's way (repository, 2.x) is restated from its behaviour: "title text" is one text; corpus order, a
-batch tokenised at a time and padded to its longest, then to a multiple of 16, fp32, pickled at the end. Its
-vectors must be ours of that text.
+The same passages, weights and threads, from texts to vectors; loading is not timed. nanoDPR's way, written
+anew: batches of 32 in corpus order, padded to --length, fp32. sentence-transformers (of --peer_python) waits
+between its turns in a process of its own; its texts are pairs (title, text). Tevatron's way, restated:
+"title text" is one text; corpus order, a batch padded to its longest, then to a multiple of 16, pickled.
 Printed: passages per second; the ratios to nanoDPR's way and to ours within a turn (median, range); "apart":
 the largest difference from nanoDPR's vectors (Tevatron: from ours of its text) over the largest number.
---mixed_precision bf16 adds ours under autocast, as doc2embedding.py does it, and Tevatron's --bf16 (weights
-in bf16; its autocast is for CUDA and does nothing on a CPU). Their differences are those of bf16.
+--mixed_precision bf16 adds ours with weights in bf16, and under autocast.
 
 The second table: useful FLOP, those of the matrix products that the passages need without any padding, for n
 tokens, D dimensions, I in the feed-forward layer:
   layers * (2 n (4 D D + 2 D I) + 4 n n D)         projections, feed-forward, attention
-(what torch.utils.flop_counter counts for that passage alone), per second, over the rate of torch.mm in the
-same turn, type and threads: of the model's own shapes (D x D four times, D x I, I x D, for the tokens of a
-batch of median length) and of squares of 2048. Softmax, GELU, norms, embeddings and tokenising are no matrix
-products, so 1 cannot be reached.
-memory: peak resident memory of doc2embedding.py for corpora of short passages and a tiny random encoder.
+per second, over the rate of torch.mm in the same turn, type and threads, of the model's own shapes, for the
+tokens of a batch of median length. Softmax, GELU, norms and tokenising are no matrix products.
+--profile prints instead in which operations ours spends its time, as shares.
 """
 
 import contextlib
 import copy
 import functools
 import json
-import os
 import pickle
-import resource
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.bench.harness import Peer, parser, ratios, spread, take_turns  # noqa: E402
+from tests.bench.harness import Peer, parser, profile, ratios, spread, take_turns  # noqa: E402
+from utils.corpus import Corpus  # noqa: E402
+from utils.encoder import collate, embed, tokenize_passages  # noqa: E402
+from utils.plumbing.weights import load_encoder  # noqa: E402
 
-# why imports in functions: the process that measures the memory of another one must be small itself
 PEER = """
 import json, sys, time
 import numpy as np, torch
@@ -72,32 +64,20 @@ for line in sys.stdin:
 
 
 # ---------------------------------------------------------------- the ways
-def padded(encoder, ids, length):
-    """Id lists with pad ids up to `length`; collate makes their mask 0."""
-    pad = encoder.tokenizer.pad_token_id
-    return [row + [pad] * (length - len(row)) for row in ids]
-
-
 def in_corpus_order(encoder, passages, batch, tokenize, length_of, autocast=contextlib.nullcontext):
     """Vectors [N, D] by batches as they come; length_of(id lists): what a batch is padded to."""
-    import torch
-
-    from utils.encoder import collate
-
     vectors = []
     with torch.no_grad():
         for start in range(0, len(passages), batch):
             ids = tokenize(encoder, passages[start : start + batch])
             with autocast():
-                vectors_bD = encoder(**collate(encoder, padded(encoder, ids, length_of(ids))))
+                vectors_bD = encoder(**collate(encoder, ids, [length_of(ids)]))
             vectors.append(vectors_bD.cpu().numpy())
     return np.concatenate(vectors)
 
 
 def nano_dpr(encoder, passages, autocast=contextlib.nullcontext):
     """Batches of 32 in corpus order, every one padded to the full length: [N, D]."""
-    from utils.encoder import tokenize_passages
-
     length = encoder.inputs["passage_tokens"]
     return in_corpus_order(encoder, passages, 32, tokenize_passages, lambda ids: length, autocast)
 
@@ -115,11 +95,9 @@ def joined(encoder, passages):
     return encoder.tokenizer(texts, truncation=True, max_length=encoder.inputs["passage_tokens"]).input_ids
 
 
-def ours(encoder, passages, batch, **autocast):
-    """As in doc2embedding.py: sorted by length, padded to the longest of a batch."""
-    from utils.encoder import embed, tokenize_passages
-
-    return embed(encoder, tokenize_passages(encoder, passages), batch, **autocast)
+def ours(encoder, passages, batch, **how):
+    """As in doc2embedding.py: sorted by length, padded to the longest of a batch. how: of `embed`."""
+    return embed(encoder, tokenize_passages(encoder, passages), batch, **how)
 
 
 # ---------------------------------------------------------------- FLOP
@@ -132,8 +110,6 @@ def useful_flop(encoder, tokens):
 
 def gemm(shapes, dtype):
     """Seconds a FLOP of torch.mm, [n, k] @ [k, m] for each (n, k, m) in turn, for half a second at least."""
-    import torch
-
     made = [[torch.randn(size).to(dtype) for size in ((n, k), (m, k), (n, m))] for n, k, m in shapes]
     rounds, began = 0, time.perf_counter()
     while (spent := time.perf_counter() - began) < 0.5:
@@ -145,12 +121,6 @@ def gemm(shapes, dtype):
 
 # ---------------------------------------------------------------- speed
 def speed(args):
-    import torch
-
-    from utils.corpus import Corpus
-    from utils.encoder import embed, tokenize_passages
-    from utils.plumbing.weights import load_encoder
-
     torch.set_num_threads(args.threads)
     encoder = load_encoder(args.model, "passage", {"passage_tokens": args.length}).eval()
     corpus = Corpus(args.corpus)
@@ -158,15 +128,13 @@ def speed(args):
     passages = [corpus[row]._replace(text=corpus[row].text.strip()) for row in rows]
     lengths = [len(ids) for ids in tokenize_passages(encoder, passages)]
     median = sorted(lengths)[len(lengths) // 2]
-    inner, D, T = (
-        encoder.model.config.intermediate_size,
-        encoder.model.config.hidden_size,
-        args.batch_size * median,
-    )
+    config, T = encoder.model.config, args.batch_size * median
+    inner, D = config.intermediate_size, config.hidden_size
     shapes = {"the model's shapes": [(T, D, D)] * 4 + [(T, D, inner), (T, inner, D)]}
-    shapes["squares"] = [(2048, 2048, 2048)]
 
     size = args.batch_size
+    if args.profile:
+        return print(profile(functools.partial(ours, encoder, passages, size), 12))
     ways = {"nanoDPR's way": functools.partial(nano_dpr, encoder, passages)}
     ways["ours"] = functools.partial(ours, encoder, passages, size)
     ways["Tevatron's way"] = functools.partial(tevatron, encoder, passages, size)
@@ -174,9 +142,9 @@ def speed(args):
     if args.mixed_precision == "bf16":
         dtypes[", bf16"] = torch.bfloat16
         autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
-        ways["ours, bf16"] = functools.partial(ours, encoder, passages, size, autocast=autocast)
+        ways["ours, autocast, bf16"] = functools.partial(ours, encoder, passages, size, autocast=autocast)
         half = copy.deepcopy(encoder).bfloat16()
-        ways["Tevatron's way, bf16"] = functools.partial(tevatron, half, passages, size)
+        ways["ours, bf16"] = functools.partial(ours, half, passages, size)
     vectors = {name: way() for name, way in ways.items()}  # it also warms up
     for name in shapes:
         for kind, dtype in dtypes.items():
@@ -220,51 +188,10 @@ def speed(args):
                 print(f"{name:24} {spread([1e-9 / s for s in each]):>24}{shares}")
 
 
-# ---------------------------------------------------------------- memory
-def memory(args):
-    from tests.toy import make_world
-
-    print(f"{'passages':>10} {'peak MB':>9} {'seconds':>8}")
-    peaks = []
-    for size in args.sizes:
-        with tempfile.TemporaryDirectory() as folder:
-            world, corpus = make_world(folder), Path(folder) / "big.tsv"
-            with open(corpus, "w") as file:
-                file.write("id\ttext\ttitle\n")
-                file.writelines(
-                    f"{i}\tthe old river of paris is red and number {i}\tparis\n" for i in range(1, size + 1)
-                )
-            flags = {"doc_encoder": world / "doc_encoder", "corpus": corpus, "out": Path(folder) / "e"}
-            flags |= {"shard_size": args.shard_size, "batch_size": 256}
-            command = ["doc2embedding.py", *(str(part) for k, v in flags.items() for part in (f"--{k}", v))]
-            environment = os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-            measured = [sys.executable, __file__, "child", *command]
-            done = subprocess.run(measured, cwd=ROOT, env=environment, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(done.stderr)
-            peak, spent = map(float, done.stdout.split()[-2:])
-            peaks.append(peak)
-            print(f"{size:10,} {peak:9.0f} {spent:8.1f}", flush=True)
-    print(f"first to last: {peaks[-1] - peaks[0]:+.0f} MB (8 bytes a passage: its place in the file)")
-
-
-def child(command):
-    """Run `command` to its end; print its peak resident memory in MB, and the seconds it took."""
-    began = time.perf_counter()
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-    unit = 1e6 if sys.platform == "darwin" else 1e3
-    print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit, time.perf_counter() - began)
-
-
 def main():
-    if sys.argv[1:2] == ["child"]:  # used by `memory` itself: the peak of one process, not of all so far
-        return child(sys.argv[2:])
     options = parser(__doc__)
-    options.add_argument("mode", choices=("speed", "memory"))
-    options.add_argument("--model", help="a passage encoder with encoder_inputs.json")
-    options.add_argument("--corpus")
+    options.add_argument("--model", required=True, help="a passage encoder with encoder_inputs.json")
+    options.add_argument("--corpus", required=True)
     options.add_argument("--passages", type=int, default=512, help="evenly spread over the corpus")
     options.add_argument("--length", type=int, default=256, help="maximum tokens of a passage")
     options.add_argument("--batch_size", type=int, default=32, help="of all ways but nanoDPR's")
@@ -272,10 +199,8 @@ def main():
     options.add_argument(
         "--mixed_precision", default="no", choices=("no", "bf16"), help="bf16: two more ways"
     )
-    options.add_argument("--sizes", type=int, nargs="+", default=[50_000, 500_000], help="of memory")
-    options.add_argument("--shard_size", type=int, default=16384, help="of memory")
-    args = options.parse_args()
-    {"speed": speed, "memory": memory}[args.mode](args)
+    options.add_argument("--profile", action="store_true", help="only where the time of ours goes")
+    speed(options.parse_args())
 
 
 if __name__ == "__main__":

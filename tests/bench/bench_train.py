@@ -1,20 +1,18 @@
 """
 A training step side by side: nanoDPR's loop, sentence-transformers' losses, the GradCache package, ours.
 
-Same weights (one shared encoder everywhere, so the optimizer costs the same), same questions, passages,
-inputs, lengths and threads; the loss is that of dot products everywhere. Tokenising, forward, backward,
-clipping and AdamW are in the time of all. Each way is a process of its own at each batch size, and waits
-while the others take their turn; n rounds. nanoDPR's loop, restated from its behaviour: one forward pass of
-all questions, one of all passages, each padded to its longest.
+Same weights (one shared encoder), questions, passages, lengths, threads, and a loss of dot products.
+Tokenising, forward, backward, clipping and AdamW are in the time of all. Each way is a process of its own at
+each batch size, and waits while the others take their turn. nanoDPR's loop, restated from its behaviour: one
+forward pass of all questions, one of all passages, each padded to its longest.
 
 Printed: questions per second; how many times as fast ours is within a round, plain and with the gradient
 cache (median, range); the resident memory of the process at its peak, beyond that before the first step
 (AdamW's two states included); the peak of activations that autograd saves, counted in a first step, which
 is not timed; "apart", how far the gradient of 8 questions, without dropout, is from ours, over its norm.
 
---cache_only leaves out the ways without a gradient cache, whose memory grows with the batch (TinyBERT, 4
-layers, 160 tokens: about 65 MB a question), for batches that do not fit. --peer_python names a python that
-has requirements.txt, GradCache==0.0.1 and sentence-transformers==6.2.0; without it their rows are missing.
+--cache_only leaves out the ways without a gradient cache, whose memory grows with the batch. --peer_python
+names a python that has requirements.txt, GradCache==0.0.1 and sentence-transformers==6.2.0.
 
 Run: python tests/bench/bench_train.py --model data/models/tinybert-4l --train runs/demo/data/train.jsonl
 --corpus data/demo/corpus.tsv --batches 8,32,128 --peer_python NAME

@@ -9,6 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+from torch.profiler import ProfilerActivity
+
 ROOT = Path(__file__).resolve().parents[2]
 ANSWER = "answer:"  # begins a line that a peer writes for us
 
@@ -51,6 +54,26 @@ def spread(values, digits=2):
 def ratios(slow, fast, digits=2):
     """Return the spread of slow / fast within a turn."""
     return spread([a / b for a, b in zip(slow, fast, strict=True)], digits)
+
+
+def profile(work, rows):
+    """Return the operations that work() spends most time in: their shares, and how often each is called."""
+    gpu = torch.cuda.is_available()
+    work()
+    kind = ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as profiler:
+        began = time.perf_counter()
+        work()
+        if gpu:
+            torch.cuda.synchronize()
+        spent = time.perf_counter() - began
+    events = profiler.key_averages()
+    times = [event.self_device_time_total if gpu else event.self_cpu_time_total for event in events]
+    total = sum(times)  # microseconds
+    lines = [f"operations take {total / 1e6 / spent:.2f} of the time; of theirs:"]
+    for took, event in sorted(zip(times, events, strict=True), key=lambda pair: -pair[0])[:rows]:
+        lines.append(f"  {took / total:6.1%} in {event.count:6} x {event.key[:90]}")
+    return "\n".join(lines)
 
 
 class Peer:

@@ -276,10 +276,9 @@ def model_fault(path, kind="model"):
     inside = sorted(config.parent.name for config in path.glob("*/config.json"))
     if inside and not (path / "config.json").is_file() and not (path / "modules.json").is_file():
         return f"is no model, but the folder of {', '.join(inside)}; name one of these"
-    if name.endswith(".cp"):
-        return "is a checkpoint of the original DPR; first: python -m prepare.checkpoints from_cp"
-    if path.is_file():
-        return "is a file; name the folder that it is in"
+    if path.is_file() or name.endswith(".cp"):
+        cure = "first: python -m prepare.checkpoints from_cp; of other files name the folder"
+        return f"is a file; if it is a checkpoint of the original DPR, {cure}"
     if not path.exists() and "/" in name and (path.parent.exists() or name.count("/") > 1):
         return f"no such {kind} folder (its parent exists or it has many slashes, so this is no hub name)"
     return ""
@@ -307,6 +306,13 @@ def need_model(cfg, *keys):
     for key in keys:
         if fault := model_fault(getattr(cfg, key)):
             raise UserError(f"{key}: {getattr(cfg, key)}: {fault}")
+
+
+def refuse_input(out, *inputs):
+    """UserError where a program would write over one of the files that it reads."""
+    for path in inputs:
+        if Path(out).exists() and Path(path).exists() and Path(out).samefile(path):
+            raise UserError(f"{out}: is an input too; name another file")
 
 
 def need_folder(cfg, key, folder=""):

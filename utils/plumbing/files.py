@@ -48,6 +48,16 @@ def lock(path):
     HELD[path] = file
 
 
+def temporary_name(path):
+    """Return how a temporary name beside `path` begins; what killed processes left there is deleted."""
+    begin = f".{path.name}.{platform.node()[:20]}."
+    for leftover in path.parent.glob(f"{glob.escape(begin)}*.*"):
+        pid = leftover.name.split(".")[-2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover, ignore_errors=True)
+    return f"{begin}{os.getpid()}."
+
+
 @contextlib.contextmanager
 def atomic_file(path, mode="w"):
     """
@@ -57,12 +67,7 @@ def atomic_file(path, mode="w"):
     """
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    name = f".{path.name}.{platform.node()[:20]}"
-    for leftover in path.parent.glob(f"{glob.escape(name)}.*.tmp"):
-        pid = leftover.name.split(".")[-2]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            leftover.unlink(missing_ok=True)
-    temporary = path.with_name(f"{name}.{os.getpid()}.tmp")
+    temporary = path.with_name(temporary_name(path) + "tmp")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
         with explain_full_disk(path):

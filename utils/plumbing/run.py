@@ -25,7 +25,7 @@ import torch
 import yaml
 
 from utils.corpus import Corpus
-from utils.distributed import any_device, peak_memory, prefetch, start
+from utils.distributed import any_device, peak_memory, prefetch, rows_that_fit, start
 from utils.plumbing.checkpoint import load_moments, newest_checkpoint, publish, save_checkpoint
 from utils.plumbing.config import ROOT, UserError, at_least, must_be_one_of, need_folder, need_model
 from utils.plumbing.files import (
@@ -37,6 +37,7 @@ from utils.plumbing.files import (
     weights_hash,
     write_json,
 )
+from utils.plumbing.weights import width_of
 
 # keys that a resume may change: files are compared by content, the others do not change what is learned
 FREE = "config run_dir resume tracker log_every save_every corpus train dev init".split()
@@ -52,12 +53,15 @@ class Run:
     files, weights: keys of cfg whose contents are part of the run's identity. UserError where run_dir holds a
     run and `resume` is "never", or where settings or files differ and `resume` is "exact".
 
+    sizes: {key of cfg: (rows on a CPU, tokens of a row)}, how many rows go through a model together. A key of
+    0 becomes the checkpoint's number, or what fits the device. The last of `weights` is that model.
+
     corpus: of cfg.corpus, or None. checkpoint: the folder to resume from, or None. state: stored in every
     checkpoint. notes: lines for the start of the log. first, last, total, warmup: steps, set by steps().
     """
 
-    def __init__(self, cfg, files, weights):
-        self.cfg, self.dir = cfg, Path(cfg.run_dir)
+    def __init__(self, cfg, files, weights, sizes):
+        self.cfg, self.dir, self.sizes = cfg, Path(cfg.run_dir), sizes
         must_be_one_of(cfg, mixed_precision=("no", "fp16", "bf16"), tracker=("none", "wandb"))
         must_be_one_of(cfg, resume=("never", "exact", "changed"), keep=("best", "last"))
         at_least(cfg, 1, "batch_size", "epochs", "eval_batch_size", "save_every", "log_every")
@@ -77,6 +81,16 @@ class Run:
         with self.accelerator.main_process_first():  # the first to open a corpus writes its index
             self.corpus = Corpus(cfg.corpus, cfg.corpus_format) if cfg.corpus else None
 
+        self.notes, self.caught, self.wandb, self.idle = [], [], None, False
+        self.checkpoint = newest_checkpoint(self.dir, self.notes.append)
+        stored = read_json(self.checkpoint / "state.json") if self.checkpoint else {"settings": {}}
+        for key, (rows, length) in sizes.items():
+            size = getattr(cfg, key) or stored["settings"].get(key)
+            if not size:
+                width = width_of(getattr(cfg, weights[-1])) if self.device.type == "cuda" else 0
+                size = rows_that_fit(rows, length, width, self.device)
+            setattr(cfg, key, size)
+
         # the identity of the run: its settings, the contents of its files, the number of devices
         settings = {key: value for key, value in vars(cfg).items() if key not in FREE}
         content = {key: folder_hash(getattr(cfg, key)) for key in files}
@@ -90,21 +104,18 @@ class Run:
 
         self.state = {"step": 0, "best": None, "best_step": 0, "settings": settings, "minutes": 0.0}
         self.pair = ""  # of a passage encoder that stands still: all that is saved belongs to it
-        self.notes, self.caught, self.wandb, self.idle = [], [], None, False
-        self.checkpoint = newest_checkpoint(self.dir, self.notes.append)
         if self.checkpoint:
-            self._resume(settings)
+            self._resume(settings, stored)
         for name in PUBLISHED if not self.checkpoint else ():
             if (self.dir / name).exists():  # it would be overwritten
                 message = f"{self.dir} holds {name}, but no checkpoint to go on from"
                 raise UserError(f"{message}: choose another --run_dir")
 
-    def _resume(self, settings):
+    def _resume(self, settings, stored):
         """Take over the checkpoint's state, if its settings are the same or may be changed."""
         if self.cfg.resume == "never":
             message = f"{self.dir} holds a run ({self.checkpoint.name})"
             raise UserError(f"{message}: add --resume exact, or another --run_dir")
-        stored = read_json(self.checkpoint / "state.json")
         before = {key: value for key, value in NEW.items() if key in settings} | stored["settings"]
         changed = {}
         for key in sorted({*before, *settings}):
@@ -153,9 +164,11 @@ class Run:
             self._write_config()
         for note in self.notes:
             self.say(note)
+        together = ", ".join(f"{key} {getattr(self.cfg, key)}" for key in self.sizes)
         self.say(
             f"{size / 1e6:.1f} M parameters, {self.accelerator.num_processes} x {self.device.type}, "
-            f"precision {self.accelerator.mixed_precision} | {story} | {self.per_epoch} steps an epoch, "
+            f"precision {self.accelerator.mixed_precision} | {together} | {story} | "
+            f"{self.per_epoch} steps an epoch, "
             f"{examples % self.cfg.batch_size} {unit} left over; {self.last} in all"
         )
         if self.accelerator.scaler and self.state.get("scaler"):
@@ -196,7 +209,7 @@ class Run:
     def refuse_non_finite(self, loss, norm, lr):
         """Stop before the optimizer steps. A loss scaler (fp16) skips an infinite gradient by itself."""
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.accelerator.scaler):
-            advice = "lower learning_rate, or raise adam_epsilon"
+            advice = "lower learning_rate, raise adam_epsilon, or leave fp16 for --mixed_precision bf16"
             if self.state["step"] == self.first and not self.weights_are_finite():
                 advice = "the weights that the training starts from hold NaN or infinity: take others"
             raise UserError(

@@ -213,6 +213,14 @@ def local_folder(path):
     return str(folder)
 
 
+def width_of(path):
+    """Return how many hidden numbers a model has of one token: its layers times its hidden size."""
+    folder = Path(local_folder(path))
+    inside = [*folder.glob("*_Transformer/config.json"), folder / "config.json"]  # sentence-transformers'
+    config = transformers.AutoConfig.from_pretrained(inside[0].parent)
+    return config.num_hidden_layers * config.hidden_size
+
+
 def load_tokenizer(folder, lower=False):
     """Load the tokenizer of a folder. lower: it is to lower-case, whatever its own files say."""
     folder = Path(folder)
@@ -399,7 +407,7 @@ def save_encoder(encoder, folder):
         if words.is_fast:
             words.backend_tokenizer.no_truncation()  # the last length used is no part of a tokenizer
         save_words(temporary, words, encoder.inputs["token_types"])
-        if "pooling" in encoder.inputs:
+        if encoder.inputs.get("pooling") in sentence_transformers.POOLING:  # not one of your own
             sentence_transformers.write_folder(temporary, encoder)
         write_json(temporary / "encoder_inputs.json", encoder.inputs)
 
