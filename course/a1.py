@@ -1,53 +1,44 @@
 """
 Assignment 1, in-batch negatives: the points, and the drivers that draw numbers and call one function each.
 
-TASKS: {file:function: {driver: (points, what is asked, where to read)}}. A driver takes a numpy Generator and
-returns {name: array, number or list}; nothing that is expected stands here.
+TASKS: under each file:function the points, a driver, what is asked | where to read. A driver takes a numpy
+Generator and the function, and returns {name: array, number or list}. Nothing that is expected stands here.
 """
 
 from types import SimpleNamespace
 
-TITLE = "In-batch negatives"
-SHIP = ["train_dpr.py", "doc2embedding.py", "test_dpr.py", "recipes/compare.py", "recipes/demo/prepare.py"]
-SHIP += ["recipes/untrained.py"]
-SHIP += ["tests/toy.py", "config/train_dpr_nq.yaml", "config/train_dpr_demo.yaml"]
-SHIP += ["config/doc2embedding.yaml", "config/test_dpr.yaml"]
-SHIP += [f"recipes/demo/{name}.jsonl" for name in ("train", "dev", "test")]
+import numpy as np
+from child import tasks
+
+SHIP = ["train_dpr.py", "doc2embedding.py", "test_dpr.py", "recipes/untrained.py", "tests/toy.py"]
 DROP = []
 SHOWN = []  # pieces that stay in sight, because other code needs them
-TASKS = {
-    "train_dpr.py:in_batch_loss": {
-        "loss_value": (8, "the mean over questions of -log softmax of plain inner products", "paper, Eq. 2"),
-        "loss_mask": (6, "pairs in `excluded` take no part: (question, column)", "the docstring"),
-        "loss_count": (4, "how many questions score highest at their positive, a tensor", "training_step"),
-    },
-    "train_dpr.py:excluded_pairs": {
-        "own": (3, "the label of a question is never left out", "README, part 2"),
-        "padding": (4, "padding is left out for every question", "draw_batch"),
-        "twins": (4, "any positive of a question that another question brought is left out, and counted", ""),
-        "switch": (3, "without mask_duplicates only padding is left out", "config/train_dpr_nq.yaml"),
-    },
-    "utils/distributed.py:gather_rows": {
-        "gather_order": (5, "the rows of all devices, in the order of the devices, on each of them", ""),
-        "gather_gradient": (9, "the own rows have a gradient, all others have none", "the file's docstring"),
-    },
-    "utils/distributed.py:sum_gradients": {
-        "sum_value": (3, "every device holds the sum of the gradients", "the file's docstring"),
-        "sum_frozen": (2, "a weight without a gradient is passed over", ""),
-    },
-    "train_dpr.py:learning_rate_factor": {
-        "rate_rise": (2, "a linear rise from 0", "the docstring"),
-        "rate_fall": (3, "a linear fall from 1 at the end of the rise to `floor`", "the docstring"),
-    },
-    "utils/metrics.py:positive_ranks": {
-        "rank_value": (3, "ranks from 1", "the docstring"),
-        "rank_ties": (3, "a passage of the same score counts as above", "the docstring"),
-        "rank_nan": (3, "so does NaN", "the docstring"),
-    },
-    "together": {
-        "twelve_steps": (5, "all your functions in one training: the losses and weights of 12 steps", ""),
-    },
-}
+TASKS = tasks("""
+train_dpr.py:in_batch_loss
+   8 loss_value       the mean over questions of -log softmax of plain inner products | paper, Eq. 2
+   6 loss_mask        pairs in `excluded` take no part: (question, column) | the docstring
+   4 loss_count       how many questions score highest at their positive, a tensor | training_step
+train_dpr.py:excluded_pairs
+   3 own              the label of a question is never left out | README, part 2
+   4 padding          padding is left out for every question | draw_batch
+   4 twins            any positive of a question that another question brought is left out, and counted
+   3 switch           without mask_duplicates only padding is left out | config/train_dpr_nq.yaml
+utils/distributed.py:gather_rows
+   5 gather_order     the rows of all devices, in the order of the devices, on each of them
+   9 gather_gradient  the own rows have a gradient, all others have none | the file's docstring
+utils/distributed.py:sum_gradients
+   3 sum_value        every device holds the sum of the gradients | the file's docstring
+   2 sum_frozen       a weight without a gradient is passed over
+train_dpr.py:learning_rate_factor
+   2 rate_rise        a linear rise from 0 | the docstring
+   3 rate_fall        a linear fall from 1 at the end of the rise to `floor` | the docstring
+utils/metrics.py:positive_ranks
+   3 rank_value       ranks from 1 | the docstring
+   3 rank_ties        a passage of the same score counts as above | the docstring
+   3 rank_nan         so does NaN | the docstring
+together
+   5 twelve_steps     all your functions in one training: the losses and weights of 12 steps
+""")
 
 # ---------------------------------------------------------------- predict
 QUESTIONS = {
@@ -82,19 +73,15 @@ def some_batch(rng, questions, width):
     return q_QD, p_ND, torch.arange(questions) * width
 
 
-def loss_value(rng):
-    from train_dpr import in_batch_loss
-
+def loss_value(rng, in_batch_loss):
     q_QD, p_ND, positive_Q = some_batch(rng, 5, int(rng.integers(2, 5)))
     loss, _ = in_batch_loss(q_QD, p_ND, positive_Q)
     loss.backward()
     return {"loss": loss, "gradient of q": q_QD.grad, "gradient of p": p_ND.grad}
 
 
-def loss_mask(rng):
+def loss_mask(rng, in_batch_loss):
     import torch
-
-    from train_dpr import in_batch_loss
 
     q_QD, p_ND, positive_Q = some_batch(rng, 4, 3)
     pairs = [(0, 5), (3, 1), (2, 11), (1, 2), (1, 0)]
@@ -104,10 +91,8 @@ def loss_mask(rng):
     return {"loss": loss, "gradient of q": q_QD.grad, "gradient of p": p_ND.grad, "without pairs": empty}
 
 
-def loss_count(rng):
+def loss_count(rng, in_batch_loss):
     import torch
-
-    from train_dpr import in_batch_loss
 
     # every question points at one passage of length 1: at its positive, or at a passage after the first Q
     questions, width = 6, 2
@@ -121,10 +106,8 @@ def loss_count(rng):
 
 
 # ---------------------------------------------------------------- excluded_pairs
-def pairs_of(rng, mask=True):
+def pairs_of(rng, excluded_pairs, mask=True):
     """Return (pairs, their number of duplicates, width, columns of padding) of a batch with all cases."""
-    from train_dpr import excluded_pairs
-
     width = int(rng.integers(2, 5))
     questions = 7
     ids = [str(i) for i in rng.permutation(1000)[: questions * 8]]
@@ -156,29 +139,29 @@ def pairs_of(rng, mask=True):
     return sorted([int(row), int(column)] for row, column in pairs), int(duplicates), width, padding
 
 
-def own(rng):
-    pairs, _, width, _ = pairs_of(rng)
+def own(rng, excluded_pairs):
+    pairs, _, width, _ = pairs_of(rng, excluded_pairs)
     return {"labels that are left out": [row for row, column in pairs if column == row * width]}
 
 
-def padding(rng):
-    pairs, _, _, columns = pairs_of(rng)
+def padding(rng, excluded_pairs):
+    pairs, _, _, columns = pairs_of(rng, excluded_pairs)
     return {"pairs of padding": [pair for pair in pairs if pair[1] in columns]}
 
 
-def twins(rng):
-    pairs, duplicates, width, columns = pairs_of(rng)
+def twins(rng, excluded_pairs):
+    pairs, duplicates, width, columns = pairs_of(rng, excluded_pairs)
     others = [pair for pair in pairs if pair[1] not in columns and pair[1] != pair[0] * width]
     return {"duplicates that are left out": others, "their number": duplicates}
 
 
-def switch(rng):
-    pairs, duplicates, _, columns = pairs_of(rng, mask=False)
+def switch(rng, excluded_pairs):
+    pairs, duplicates, _, columns = pairs_of(rng, excluded_pairs, mask=False)
     return {"left out": [pair for pair in pairs if pair[1] not in columns], "their number": duplicates}
 
 
 # ---------------------------------------------------------------- devices
-def gathered(rng, weights=None):
+def gathered(rng, gather_rows, weights=None):
     """Return what each of two devices gathers, and the gradient of its own rows where weights are given."""
     import torch
     from toys import two_devices
@@ -187,8 +170,6 @@ def gathered(rng, weights=None):
     weights_ND = torch.tensor(rng.standard_normal((6, 4)))
 
     def work(rank):
-        from utils.distributed import gather_rows
-
         x_BD = torch.tensor(rows[rank], requires_grad=True)
         all_ND = gather_rows(x_BD)
         if weights is None:
@@ -200,15 +181,15 @@ def gathered(rng, weights=None):
     return {f"{name} on device {rank}": found[rank][name] for rank in (0, 1) for name in found[rank]}
 
 
-def gather_order(rng):
-    return gathered(rng)
+def gather_order(rng, gather_rows):
+    return gathered(rng, gather_rows)
 
 
-def gather_gradient(rng):
-    return gathered(rng, weights=True)
+def gather_gradient(rng, gather_rows):
+    return gathered(rng, gather_rows, weights=True)
 
 
-def summed(rng, frozen):
+def summed(rng, sum_gradients, frozen):
     """Return what two devices hold after sum_gradients; frozen: one of three weights has no gradient."""
     import torch
     from toys import two_devices
@@ -216,8 +197,6 @@ def summed(rng, frozen):
     gradients = rng.standard_normal((2, 3, 5))
 
     def work(rank):
-        from utils.distributed import sum_gradients
-
         weights = [torch.nn.Parameter(torch.zeros(5, dtype=torch.float64)) for _ in range(3)]
         for weight, gradient in zip(weights, gradients[rank], strict=True):
             weight.grad = torch.tensor(gradient)
@@ -232,20 +211,16 @@ def summed(rng, frozen):
     return {f"{name} on device {rank}": found[rank][name] for rank in (0, 1) for name in found[rank]}
 
 
-def sum_value(rng):
-    return summed(rng, frozen=False)
+def sum_value(rng, sum_gradients):
+    return summed(rng, sum_gradients, frozen=False)
 
 
-def sum_frozen(rng):
-    return summed(rng, frozen=True)
+def sum_frozen(rng, sum_gradients):
+    return summed(rng, sum_gradients, frozen=True)
 
 
 # ---------------------------------------------------------------- learning rate
-def factors(rng, rising):
-    import numpy as np
-
-    from train_dpr import learning_rate_factor
-
+def factors(rng, learning_rate_factor, rising):
     found = []
     for warmup in (0, int(rng.integers(2, 9)), int(rng.integers(10, 20))):
         total = warmup + int(rng.integers(5, 30))
@@ -255,29 +230,27 @@ def factors(rng, rising):
     return {"factors": np.array(found)}
 
 
-def rate_rise(rng):
-    return factors(rng, rising=True)
+def rate_rise(rng, learning_rate_factor):
+    return factors(rng, learning_rate_factor, rising=True)
 
 
-def rate_fall(rng):
-    return factors(rng, rising=False)
+def rate_fall(rng, learning_rate_factor):
+    return factors(rng, learning_rate_factor, rising=False)
 
 
 # ---------------------------------------------------------------- ranks
-def ranks(rng, scores_QN):
-    from utils.metrics import positive_ranks
-
-    gold_Q = rng.integers(0, scores_QN.shape[1], len(scores_QN))
-    return scores_QN, gold_Q, positive_ranks
+def some_scores(rng):
+    """Return (scores of 9 passages for 6 questions, the column of each question's positive)."""
+    return rng.standard_normal((6, 9)), rng.integers(0, 9, 6)
 
 
-def rank_value(rng):
-    scores_QN, gold_Q, positive_ranks = ranks(rng, rng.standard_normal((6, 9)))
+def rank_value(rng, positive_ranks):
+    scores_QN, gold_Q = some_scores(rng)
     return {"ranks": positive_ranks(scores_QN, gold_Q)}
 
 
-def rank_ties(rng):
-    scores_QN, gold_Q, positive_ranks = ranks(rng, rng.standard_normal((6, 9)))
+def rank_ties(rng, positive_ranks):
+    scores_QN, gold_Q = some_scores(rng)
     for row, gold in enumerate(gold_Q):
         others = [column for column in range(9) if column != gold]
         same = rng.permutation(others)[: 1 + row % 3]
@@ -286,10 +259,8 @@ def rank_ties(rng):
     return {"ranks": positive_ranks(scores_QN, gold_Q)}
 
 
-def rank_nan(rng):
-    import numpy as np
-
-    scores_QN, gold_Q, positive_ranks = ranks(rng, rng.standard_normal((6, 9)))
+def rank_nan(rng, positive_ranks):
+    scores_QN, gold_Q = some_scores(rng)
     for row, gold in enumerate(gold_Q[:4]):
         others = [column for column in range(9) if column != gold]
         scores_QN[row, rng.permutation(others)[: 1 + row % 3]] = np.nan

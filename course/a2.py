@@ -5,53 +5,35 @@ Assignment 2, the gradient cache: the points, and the drivers (a1.py says what t
 import itertools
 from types import SimpleNamespace
 
-TITLE = "The gradient cache"
-SHIP = ["train_dpr.py", "tests/toy.py", "config/train_dpr_nq.yaml", "config/train_gcdpr_nq.yaml"]
-SHIP += ["config/train_dpr_demo.yaml", "recipes/demo/prepare.py"]
-SHIP += [f"recipes/demo/{name}.jsonl" for name in ("train", "dev", "test")]
+from child import tasks
+
+SHIP = ["train_dpr.py", "tests/toy.py", "config/train_gcdpr_nq.yaml"]
 DROP = []
 SHOWN = ["torch.nn.ModuleDict(encoders).parameters()"]
-TASKS = {
-    "utils/grad_cache.py:grad_cache_step": {
-        "cache_gradient": (
-            12,
-            "the gradient of one graph over all chunks, cached or not",
-            "the head of the file",
-        ),
-        "cache_replay": (9, "both passes drop the same units", "the docstring: seed"),
-        "cache_masks": (
-            5,
-            "each chunk and each seed has masks of its own, the same seed the same",
-            "chunk_seed",
-        ),
-        "cache_memory": (6, "the graph of a chunk is gone before the next chunk is read", "paper, Sec. 3"),
-        "cache_values": (3, "what loss_of returned, without a graph", "the docstring"),
-        "cache_backward": (3, "`backward` takes the place of .backward() where an encoder is behind", ""),
-    },
-    "utils/distributed.py:chunk_seed": {
-        "seeds_differ": (3, "other seeds for every step, device and chunk", "the docstring"),
-        "seeds_fit": (2, "ints from 0 to 2**63 - 1, for large numbers too", "the docstring"),
-    },
-    "utils/encoder.py:in_chunks": {
-        "chunks_order": (4, "the rows of all chunks, indexed by the places, are in the given order", ""),
-        "chunks_size": (2, "all rows, `size` in a chunk but for the last", "the docstring"),
-        "chunks_padding": (2, "rows of like length are together", "the docstring: why"),
-    },
-    "train_dpr.py:add_gradient": {
-        "wire_gradient": (
-            5,
-            "the gradient of the batch, every question against its own passages",
-            "make_batch",
-        ),
-        "wire_scale": (2, "the gradient is multiplied by gradient_scale", "config/train_dpr_nq.yaml"),
-        "wire_shown": (2, "the loss that is returned is not, and has no graph", "the docstring"),
-        "wire_mask": (2, "the batch's `excluded` pairs reach the loss", "in_batch_loss"),
-        "wire_seed": (3, "other masks in another step and on another device, the same in the same", ""),
-    },
-    "together": {
-        "four_steps": (5, "all your functions in one training: the losses and weights of 4 steps", ""),
-    },
-}
+TASKS = tasks("""
+utils/grad_cache.py:grad_cache_step
+  12 cache_gradient   the gradient of one graph over all chunks, cached or not | the head of the file
+   9 cache_replay     both passes drop the same units | the docstring: seed
+   5 cache_masks      each chunk and each seed has masks of its own, the same seed the same | chunk_seed
+   6 cache_memory     the graph of a chunk is gone before the next chunk is read | paper, Sec. 3
+   3 cache_values     what loss_of returned, without a graph | the docstring
+   3 cache_backward   `backward` takes the place of .backward() where an encoder is behind
+utils/distributed.py:chunk_seed
+   3 seeds_differ     other seeds for every step, device and chunk | the docstring
+   2 seeds_fit        ints from 0 to 2**63 - 1, for large numbers too | the docstring
+utils/encoder.py:in_chunks
+   4 chunks_order     the rows of all chunks, indexed by the places, are in the given order
+   2 chunks_size      all rows, `size` in a chunk but for the last | the docstring
+   2 chunks_padding   rows of like length are together | the docstring: why
+train_dpr.py:add_gradient
+   5 wire_gradient    the gradient of the batch, every question against its own passages | make_batch
+   2 wire_scale       the gradient is multiplied by gradient_scale | config/train_dpr_nq.yaml
+   2 wire_shown       the loss that is returned is not, and has no graph | the docstring
+   2 wire_mask        the batch's `excluded` pairs reach the loss | in_batch_loss
+   3 wire_seed        other masks in another step and on another device, the same in the same
+together
+   5 four_steps       all your functions in one training: the losses and weights of 4 steps
+""")
 
 # ---------------------------------------------------------------- predict
 QUESTIONS = {
@@ -93,9 +75,7 @@ def coupled(vectors):
     return torch.logsumexp(z_ND @ z_ND.T, 1).sum(), z_ND.detach().sum()
 
 
-def cache_gradient(rng):
-    from utils.grad_cache import grad_cache_step
-
+def cache_gradient(rng, grad_cache_step):
     weight_DD, encode, chunks = toy(rng)
     found = {}
     for cached in (True, False):
@@ -105,18 +85,14 @@ def cache_gradient(rng):
     return found
 
 
-def cache_values(rng):
-    from utils.grad_cache import grad_cache_step
-
+def cache_values(rng, grad_cache_step):
     _, encode, chunks = toy(rng)
     loss, total = grad_cache_step(encode, chunks, coupled, (0,))
     return {"loss": loss, "second value": total, "has a graph": bool(loss.requires_grad)}
 
 
-def cache_replay(rng):
+def cache_replay(rng, grad_cache_step):
     import torch
-
-    from utils.grad_cache import grad_cache_step
 
     rate = 0.4
     weight_DD, encode, chunks = toy(rng, rate)
@@ -151,10 +127,8 @@ def plain_vectors(encode, rows):
         return encode(rows)
 
 
-def cache_masks(rng):
+def cache_masks(rng, grad_cache_step):
     import torch
-
-    from utils.grad_cache import grad_cache_step
 
     _, encode, _ = toy(rng, 0.4)
     seen = []
@@ -174,11 +148,9 @@ def cache_masks(rng):
     }
 
 
-def cache_memory(rng):
+def cache_memory(rng, grad_cache_step):
     import gc
     import weakref
-
-    from utils.grad_cache import grad_cache_step
 
     _, encode, _ = toy(rng)
     graphs, alive = [], []
@@ -198,9 +170,7 @@ def cache_memory(rng):
     }
 
 
-def cache_backward(rng):
-    from utils.grad_cache import grad_cache_step
-
+def cache_backward(rng, grad_cache_step):
     weight_DD, encode, chunks = toy(rng)
     norms = []
     for factor in (1, 4):
@@ -211,9 +181,7 @@ def cache_backward(rng):
 
 
 # ---------------------------------------------------------------- chunk_seed
-def seeds_differ(rng):
-    from utils.distributed import chunk_seed
-
+def seeds_differ(rng, chunk_seed):
     start = int(rng.integers(1000))
     grid = itertools.product((start, start + 1), range(12), range(3), range(12))
     cells = [*grid]  # seed, step, device, chunk
@@ -222,9 +190,7 @@ def seeds_differ(rng):
     return {"how many differ": len(set(seeds)), "the same again": seeds == again}
 
 
-def seeds_fit(rng):
-    from utils.distributed import chunk_seed
-
+def seeds_fit(rng, chunk_seed):
     large = int(rng.integers(2**31, 2**32))
     cells = [(a, b, c) for a in (0, 7, large) for b in (0, 10**6) for c in range(8)]
     seeds = [chunk_seed((*cell, large), i) for cell in cells for i in (0, 1, 3000)]
@@ -232,10 +198,8 @@ def seeds_fit(rng):
 
 
 # ---------------------------------------------------------------- in_chunks
-def chunks_of(rng, size=5):
+def chunks_of(rng, in_chunks, size=5):
     """Return (chunks, places) of 12 id lists of different lengths; the first id tells a list from others."""
-    from utils.encoder import in_chunks
-
     lengths = rng.permutation([2, 2, 3, 4, 4, 6, 7, 9, 9, 12, 15, 15]).tolist()
     firsts = rng.permutation(100)[:12].tolist()
     ids = [[first] * length for first, length in zip(firsts, lengths, strict=True)]
@@ -243,35 +207,35 @@ def chunks_of(rng, size=5):
     return [list(chunk) for chunk in chunks], [int(place) for place in places]
 
 
-def chunks_order(rng):
-    chunks, places = chunks_of(rng)
+def chunks_order(rng, in_chunks):
+    chunks, places = chunks_of(rng, in_chunks)
     rows = [row for chunk in chunks for row in chunk]
     return {"rows in the given order": [rows[place] for place in places]}
 
 
-def chunks_size(rng):
-    chunks, _ = chunks_of(rng)
+def chunks_size(rng, in_chunks):
+    chunks, _ = chunks_of(rng, in_chunks)
     return {
         "sizes": [len(chunk) for chunk in chunks],
         "rows": sorted(row for chunk in chunks for row in chunk),
     }
 
 
-def chunks_padding(rng):
+def chunks_padding(rng, in_chunks):
     padding = []
     for size in (2, 3, 4):
-        chunks, _ = chunks_of(rng, size)
+        chunks, _ = chunks_of(rng, in_chunks, size)
         padding.append(sum(max(map(len, chunk)) * len(chunk) - sum(map(len, chunk)) for chunk in chunks))
     return {"tokens of padding": padding}
 
 
 # ---------------------------------------------------------------- add_gradient
-def step_of(rng, batch_of=None, step=0, rank=0, **changes):
+def step_of(add_gradient, batch_of=None, step=0, rank=0, **changes):
     """Return (loss, correct, the gradient of both encoders) of add_gradient in the toy world."""
     import torch
     from toys import ACCELERATOR, toy_training
 
-    from train_dpr import add_gradient, make_batch
+    from train_dpr import make_batch
 
     cfg, questions, corpus, encoders = toy_training(grad_cache=True, **changes)
     batch = make_batch(0, questions, corpus, encoders, cfg)
@@ -284,32 +248,32 @@ def step_of(rng, batch_of=None, step=0, rank=0, **changes):
     return loss, correct, gradient
 
 
-def wire_gradient(rng):
+def wire_gradient(rng, add_gradient):
     import torch
 
     def without_pairs(batch):
         return batch | {"excluded": torch.zeros(2, 0, dtype=torch.long)}
 
     seed = int(rng.integers(1000))
-    _, correct, gradient = step_of(rng, without_pairs, seed=seed, gradient_scale=0.5)
+    _, correct, gradient = step_of(add_gradient, without_pairs, seed=seed, gradient_scale=0.5)
     # why sums of parts: what comes back stays small, and every part tells a wrong order
     return {"gradient": gradient[: len(gradient) // 64 * 64].reshape(64, -1).norm(dim=1), "correct": correct}
 
 
-def wire_scale(rng):
+def wire_scale(rng, add_gradient):
     seed = int(rng.integers(1000))
-    norms = [float(step_of(rng, seed=seed, gradient_scale=s)[2].norm()) for s in (1.0, 0.125)]
+    norms = [float(step_of(add_gradient, seed=seed, gradient_scale=s)[2].norm()) for s in (1.0, 0.125)]
     return {"ratio": round(norms[1] / norms[0], 4)}
 
 
-def wire_shown(rng):
+def wire_shown(rng, add_gradient):
     seed = int(rng.integers(1000))
-    losses = [step_of(rng, seed=seed, gradient_scale=s)[0] for s in (1.0, 0.125)]
+    losses = [step_of(add_gradient, seed=seed, gradient_scale=s)[0] for s in (1.0, 0.125)]
     ratio = round(float(losses[1] / losses[0]), 4)
     return {"ratio of the losses": ratio, "has a graph": bool(losses[0].requires_grad)}
 
 
-def wire_mask(rng):
+def wire_mask(rng, add_gradient):
     import torch
 
     seed = int(rng.integers(1000))
@@ -319,16 +283,17 @@ def wire_mask(rng):
         pairs = torch.stack([rows.flatten(), columns.flatten()])
         return batch | {"excluded": pairs[:, pairs[1] != 2 * pairs[0]]}
 
-    loss, *_ = step_of(rng, without_negatives, seed=seed)
+    loss, *_ = step_of(add_gradient, without_negatives, seed=seed)
     return {"the loss without any negative is 0": bool(abs(float(loss)) < 1e-6)}
 
 
-def wire_seed(rng):
+def wire_seed(rng, add_gradient):
     import torch
 
     seed = int(rng.integers(1000))
     cells = [(0, 0), (0, 0), (1, 0), (0, 1)]  # (step, device)
-    first, again, step, device = (step_of(rng, step=s, rank=d, seed=seed, dropout=0.3)[2] for s, d in cells)
+    found = [step_of(add_gradient, step=s, rank=d, seed=seed, dropout=0.3) for s, d in cells]
+    first, again, step, device = (gradient for _, _, gradient in found)
     return {
         "the same alike": torch.equal(first, again),
         "two steps alike": torch.equal(first, step),

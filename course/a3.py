@@ -3,77 +3,52 @@ Assignment 3, exact search and what counts as found: the points, and the drivers
 """
 
 import numpy as np
+from child import tasks
 
-TITLE = "Exact search, and what counts as found"
-SHIP = ["test_dpr.py", "doc2embedding.py", "recipes/compare.py", "config/test_dpr.yaml"]
-SHIP += ["config/doc2embedding.yaml", "recipes/demo/prepare.py", "utils/bm25.py", "tests/saved.py"]
-SHIP += ["recipes/untrained.py", "config/train_dpr_nq.yaml", "config/train_dpr_demo.yaml"]
-SHIP += [f"recipes/demo/{name}.jsonl" for name in ("train", "dev", "test")]
+SHIP = ["test_dpr.py", "doc2embedding.py", "utils/bm25.py", "recipes/untrained.py", "tests/saved.py"]
 # helpers that would give an answer away
 DROP = ["utils/search.py:best_of_block", "utils/text.py:_probe", "utils/text.py:_token_pattern"]
 DROP += ["utils/text.py:_before", "utils/text.py:answer_position"]
 SHOWN = ["queries_QD = check(queries_QD, shards, k)"]  # search_index and fill_index need these
 SHOWN += ["refuse_non_finite(x_nD, range(start, start + len(x_nD)))"]
-TASKS = {
-    "utils/search.py:exact_topk": {
-        "topk_rows": (
-            7,
-            "the best k rows for any shards and blocks, numbered over the corpus",
-            "the docstring",
-        ),
-        "topk_ties": (5, "equal scores in corpus order, also across the end of a block and of k", "rescore"),
-        "topk_short": (3, "k larger than the corpus; no questions", "the docstring"),
-        "topk_nan": (2, "NaN in a passage is refused", "refuse_non_finite"),
-        "topk_memory": (5, "the scores of a block, and of the best so far; never of all passages", "blocks"),
-    },
-    "utils/search.py:fetch": {
-        "fetch_rows": (3, "the rows in the order asked for, from the right shards", "the docstring"),
-        "fetch_type": (1, "in the stored type", "the docstring"),
-    },
-    "utils/search.py:as_lists": {
-        "lists_pairs": (2, "(row, score), best first; row 0 is a row", "the docstring"),
-        "lists_missing": (1, "-1 means that nothing was found", "the docstring"),
-    },
-    "utils/text.py:has_answer": {
-        "answer_tokens": (5, "the answer's tokens in a row, in either case", "tokenize"),
-        "answer_accents": (3, "accents count, however they are written", "the head of the file"),
-        "answer_blank": (2, "a blank answer is in no text", "the head of the file: DPR differs"),
-        "answer_any": (2, "one of the answers is enough", "the docstring"),
-        "answer_regex": (2, "regex: patterns are searched in NFD text", "_find_regex"),
-    },
-    "utils/metrics.py:topk_accuracy": {
-        "accuracy_cut": (2, "a hit among the first k", "the docstring"),
-        "accuracy_all": (2, "every question counts, also one without passages", "the docstring"),
-    },
-    "utils/metrics.py:mrr": {
-        "mrr_cut": (2, "1 / rank up to the cutoff, which is included", "the docstring"),
-        "mrr_miss": (1, "rank 0 is a miss, and counts", "the docstring"),
-    },
-    "utils/metrics.py:ndcg": {
-        "ndcg_gain": (
-            3,
-            "the discounted grades of the first passages, over those of the ideal order",
-            "trec_eval",
-        ),
-        "ndcg_ideal": (2, "the ideal order has all relevant passages, found or not", "the docstring"),
-    },
-    "utils/metrics.py:bootstrap_interval": {
-        "boot_width": (2, "95 % of the means lie within", "Efron 1979"),
-        "boot_skew": (2, "by percentiles of the drawn means, not by a normal curve", "the docstring"),
-        "boot_seed": (1, "the same seed gives the same interval", ""),
-    },
-    "test_dpr.py:hybrid": {
-        "hybrid_score": (
-            3,
-            "bm25 + weight * dense; a score that one list lacks is its lowest",
-            "the docstring",
-        ),
-        "hybrid_order": (2, "all passages of both lists, best first, equal scores by row, k of them", ""),
-    },
-    "together": {
-        "evaluated": (5, "all your functions in one evaluation: two rankings, joined, and their metrics", ""),
-    },
-}
+TASKS = tasks("""
+utils/search.py:exact_topk
+   7 topk_rows        the best k rows for any shards and blocks, numbered over the corpus | the docstring
+   5 topk_ties        equal scores in corpus order, also across the end of a block and of k | rescore
+   3 topk_short       k larger than the corpus; no questions | the docstring
+   2 topk_nan         NaN in a passage is refused | refuse_non_finite
+   5 topk_memory      the scores of a block, and of the best so far; never of all passages | blocks
+utils/search.py:fetch
+   3 fetch_rows       the rows in the order asked for, from the right shards | the docstring
+   1 fetch_type       in the stored type | the docstring
+utils/search.py:as_lists
+   2 lists_pairs      (row, score), best first; row 0 is a row | the docstring
+   1 lists_missing    -1 means that nothing was found | the docstring
+utils/text.py:has_answer
+   5 answer_tokens    the answer's tokens in a row, in either case | tokenize
+   3 answer_accents   accents count, however they are written | the head of the file
+   2 answer_blank     a blank answer is in no text | the head of the file: DPR differs
+   2 answer_any       one of the answers is enough | the docstring
+   2 answer_regex     regex: patterns are searched in NFD text | _find_regex
+utils/metrics.py:topk_accuracy
+   2 accuracy_cut     a hit among the first k | the docstring
+   2 accuracy_all     every question counts, also one without passages | the docstring
+utils/metrics.py:mrr
+   2 mrr_cut          1 / rank up to the cutoff, which is included | the docstring
+   1 mrr_miss         rank 0 is a miss, and counts | the docstring
+utils/metrics.py:ndcg
+   3 ndcg_gain        the discounted grades of the first passages, over those of the ideal order | trec_eval
+   2 ndcg_ideal       the ideal order has all relevant passages, found or not | the docstring
+utils/metrics.py:bootstrap_interval
+   2 boot_width       95 % of the means lie within | Efron 1979
+   2 boot_skew        by percentiles of the drawn means, not by a normal curve | the docstring
+   1 boot_seed        the same seed gives the same interval
+test_dpr.py:hybrid
+   3 hybrid_score     bm25 + weight * dense; a score that one list lacks is its lowest | the docstring
+   2 hybrid_order     all passages of both lists, best first, equal scores by row, k of them
+together
+   5 evaluated        all your functions in one evaluation: two rankings, joined, and their metrics
+""")
 
 # ---------------------------------------------------------------- predict
 QUESTIONS = {
@@ -101,10 +76,8 @@ def cut(x_ND, size):
     return [x_ND[i : i + size] for i in range(0, len(x_ND), size)]
 
 
-def found_by(queries_QD, x_ND, k, sizes):
+def found_by(exact_topk, queries_QD, x_ND, k, sizes):
     """Return the arrays of exact_topk for some (shard size, block) each."""
-    from utils.search import exact_topk
-
     found = {}
     for size, block in sizes:
         scores_Qk, rows_Qk = exact_topk(queries_QD, cut(x_ND, size), k, block)
@@ -113,31 +86,28 @@ def found_by(queries_QD, x_ND, k, sizes):
     return found
 
 
-def topk_rows(rng):
+def topk_rows(rng, exact_topk):
     x_ND = vectors(rng, 1003, dtype=np.float16)
-    few = found_by(vectors(rng, 5), x_ND, 10, ((1003, 0), (1003, 64), (100, 17), (7, 500)))
-    many = found_by(vectors(rng, 300), x_ND, 3, ((500, 200),))
+    few = found_by(exact_topk, vectors(rng, 5), x_ND, 10, ((1003, 0), (1003, 64), (100, 17), (7, 500)))
+    many = found_by(exact_topk, vectors(rng, 300), x_ND, 3, ((500, 200),))
     return few | {f"{name}, many questions": array for name, array in many.items()}
 
 
-def topk_ties(rng):
+def topk_ties(rng, exact_topk):
     x_ND = np.repeat(vectors(rng, 10, 96, np.float16), 30, 0)[rng.permutation(300)]
-    found = found_by(vectors(rng, 64, 96), x_ND, 10, ((300, 0), (300, 37), (11, 16)))
+    found = found_by(exact_topk, vectors(rng, 64, 96), x_ND, 10, ((300, 0), (300, 37), (11, 16)))
     return {name: array for name, array in found.items() if name.startswith("rows")}
 
 
-def topk_short(rng):
-    from utils.search import exact_topk
-
+def topk_short(rng, exact_topk):
     x_ND = vectors(rng, 12)
-    found = found_by(vectors(rng, 3), x_ND, 50, ((12, 0), (5, 0)))
+    found = found_by(exact_topk, vectors(rng, 3), x_ND, 50, ((12, 0), (5, 0)))
     scores_Qk, rows_Qk = exact_topk(np.zeros((0, 24), np.float32), [x_ND], 50)
     return found | {"without questions": [list(scores_Qk.shape), list(rows_Qk.shape)]}
 
 
-def topk_nan(rng):
+def topk_nan(rng, exact_topk):
     from utils.plumbing.config import UserError
-    from utils.search import exact_topk
 
     x_ND = vectors(rng, 500)
     refused = []
@@ -152,11 +122,10 @@ def topk_nan(rng):
     return {"refused": refused}
 
 
-def topk_memory(rng):
+def topk_memory(rng, exact_topk):
     import tracemalloc
 
     from tests.saved import Largest
-    from utils.search import exact_topk
 
     # scores that rise along the corpus: every passage is among the best so far
     queries_QD = np.eye(24, dtype=np.float32)[:6]
@@ -174,58 +143,48 @@ def topk_memory(rng):
     return found | {"numpy's arrays are as large": peak > 6 * all_scores, "rows": rows_Qk}
 
 
-def fetch_rows(rng):
-    from utils.search import fetch
-
-    sizes = rng.permutation([1, 4, 7, 2, 9])
-    x_ND = vectors(rng, int(sizes.sum()), 5)
-    ends = np.cumsum(sizes)
+def fetch_rows(rng, fetch):
+    ends = np.cumsum(rng.permutation([1, 4, 7, 2, 9]))
+    x_ND = vectors(rng, int(ends[-1]), 5)
     shards = np.split(x_ND, ends[:-1])
     rows = rng.permutation([*(ends - 1), *ends[:-1], 0, 0, *rng.integers(0, len(x_ND), 5)])
     return {"vectors": fetch(shards, rows)}
 
 
-def fetch_type(rng):
-    from utils.search import fetch
-
+def fetch_type(rng, fetch):
     found = [fetch([vectors(rng, 6, 3, t), vectors(rng, 4, 3, t)], np.array([1, 8])) for t in ("f2", "f4")]
     return {"types": [str(np.asarray(array).dtype) for array in found]}
 
 
-def lists_of(rows_Qk, scores_Qk):
-    from utils.search import as_lists
-
+def lists_of(as_lists, rows_Qk, scores_Qk):
     hits = as_lists(scores_Qk, rows_Qk)
     return {"lists": [[[int(row), float(score)] for row, score in question] for question in hits]}
 
 
-def lists_pairs(rng):
+def lists_pairs(rng, as_lists):
     rows_Qk = np.stack([rng.permutation(40)[:6] + 1 for _ in range(4)])
     rows_Qk[1, 0] = rows_Qk[2, 3] = 0
-    return lists_of(rows_Qk, -np.sort(-rng.standard_normal((4, 6)), axis=1))
+    return lists_of(as_lists, rows_Qk, -np.sort(-rng.standard_normal((4, 6)), axis=1))
 
 
-def lists_missing(rng):
+def lists_missing(rng, as_lists):
     rows_Qk = np.stack([rng.permutation(40)[:6] + 1 for _ in range(4)])
     scores_Qk = -np.sort(-rng.standard_normal((4, 6)), axis=1)
     for question, kept in enumerate((6, 4, 1, 0)):
         rows_Qk[question, kept:] = -1
         scores_Qk[question, kept:] = -np.inf
-    return lists_of(rows_Qk, scores_Qk)
+    return lists_of(as_lists, rows_Qk, scores_Qk)
 
 
 # ---------------------------------------------------------------- has_answer
-def verdicts(rng, cases, regex=False):
+def verdicts(rng, has_answer, cases, regex=False):
     """Return what has_answer says of (passage, answers) cases, in an order of the seed."""
-    from utils.text import has_answer
-
     cases = [cases[i] for i in rng.permutation(len(cases))]
     return {"verdicts": [bool(has_answer(passage, answers, regex)) for passage, answers in cases]}
 
 
-def answer_tokens(rng):
-    words = "the river rises in old norway and runs past a mill to st olaf".split()
-    words = [words[i] for i in rng.permutation(len(words))]
+def answer_tokens(rng, has_answer):
+    words = rng.permutation("the river rises in old norway and runs past a mill to st olaf".split()).tolist()
     text = " ".join(words)
     at = int(rng.integers(2, 8))
     cases = [
@@ -243,10 +202,10 @@ def answer_tokens(rng):
         ("It was built in 1975.", ["1975."]),
         ("St.  Olaf's   church", ["st. olaf's church"]),
     ]
-    return verdicts(rng, cases)
+    return verdicts(rng, has_answer, cases)
 
 
-def answer_accents(rng):
+def answer_accents(rng, has_answer):
     composed, apart = "Dvo\u0159\xe1k", "Dvor\u030ca\u0301k"
     cases = [
         (f"{composed} wrote it", [composed]),
@@ -257,19 +216,19 @@ def answer_accents(rng):
         ("Beyonc\xe9 sang", ["beyonce"]),
         ("\xc9MILE Zola", ["\xe9mile"]),
     ]
-    return verdicts(rng, cases)
+    return verdicts(rng, has_answer, cases)
 
 
-def answer_blank(rng):
-    return verdicts(rng, [("a text of words", [blank]) for blank in ("", " ", "\u200b", "\n\t")])
+def answer_blank(rng, has_answer):
+    return verdicts(rng, has_answer, [("a text of words", [blank]) for blank in ("", " ", "\u200b", "\n\t")])
 
 
-def answer_any(rng):
+def answer_any(rng, has_answer):
     cases = [("red green blue", answers) for answers in (["pink", "green"], ["green", "pink"], ["pink"], [])]
-    return verdicts(rng, cases)
+    return verdicts(rng, has_answer, cases)
 
 
-def answer_regex(rng):
+def answer_regex(rng, has_answer):
     cases = [
         ("built in 1975 or so", [r"19\d\d"]),
         ("built in 1875 or so", [r"19\d\d"]),
@@ -278,92 +237,72 @@ def answer_regex(rng):
         ("Green hills", ["^green"]),
         ("no such thing", ["(", "thing$"]),  # one that does not compile
     ]
-    return verdicts(rng, cases, regex=True)
+    return verdicts(rng, has_answer, cases, regex=True)
 
 
 # ---------------------------------------------------------------- metrics
-def accuracy_cut(rng):
-    from utils.metrics import topk_accuracy
-
+def accuracy_cut(rng, topk_accuracy):
     hits = (rng.random((12, 8)) < 0.12).tolist()
     hits[0] = [False, False, True, True, True, False, False, True]
     found = topk_accuracy(hits, [1, 2, 3, 5])
     return {f"top-{k}": float(found[k]) for k in (1, 2, 3, 5)}
 
 
-def accuracy_all(rng):
-    from utils.metrics import topk_accuracy
-
+def accuracy_all(rng, topk_accuracy):
     hits = [[], [True], [False, False, True], [], [False]]
     hits = [hits[i] for i in rng.permutation(5)] * int(rng.integers(1, 4))
     found = topk_accuracy(hits, [1, 4])
     return {f"top-{k}": float(found[k]) for k in (1, 4)}
 
 
-def mrr_cut(rng):
-    from utils.metrics import mrr
-
+def mrr_cut(rng, mrr):
     cutoff = int(rng.integers(5, 9))
     ranks = [1, cutoff, cutoff + 1, *rng.integers(1, 30, 8).tolist()]
     return {"mrr": np.float64(mrr(ranks, cutoff))}
 
 
-def mrr_miss(rng):
-    from utils.metrics import mrr
-
+def mrr_miss(rng, mrr):
     ranks = [0, 0, *rng.integers(1, 5, int(rng.integers(3, 9))).tolist()]
     return {"mrr": np.float64(mrr(ranks, 10)), "nothing found": np.float64(mrr([0, 0, 0], 10))}
 
 
-def ndcg_gain(rng):
-    from utils.metrics import ndcg
-
+def ndcg_gain(rng, ndcg):
     # all that is relevant is found, in another order and in part beyond the cutoff
     gains = [rng.permutation([3, 2, 1, 1, 0, 0, 0, 0]).tolist() for _ in range(4)] + [[0] * 5 + [1, 2]]
     relevant = [sorted(gain for gain in question if gain) for question in gains]
     return {"ndcg": np.array([ndcg([g], [r], 5) for g, r in zip(gains, relevant, strict=True)])}
 
 
-def ndcg_ideal(rng):
-    from utils.metrics import ndcg
-
+def ndcg_ideal(rng, ndcg):
     gains = [[0, 1, 0, 0], [0, 0], [1, 0, 0]]
     relevant = [[2] * int(rng.integers(1, 4)) + [1, 1], [2], []]
     return {"ndcg": np.array([ndcg([g], [r], 4) for g, r in zip(gains, relevant, strict=True)])}
 
 
-def boot_width(rng):
-    from utils.metrics import bootstrap_interval
-
+def boot_width(rng, bootstrap_interval):
     values = rng.standard_normal(120)
     low, high = bootstrap_interval(values, samples=20000, seed=int(rng.integers(99)))
     normal = 2 * 1.96 * values.std() / 120**0.5
     return {"width over the normal one's": round(float((high - low) / normal), 1)}
 
 
-def boot_skew(rng):
-    from utils.metrics import bootstrap_interval
-
+def boot_skew(rng, bootstrap_interval):
     values = rng.permutation([1.0] + [0.0] * 19)
-    low, high = bootstrap_interval(values, samples=20000, seed=int(rng.integers(99)))
-    return {"low": round(float(low), 3), "high": round(float(high), 3)}
+    interval = bootstrap_interval(values, samples=20000, seed=int(rng.integers(99)))
+    return {"interval": np.round(interval, 3).tolist()}
 
 
-def boot_seed(rng):
-    from utils.metrics import bootstrap_interval
-
+def boot_seed(rng, bootstrap_interval):
     values = rng.standard_normal(50)
     found = [bootstrap_interval(values, samples=200, seed=seed) for seed in (7, 7, 8)]
     return {"the same again": found[0] == found[1], "another seed the same": found[0] == found[2]}
 
 
 # ---------------------------------------------------------------- hybrid
-def hybrid_score(rng):
-    from test_dpr import hybrid
-
-    rows = rng.permutation(100)
-    dense = [(int(row), float(score)) for row, score in zip(rows[:8], rng.uniform(60, 80, 8), strict=True)]
-    bm25 = [(int(row), float(score)) for row, score in zip(rows[5:13], rng.uniform(5, 30, 8), strict=True)]
+def hybrid_score(rng, hybrid):
+    rows = rng.permutation(100).tolist()
+    dense = [*zip(rows[:8], rng.uniform(60, 80, 8).tolist(), strict=True)]
+    bm25 = [*zip(rows[5:13], rng.uniform(5, 30, 8).tolist(), strict=True)]
     weight = float(rng.uniform(0.5, 2))
     scores = dict(hybrid(dense, bm25, weight, 50))
     alone = dict(hybrid(dense, [], weight, 50))
@@ -372,10 +311,8 @@ def hybrid_score(rng):
     return found | {"without BM25": np.array([alone[row] for row in sorted(alone)])}
 
 
-def hybrid_order(rng):
-    from test_dpr import hybrid
-
-    rows = [int(row) for row in rng.permutation(100)[:10]]
+def hybrid_order(rng, hybrid):
+    rows = rng.permutation(100)[:10].tolist()
     dense = [(row, float(5 - i // 3)) for i, row in enumerate(rows[:7])]
     bm25 = [(row, 2.0) for row in rows[4:]]
     return {"rows": [[row for row, _ in hybrid(dense, bm25, 1.0, k)] for k in (4, 20)]}
@@ -393,10 +330,7 @@ def evaluated(rng):
     queries_QD[4] = np.nan  # no result for this one
     hits, ranks, gains = [], [], []
     for dense in search(queries_QD, shards, None, 12, "cpu"):
-        bm25 = [
-            (int(row), float(score))
-            for row, score in zip(rng.permutation(60)[:9], range(9, 0, -1), strict=True)
-        ]
+        bm25 = [(row, 9.0 - i) for i, row in enumerate(rng.permutation(60)[:9].tolist())]
         joined = hybrid(dense, bm25, 0.5, 10)
         right = [has_answer(texts[row], ["Red river"]) for row, _ in joined]
         hits.append(right)

@@ -5,61 +5,47 @@ Assignment 4, where negatives come from: the points, and the drivers (a1.py says
 import random
 from types import SimpleNamespace
 
-TITLE = "Where negatives come from"
+from child import tasks
+
 SHIP = ["mine_negatives.py", "train_dpr.py", "test_dpr.py", "doc2embedding.py", "utils/bm25.py"]
-SHIP += ["recipes/compare.py", "recipes/demo/prepare.py", "config/mine_negatives.yaml"]
-SHIP += ["config/train_dpr_nq.yaml", "config/train_dpr_demo.yaml", "config/doc2embedding.yaml"]
-SHIP += ["config/test_dpr.yaml", *(f"recipes/demo/{name}.jsonl" for name in ("train", "dev", "test"))]
 DROP = []
 # the first lines of two helpers
 SHOWN = ["holds_answer(passage, question, cfg)", "positives_of(question, ranked, corpus, cfg)"]
-TASKS = {
-    "mine_negatives.py:wrong_for": {
-        "wrong_ids": (4, "no positive of the question is a negative, nor one that another file knows", ""),
-        "wrong_texts": (4, "nor a passage with the very text of a positive", "the corpus may hold it twice"),
-        "wrong_answers": (4, "nor a passage with an answer", "holds_answer"),
-    },
-    "mine_negatives.py:topk": {
-        "topk_first": (4, "the first `negatives` passages that are wrong", "the docstring"),
-        "topk_depth": (2, "among the first `depth` of the ranking", "config/mine_negatives.yaml"),
-        "topk_positives": (1, "the positives as cfg.positives says", "positives_of"),
-    },
-    "mine_negatives.py:draw_at_random": {
-        "draw_different": (2, "`count` different ids that are allowed", "the docstring"),
-        "draw_ends": (1, "fewer where there are fewer", "the docstring"),
-        "draw_fair": (2, "each as likely as the others", "the docstring: uniformly"),
-    },
-    "mine_negatives.py:denoise": {
-        "denoise_draw": (3, "without scores: a draw from the whole ranking", "the docstring"),
-        "denoise_gate": (4, "with scores: below `negative_below`, which is excluded", "the docstring"),
-        "denoise_wrong": (3, "a passage with an answer is no negative, whatever its score", "wrong_for"),
-        "denoise_count": (2, "`negatives` for each positive", "config/mine_negatives.yaml"),
-        "denoise_order": (1, "handed out from the end", ""),
-        "denoise_fill": (2, "fill: topped up with passages that have no score", "config/mine_negatives.yaml"),
-    },
-    "mine_negatives.py:pseudo_label": {
-        "pseudo_best": (4, "the positive is the passage of the highest score, the first of equals", ""),
-        "pseudo_sure": (3, "only if its score is above `positive_above`", "config/mine_negatives.yaml"),
-        "pseudo_negatives": (2, "the first ones below `negative_below`, without the positive", ""),
-    },
-    "mine_negatives.py:teleport": {
-        "tele_sources": (
-            5,
-            "neighbours, then look-ahead, then momentum, nothing made unique",
-            "the docstring",
-        ),
-        "tele_draws": (3, "`negatives` of the first `depth` that are wrong; rngs[0], rngs[1]", "mine"),
-        "tele_positives": (2, "the positives of all three, each once, the newest first", ""),
-        "tele_dropped": (2, "no negatives where no neighbour is wrong", "mine"),
-    },
-    "train_dpr.py:rotating_negatives": {
-        "rotate_all": (3, "every negative once before any comes back, in an order by the seed", ""),
-        "rotate_small": (2, "a pool of fewer than k is taken once", "the docstring: differs"),
-    },
-    "together": {
-        "mined": (5, "all your functions: the training lines of three modes", ""),
-    },
-}
+TASKS = tasks("""
+mine_negatives.py:wrong_for
+   4 wrong_ids        no positive of the question is a negative, nor one that another file knows
+   4 wrong_texts      nor a passage with the very text of a positive | the corpus may hold it twice
+   4 wrong_answers    nor a passage with an answer | holds_answer
+mine_negatives.py:topk
+   4 topk_first       the first `negatives` passages that are wrong | the docstring
+   2 topk_depth       among the first `depth` of the ranking | config/mine_negatives.yaml
+   1 topk_positives   the positives as cfg.positives says | positives_of
+mine_negatives.py:draw_at_random
+   2 draw_different   `count` different ids that are allowed | the docstring
+   1 draw_ends        fewer where there are fewer | the docstring
+   2 draw_fair        each as likely as the others | the docstring: uniformly
+mine_negatives.py:denoise
+   3 denoise_draw     without scores: a draw from the whole ranking | the docstring
+   4 denoise_gate     with scores: below `negative_below`, which is excluded | the docstring
+   3 denoise_wrong    a passage with an answer is no negative, whatever its score | wrong_for
+   2 denoise_count    `negatives` for each positive | config/mine_negatives.yaml
+   1 denoise_order    handed out from the end
+   2 denoise_fill     fill: topped up with passages that have no score | config/mine_negatives.yaml
+mine_negatives.py:pseudo_label
+   4 pseudo_best      the positive is the passage of the highest score, the first of equals
+   3 pseudo_sure      only if its score is above `positive_above` | config/mine_negatives.yaml
+   2 pseudo_negatives the first ones below `negative_below`, without the positive
+mine_negatives.py:teleport
+   5 tele_sources     neighbours, then look-ahead, then momentum, nothing made unique | the docstring
+   3 tele_draws       `negatives` of the first `depth` that are wrong; rngs[0], rngs[1] | mine
+   2 tele_positives   the positives of all three, each once, the newest first
+   2 tele_dropped     no negatives where no neighbour is wrong | mine
+train_dpr.py:rotating_negatives
+   3 rotate_all       every negative once before any comes back, in an order by the seed
+   2 rotate_small     a pool of fewer than k is taken once | the docstring: differs
+together
+   5 mined            all your functions: the training lines of three modes
+""")
 
 # ---------------------------------------------------------------- predict
 QUESTIONS = {
@@ -76,16 +62,16 @@ QUESTIONS = {
 
 def numbers(rng):
     """Return the numbers of a student's questions."""
-    a, b = sorted(int(rank) for rank in rng.permutation(5)[:2] + 1)
+    a, b = sorted((rng.permutation(5)[:2] + 1).tolist())
     found = {"a": a, "b": b, "n": int(rng.integers(4, 8)), "t": float(rng.choice([0.3, 0.5, 0.7]))}
     return found | {"pool": int(rng.integers(20, 60)), "k": int(rng.integers(3, 8))}
 
 
 # ---------------------------------------------------------------- a corpus of 40 passages
-def world(rng, answers=("amber",), holding=(3, 8, 11)):
+def world(rng, positives=(0,), holding=(3, 8, 11), answers=("amber",)):
     """
-    Return (question, corpus, ids in the order of a ranking). The passages at the places `holding` of the
-    ranking hold the answer "amber", whether the question has it or not.
+    Return (question, corpus, ids in the order of a ranking). positives, holding: places in the ranking. The
+    passages at `holding` hold the answer "amber", whether the question has it or not.
     """
     from utils.data import Passage
 
@@ -94,13 +80,8 @@ def world(rng, answers=("amber",), holding=(3, 8, 11)):
     for place, pid in enumerate(ids):
         words = "amber stones" if place in holding else "grey stones"
         passages[pid] = Passage(pid, "title", f"passage {pid} is about {words}")
-    question = {
-        "qid": "q",
-        "question": "which stones",
-        "answers": [*answers],
-        "positives": [],
-        "negatives": [],
-    }
+    question = {"qid": "q", "question": "which stones", "answers": [*answers], "negatives": []}
+    question["positives"] = [ids[place] for place in positives]
     return question, SimpleNamespace(passage=passages.__getitem__, passages=passages), ids
 
 
@@ -110,280 +91,219 @@ def settings(**changes):
     return SimpleNamespace(**keys | changes)
 
 
-def found_of(ids, **more):
-    from mine_negatives import Found
-
-    return Found(ids, **more)
-
-
 def streams(seed=0):
     return [random.Random(seed), random.Random(seed)]
 
 
-def judged(question, corpus, never=frozenset(), **changes):
-    """Return what wrong_for says of every passage, by id."""
-    from mine_negatives import wrong_for
+def mine(mode, question, corpus, ids, more=(), rngs=None, **changes):
+    """Return (positives, negatives) of a mode; more: what Found holds next to the ranking."""
+    from mine_negatives import Found
 
-    wrong = wrong_for(question, question["positives"], never, corpus, settings(**changes))
-    return {"wrong": [bool(wrong(pid)) for pid in sorted(corpus.passages)]}
+    lists = {"lookahead": [], "momentum": [], "momentum_positives": []}
+    question = question | {"positives": [*question["positives"]]}
+    return mode(question, Found(ids, **lists | dict(more)), corpus, settings(**changes), rngs or streams())
 
 
 # ---------------------------------------------------------------- wrong_for
-def wrong_ids(rng):
-    question, corpus, ids = world(rng, answers=())
-    question["positives"] = [ids[2], ids[20]]
-    return judged(question, corpus, frozenset({ids[5], ids[31]}))
+def judged(wrong_for, question, corpus, never=frozenset(), **changes):
+    """Return what wrong_for says of every passage, by id."""
+    wrong = wrong_for(question, question["positives"], never, corpus, settings(**changes))
+    return [bool(wrong(pid)) for pid in sorted(corpus.passages)]
 
 
-def wrong_texts(rng):
-    question, corpus, ids = world(rng, holding=())
-    question["positives"] = [ids[1]]
-    twin = corpus.passages[ids[1]]
-    corpus.passages[ids[7]] = twin._replace(id=ids[7])
-    first = judged(question, corpus)["wrong"]
+def wrong_ids(rng, wrong_for):
+    question, corpus, ids = world(rng, positives=(2, 20), answers=())
+    return {"wrong": judged(wrong_for, question, corpus, frozenset({ids[5], ids[31]}))}
+
+
+def wrong_texts(rng, wrong_for):
+    question, corpus, ids = world(rng, positives=(1,), holding=())
+    corpus.passages[ids[7]] = corpus.passages[ids[1]]._replace(id=ids[7])
+    found = {"with answers": judged(wrong_for, question, corpus)}
 
     # an inline positive, of a question without answers
-    question, corpus, ids = world(rng, answers=())
-    question["positives"] = [{"title": "t", "text": corpus.passages[ids[4]].text}, ids[9]]
-    return {"with answers": first, "an inline positive": judged(question, corpus)["wrong"]}
+    question, corpus, ids = world(rng, positives=(9,), answers=())
+    question["positives"].insert(0, {"title": "t", "text": corpus.passages[ids[4]].text})
+    return found | {"an inline positive": judged(wrong_for, question, corpus)}
 
 
-def wrong_answers(rng):
+def wrong_answers(rng, wrong_for):
     question, corpus, ids = world(rng, answers=("pink", "amber"))
-    question["positives"] = [ids[0]]
     corpus.passages[ids[6]] = corpus.passages[ids[6]]._replace(title="amber")
-    titles = judged(question, corpus, match_title=True)["wrong"]
-    return judged(question, corpus) | {"titles too": titles}
+    titles = judged(wrong_for, question, corpus, match_title=True)
+    return {"wrong": judged(wrong_for, question, corpus), "titles too": titles}
 
 
 # ---------------------------------------------------------------- topk
-def topk_first(rng):
-    from mine_negatives import topk
-
-    question, corpus, ids = world(rng, holding=(0, 3, 4))
-    question["positives"] = [ids[1]]
-    found = found_of(ids, never=frozenset({ids[6]}))
-    positives, negatives = topk(question, found, corpus, settings(), streams())
+def topk_first(rng, topk):
+    question, corpus, ids = world(rng, positives=(1,), holding=(0, 3, 4))
+    positives, negatives = mine(topk, question, corpus, ids, {"never": frozenset({ids[6]})})
     return {"positives": positives, "negatives": negatives}
 
 
-def topk_depth(rng):
-    from mine_negatives import topk
-
-    question, corpus, ids = world(rng, holding=(5, 6))
-    question["positives"] = [ids[4]]
-    _, negatives = topk(question, found_of(ids), corpus, settings(depth=7, negatives=6), streams())
+def topk_depth(rng, topk):
+    _, negatives = mine(topk, *world(rng, positives=(4,), holding=(5, 6)), depth=7, negatives=6)
     return {"negatives": sorted(negatives)}
 
 
-def topk_positives(rng):
-    from mine_negatives import topk
-
-    question, corpus, ids = world(rng)
-    positives, _ = topk(question, found_of(ids), corpus, settings(positives="find"), streams())
-    return {"positives": positives}
+def topk_positives(rng, topk):
+    return {"positives": mine(topk, *world(rng, positives=()), positives="find")[0]}
 
 
 # ---------------------------------------------------------------- draw_at_random
-def draws(rng, count, ids=12, forbidden=4, times=1):
+def draws(rng, draw_at_random, count, ids=12, forbidden=4, times=1):
     """Return the draws of `count` of some ids, the ids that are allowed."""
-    from mine_negatives import draw_at_random
-
     names = [f"p{i}" for i in rng.permutation(100)[:ids]]
     allowed = names[forbidden:]
     source = random.Random(int(rng.integers(10**6)))
     return [draw_at_random(names, set(allowed).__contains__, count, source) for _ in range(times)], allowed
 
 
-def draw_different(rng):
-    drawn, allowed = draws(rng, 6, times=20)
+def draw_different(rng, draw_at_random):
+    drawn, allowed = draws(rng, draw_at_random, 6, times=20)
     good = [len(ids) == len({*ids}) == 6 and {*ids} <= {*allowed} for ids in drawn]
     return {"six different ones that are allowed": good}
 
 
-def draw_ends(rng):
-    few, allowed = draws(rng, 9, forbidden=9, times=8)
-    (none,), _ = draws(rng, 3, forbidden=12)
+def draw_ends(rng, draw_at_random):
+    few, allowed = draws(rng, draw_at_random, 9, forbidden=9, times=8)
+    (none,), _ = draws(rng, draw_at_random, 3, forbidden=12)
     return {"all that are allowed": [sorted(ids) == sorted(allowed) for ids in few], "none": len(none)}
 
 
-def draw_fair(rng):
-    drawn, allowed = draws(rng, 2, ids=7, forbidden=2, times=3000)
+def draw_fair(rng, draw_at_random):
+    drawn, allowed = draws(rng, draw_at_random, 2, ids=7, forbidden=2, times=3000)
     often = [sum(pid in ids for ids in drawn) / 3000 for pid in allowed]
     first = [sum(ids[0] == pid for ids in drawn) / 3000 for pid in allowed]
     return {"share of draws": [round(x, 1) for x in often], "as the first": [round(x, 1) for x in first]}
 
 
 # ---------------------------------------------------------------- denoise
-def scored(rng, count=20, holding=(3, 8, 11)):
-    """Return (question, corpus, Found with scores of the first `count` passages); two are 0.3."""
-    question, corpus, ids = world(rng, holding=holding)
-    question["positives"] = [ids[0]]
-    scores = {pid: float(score) for pid, score in zip(ids, rng.uniform(0, 1, count), strict=False)}
+def scored(rng, positives=(0,), holding=(3, 8, 11)):
+    """Return (question, corpus, ids, {"scores": those of the first 20 passages}); two of them are 0.3."""
+    question, corpus, ids = world(rng, positives, holding)
+    scores = dict(zip(ids, rng.uniform(0, 1, 20).tolist(), strict=False))
     for place in (1, 2, 5, 6, 9):
         scores[ids[place]] = float(rng.uniform(0.01, 0.2))  # enough below
     scores[ids[4]] = scores[ids[7]] = 0.3
-    scores[ids[3]] = 0.01
-    scores[ids[0]] = 0.9
-    return question, corpus, found_of(ids, scores=scores)
+    scores |= {ids[3]: 0.01, ids[0]: 0.9}
+    return question, corpus, ids, {"scores": scores}
 
 
-def denoised(rng, holding=(), **changes):
-    from mine_negatives import denoise
+def denoised(rng, denoise, positives=(0,), holding=(), **changes):
+    """Return (places of the negatives in the ranking, places without a score)."""
+    question, corpus, ids, more = scored(rng, positives, holding)
+    _, negatives = mine(denoise, question, corpus, ids, more, scores="x.run", **changes)
+    without = [place for place, pid in enumerate(ids[:30]) if pid not in more["scores"]]
+    return [ids.index(pid) for pid in negatives], without
 
-    question, corpus, found = scored(rng, holding=holding)
-    changes = {"scores": "x.run"} | changes
-    return denoise(question, found, corpus, settings(**changes), streams())[1], found
 
-
-def denoise_draw(rng):
-    from mine_negatives import denoise
-
+def denoise_draw(rng, denoise):
     question, corpus, ids = world(rng, holding=(2, 9))
-    question["positives"] = [ids[0]]
     good, late = [], 0
     for seed in range(20):
-        _, negatives = denoise(question, found_of(ids), corpus, settings(depth=25), streams(seed))
+        _, negatives = mine(denoise, question, corpus, ids, rngs=streams(seed), depth=25)
         places = {ids.index(pid) for pid in negatives}
         good.append(len(negatives) == len(places) == 5 and not places & {0, 2, 9} and max(places) < 25)
         late += max(places) >= 12
     return {"five different wrong ones": good, "some from far down": late > 0}
 
 
-def denoise_gate(rng):
-    negatives, _ = denoised(rng, negatives=30)
-    return {"negatives": sorted(negatives)}
+def denoise_gate(rng, denoise):
+    return {"places": sorted(denoised(rng, denoise, negatives=30)[0])}
 
 
-def denoise_wrong(rng):
-    negatives, found = denoised(rng, holding=(3, 5, 9), negatives=30)
-    places = (3, 5, 9)
-    return {"those with an answer": [found.ranked[place] in negatives for place in places]}
+def denoise_wrong(rng, denoise):
+    places, _ = denoised(rng, denoise, holding=(3, 5, 9), negatives=30)
+    return {"those with an answer": [place in places for place in (3, 5, 9)]}
 
 
-def denoise_count(rng):
-    from mine_negatives import denoise
-
-    question, corpus, found = scored(rng, holding=())
-    question["positives"] = [found.ranked[0], found.ranked[39]]
-    _, negatives = denoise(question, found, corpus, settings(scores="x.run", negatives=2), streams())
-    return {"how many": len(negatives)}
+def denoise_count(rng, denoise):
+    return {"how many": len(denoised(rng, denoise, positives=(0, 39), negatives=2)[0])}
 
 
-def denoise_order(rng):
-    negatives, found = denoised(rng, negatives=5)
-    places = [found.ranked.index(pid) for pid in negatives]
+def denoise_order(rng, denoise):
+    places, _ = denoised(rng, denoise, negatives=5)
     return {"from the end": places == sorted(places, reverse=True)}
 
 
-def denoise_fill(rng):
-    negatives, found = denoised(rng, negatives=28, fill=True)
-    unscored = [pid for pid in found.ranked[:30] if pid not in found.scores]
-    return {
-        "all without a score are there": sorted(pid for pid in negatives if pid not in found.scores)
-        == sorted(unscored),
-        "each once": len(negatives) == len({*negatives}),
-    }
+def denoise_fill(rng, denoise):
+    places, without = denoised(rng, denoise, negatives=28, fill=True)
+    return {"all without a score": {*without} <= {*places}, "each once": len(places) == len({*places})}
 
 
 # ---------------------------------------------------------------- pseudo_label
-def labelled(ids, scores, **changes):
-    from mine_negatives import pseudo_label
-
-    question = {"qid": "q", "question": "x", "answers": [], "positives": [], "negatives": []}
-    return pseudo_label(question, found_of(ids, scores=scores), None, settings(**changes), streams())
-
-
-def pseudo_best(rng):
-    _, _, ids = world(rng)
-    scores = {pid: float(score) for pid, score in zip(ids[:12], rng.uniform(0.4, 0.9, 12), strict=True)}
-    scores[ids[5]] = scores[ids[8]] = 0.97
-    scores[ids[35]] = 0.99  # beyond the depth
-    return {"positives": labelled(ids, scores)[0]}
+def labelled(rng, pseudo_label, scores, **changes):
+    """Return (places of the positives, of the negatives); scores: {place: score}."""
+    question, corpus, ids = world(rng, positives=(), answers=())
+    more = {"scores": {ids[place]: score for place, score in scores.items()}}
+    found = mine(pseudo_label, question, corpus, ids, more, **changes)
+    return [[ids.index(pid) for pid in entries] for entries in found]
 
 
-def pseudo_sure(rng):
-    _, _, ids = world(rng)
-    found = []
-    for best in (0.9, 0.95):
-        scores = {ids[0]: best, ids[1]: 0.1, ids[2]: 0.05}
-        positives, negatives = labelled(ids, scores)
-        found.append([len(positives), len(negatives)])
-    found.append([len(entries) for entries in labelled(ids, {})])
-    return {"how many": found}
+def pseudo_best(rng, pseudo_label):
+    scores = dict(enumerate(rng.uniform(0.4, 0.9, 12).tolist()))
+    first, second = (1 + rng.permutation(11)[:2]).tolist()
+    more = {first: 0.97, second: 0.97, 35: 0.99}  # the last is beyond the depth
+    return {"positives": labelled(rng, pseudo_label, scores | more)[0]}
 
 
-def pseudo_negatives(rng):
-    _, _, ids = world(rng)
-    scores = {pid: float(score) for pid, score in zip(ids[:15], rng.uniform(0, 0.25, 15), strict=True)}
-    scores[ids[0]] = 0.99
-    scores[ids[2]] = 0.3
+def pseudo_sure(rng, pseudo_label):
+    cases = ({0: 0.9, 1: 0.1, 2: 0.05}, {0: 0.95, 1: 0.1, 2: 0.05}, {})
+    return {"how many": [[*map(len, labelled(rng, pseudo_label, scores))] for scores in cases]}
+
+
+def pseudo_negatives(rng, pseudo_label):
+    scores = dict(enumerate(rng.uniform(0, 0.25, 15).tolist())) | {0: 0.99, 2: 0.3}
+    found = {"negatives": labelled(rng, pseudo_label, scores)[1]}
     # thresholds that cross: the best passage is below negative_below too
-    crossed = {ids[0]: 0.6, ids[1]: 0.5, ids[2]: 0.8}
-    crossing = labelled(ids, crossed, positive_above=0.4, negative_below=0.9)[1]
-    return {"negatives": labelled(ids, scores)[1], "thresholds that cross": crossing}
+    crossed = {0: 0.6, 1: 0.5, 2: 0.8}
+    _, negatives = labelled(rng, pseudo_label, crossed, positive_above=0.4, negative_below=0.9)
+    return found | {"thresholds that cross": negatives}
 
 
 # ---------------------------------------------------------------- teleport
-def tele(rng_seed, question, corpus, ids, ahead, rngs=None, momentum=(), known=(), **changes):
-    from mine_negatives import teleport
-
-    found = found_of(ids, lookahead=ahead, momentum=[*momentum], momentum_positives=[*known])
-    question = dict(question, positives=[*question["positives"]])
-    return teleport(question, found, corpus, settings(**changes), rngs or streams(rng_seed))
-
-
-def tele_sources(rng):
+def tele_sources(rng, teleport):
     question, corpus, ids = world(rng, holding=(1, 4))
-    question["positives"] = [ids[0]]
-    ahead = [ids[i] for i in (0, 2, 20, 21, 1, 22, 23)]
-    momentum = [ids[2], ids[30], ids[31]]
-    sizes = {"depth": 4, "negatives": 4}
-    _, negatives = tele(0, question, corpus, ids, ahead, momentum=momentum, **sizes)
-    return {
-        "neighbours": sorted(negatives[:4]),
-        "look-ahead": sorted(negatives[4:8]),
-        "momentum": negatives[8:],
-    }
+    more = {"lookahead": [ids[i] for i in (0, 2, 20, 21, 1, 22, 23)]}
+    more["momentum"] = [ids[2], ids[30], ids[31]]
+    _, negatives = mine(teleport, question, corpus, ids, more, depth=4, negatives=4)
+    found = {"neighbours": sorted(negatives[:4]), "look-ahead": sorted(negatives[4:8])}
+    return found | {"momentum": negatives[8:]}
 
 
-def tele_draws(rng):
-    question, corpus, ids = world(rng, holding=())
-    question["positives"] = [ids[39]]
+def tele_draws(rng, teleport):
+    question, corpus, ids = world(rng, positives=(39,), holding=())
     good, late, alike = [], 0, []
     for seed in range(15):
-        neighbours = {}
-        for ahead in (ids[20:24], ids[20:38]):
+        neighbours = []
+        for end in (24, 38):
             rngs = streams(seed)
-            tele(seed, question, corpus, ids, ahead, rngs, depth=16, negatives=4)
-            _, negatives = tele(seed, question, corpus, ids, ahead, rngs, depth=16, negatives=4)
-            neighbours[len(ahead)] = negatives[:4]
+            for _ in range(2):
+                more = {"lookahead": ids[20:end]}
+                _, negatives = mine(teleport, question, corpus, ids, more, rngs, depth=16, negatives=4)
+            neighbours.append(negatives[:4])
         places = {ids.index(pid) for pid in negatives[:4]}
         good.append(len(places) == 4 and max(places) < 16)
         late += max(places) >= 8
-        alike.append(neighbours[4] == neighbours[18])
+        alike.append(neighbours[0] == neighbours[1])
     return {"four of the first 16": good, "some from far down": late > 0, "whatever the look-ahead": alike}
 
 
-def tele_positives(rng):
-    question, corpus, ids = world(rng, holding=())
-    question["positives"] = [ids[3]]
-    known = [ids[7], ids[3], ids[9]]
-    positives, _ = tele(0, question, corpus, ids, ids[10:30], known=known)
-    return {"positives": positives}
+def tele_positives(rng, teleport):
+    question, corpus, ids = world(rng, positives=(3,), holding=())
+    more = {"momentum_positives": [ids[7], ids[3], ids[9]], "lookahead": ids[10:30]}
+    return {"positives": mine(teleport, question, corpus, ids, more)[0]}
 
 
-def tele_dropped(rng):
+def tele_dropped(rng, teleport):
     question, corpus, ids = world(rng, holding=range(30))
-    question["positives"] = [ids[0]]
-    _, negatives = tele(0, question, corpus, ids[:20], ids[20:], momentum=ids[35:], depth=10)
-    return {"negatives": len(negatives)}
+    more = {"lookahead": ids[20:], "momentum": ids[35:]}
+    return {"negatives": len(mine(teleport, question, corpus, ids[:20], more, depth=10)[1])}
 
 
 # ---------------------------------------------------------------- rotating_negatives
-def rotate_all(rng):
-    from train_dpr import rotating_negatives
-
+def rotate_all(rng, rotating_negatives):
     found = {}
     for pool, k in ((12, 4), (10, 3), (180, 31)):
         seed = int(rng.integers(10**6))
@@ -396,9 +316,7 @@ def rotate_all(rng):
     return found
 
 
-def rotate_small(rng):
-    from train_dpr import rotating_negatives
-
+def rotate_small(rng, rotating_negatives):
     seed = int(rng.integers(10**6))
     sizes = ((3, 8), (1, 2), (0, 3), (3, 0))
     return {"taken": [sorted(map(int, rotating_negatives(pool, k, seed, 2))) for pool, k in sizes]}
@@ -411,10 +329,11 @@ def mined(rng):
     lines = []
     for mode in ("topk", "denoise", "pseudo_label"):
         for _ in range(3):
-            question, corpus, found = scored(rng)
+            question, corpus, ids, more = scored(rng)
             if mode == "pseudo_label":
-                found.scores[found.ranked[10]] = 0.95
-            cfg = settings(scores="" if mode == "topk" else "x.run", negatives=3)
-            positives, negatives = MODES[mode](question, found, corpus, cfg, streams())
-            lines += training_lines(question | {"positives": positives, "negatives": negatives}, cfg)
+                more["scores"][ids[10]] = 0.95
+            changes = {"scores": "" if mode == "topk" else "x.run", "negatives": 3}
+            positives, negatives = mine(MODES[mode], question, corpus, ids, more, **changes)
+            question |= {"positives": positives, "negatives": negatives}
+            lines += training_lines(question, settings(**changes))
     return {"lines": lines}

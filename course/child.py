@@ -6,6 +6,7 @@ The tree holds one student's function. No expected number is in the process, in 
 
 import contextlib
 import gc
+import importlib
 import importlib.util
 import json
 import multiprocessing
@@ -35,6 +36,31 @@ for name in "dpr.modeling_dpr t5.modeling_t5 t5.tokenization_t5".split():
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
 ENVIRONMENT |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 ENVIRONMENT |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def tasks(text):
+    """
+    Return {task: {check: (points, what is asked, where to read)}} of a table.
+
+    A task is a line, file:function. Below it each check is one: points driver what is asked | where to read
+    A part of a function is named by the beginnings of two statements: file:function ... first ... last
+    """
+    found = {}
+    for line in text.strip().splitlines():
+        if line[0] != " ":
+            checks = found[line] = {}
+            continue
+        points, name, words = line.split(maxsplit=2)
+        asked, _, read = words.partition(" | ")
+        checks[name] = (int(points), asked, read)
+    return found
+
+
+def parts(task):
+    """Return (file, function, first, last) of a task. No function: together. No first and last: all of it."""
+    place, first, last = [*task.split(" ... "), "", ""][:3]
+    path, _, name = place.partition(":")
+    return path, name, first, last
 
 
 # ---------------------------------------------------------------- in the child
@@ -94,8 +120,8 @@ def describe(error, tree):
     return np.array([type(error).__name__, str(error)[:200], where])
 
 
-def run_drivers(folder, assignment, names, seeds, most):
-    """In the child: write what the drivers return for every seed to folder/out.npz, after each driver."""
+def run_drivers(folder, assignment, task, seeds, most):
+    """In the child: write what a task's drivers return at every seed to folder/out.npz, after each driver."""
     os.setsid()  # one group with all its children, so that all of it can be ended
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))  # where the parent is killed itself
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))  # on Linux; elsewhere the parent looks
@@ -111,12 +137,17 @@ def run_drivers(folder, assignment, names, seeds, most):
     tempfile.tempdir = folder
     guard(folder)
     drivers = load(f"{tree}/{assignment}.py")
+    path, function, *_ = parts(task)
     found = {}
     for seed in seeds:
-        for name in names:
+        for name in drivers.TASKS[task]:
             rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
             try:
-                values = getattr(drivers, name)(rng)
+                given = []
+                if function:
+                    module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+                    given = [getattr(module, function)]
+                values = getattr(drivers, name)(rng, *given)
                 values = {f"{seed}|{name}|{key}": plain(value) for key, value in values.items()}
             except BaseException as error:  # SystemExit and KeyboardInterrupt too
                 values = {f"{seed}|{name}|error": describe(error, tree)}
@@ -134,9 +165,9 @@ def write_tree(files, folder):
         target.write_bytes(content)
 
 
-def outputs(files, assignment, names, seeds, seconds=SECONDS):
+def outputs(files, assignment, task, seeds, seconds=SECONDS):
     """
-    Run drivers in a child, on a tree of the files {path: bytes}. Return (found, fault, seconds it took).
+    Run a task's drivers in a child, on a tree of the files {path: bytes}. Return (found, fault, seconds).
 
     found: {(seed, driver): {name: array}}, without the drivers that did not end. fault: why they did not.
     """
@@ -144,7 +175,7 @@ def outputs(files, assignment, names, seeds, seconds=SECONDS):
     context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         write_tree(files, f"{folder}/tree")
-        child = context.Process(target=run_drivers, args=(folder, assignment, names, seeds, MEMORY))
+        child = context.Process(target=run_drivers, args=(folder, assignment, task, seeds, MEMORY))
         begin = time.monotonic()
         before = dict(os.environ)
         os.environ.update(ENVIRONMENT)  # what the server starts with

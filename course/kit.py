@@ -8,9 +8,9 @@ Students, in that folder:
   python kit.py board FILE        make the entry for the board from a .run or .answers.json
 Staff, in the repository: python course/kit.py make | prove | seal | grade | board --table   (course/staff.py)
 
-The solution is the answer key. A driver is a function of a1.py, a2.py ... It calls one function with numbers
-drawn from a seed and returns arrays. Drivers run in a child process that holds no expected number: only the
-arrays come back, and this process compares them with those of the solution.
+The solution is the answer key. A driver is a function of a1.py, a2.py ... It calls the student's function
+with numbers drawn from a seed and returns arrays. Drivers run in a child process that holds no expected
+number: only the arrays come back, and this process compares them with those of the solution.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from child import load, outputs, read_outputs
 
 HERE = Path(__file__).resolve().parent
 PUBLIC_SHARE = 1 / 3  # of the points of a check; the rest is for seeds that the student has not seen
+BOARD = ["questions.jsonl", "board.run", "board.answers.json"]
 SECTIONS = {"code": 70, "predict": 10, "experiment": 15, "board": 5}
 
 
@@ -128,7 +129,7 @@ def public_results(made, table, name=""):
         if name not in task:
             continue
         limit = 60 + 30 * made["seconds"][task]
-        got, fault, _ = outputs(files, made["assignment"], [*checks], [made["seed"]], limit)
+        got, fault, _ = outputs(files, made["assignment"], task, [made["seed"]], limit)
         cause = explain(task, made["seed"], got, made["causes"].get(task, []), wrong)
         for check, (points, *_) in checks.items():
             place = (made["seed"], check)
@@ -198,7 +199,7 @@ def pack(args):
     holes = dict.fromkeys(task.partition(":")[0] for task in table.TASKS if ":" in task)
     path = HERE / f"{made['assignment']}_{made['student']}.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        for name in [*holes, "kit.json", "answers.json", "report.md", "board.run", "board.answers.json"]:
+        for name in [*holes, "kit.json", "answers.json", "report.md", *BOARD]:
             there = (HERE / name).is_file()
             print(f"{'packed' if there else 'not there':10} {name}")
             if there:

@@ -14,7 +14,7 @@ import child
 import kit
 import numpy as np
 import trees
-import wrong as answers
+import wrong
 
 SEEDS = (1, 2)  # where no sealed seeds are given
 # how the lines of prove begin, for the counts
@@ -88,7 +88,7 @@ def prove(assignment, seeds=SEEDS, tasks=None, attacks=True, seconds=None):
             submission = {}
             for other, path, name in trees.tasks_of(table):
                 source = submission.get(path, solution[path]).decode()
-                source, _ = trees.graft(source, answers.RIGHT[other][0][1], name)
+                source, _ = trees.graft(source, wrong.RIGHT[other][0][1], name)
                 submission[path] = source.encode()
             losses, found = lost(submission, task)
             seen = next(filter(None, found.values()), "")
@@ -99,8 +99,8 @@ def prove(assignment, seeds=SEEDS, tasks=None, attacks=True, seconds=None):
             unlike = [c for c, at in losses.items() if len(at) != (len(seeds) if c in named else 0)]
             text = ", ".join(f"{c} lost at {len(losses[c])} of {len(seeds)} seeds" for c in unlike)
             yield f"{task}: wrong: {what}: loses {', '.join(named)}", text
-        path, name = task.split(":")
-        for what, text in answers.RIGHT[task]:
+        path, name, *_ = child.parts(task)
+        for what, text in wrong.RIGHT[task]:
             submission = {path: text.encode()}
             losses, found = lost(submission, task)
             text = "; ".join(f"{c}: {next(filter(None, found.values()))}" for c, at in losses.items() if at)
@@ -171,28 +171,34 @@ def prove_command(args):
 
 
 # ---------------------------------------------------------------- seal
+def faults_at(assignment, table, solution, seed):
+    """Return (wrong answers that do not lose what they must, {(number, task>check): arrays}) at a seed."""
+    key, took = trees.keys_of(assignment, table, solution, [seed])
+    faults, outputs = [], {}
+    for task, *_ in trees.tasks_of(table):
+        for i, (what, submission, named) in enumerate(trees.wrong_submissions(solution, table, task)):
+            given = (assignment, table, solution, submission, task, [seed], key)
+            found, got, _ = trees.seen_of(*given, seconds=20 + 10 * took[task])
+            outputs |= {(i, f"{task}>{check}"): parts for (_, check), parts in got.items()}
+            if {check for (_, check), seen in found.items() if seen} != {*named}:
+                faults.append(f"{task}: {what}")
+    return faults, outputs
+
+
 def seal(args):
     """Draw seeds until every wrong answer loses its checks at each; write them."""
     table = child.load(trees.HERE / f"{args.assignment}.py")
     solution = trees.solution_of(args.assignment, table)
-    seeds, wrong = [], {}
+    seeds, sealed = [], {}
     while len(seeds) < args.count:
         seed = secrets.randbelow(2**48)
-        key, _ = trees.keys_of(args.assignment, table, solution, [seed])
-        faults, outputs = [], {}
-        for task, *_ in trees.tasks_of(table):
-            for i, (what, submission, named) in enumerate(trees.wrong_submissions(solution, table, task)):
-                given = (args.assignment, table, solution, submission, task, [seed], key)
-                found, got, _ = trees.seen_of(*given, seconds=60)
-                outputs |= {(i, f"{task}>{check}"): parts for (_, check), parts in got.items()}
-                if {check for (_, check), seen in found.items() if seen} != {*named}:
-                    faults.append(f"{task}: {what}")
+        faults, outputs = faults_at(args.assignment, table, solution, seed)
         print(f"a seed {'is not good for ' + faults[0] if faults else 'is good for all wrong answers'}")
         if not faults:
             seeds.append(seed)
-            wrong = wrong or outputs
+            sealed = sealed or outputs
     Path(args.out).write_text(
         json.dumps({"assignment": args.assignment, "seeds": seeds}) + "\n", encoding="utf-8"
     )
-    np.savez(Path(args.out).with_suffix(".npz"), **child.flat(wrong))  # at the first seed, for the feedback
+    np.savez(Path(args.out).with_suffix(".npz"), **child.flat(sealed))  # at the first seed, for the feedback
     print(f"written: {args.out}; keep it out of every folder that students can read")

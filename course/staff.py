@@ -4,10 +4,11 @@ The staff's side of the course kit. kit.py adds these commands where this file l
 python course/kit.py make A --student ID --out FOLDER     a folder with holes in which a student can start
 python course/kit.py prove A                              prove the grader with the wrong answers of wrong.py
 python course/kit.py seal A --out FILE                    draw the secret seeds
-python course/kit.py grade A FOLDER --sealed FILE         grade the zips of a folder
+python course/kit.py grade A FOLDER --sealed FILE --out FOLDER      grade what was handed in
+python course/kit.py questions FOLDER --corpus FILE --out FOLDER    check and collect the students' questions
 python course/kit.py board --table FOLDER --questions FILE --corpus FILE --baseline FILE
 
-trees.py cuts and grafts, prove.py proves, wrong.py has the wrong answers.
+trees.py cuts and grafts, prove.py proves, wrong.py has the wrong answers, board.py the board.
 """
 
 import argparse
@@ -16,17 +17,23 @@ import hashlib
 import json
 import re
 import sys
-import zipfile
+from itertools import chain
 from pathlib import Path
 
+import board
 import child
 import kit
 import numpy as np
 import prove
 import trees
-import wrong as answers
+import wrong
 
 HERE = trees.HERE
+WAITING = "not graded yet"
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------- make
@@ -50,7 +57,11 @@ def make(args):
     child.write_tree(skeleton, out)
     for name in ("kit.py", "child.py"):
         (out / name).write_bytes((HERE / name).read_bytes())
-    (out / "README.md").write_bytes((HERE / f"{args.assignment}.md").read_bytes())
+    texts = [(HERE / name).read_text(encoding="utf-8") for name in (f"{args.assignment}.md", "working.md")]
+    (out / "README.md").write_text("\n".join(texts), encoding="utf-8")
+    (out / "AGENTS.md").write_bytes((HERE / "assistants.md").read_bytes())
+    if args.open:
+        child.write_tree({path: solution[path] for _, path, _ in trees.tasks_of(table)}, out / "solution")
     np.savez(out / "public.npz", **child.flat(key))
     causes = {}
     if args.hints:
@@ -61,11 +72,19 @@ def make(args):
         np.savez(out / "causes.npz", **child.flat(found))
     made = {"assignment": args.assignment, "student": args.student, "seed": seed, "seconds": seconds}
     made |= {"files": [*skeleton], "causes": causes}
-    (out / "kit.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    write_json(out / "kit.json", made)
     print(f"written: {out}, {len(skeleton)} files; begin with its README.md")
 
 
 # ---------------------------------------------------------------- grade
+def blank_rows(table):
+    """Return the rows of a submission of which nothing has been graded yet."""
+    checks = [(task, check, row[0]) for task, checks in table.TASKS.items() for check, row in checks.items()]
+    checks.append(("predict", "answers.json", kit.SECTIONS["predict"]))
+    rest = {"seen": WAITING, "sealed": WAITING, "cause": ""}
+    return [{"task": task, "check": check, "points": 0.0, "of": of} | rest for task, check, of in checks]
+
+
 def grade_one(assignment, table, solution, sealed, submission):
     """
     Yield the rows of one submission, one a check: task, check, points, of, seen (public), sealed, cause.
@@ -82,7 +101,7 @@ def grade_one(assignment, table, solution, sealed, submission):
             key, took = trees.keys_of(assignment, table, solution, seeds, [task])
         limit = 20 + 10 * took[task]
         found, got, _ = trees.seen_of(assignment, table, solution, submission, task, seeds, key, limit)
-        causes = [what for what, *_ in answers.WRONG.get(task, [])]
+        causes = [what for what, *_ in wrong.WRONG.get(task, [])]
         cause = kit.explain(task, sealed["seeds"][0], got, causes, sealed["wrong"])
         for check, (points, *_) in checks.items():
             seen = found[public, check]
@@ -102,7 +121,7 @@ def predict_row(assignment, table, submission):
     except ValueError:
         given = {}
     seed = seed_of(assignment, str(made.get("student", "")))
-    wanted = answers.PREDICT[assignment](**kit.numbers_of(table, seed))
+    wanted = wrong.PREDICT[assignment](**kit.numbers_of(table, seed))
     right = []
     for name, value in wanted.items():
         mine = given.get(name) if isinstance(given, dict) else None
@@ -160,7 +179,7 @@ def gradescope(rows):
 
 
 def grade(args):
-    """Grade every zip or folder in a folder; write grades.json, grades.csv, feedback/ and results/."""
+    """Grade what was handed in; write grades.json, grades.csv, feedback/ and gradescope/."""
     table = child.load(HERE / f"{args.assignment}.py")
     solution = trees.solution_of(args.assignment, table, args.variant)
     sealed = json.loads(Path(args.sealed).read_text(encoding="utf-8"))
@@ -173,66 +192,29 @@ def grade(args):
         (out / folder).mkdir(parents=True, exist_ok=True)
 
     everything = []
-    places = [Path(args.folder)] if args.folder.endswith(".zip") else sorted(Path(args.folder).iterdir())
-    for place in places:
-        if not (place.is_dir() or place.suffix == ".zip"):
-            continue
-        name = re.sub(r"\W", "_", place.stem)
-        try:
-            submission = trees.submission_of(place, table)
-            student = str(json.loads(submission.get("kit.json", b"{}")).get("student", name))
-        except (OSError, ValueError, zipfile.BadZipFile, AttributeError, RuntimeError) as error:
-            print(f"{place.name}: not readable ({type(error).__name__}), 0 points")
-            submission, student = {}, name
-        rows = []
-        for row in grade_one(args.assignment, table, solution, sealed, submission):
-            rows.append(row)
-            # after every check, so that an overall time limit leaves the points so far
-            text = json.dumps(gradescope(rows), indent=1)
-            (out / "gradescope" / f"{name}.json").write_text(text, encoding="utf-8")
-        rows.append(predict_row(args.assignment, table, submission))
-        (out / "gradescope" / f"{name}.json").write_text(
-            json.dumps(gradescope(rows), indent=1), encoding="utf-8"
-        )
+    paths = [path for _, path, _ in trees.tasks_of(table)]
+    for name, student, submission in trees.hand_ins(args.folder, paths):
+        rows = blank_rows(table)
+        graded = grade_one(args.assignment, table, solution, sealed, submission)
+        last = [predict_row(args.assignment, table, submission)]
+        # written at once and after every check, so that an overall time limit leaves the points so far
+        results = out / "gradescope" / f"{name}.json"
+        write_json(results, gradescope(rows))
+        for i, row in enumerate(chain(graded, last)):
+            rows[i] = row
+            write_json(results, gradescope(rows))
         (out / "feedback" / f"{name}.txt").write_text(feedback(student, rows, table), encoding="utf-8")
-        everything += [{"student": student} | row for row in rows]
-        print(f"{student}: {sum(row['points'] for row in rows):g} of 80", flush=True)
+        everything += [{"file": name, "student": student} | row for row in rows]
+        print(f"{name}: {sum(row['points'] for row in rows):g} of 80", flush=True)
 
-    (out / "grades.json").write_text(
-        json.dumps(everything, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    write_json(out / "grades.json", everything)
     with open(out / "grades.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["student", "task", "check", "points", "of", "seen", "sealed", "cause"])
+        writer = csv.DictWriter(file, everything[0] if everything else ["file", "student"])
         writer.writeheader()
         writer.writerows(everything)
 
 
-# ---------------------------------------------------------------- board
-def board_table(args):
-    """Print each entry's score on the sealed questions and its paired gain over the baseline."""
-    from recipes.compare import cell, per_question
-    from utils.data import Corpus, read_questions
-    from utils.metrics import bootstrap_interval
-    from utils.plumbing.config import UserError
-
-    questions = read_questions(args.questions)
-    corpus = Corpus(args.corpus)
-    base = per_question(args.baseline, questions, corpus)
-    print(f"n = {len(questions)}; percent (95 % interval); gain over {Path(args.baseline).name}; 5 points")
-    for path in sorted(Path(args.table).iterdir()):
-        if path.suffix not in (".run", ".json"):
-            continue
-        try:
-            values = per_question(path, questions, corpus)
-        except (UserError, ValueError) as error:
-            print(f"{path.name:30} no entry: {error}")
-            continue
-        metric = "EM" if "EM" in values else "MRR@10"
-        gain = values[metric] - base[metric]
-        earned = 5 if bootstrap_interval(gain)[0] > 0 else 0
-        print(f"{path.name:30} {metric} {cell(values[metric])}  {cell(gain, signed=True)}  {earned}")
-
-
+# ---------------------------------------------------------------- the commands
 def add_commands(commands):
     """Add the staff's commands to the parser of kit.py."""
     assignment = re.compile(r"a?([1-6])")
@@ -248,6 +230,7 @@ def add_commands(commands):
     command.add_argument("--out", required=True, help="a new folder")
     command.add_argument("--student", default="me", help="an id; the public numbers depend on it")
     command.add_argument("--hints", action="store_true", help="check also names known mistakes")
+    command.add_argument("--open", action="store_true", help="for self-study: the solution too, in solution/")
     command.add_argument("--variant", default="", help="a file of functions that replace those of the text")
     command.set_defaults(run=make)
     command = commands.add_parser("prove", help="prove the grader")
@@ -267,9 +250,14 @@ def add_commands(commands):
     command.add_argument("--out", required=True)
     command.add_argument("--variant", default="")
     command.set_defaults(run=grade)
+    command = commands.add_parser("questions", help="check and collect the students' questions for the board")
+    command.add_argument("folder", help="what was handed in, as for grade")
+    command.add_argument("--corpus", required=True)
+    command.add_argument("--out", required=True)
+    command.set_defaults(run=board.questions)
     command = commands.add_parser("board", help="print the board's table")
-    command.add_argument("--table", required=True, help="a folder of entries")
+    command.add_argument("--table", required=True, help="what was handed in, as for grade")
     command.add_argument("--questions", required=True, help="with answers and positives")
     command.add_argument("--corpus", required=True)
     command.add_argument("--baseline", required=True)
-    command.set_defaults(run=board_table)
+    command.set_defaults(run=board.table)

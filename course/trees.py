@@ -6,6 +6,8 @@ alone into the solution, so a wrong function costs only its own points.
 """
 
 import ast
+import json
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -16,10 +18,13 @@ sys.path[:0] = [str(HERE), str(ROOT)]
 
 import child  # noqa: E402
 import kit  # noqa: E402
-import wrong as answers  # noqa: E402
+import wrong  # noqa: E402
 
+HANDED_IN = ["kit.json", "answers.json", *kit.BOARD]
 PIECE = 28  # letters from which on a piece of a removed body counts as a leak
 COMMON = ["LICENSE", "requirements.txt", "utils/__init__.py", "prepare/__init__.py"]
+COMMON += ["recipes/demo/prepare.py", "recipes/compare.py", "config/train_dpr_demo.yaml"]
+COMMON += [f"recipes/demo/{name}.jsonl" for name in ("train", "dev", "test")]
 
 
 # ---------------------------------------------------------------- functions: cut, graft
@@ -31,19 +36,29 @@ def find(source, name):
     return None
 
 
-def body_lines(source, name):
-    """Return (first, last) of the lines of a body without its docstring, from 0, the last excluded."""
+def statements(source, name, first="", last=""):
+    """Return the statements of a function without its docstring, or those from `first` to `last`."""
     node = find(source, name)
     body = node.body[ast.get_docstring(node) is not None :]
+    if first:
+        texts = [ast.get_source_segment(source, statement) for statement in body]
+        (begin,), (end,) = ([i for i, text in enumerate(texts) if text.startswith(x)] for x in (first, last))
+        body = body[begin : end + 1]
+    return body
+
+
+def body_lines(source, name, *region):
+    """Return (first, last) of the lines of these statements, from 0, the last excluded."""
+    body = statements(source, name, *region)
     first = body[0].lineno - 1
     while source.split("\n")[first - 1].strip().startswith("#"):  # comments above the first statement
         first -= 1
     return first, body[-1].end_lineno
 
 
-def replace_body(source, name, lines):
-    """Return the source with other lines, not indented, as the body of a function; its docstring stays."""
-    first, last = body_lines(source, name)
+def replace_body(source, name, lines, *region):
+    """Return the source with other lines, not indented, in the place of these statements."""
+    first, last = body_lines(source, name, *region)
     body = ["    " + line if line else "" for line in lines]
     rows = source.split("\n")
     return "\n".join(rows[:first] + body + rows[last:])
@@ -108,7 +123,7 @@ def is_constant(node):
 
 # ---------------------------------------------------------------- trees
 def closure(paths):
-    """Return the files of this repository that Python files import, they themselves first."""
+    """Return these files of the repository, and what their Python imports or names (a script its config)."""
     found = {}
     waiting = [*paths]
     while waiting:
@@ -122,6 +137,8 @@ def closure(paths):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.module:
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            if isinstance(node, ast.Constant) and str(node.value).startswith("config/"):
+                waiting.append(node.value)
             waiting += [name.replace(".", "/") + ".py" for name in names]
     return found
 
@@ -129,7 +146,7 @@ def closure(paths):
 def tasks_of(table):
     """Yield (task, path, function) of the functions of an assignment, without "together"."""
     for task in table.TASKS:
-        path, _, name = task.partition(":")
+        path, name, *_ = child.parts(task)
         if name:
             yield task, path, name
 
@@ -162,8 +179,8 @@ def skeleton_of(solution, table):
     for dropped in table.DROP:
         path, name = dropped.split(":")
         files[path] = without(files[path].decode(), name).encode()
-    for _, path, name in tasks_of(table):
-        files[path] = replace_body(files[path].decode(), name, stub(name)).encode()
+    for task, path, name in tasks_of(table):
+        files[path] = replace_body(files[path].decode(), name, stub(name), *child.parts(task)[2:]).encode()
     return files
 
 
@@ -181,9 +198,8 @@ def leaks(solution, skeleton, table):
     flat = {path: " ".join(content.decode().split()) for path, content in skeleton.items()}
     for task, path, name in tasks_of(table):
         rows = solution[path].split(b"\n")
-        node = find(solution[path].decode(), name)
         pieces = set()
-        for statement in node.body[ast.get_docstring(node) is not None :]:
+        for statement in statements(solution[path].decode(), name, *child.parts(task)[2:]):
             for part in ast.walk(statement):
                 if isinstance(part, ast.stmt | ast.expr):
                     pieces.add(segment(rows, part))
@@ -193,20 +209,35 @@ def leaks(solution, skeleton, table):
                     yield task, where, piece
 
 
-def submission_of(path, table):
-    """Return (kit.json, answers.json, {path: bytes} of the files with holes) of a zip or a folder."""
-    files = {}
-    wanted = {"kit.json", "answers.json", *(path for _, path, _ in tasks_of(table))}
+def submission_of(path, wanted):
+    """Return {path: bytes} of the files that are wanted of a zip or a folder, each of up to 10 MB."""
     if Path(path).is_dir():
-        for name in wanted:
-            if (Path(path) / name).is_file():
-                files[name] = (Path(path) / name).read_bytes()
-    else:
-        with zipfile.ZipFile(path) as file:
-            for entry in file.infolist():
-                if entry.filename in wanted and entry.file_size < 1e6:
-                    files[entry.filename] = file.read(entry)
-    return files
+        there = [Path(path) / name for name in wanted]
+        return {str(file.relative_to(path)): file.read_bytes() for file in there if file.is_file()}
+    with zipfile.ZipFile(path) as file:
+        entries = [entry for entry in file.infolist() if entry.filename in wanted and entry.file_size < 1e7]
+        return {entry.filename: file.read(entry) for entry in entries}
+
+
+def hand_ins(folder, more=()):
+    """
+    Yield (name, student, {path: bytes}) of every zip and folder in a folder, or of the one that it is itself.
+
+    more: paths to read besides HANDED_IN. What cannot be read is said, and has no files.
+    """
+    folder = Path(folder)
+    single = folder.suffix == ".zip" or (folder / "kit.json").is_file()
+    for place in [folder] if single else sorted(folder.iterdir()):
+        if not (place.is_dir() or place.suffix == ".zip"):
+            continue
+        name = re.sub(r"\W", "_", place.stem)
+        try:
+            files = submission_of(place, {*HANDED_IN, *more})
+            student = str(json.loads(files.get("kit.json", b"{}")).get("student", name))
+        except (OSError, ValueError, zipfile.BadZipFile, AttributeError, RuntimeError) as error:
+            print(f"{place.name}: not readable ({type(error).__name__}), 0 points")
+            files, student = {}, name
+        yield name, student, files
 
 
 # ---------------------------------------------------------------- one task of one submission
@@ -231,7 +262,7 @@ def seen_of(assignment, table, solution, submission, task, seeds, key, seconds):
     files, fault = tree_with(solution, submission, table, task)
     if fault:
         return {(seed, check): fault for seed in seeds for check in checks}, {}, 0.0
-    got, fault, took = child.outputs(files, assignment, checks, seeds, seconds)
+    got, fault, took = child.outputs(files, assignment, task, seeds, seconds)
     seen = {}
     for seed in seeds:
         for check in checks:
@@ -246,7 +277,7 @@ def keys_of(assignment, table, solution, seeds, tasks=None):
     key, seconds = {}, {}
     for task in tasks or table.TASKS:
         checks = table.TASKS[task]
-        found, fault, seconds[task] = child.outputs(solution, assignment, [*checks], seeds)
+        found, fault, seconds[task] = child.outputs(solution, assignment, task, seeds)
         key |= found
         for seed in seeds:
             for check in checks:
@@ -258,16 +289,16 @@ def keys_of(assignment, table, solution, seeds, tasks=None):
 
 def wrong_submissions(solution, table, task):
     """Yield (what it is, {path: bytes}, the checks that it must lose) of the wrong answers to a task."""
-    path, name = task.split(":")
+    path, name, *_ = child.parts(task)
     source = solution[path].decode()
     node = find(source, name)
     rows = source.split("\n")
     text = "\n".join(rows[node.lineno - 1 : node.end_lineno])
-    for what, old, new, loses in answers.WRONG[task]:
+    for what, old, new, loses in wrong.WRONG[task]:
         if text.count(old) != 1:
-            sys.exit(f"error: wrong.py: {task}: {what}: {old!r} stands {text.count(old)} times")
+            sys.exit(f"error: answers: {task}: {what}: {old!r} stands {text.count(old)} times")
         changed = rows[: node.lineno - 1] + [text.replace(old, new)] + rows[node.end_lineno :]
-        yield what, {path: "\n".join(changed).encode()}, loses.split()
+        yield what, {path: "\n".join(changed).encode()}, loses
 
 
 def wrong_outputs(assignment, table, solution, seed):
@@ -275,7 +306,7 @@ def wrong_outputs(assignment, table, solution, seed):
     for task, *_ in tasks_of(table):
         for i, (what, submission, _) in enumerate(wrong_submissions(solution, table, task)):
             files, _ = tree_with(solution, submission, table, task)
-            found, *_ = child.outputs(files, assignment, [*table.TASKS[task]], [seed])
+            found, *_ = child.outputs(files, assignment, task, [seed])
             yield task, i, what, found
 
 

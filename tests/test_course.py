@@ -6,18 +6,25 @@ The whole proof of an assignment is a command: python course/kit.py prove 1
 
 import ast
 import base64
+import gc
+import importlib
 import json
 import re
 import sys
+import zipfile
+import zlib
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import tests.test_commands as commands
 from utils.plumbing.config import ROOT
 
 sys.path.insert(0, str(ROOT / "course"))
 
+import board  # noqa: E402
 import child  # noqa: E402
 import kit  # noqa: E402
 import prove  # noqa: E402
@@ -27,7 +34,14 @@ import wrong  # noqa: E402
 
 NAMES = sorted(path.stem for path in (ROOT / "course").glob("a[1-6].py"))
 TABLES = {name: child.load(ROOT / "course" / f"{name}.py") for name in NAMES}
-METRICS = ["utils/metrics.py:mrr", "utils/metrics.py:topk_accuracy"]  # their children import no torch
+MRR = "utils/metrics.py:mrr"  # a child of it imports no torch
+
+
+@cache
+def built(name):
+    """The trees of an assignment's solution and skeleton."""
+    solution = trees.solution_of(name, TABLES[name])
+    return solution, trees.skeleton_of(solution, TABLES[name])
 
 
 @pytest.fixture(autouse=True)
@@ -39,10 +53,9 @@ def light(monkeypatch):
 # ---------------------------------------------------------------- cut and graft
 @pytest.mark.parametrize("name", NAMES)
 def test_an_assignment_is_cut_without_a_trace(name):
-    """70 points; every hole parses and says its name; no piece of a body is left; the handout fits."""
+    """70 points; every hole parses and says its name; no piece of a body is left."""
     table = TABLES[name]
-    solution = trees.solution_of(name, table)
-    skeleton = trees.skeleton_of(solution, table)
+    solution, skeleton = built(name)
     assert sum(trees.points_of(table).values()) == kit.SECTIONS["code"] == 70
     assert [*trees.leaks(solution, skeleton, table)] == []
     for path, content in skeleton.items():
@@ -53,22 +66,46 @@ def test_an_assignment_is_cut_without_a_trace(name):
         assert ast.get_docstring(trees.find(skeleton[path].decode(), function)), "the docstring is the task"
         assert len(wrong.WRONG[task]) >= 3 and wrong.RIGHT[task], task
         assert all(hasattr(table, check) for check in table.TASKS[task])
-        for *_, loses in wrong.WRONG[task]:
-            assert {*loses.split()} <= table.TASKS[task].keys(), task
+        for *_, loses in trees.wrong_submissions(solution, table, task):  # their pieces are in the solution
+            assert loses and {*loses} <= table.TASKS[task].keys(), task
     assert wrong.PREDICT[name](**kit.numbers_of(table, 1)).keys() == table.QUESTIONS.keys()
-    handout = (ROOT / "course" / f"{name}.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_handout_names_what_is_there(name):
+    """Its files are in the folder, its commands and their flags exist, its points are those of the table."""
+    texts = [(ROOT / "course" / f"{part}.md").read_text(encoding="utf-8") for part in (name, "working")]
+    handout = "\n".join(texts)
     named = {*re.findall(r"\b(?:(?:utils|recipes|config|tests)/)?[\w/]+\.(?:py|yaml)\b", handout)}
-    named -= {"kit.py"}
-    assert named <= skeleton.keys(), named - skeleton.keys()
+    assert named <= {"kit.py", *built(name)[1]}
+    found = 0
+    for piece in re.split(r"[\n`;]", handout.replace("\\\n", " ")):
+        for match in commands.COMMAND.finditer(piece.replace("kit.py", "course/kit.py")):
+            if not match[1].startswith("make "):  # a word here
+                commands.test_the_command_exists(f"course/{name}.md", match[1].strip())
+                found += 1
+    assert found > 5
+    rows = re.findall(r"^\| (.*?) \| ([\d, ]+) \|", handout, re.M)
+    shown = [int(number) for _, numbers in rows for number in numbers.split(", ")]
+    assert shown == [*trees.points_of(TABLES[name]).values()]
 
 
 def test_a_leak_is_found():
     """The check of the test before can fail: a removed line, pasted into another file of the kit."""
-    table = TABLES["a1"]
-    solution = trees.solution_of("a1", table)
-    skeleton = trees.skeleton_of(solution, table)
-    skeleton["utils/text.py"] += b"\n# duplicates.discard((row, row *  width))\n"
-    assert {path for _, path, _ in trees.leaks(solution, skeleton, table)} == {"utils/text.py"}
+    solution, skeleton = built("a1")
+    leak = skeleton["utils/text.py"] + b"\n# duplicates.discard((row, row *  width))\n"
+    found = trees.leaks(solution, skeleton | {"utils/text.py": leak}, TABLES["a1"])
+    assert {path for _, path, _ in found} == {"utils/text.py"}
+
+
+def test_a_part_of_a_function_is_cut():
+    """The statements of the region are gone; those above and below it stay."""
+    task = "train_emdr2.py:retriever_gradient ... q_BD = ... log_prior_BK ="
+    source = built("a6")[1]["train_emdr2.py"].decode()
+    body = ast.unparse(trees.find(source, "retriever_gradient"))
+    assert child.parts(task) == ("train_emdr2.py", "retriever_gradient", "q_BD =", "log_prior_BK =")
+    assert "einsum" not in body and "log_prior_BK =" not in body
+    assert "query, doc = " in body and "agree_B = " in body
 
 
 OURS = '''import math
@@ -140,15 +177,15 @@ def test_a_difference_is_named_without_the_wanted_number(got, wanted, words):
 
 # ---------------------------------------------------------------- the child
 DRIVERS = """
-def answer(rng):
-    from mine import double
+TASKS = {"mine.py:double": ["answer"]}
+def answer(rng, double):
     return {"twice": double(rng.standard_normal(3)), "list": [1, 2]}
 """
 
 
 def run(body, seconds=20):
     files = {"mine.py": f"def double(x):\n{body}\n".encode(), "a.py": DRIVERS.encode()}
-    found, fault, _ = child.outputs(files, "a", ["answer"], [5], seconds)
+    found, fault, _ = child.outputs(files, "a", "mine.py:double", [5], seconds)
     return found.get((5, "answer")), fault
 
 
@@ -180,40 +217,197 @@ def test_a_child_sends_arrays():
 
 
 # ---------------------------------------------------------------- prove and grade
+# tasks whose drivers take milliseconds once torch is there, and end on every wrong answer
+QUICK = {
+    "a1": "in_batch_loss excluded_pairs learning_rate_factor positive_ranks",
+    "a2": "grad_cache_step chunk_seed in_chunks",
+    "a3": "fetch as_lists has_answer topk_accuracy mrr ndcg hybrid",
+    "a4": "wrong_for topk denoise pseudo_label teleport rotating_negatives",
+    "a5": "find_spans reader_loss best_spans exact_match f1",
+    "a6": "log_likelihood fused_log_likelihood retriever_loss kl_loss",
+}
+
+
+def ran(table, task, source):
+    """What the drivers of a task return on the function in a source, at seed 1, in this process."""
+    path, name, *_ = child.parts(task)
+    module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+    names = {"__name__": module.__name__, "__file__": module.__file__}
+    exec(compile(source, path, "exec"), names)
+    found = {}
+    for check in table.TASKS[task]:
+        rng = np.random.default_rng([1, zlib.crc32(check.encode())])
+        try:
+            values = getattr(table, check)(rng, names[name])
+            found[check] = {key: child.plain(value) for key, value in values.items()}
+        except Exception as error:
+            found[check] = {"error": child.describe(error, "")}
+    return found
+
+
+@pytest.fixture
+def frozen():
+    """A driver collects garbage: what torch made at import is left out, as in a child."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_and_right_answers(name, frozen):
+    """Every wrong answer to a quick function loses the checks named for it and no other; right ones none."""
+    table = TABLES[name]
+    solution, _ = built(name)
+    for task, path, function in trees.tasks_of(table):
+        if function not in QUICK[name].split():
+            continue
+        source = solution[path].decode()
+        key = ran(table, task, source)
+        cases = [
+            (what, files[path], loses)
+            for what, files, loses in trees.wrong_submissions(solution, table, task)
+        ]
+        for what, text in wrong.RIGHT[task]:
+            grafted, fault = trees.graft(source, text, function)
+            cases.append((what, grafted or fault, []))
+        for what, text, loses in cases:
+            found = ran(table, task, text)
+            lost = [check for check in key if kit.verdict(found[check], key[check], "", True)]
+            assert {*lost} == {*loses}, (task, what)
+
+
 def test_a_small_function_is_proved():
-    """Solution, stub, wrong and other right answers, and the variant of a function, at two seeds."""
-    lines = [*prove.prove("a3", tasks=METRICS[:1], attacks=False)]
+    """Solution, stub, wrong and other right answers, and the variant of a function: in children."""
+    lines = [*prove.prove("a3", tasks=[MRR], attacks=False)]
     assert [what for what, fault in lines if fault] == []
     kinds = ("wrong", "right", "variant", "the stub")
     counts = [sum(f": {kind}" in what for what, _ in lines) for kind in kinds]
-    assert counts == [len(wrong.WRONG[METRICS[0]]), 1, 1, 1]
+    assert counts == [len(wrong.WRONG[MRR]), 1, 1, 1]
 
 
-def graded(submission):
-    """The rows of a submission to an assignment of two functions, sealed with two seeds."""
-    tasks = {task: TABLES["a3"].TASKS[task] for task in METRICS}
-    table = SimpleNamespace(TASKS=tasks)
-    solution = trees.solution_of("a3", TABLES["a3"])
-    one = SimpleNamespace(TASKS={METRICS[0]: tasks[METRICS[0]]})
-    found = {(task, i): arrays for task, i, _, arrays in trees.wrong_outputs("a3", one, solution, 7)}
-    sealed = {"seeds": [7, 8], "wrong": found}
-    return [*staff.grade_one("a3", table, solution, sealed, submission)], table
+@pytest.fixture
+def small(monkeypatch):
+    """Assignment 3 with one function."""
+    keys = {"SHIP": ["utils/metrics.py"], "DROP": [], "SHOWN": [], "TASKS": {MRR: TABLES["a3"].TASKS[MRR]}}
+    table = SimpleNamespace(**vars(TABLES["a3"]) | keys)
+    monkeypatch.setattr(child, "load", lambda path: table)
+    return table
 
 
-def test_a_wrong_function_costs_its_own_points_and_is_named():
+def make(out, **changes):
+    keys = {
+        "assignment": "a3",
+        "student": "s1",
+        "out": str(out),
+        "hints": False,
+        "open": False,
+        "variant": "",
+    }
+    staff.make(SimpleNamespace(**keys | changes))
+
+
+def write(folder, old, new):
+    """Write mrr into a student's folder: the solution's body with a piece replaced."""
     source = (ROOT / "utils/metrics.py").read_text()
-    source = source.replace("0 < rank <= cutoff else", "0 < rank < cutoff else")
-    submission = {"utils/metrics.py": source.encode()}
-    submission["kit.json"] = b'{"student": "s1"}'
-    rows, table = graded(submission)
-    points = {row["check"]: (row["points"], row["of"]) for row in rows}
+    assert source.count(old) == 1
+    (folder / "utils/metrics.py").write_text(source.replace(old, new))
+
+
+def test_a_term(small, tmp_path, monkeypatch, capsys):
+    """seal, make, check, pack and grade: a wrong function costs its own points, and the mistake is named."""
+    prove.seal(SimpleNamespace(assignment="a3", count=1, out=str(tmp_path / "sealed.json")))
+    made = tmp_path / "s1"
+    make(made, hints=True, open=True)
+    assert "0 < rank <= cutoff" not in (made / "utils/metrics.py").read_text()
+    assert "0 < rank <= cutoff" in (made / "solution/utils/metrics.py").read_text()
+    assert "Do not" in (made / "AGENTS.md").read_text()
+
+    # the student
+    write(made, "0 < rank <= cutoff else", "0 < rank < cutoff else")
+    monkeypatch.setattr(kit, "HERE", made)
+    kit.check(SimpleNamespace(name="mrr", classroom=True))
+    out, seen = capsys.readouterr()
+    report = json.loads(base64.b64decode(out.rpartition("result=")[2]))
+    assert [test["score"] for test in report["tests"]] == [0, 0.33] and report["max_score"] == 1.0
+    assert "lost   mrr_cut" in seen and "holds  mrr_miss" in seen
+    assert "comes out when   the cutoff itself does not count" in seen
+    kit.predict(None)
+    key = wrong.PREDICT["a3"](**kit.numbers_of(small, staff.seed_of("a3", "s1")))
+    (made / "answers.json").write_text(json.dumps(key | {"ndcg": None}))
+    kit.pack(None)
+    packed = zipfile.ZipFile(made / "a3_s1.zip").namelist()
+    assert {"utils/metrics.py", "kit.json", "answers.json"} <= {*packed}
+
+    # the staff; a file that is no zip is said, and is graded as nothing
+    (tmp_path / "in").mkdir()
+    (made / "a3_s1.zip").rename(tmp_path / "in" / "s1.zip")
+    (tmp_path / "in" / "broken.zip").write_text("no zip")
+    grades = tmp_path / "grades"
+    keys = {"folder": str(tmp_path / "in"), "sealed": str(tmp_path / "sealed.json"), "out": str(grades)}
+    staff.grade(SimpleNamespace(assignment="a3", variant="", **keys))
+    rows = {(row["file"], row["check"]): row for row in json.loads((grades / "grades.json").read_text())}
+    points = {place: (row["points"], row["of"]) for place, row in rows.items() if place[0] == "s1"}
     assert points == {
-        "mrr_cut": (0, 2), "mrr_miss": (1, 1), "accuracy_cut": (2, 2), "accuracy_all": (2, 2)
-    }  # fmt: skip
-    (lost,) = (row for row in rows if row["seen"])
-    assert lost["cause"] == "the cutoff itself does not count" and lost["sealed"]
-    text = staff.feedback("s1", rows, table)
-    assert "comes out when  the cutoff itself does not count" in text and "5 of 80" in text
+        ("s1", "mrr_cut"): (0, 2),
+        ("s1", "mrr_miss"): (1, 1),
+        ("s1", "answers.json"): (7.5, 10),
+    }
+    assert rows["s1", "mrr_cut"]["cause"] == "the cutoff itself does not count"
+    assert rows["broken", "mrr_miss"]["seen"] == "utils/metrics.py was not handed in"
+    assert "8.5 of 80" in (grades / "feedback" / "s1.txt").read_text()
+    assert len((grades / "grades.csv").read_text().splitlines()) == 7
+    tests = json.loads((grades / "gradescope" / "s1.json").read_text())["tests"]
+    assert sum(test["score"] for test in tests) == 8.5 and sum(test["max_score"] for test in tests) == 13
+
+
+@pytest.mark.parametrize("graded", [0, 1])
+def test_a_grading_that_is_cut_short_leaves_all_rows(small, tmp_path, monkeypatch, graded):
+    """Gradescope stops what takes too long: what was graded counts, the rest has 0 of its points."""
+
+    def first_row(*_):
+        if graded:
+            yield staff.blank_rows(small)[0] | {"points": 2, "seen": "", "sealed": ""}
+        raise TimeoutError
+
+    monkeypatch.setattr(staff, "grade_one", first_row)
+    handed_in(tmp_path / "in", "s1")
+    (tmp_path / "sealed.json").write_text('{"seeds": [7]}')
+    keys = {"folder": str(tmp_path / "in"), "sealed": str(tmp_path / "sealed.json"), "out": str(tmp_path)}
+    with pytest.raises(TimeoutError):
+        staff.grade(SimpleNamespace(assignment="a3", variant="", **keys))
+    tests = json.loads((tmp_path / "gradescope" / "s1.json").read_text())["tests"]
+    assert [(test["score"], test["max_score"]) for test in tests] == [
+        (graded * 0.67, 0.67), (graded * 1.33, 1.33), (0, 0.33), (0, 0.67), (0, 10)
+    ]  # fmt: skip
+
+
+def test_a_variant_is_made_and_graded(small, tmp_path):
+    """The folder has the variant's docstring; its body keeps all points, the public body loses them."""
+    variant = str(ROOT / "course/variants/a3.py")
+    make(tmp_path / "s1", variant=variant)
+    theirs = trees.find((ROOT / "course/variants/a3.py").read_text(), "mrr")
+    shown = trees.find((tmp_path / "s1/utils/metrics.py").read_text(), "mrr")
+    assert ast.get_docstring(shown) == ast.get_docstring(theirs)
+    public = (tmp_path / "s1/kit.json", ROOT / "utils/metrics.py")
+    for name, source in (("public", public[1].read_text()), ("own", ast.unparse(theirs))):
+        (tmp_path / "in" / name / "utils").mkdir(parents=True)
+        (tmp_path / "in" / name / "kit.json").write_text(public[0].read_text())
+        (tmp_path / "in" / name / "utils/metrics.py").write_text(source)
+    (tmp_path / "sealed.json").write_text('{"seeds": [7]}')
+    keys = {"folder": str(tmp_path / "in"), "sealed": str(tmp_path / "sealed.json"), "out": str(tmp_path)}
+    staff.grade(SimpleNamespace(assignment="a3", variant=variant, **keys))
+    points = {"own": 0, "public": 0}
+    for row in json.loads((tmp_path / "grades.json").read_text()):
+        points[row["file"]] += row["points"]
+    assert points["own"] == 3 and points["public"] <= 0.4 * 3
+
+
+def test_a_seed_that_hides_a_wrong_answer_is_not_sealed(small, monkeypatch):
+    """At seed 1 a wrong answer loses what it must; one that gives the right numbers there is a fault."""
+    what, old, new, loses = wrong.WRONG[MRR][0]
+    monkeypatch.setitem(wrong.WRONG, MRR, [(what, old, new, loses), ("hidden", old, old, loses)])
+    faults, outputs = prove.faults_at("a3", small, trees.solution_of("a3", small), 1)
+    assert faults == [f"{MRR}: hidden"] and {number for number, _ in outputs} == {0, 1}
 
 
 def test_the_outputs_of_other_systems():
@@ -252,35 +446,75 @@ def test_the_outputs_of_other_systems():
     }
 
 
-def test_an_entry_for_the_board_and_its_points(tmp_path, monkeypatch, capsys):
-    """The entry has the board's questions alone; one that beats the baseline gets 5 points."""
-    corpus = [f"{i}\tthe {i}th text holds word{i}\ttitle {i}\n" for i in range(30)]
-    (tmp_path / "corpus.tsv").write_text("id\ttext\ttitle\n" + "".join(corpus))
+def handed_in(folder, student, **files):
+    """A folder of a student's files; a dot in a name is written as __."""
+    (folder / student).mkdir(parents=True)
+    (folder / student / "kit.json").write_text(json.dumps({"student": student}))
+    for name, text in files.items():
+        (folder / student / name.replace("__", ".")).write_text(text)
+
+
+def corpus_of(folder, count=30):
+    corpus = [f"{i}\tthe {i}th text holds word{i}\ttitle{i}\n" for i in range(count)]
+    (folder / "corpus.tsv").write_text("id\ttext\ttitle\n" + "".join(corpus))
+    return str(folder / "corpus.tsv")
+
+
+def asked(**changes):
+    question = {"question": "what is it", "answers": ["word3"], "title": "title3"}
+    return json.dumps(question | changes) + "\n"
+
+
+def test_students_questions_are_checked(tmp_path, capsys):
+    """A question with a fault is said and left out; the board's file has no answers."""
+    good, spelled = asked(), asked(question="is it word4", answers=["word4"], title="title4")
+    handed_in(tmp_path / "in", "s1", questions__jsonl=good + spelled)
+    handed_in(tmp_path / "in", "s2", questions__jsonl=asked(answers=["word9"], title="title5"))
+    handed_in(tmp_path / "in", "s3", questions__jsonl=asked(answers=[]))
+    keys = {"folder": str(tmp_path / "in"), "corpus": corpus_of(tmp_path), "out": str(tmp_path / "out")}
+    board.questions(SimpleNamespace(**keys))
+    said = capsys.readouterr().out
+    assert "s1.jsonl:2: an answer stands in the question" in said and "s3: not a question" in said
+    assert "s2.jsonl:1" in said and "1 questions of 2 students; 2 have a fault" in said
+    shown, kept = (
+        json.loads((tmp_path / "out" / f"{name}.jsonl").read_text()) for name in ("board", "sealed")
+    )
+    assert shown == {"qid": "s1-1", "question": "what is it"}
+    assert kept == shown | {"answers": ["word3"], "positives": ["3"]}
+
+
+def test_the_board(tmp_path, monkeypatch, capsys):
+    """An entry has the board's questions alone. It gets 5 points if it gains on the questions of others."""
     questions = []
-    for i in range(20):
-        question = {"qid": f"q{i}", "question": "x", "answers": [f"word{i}"], "positives": [str(i)]}
-        questions.append(json.dumps(question) + "\n")
-    (tmp_path / "sealed.jsonl").write_text("".join(questions))
-    for name, shift, count in (("good", 0, 30), ("base", 7, 20)):
-        rows = [f"q{i}\t{(i + shift) % 30}\t1\t2.0\n" for i in range(count)]
-        (tmp_path / f"{name}.run").write_text("".join(rows))
+    for i in range(24):
+        question = {"qid": f"s{i % 6}-{i}", "question": "x", "answers": [f"word{i}"], "positives": [str(i)]}
+        questions.append(question)
+    (tmp_path / "sealed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    qids = [row["qid"] for row in questions]
+
+    def ranked(shift):
+        return "".join(f"{qid}\t{(i + shift) % 30}\t1\t2.0\n" for i, qid in enumerate(qids))
 
     # a student's folder
-    (tmp_path / "kit.json").write_text('{"assignment": "a1", "student": "s1"}')
-    (tmp_path / "a1.py").write_text("")
-    (tmp_path / "board.jsonl").write_text("".join(f'{{"qid": "q{i}"}}\n' for i in range(20)))
-    monkeypatch.setattr(kit, "HERE", tmp_path)
-    kit.board(SimpleNamespace(file=str(tmp_path / "good.run")))
-    assert "20 of 20" in capsys.readouterr().out
-    assert len((tmp_path / "board.run").read_text().splitlines()) == 20
+    made = tmp_path / "made"
+    handed_in(tmp_path, "made", good__run=ranked(0) + "other\t1\t1\t2.0\n", a1__py="")
+    (made / "kit.json").write_text('{"assignment": "a1", "student": "s1"}')
+    (made / "board.jsonl").write_text("".join(json.dumps({"qid": qid}) + "\n" for qid in qids))
+    monkeypatch.setattr(kit, "HERE", made)
+    kit.board(SimpleNamespace(file=str(made / "good.run")))
+    assert "24 of 24" in capsys.readouterr().out and (made / "board.run").read_text() == ranked(0)
 
     # the staff's table
-    (tmp_path / "entries").mkdir()
-    (tmp_path / "board.run").rename(tmp_path / "entries" / "s1.run")
-    (tmp_path / "entries" / "broken.run").write_text("nonsense")
-    files = {"questions": "sealed.jsonl", "corpus": "corpus.tsv", "baseline": "base.run"}
-    files = {key: tmp_path / name for key, name in files.items()}
-    staff.board_table(SimpleNamespace(table=tmp_path / "entries", **files))
-    head, broken, entry = capsys.readouterr().out.splitlines()
-    assert "n = 20" in head and "no entry" in broken
-    assert re.search(r"s1.run +MRR@10 100.0 .* \+100.0 .* 5$", entry)
+    handed_in(tmp_path / "in", "s1", board__run=(made / "board.run").read_text())
+    answers = {row["qid"]: row["answers"][0] for row in questions}
+    handed_in(tmp_path / "in", "s2", board__answers__json=json.dumps(answers))
+    handed_in(tmp_path / "in", "s3", board__run="nonsense", board__answers__json=json.dumps({qids[0]: 5}))
+    handed_in(tmp_path / "in", "s4", board__run=ranked(7))
+    (tmp_path / "base.run").write_text(ranked(7))
+    files = {"questions": str(tmp_path / "sealed.jsonl"), "corpus": corpus_of(tmp_path)}
+    board.table(SimpleNamespace(table=str(tmp_path / "in"), baseline=str(tmp_path / "base.run"), **files))
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert re.search(r"s1 +n 20  MRR@10 100.0 .* \+100.0 .* 5$", lines[0])
+    assert re.search(r"s2 +n 20  EM 100.0 .* \+100.0 .* 5$", lines[1])
+    assert all("s3" in line and "no entry" in line for line in lines[2:4])
+    assert re.search(r"s4 +n 20  MRR@10 0.0 .* 0$", lines[4])

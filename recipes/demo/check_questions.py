@@ -48,7 +48,7 @@ def faults_of(splits, passages):
                 seen.setdefault((kind, text), where)
             shared = words[title].intersection(tokenize(row["question"]))
             without_rare += not any(w.isalnum() and frequency[w] <= len(passages) / 100 for w in shared)
-        if len(rows) < LEAST[name]:
+        if len(rows) < LEAST.get(name, 0):
             faults.append(f"{name}.jsonl: {len(rows)} questions, at least {LEAST[name]} are needed")
     share = without_rare / sum(map(len, splits.values()))
     if share < 1 / 3:
