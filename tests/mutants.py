@@ -1,14 +1,13 @@
 """
 Does a test notice every wrong answer that the course knows?
 
-course/wrong.py has wrong answers to functions of this repository. Each one is put into a copy of the tree,
+course/answers/ has wrong answers to functions of this repository. Each one is put into a copy of the tree,
 and a test of its module must fail there. The exit code is 1 if one passes.
 
 Run: python -m tests.mutants              all of them, about 15 seconds each
      python -m tests.mutants utils/search.py:fetch mine_negatives.py:topk
 """
 
-import ast
 import os
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "course"))
+from trees import wrong_submissions  # noqa: E402
 from wrong import WRONG  # noqa: E402
 
 # the tests of a module, the quick ones first
@@ -39,16 +39,6 @@ TESTS = {
     "utils/search.py": "search retrieval",
     "utils/text.py": "text languages",
 }
-
-
-def changed(source, function, piece, instead):
-    """Return the source with another piece in a top-level function."""
-    node = next(node for node in ast.parse(source).body if getattr(node, "name", "") == function)
-    rows = source.split("\n")
-    text = "\n".join(rows[node.lineno - 1 : node.end_lineno])
-    assert text.count(piece) == 1, (function, piece)
-    text = text.replace(piece, instead)
-    return "\n".join([*rows[: node.lineno - 1], text, *rows[node.end_lineno :]])
 
 
 def is_noticed(tree, names):
@@ -84,15 +74,15 @@ def main():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tree / name)
         for task in tasks:
-            path, function = task.split(":")
-            source = (ROOT / path).read_text(encoding="utf-8")
-            for what, piece, instead, _ in WRONG[task]:
-                (tree / path).write_text(changed(source, function, piece, instead), encoding="utf-8")
+            path = task.partition(":")[0]
+            source = (ROOT / path).read_bytes()
+            for what, files, _ in wrong_submissions({path: source}, None, task):
+                (tree / path).write_bytes(files[path])
                 noticed = is_noticed(tree, TESTS[path].split())
                 print(f"{'red ' if noticed else 'GREEN'} {task}: {what}", flush=True)
                 missed += not noticed
                 count += 1
-            (tree / path).write_text(source, encoding="utf-8")
+            (tree / path).write_bytes(source)
     print(f"{count - missed} of {count} wrong answers are noticed")
     sys.exit(missed > 0)
 
