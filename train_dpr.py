@@ -296,7 +296,10 @@ def main():
     need_file(cfg, "train", optional=("dev", "corpus"))
 
     # data
-    sizes = {"question_chunk": (64, cfg.question_tokens), "passage_chunk": (64, cfg.passage_tokens)}
+    sizes = {  # rows of a forward pass on a CPU, and their tokens; for a key that is 0
+        "question_chunk": (64, cfg.question_tokens),
+        "passage_chunk": (64, cfg.passage_tokens),
+    }
     run = Run(cfg, files=("train", "dev"), weights=("init",), sizes=sizes)
     corpus = run.corpus
     train, train_note = read_training(cfg.train, corpus)
