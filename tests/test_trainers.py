@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ from utils.plumbing.checkpoint import load_moments, save_checkpoint
 from utils.plumbing.config import ROOT, UserError
 from utils.plumbing.files import folder_hash, sha256, weights_hash
 from utils.plumbing.model_card import model_card
-from utils.plumbing.run import make_optimizer
+from utils.plumbing.run import Run, make_optimizer
 from utils.plumbing.weights import load_encoder, pair_id
 
 
@@ -415,3 +416,20 @@ def test_the_model_card_of_a_hubs_weights_without_dev(tmp_path):
         front = yaml.safe_load(card.split("---\n")[1])
         assert (front["base_model"], front["license"]) == (start, licence)
         assert "this run had no dev questions" in card and "{" not in card
+
+
+@pytest.mark.parametrize(
+    ("devices", "here", "launcher"),
+    [
+        (1, "1", "python "),
+        (2, "2", "torchrun --standalone --nproc_per_node 2 "),
+        (16, "8", "torchrun --nnodes 2 YOUR_RENDEZVOUS --nproc_per_node 8 "),
+    ],
+)
+def test_a_signal_says_how_to_go_on(devices, here, launcher, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    stopped = SimpleNamespace(accelerator=SimpleNamespace(num_processes=devices), say=print, caught=[15])
+    with pytest.raises(SystemExit) as end:
+        Run._stop(stopped, 7)
+    assert end.value.code == 143
+    assert f"stopped by a signal after step 7; go on with: {launcher}" in capsys.readouterr().out

@@ -303,7 +303,9 @@ class Run:
     def _stop(self, done):
         """Leave after a signal, with the command that goes on."""
         devices = self.accelerator.num_processes
-        launcher = f"torchrun --standalone --nproc_per_node {devices}" if devices > 1 else "python"
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", devices))
+        nodes = "--standalone" if here == devices else f"--nnodes {devices // here} YOUR_RENDEZVOUS"
+        launcher = f"torchrun {nodes} --nproc_per_node {here}" if devices > 1 else "python"
         command = f"{launcher} {shlex.join(sys.argv)} --resume exact"
         self.say(f"stopped by a signal after step {done}; go on with: {command}")
         sys.exit(128 + (self.caught or [signal.SIGTERM])[0])
