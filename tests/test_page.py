@@ -319,7 +319,7 @@ def open_page(browser, path, width=1280, height=900, dark=False, hash=""):
     browser.size(width, height, dark)
     browser.open("about:blank", "true")
     browser.requests.clear()
-    browser.open(f"{path.as_uri()}{hash}", "document.documentElement.dataset.ready === 'true'")
+    browser.open(f"{path.as_uri()}{hash}", "document.documentElement?.dataset.ready === 'true'")
 
 
 def text_of(browser, selector):
