@@ -23,13 +23,14 @@ from utils.distributed import chunk_seed
 
 def grad_cache_step(encode, chunks, loss_of, seed, backward=torch.Tensor.backward, cached=True):
     """
-    Add d loss / d parameters to every .grad; return what loss_of returned, detached from the encoders.
+    Add d loss / d parameters to every .grad; return the tuple of loss_of, the loss in it without a graph.
 
     encode(chunk): returns vectors [b, D]; it builds a graph only where torch's gradients are on. chunks: a
     list; encode takes one. loss_of(vectors): takes the vectors of all chunks, a list of tensors without an
     encoder behind them; returns (loss, ...), a scalar first. seed: ints >= 0 that no other step or device
     has; they fix the dropout masks. backward: called in the place of scalar.backward() (accelerate's, for
-    fp16's loss scaler). cached: False is the plain step: every graph stays, the same gradient, more memory.
+    fp16's loss scaler). cached: False is the plain step: every graph stays; the same masks and gradient, more
+    memory.
 
     Side effect: re-seeds torch's global generators (CPU and all CUDA devices).
     """
