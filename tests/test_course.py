@@ -9,6 +9,7 @@ import base64
 import gc
 import importlib
 import json
+import os
 import re
 import sys
 import zipfile
@@ -518,3 +519,21 @@ def test_the_board(tmp_path, monkeypatch, capsys):
     assert re.search(r"s2 +n 20  EM 100.0 .* \+100.0 .* 5$", lines[1])
     assert all("s3" in line and "no entry" in line for line in lines[2:4])
     assert re.search(r"s4 +n 20  MRR@10 0.0 .* 0$", lines[4])
+
+
+def test_what_a_child_left_does_not_stop_the_grading(tmp_path):
+    """A link to the key, a second name of it, a pipe, a header that asks for all memory: no answer."""
+    key = tmp_path / "key.npz"
+    np.savez(key, **{"1|value|x": np.ones(2)})
+    assert child.read_outputs(key)[1, "value"]["x"].tolist() == [1, 1]
+    (tmp_path / "link.npz").symlink_to(key)
+    assert child.read_outputs(tmp_path / "link.npz") == {}
+    os.mkfifo(tmp_path / "pipe.npz")
+    assert child.read_outputs(tmp_path / "pipe.npz") == {}
+    with zipfile.ZipFile(tmp_path / "large.npz", "w") as file:
+        header = "{'descr': '<f8', 'fortran_order': False, 'shape': (10000000000000000,), }"
+        header = (header.ljust(117) + "\n").encode()
+        file.writestr("1|value|x.npy", b"\x93NUMPY\x01\x00" + bytes([len(header), 0]) + header)
+    assert child.read_outputs(tmp_path / "large.npz") == {}
+    os.link(key, tmp_path / "second.npz")
+    assert child.read_outputs(tmp_path / "second.npz") == {}
