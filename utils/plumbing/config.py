@@ -308,11 +308,15 @@ def need_model(cfg, *keys):
             raise UserError(f"{key}: {getattr(cfg, key)}: {fault}")
 
 
+def same_file(path, other):
+    """Return whether two paths are one existing file; it may have two spellings, a link, another case."""
+    return Path(path).exists() and Path(other).exists() and Path(path).samefile(other)
+
+
 def refuse_input(out, *inputs):
     """UserError where a program would write over one of the files that it reads."""
-    for path in inputs:
-        if Path(out).exists() and Path(path).exists() and Path(out).samefile(path):
-            raise UserError(f"{out}: is an input too; name another file")
+    if any(same_file(out, path) for path in inputs):
+        raise UserError(f"{out}: is an input too; name another file")
 
 
 def need_folder(cfg, key, folder=""):
@@ -345,8 +349,7 @@ def need_out(cfg, key, *suffixes):
             fault = "is a device or a pipe, and would be replaced; name a file"
         for name, other in inputs.items() if path.exists() else ():
             model = (other / "config.json").is_file() and other.resolve() in path.resolve().parents
-            # why samefile: a file may have two spellings, a link, another case
-            if model or (other.exists() and path.samefile(other)):
+            if model or same_file(path, other):
                 fault = f"is an input too ({name}); name another file"
         if fault:
             raise UserError(f"{key}: {path} {fault}")
