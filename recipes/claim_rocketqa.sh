@@ -49,11 +49,7 @@ train() { # NAME INIT FILE NEGATIVES FLAGS...: a dual encoder, its vectors, its 
 
 if wants start; then
     [ $START != data/models/tinybert-4l ] || stage $START python recipes/demo/prepare.py
-    blank_titles() {
-        if [ -f $FROM/corpus.tsv ]; then cat $FROM/corpus.tsv; else gunzip -c $FROM/corpus.tsv.gz; fi |
-            awk -F '\t' -v OFS='\t' 'NR > 1 { $3 = "" } 1'
-    }
-    stage $DATA/source.tsv write $DATA/source.tsv blank_titles
+    stage $DATA/source.tsv write $DATA/source.tsv blank_titles $FROM
     stage $DATA/corpus.tsv python recipes/claim_data.py $FROM $DATA/source.tsv $DATA $QUESTIONS $PASSAGES
     for name in train test; do
         stage $DATA/bm25_$name.run python -m utils.bm25 --questions $DATA/$name.jsonl $CORPUS \

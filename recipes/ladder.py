@@ -5,10 +5,9 @@ In:  one folder of recipes/ladder.sh, or several (other seeds of the first); its
 Out: RUN/table.json, which plot.py and page.py read, and RUN/table.md; of the first folder, also printed
 Run: python recipes/ladder.py runs/ladder_small runs/ladder_small/data
      python recipes/ladder.py runs/ladder_small runs/ladder_small_seed2 runs/ladder_small/data
-     python recipes/ladder.py best runs/ladder_small
 
-The last command prints the dual encoders by their MRR on the dev questions, best first. A row of which a file
-is missing says "not run". Numbers are percent with 95 % bootstrap intervals; gains are paired by question.
+A row of which a file is missing says "not run". Numbers are percent with 95 % bootstrap intervals; gains are
+paired by question.
 """
 
 import json
@@ -26,26 +25,25 @@ from utils.metrics import with_intervals  # noqa: E402
 from utils.plumbing.config import UserError, friendly_errors  # noqa: E402
 from utils.plumbing.files import read_json, write_text  # noqa: E402
 
-DUAL = "inbatch d0 gc m1 m2 m3 d1 d2 d0_long".split()  # one dev pool for all; lower rungs first
 KS = (1, 5, 20, 100)
 METRICS = [f"top-{k}" for k in KS] + ["MRR@10", "EM", "F1"]
 GAINS = ("top-5", "top-20", "MRR@10", "EM")
 NOT_RUN = "not run"
+NO_QUESTION = {"untrained": "untrained", "cloze": "inverse cloze"}  # encoders that have seen no question
 NOTES = """
 Data: every third training question has no label ({labelled} have one, {unlabelled} have none). All dual
 encoders learn from the labelled ones; M_D2 also from the cross-encoder's labels of the others. The readers
-need answers alone and take all questions. FiD and EMDR2 start from d0, which never saw the unlabelled
-third.{titles}
+need answers alone and take all questions. FiD and EMDR2 start from {first}, which never saw
+a question.{titles}
 
 Start: cross-encoder and extractive reader from the same weights, all dual encoders from {start}; one tower,
 one config.
 
-Updates: equal for DPR, GC-DPR (more questions in each) and ANCE-Tele; M_D1 has fewer where denoising leaves a
-question without a negative, M_D2 those of its longer file, and its control as many. FiD and EMDR2 have as
-many as each other, on top of d0's.
+Updates: equal for DPR, GC-DPR (more questions in each) and ANCE-Tele; GC-DPR's control has as many questions
+as GC-DPR, in more updates. M_D1 has fewer where denoising leaves a question without a negative, M_D2 those of
+its longer file. EMDR2's updates follow those of FiD, whose reader it takes.
 
-Best retriever: {best}, by the MRR of the gold passages among the passages of the dev questions, where
-checkpoints are chosen too. Nothing was chosen on the test questions.
+Choice: none. The weights of the last step count, for every model; the dev questions are only watched.
 
 ANCE-Tele: one hard negative a question in every episode, the window rotating, no early stop.
 
@@ -65,23 +63,9 @@ built on, each once. GB: the largest process of its own stages, on the host.
 Row = namedtuple("Row", "key name system over own after runs answers")
 
 
-def best_first(run_dir):
-    """Return [(name, MRR)] of the trained dual encoders on dev, of the weights that each kept, best first."""
-    found = []
-    for name in DUAL:
-        if (run_dir / name / "metrics.json").is_file():
-            kept = read_json(run_dir / name / "metrics.json")["best_step"]
-            rows = [row for _, row in iter_jsonl(run_dir / name / "metrics.jsonl")]
-            found += [(name, row["mrr"]) for row in rows if row["step"] == kept and "mrr" in row]
-    if not found:
-        raise UserError(f"{run_dir}: no dual encoder that was evaluated on dev; run recipes/ladder.sh first")
-    return sorted(found, key=lambda pair: -pair[1])  # of equals, the lower rung
-
-
 def rows_of(run_dir):
     """Return the rows of the table, in order."""
     first = (run_dir / "m0").resolve().name  # where the encoders start from: cloze or untrained
-    best = (run_dir / "best.txt").read_text().split()[0] if (run_dir / "best.txt").is_file() else "best"
     rows = []
 
     def row(key, name, system, over, own, after, runs, answers=""):
@@ -98,7 +82,8 @@ def rows_of(run_dir):
         encoder("cloze", "inverse cloze alone", "no questions", "untrained", "data/cloze.jsonl", "negatives")
     encoder("inbatch", "DPR, in-batch negatives only", "DPR", first)
     encoder("d0", "DPR + BM25 negative = RocketQA M_D0", "DPR", "inbatch")
-    encoder("gc", "GC-DPR, larger batch", "GC-DPR", "d0")
+    encoder("more", "DPR, as many questions as GC-DPR", "DPR", "d0")
+    encoder("gc", "GC-DPR, larger batch", "GC-DPR", "d0 more")
     for n in (1, 2, 3):
         last = f"m{n - 1}"
         own = f"{last}/ann.metrics.json {last}/lookahead.run m{n}.jsonl"
@@ -106,25 +91,22 @@ def rows_of(run_dir):
         encoder(f"m{n}", f"ANCE-Tele, episode {n}", "ANCE-Tele", over, own, after)
     encoder("d1", "RocketQA M_D1", "RocketQA", "d0", "d0/train_ce.metrics.json d1.jsonl", "d0 c")
     own = "d1/unlabelled.metrics.json d1/unlabelled_ce.metrics.json pseudo.jsonl"
-    encoder("d2", "RocketQA M_D2", "RocketQA", "d1 d0_long", own, "d1 c")
-    encoder("d0_long", "DPR, the control of M_D2", "DPR", "d0")
+    encoder("d2", "RocketQA M_D2", "RocketQA", "d1 d0", own, "d1 c")
 
-    # what reorders their rankings
-    for key, name, model in (("d0_ce", "DPR", "d0"), ("best_ce", "best retriever", best)):
-        own, runs = f"{model}/test_ce.metrics.json", f"{model}/test.run {model}/test_ce.run"
-        row(key, f"{name} ({model}) + cross-encoder", "+ cross-encoder", model, own, f"{model} c", runs)
-    own, runs, over = f"{best}/hybrid.metrics.json", f"{best}/hybrid.run", f"{best} bm25"
-    row("hybrid", f"best retriever ({best}) + BM25", "+ BM25", over, own, over, runs)
+    # what reorders DPR's ranking
+    own, runs = "d0/test_ce.metrics.json", "d0/test.run d0/test_ce.run"
+    row("d0_ce", "DPR + cross-encoder", "+ cross-encoder", "d0", own, "d0 c", runs)
+    row("hybrid", "DPR + BM25", "+ BM25", "d0 bm25", "d0/hybrid.metrics.json", "d0 bm25", "d0/hybrid.run")
 
     # readers
-    own = f"{best}/questions.metrics.json {best}/dev.metrics.json "
-    own += "reading/metrics.json reading/answers.metrics.json"
-    runs, answers = f"{best}/test.run", "reading/answers.answers.json"
-    row("reading", f"extractive reader on {best}", "reader", "", own, best, runs, answers)
+    own = "d0/questions.metrics.json d0/dev.metrics.json reading/metrics.json reading/answers.metrics.json"
+    answers = "reading/answers.answers.json"
+    row("reading", "extractive reader on DPR", "reader", "", own, "d0", "d0/test.run", answers)
     own, answers = "emdr2/fid/metrics.json emdr2/fid/answers.metrics.json", "emdr2/fid/answers.answers.json"
-    row("fid", "FiD, its retriever (d0) frozen", "FiD", "", own, "d0", "d0/test.run", answers)
+    name = f"FiD, its retriever ({NO_QUESTION[first]}) frozen"
+    row("fid", name, "FiD", "", own, "start vectors", f"{first}/test.run", answers)
     own, answers = "emdr2/answers.metrics.json", "emdr2/answers.answers.json"
-    encoder("emdr2", "EMDR2 from d0", "EMDR2", "fid", own, "d0", answers)
+    encoder("emdr2", "EMDR2 after this FiD", "EMDR2", f"{first} fid", own, "fid", answers)
     return rows
 
 
@@ -200,14 +182,11 @@ def table_of(run_dir, questions, corpus):
     return values, table
 
 
-def shown_of(run_dir, table):
+def shown_of(table):
     """Return {"pairs", "pictures"} for recipes/page.py: rows to compare, and encoders with their rankings."""
-    best = Path(next(row["ranking"] for row in table if row["key"] == "best_ce")).parent.name
-    if not (run_dir / best / "test.run").is_file():
-        best = "d0"
     steps = [(row["key"], over) for row in table for over in row["over"]]
-    pairs = dict.fromkeys([("d0", "bm25"), (best, "bm25"), *steps])
-    encoders = [row["key"] for row in table if row["key"] in ("untrained", "cloze", best)]
+    pairs = dict.fromkeys([("d0", "bm25"), *steps])
+    encoders = [row["key"] for row in table if row["key"] in ("untrained", "cloze", "d0")]
     return {"pairs": [*pairs], "pictures": [(key, key, f"{key}/test.run") for key in encoders]}
 
 
@@ -231,13 +210,13 @@ def notes_of(run_dir, data, table, corpus):
     for name in ("labelled", "unlabelled"):
         path = data / f"{name}.jsonl"
         counts[name] = f"{sum(1 for _ in iter_jsonl(path)):,}" if path.is_file() else "?"
-    cloze = any(row["key"] == "cloze" for row in table)
-    counts["start"] = "what the inverse cloze taught them" if cloze else "those weights too"
+    first = (run_dir / "m0").resolve().name
+    counts["first"] = f"the {NO_QUESTION[first]} encoder"
+    counts["start"] = "what the inverse cloze taught them" if first == "cloze" else "those weights too"
     counts["titles"] = "" if any(passage.title for passage in corpus) else " All titles are blank."
-    for name, keys in (("best", ["best"]), ("gate", ["below", "above"])):
-        path = run_dir / f"{name}.txt"
-        words = path.read_text().split() if path.is_file() else [NOT_RUN] * len(keys)
-        counts |= dict(zip(keys, words, strict=False))
+    gate = run_dir / "gate.txt"
+    words = gate.read_text().split() if gate.is_file() else [NOT_RUN, NOT_RUN]
+    counts |= dict(zip(("below", "above"), words, strict=True))
     return [" ".join(note.split()) for note in NOTES.format(**counts).strip().split("\n\n")]
 
 
@@ -306,7 +285,7 @@ def main(*arguments):
     values, table = tables[0]
     result = {"questions": len(questions), "passages": len(corpus), "rows": table}
     result |= {"notes": notes_of(folders[0], data, table, corpus), "gains": gains_of(table, values)}
-    result |= {"seeds": over_seeds([rows for _, rows in tables])} | shown_of(folders[0], table)
+    result |= {"seeds": over_seeds([rows for _, rows in tables])} | shown_of(table)
     size = f"{len(questions):,} questions, {len(corpus):,} passages"
     text = f"{size}; percent (95 % bootstrap interval).\n\n{page(result)}"
     print(text, end="")
@@ -318,9 +297,5 @@ def main(*arguments):
 if __name__ == "__main__":
     with friendly_errors():
         if len(sys.argv) < 3:
-            raise UserError("usage: python recipes/ladder.py RUN [RUN ...] DATA, or: best RUN")
-        if sys.argv[1] == "best":
-            encoders = best_first(Path(sys.argv[2]))
-            print("".join(f"{name}\t{mrr:.4f}\n" for name, mrr in encoders), end="")
-        else:
-            main(*sys.argv[1:])
+            raise UserError("usage: python recipes/ladder.py RUN [RUN ...] DATA")
+        main(*sys.argv[1:])

@@ -62,6 +62,12 @@ write() {
     mv $1.tmp $1
 }
 
+# blank_titles FOLDER: its corpus.tsv or corpus.tsv.gz without titles. In nq_small a title tells the positives (docs/log.md)
+blank_titles() {
+    if [ -f $1/corpus.tsv ]; then cat $1/corpus.tsv; else gunzip -c $1/corpus.tsv.gz; fi |
+        awk -F '\t' -v OFS='\t' 'NR > 1 { $3 = "" } 1'
+}
+
 # arms NAME...: ARM_seedN=its test ranking, of those that are there; '*' is every name
 arms() {
     local name run

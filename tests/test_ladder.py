@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 
 from recipes.compare import per_question
-from recipes.ladder import best_first, page
 from recipes.ladder import main as ladder
+from recipes.ladder import page
 from tests.processes import ENVIRONMENT
 from tests.test_page import data_of
 from tests.test_recipes import add_sentence, lines, run_and_count, snapshot
-from tests.toy import make_world, write_lines
+from tests.toy import make_world
 from tests.toy_t5 import t5
 from utils.data import Corpus, iter_run, read_questions, write_run
 from utils.metrics import bootstrap_interval
-from utils.plumbing.config import ROOT, UserError, read_yaml
+from utils.plumbing.config import ROOT, read_yaml
 from utils.plumbing.files import read_json, write_json
 
-ROWS = "bm25 untrained cloze inbatch d0 gc m1 m2 m3 d1 d2 d0_long d0_ce best_ce hybrid reading fid emdr2"
+ROWS = "bm25 untrained cloze inbatch d0 more gc m1 m2 m3 d1 d2 d0_ce hybrid reading fid emdr2"
 VARIABLES = {
     "BATCH": 8, "EPOCHS": 1, "GC_BATCH": 16, "DEPTH": 20, "SAMPLE": 5, "SCORED": 10, "ABOVE": 0,
     "EPISODES": "1 2", "READ": 4,
@@ -31,7 +31,7 @@ VARIABLES = {
     "CROSS_FLAGS": "--chunk 16 --pair_tokens 48 --batch_size 8 --epochs 1 --learning_rate 1e-3",
     "READER_FLAGS": "--reader_tokens 48 --stop_after 3",
     "EMDR2_FLAGS": "--top_k 4 --reader_tokens 48 --answer_tokens 8 --batch_size 8 --question_chunk 4 "
-    "--stop_after 2 --warmup 0 --encoding_batch_size 32 --refresh_every 1",
+    "--stop_after 2 --warmup 0 --encoding_batch_size 32",
 }  # fmt: skip
 
 
@@ -91,29 +91,32 @@ def test_the_rungs_learn_from_what_they_may(recipe, run):
     for name in ("data/train", "m1", "m2", "c", "d1"):
         assert {row["qid"] for row in lines(run / f"{name}.jsonl")} <= {*qids} - free, name
     assert {row["qid"] for row in lines(run / "d2.jsonl")} & free
-    for name in "inbatch d0 gc m1 m2 d1 d2 d0_long".split():
+    for name in "inbatch d0 more gc m1 m2 d1 d2".split():
         config = read_yaml(run / name / "config.yaml")
         assert config["init"] == f"{run}/cloze/query_encoder" and config["shared_encoder"]
         assert config["negatives"] == (name != "inbatch") and config["dev"] == f"{run}/data/dev.jsonl"
         assert config["rotate_negatives"] == (name in ("m1", "m2")) and config["passage_tokens"] == 32
         assert (config["grad_cache"], config["batch_size"]) == ((True, 16) if name == "gc" else (False, 8))
+        assert config["keep"] == "last", "nothing is chosen"
     for name in ("c", "reading"):
-        assert read_yaml(run / name / "config.yaml")["init"] == str(world / "bert")
-    for name in ("emdr2/fid", "emdr2"):
         config = read_yaml(run / name / "config.yaml")
-        assert config["query_encoder"] == f"{run}/d0/query_encoder"
+        assert (config["init"], config["keep"]) == (str(world / "bert"), "last")
+    for name, reader in (("emdr2/fid", world / "t5"), ("emdr2", run / "emdr2" / "fid" / "reader")):
+        config = read_yaml(run / name / "config.yaml")
+        assert (config["query_encoder"], config["reader"]) == (f"{run}/m0/query_encoder", str(reader))
         assert len(lines(config["train"])) == len(qids)
+        assert (config["keep"], config["train_doc_encoder"]) == ("last", False)
     steps = {key: row["updates"] for key, row in rows_of(run).items()}
     assert [steps[key] for key in ("inbatch", "d0", "gc", "m1", "m2")] == [3] * 5
-    assert steps["d2"] == steps["d0_long"]
+    assert steps["more"] == 6, "as many questions as gc: 3 steps of 16"
 
 
 def test_the_table_is_what_the_stages_wrote(run):
     """All rows; each value is that of a .metrics.json; what was not run says so; every row has its cost."""
-    rows, best = rows_of(run), (run / "best.txt").read_text().split()[0]
+    rows = rows_of(run)
     assert list(rows) == ROWS.split()
-    files = {key: f"{key}/test" for key in "untrained cloze inbatch d0 gc m1 m2 d1 d2 d0_long emdr2".split()}
-    files |= {"reading": f"{best}/test", "fid": "d0/test", "hybrid": f"{best}/hybrid"}
+    files = {key: f"{key}/test" for key in "untrained cloze inbatch d0 more gc m1 m2 d1 d2 emdr2".split()}
+    files |= {"reading": "d0/test", "fid": "cloze/test", "hybrid": "d0/hybrid"}
     for key, path in files.items():
         stored = read_json(run / f"{path}.metrics.json")
         for metric in {*rows[key]["metrics"]} - {"EM", "F1"}:
@@ -133,12 +136,12 @@ def test_the_table_is_what_the_stages_wrote(run):
 
 def test_the_page(run):
     """Every system that was run, three encoders, all trainings, the momentum of the second episode."""
-    data, best = data_of(run / "page.html"), (run / "best.txt").read_text().split()[0]
+    data = data_of(run / "page.html")
     assert [name for name, ran in data["systems"] if not ran] == ["ANCE-Tele, episode 3"]
     assert all(ran for _, ran in data["readers"])
     beliefs = {belief["qid"] for belief in read_json(run / "emdr2" / "belief.json")}
     assert beliefs and beliefs == {row["qid"] for row in data["questions"] if row["belief"]}
-    assert data["pictures"]["encoders"] == ["untrained", "cloze", best] and data["pictures"]["questions"]
+    assert data["pictures"]["encoders"] == ["untrained", "cloze", "d0"] and data["pictures"]["questions"]
     names = [name for name, ran in data["lessons"]["files"] if ran]
     assert names[1:3] == ["ANCE-Tele, episode 1", "ANCE-Tele, episode 2"] and "RocketQA, new labels" in names
     sources = {group[0] for row in data["lessons"]["questions"] for group in row["files"][2]}
@@ -241,18 +244,6 @@ def test_seeds(made, tmp_path):
     assert (seeds["d0"]["n"], seeds["d1"]["n"], seeds["d2"]) == (1, 2, {"n": 0})
     assert seeds["d1"]["MRR@10"] == pytest.approx({"low": low, "mean": (low + high) / 2, "high": high})
     assert "Mean over seeds" in (run / "table.md").read_text()
-
-
-def test_the_best_retriever(made):
-    """By the dev MRR of the weights that were kept, not of the last; equal ones: the lower rung."""
-    run, _ = made
-    with pytest.raises(UserError, match="no dual encoder that was evaluated"):
-        best_first(run / "nothing")
-    for name, dev in (("d0", {3: 0.9, 7: 0.5}), ("d1", {3: 0.1, 6: 0.6}), ("gc", {2: 0.6})):
-        rows = [{"step": 1, "loss": 1.0}, *({"step": step, "mrr": value} for step, value in dev.items())]
-        write_json(run / name / "metrics.json", {"step": 9, "best_step": max(dev)})
-        write_lines(run / name / "metrics.jsonl", rows)
-    assert best_first(run) == [("gc", 0.6), ("d1", 0.6), ("d0", 0.5)]
 
 
 # ---------------------------------------------------------------- what measures it
