@@ -29,9 +29,15 @@ CONFIG=${CONFIG:-config/train_dpr_demo.yaml}
 export DATA=$RUN/data DEV=${DEV-$RUN/data/dev.jsonl} FORMAT=auto
 export MEASURE=${MEASURE-python recipes/measured.py $RUN/peaks.tsv}
 . "$(dirname "$0")/stage.sh"
-DATA=$FROM PARTS=start bash recipes/claim_rocketqa.sh
+only ARMS "ann lookahead momentum all"
+only FLOOR "ann lookahead momentum all"
+DATA=$FROM PARTS=start ARMS= bash recipes/claim_rocketqa.sh
 FLAGS="--batch_size 32 --passage_tokens 128 --question_tokens 32 ${FLAGS:-}"
 
+each() { # NUMBER: it, once for every episode
+    local episode
+    for episode in $(seq ${EPISODES##* }); do echo $1; done
+}
 arm() { # ARM SEED
     local folder=$RUN/ance/$1_seed$2 start=$RUN/d0/query_encoder lookahead=false momentum=false like=
     case $1 in
@@ -39,7 +45,6 @@ arm() { # ARM SEED
     lookahead) lookahead=true ;;
     momentum) momentum=true like=ann ;;
     all) lookahead=true momentum=true like=lookahead ;;
-    *) echo "ARMS must be of ann, lookahead, momentum, all, got $1" >&2 && exit 2 ;;
     esac
     mkdir -p $folder
     [ -n "$DRY" ] || [ -e $folder/m0 ] || ln -s ../../d0 $folder/m0
@@ -47,7 +52,7 @@ arm() { # ARM SEED
         ln -s ../${like}_seed$2/m1 ../${like}_seed$2/m1.jsonl $folder
     fi
     RUN=$folder START=$start TRAIN=$DATA/train_answers.jsonl LOOKAHEAD=$lookahead MOMENTUM=$momentum \
-        POSITIVES=given EPISODES=$EPISODES NEGATIVES="$NEGATIVES $NEGATIVES $NEGATIVES" STOP_AFTER="0 0 0" \
+        POSITIVES=given EPISODES=$EPISODES NEGATIVES=$(each $NEGATIVES) STOP_AFTER=$(each 0) \
         DEPTH=$DEPTH SAMPLE=$SAMPLE TEST_DEPTH=$TEST_DEPTH CONFIG=$CONFIG \
         TRAIN_FLAGS="$FLAGS --epochs $EPOCHS --seed $2 --rotate_negatives true --keep last" \
         bash recipes/ance_tele_nq.sh

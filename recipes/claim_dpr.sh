@@ -23,6 +23,7 @@ CLOZE_FLAGS=${CLOZE_FLAGS-}
 ENCODE_FLAGS=${ENCODE_FLAGS-}
 LAUNCH=${LAUNCH:-python} FORMAT=${FORMAT:-auto}
 . "$(dirname "$0")/stage.sh"
+only ARMS "inbatch hard gc more"
 
 [ $DATA != data/demo ] || stage $DATA/test.jsonl python recipes/demo/prepare.py
 [ $START != data/models/tinybert-4l ] || stage $START python recipes/demo/prepare.py
@@ -63,10 +64,9 @@ for seed in $SEEDS; do
         hard) train hard $seed $BATCH $UPDATES ;;
         gc) train gc $seed $GC_BATCH $UPDATES --negatives 0 --grad_cache true ;;
         more) train more $seed $BATCH $((UPDATES * GC_BATCH / BATCH)) --negatives 0 ;;
-        *) echo "error: ARMS: $arm is none of inbatch, hard, gc, more" >&2 && exit 2 ;;
         esac
     done
 done
 
 # the ranks of every test question, and each arm over the start
-keep_ranks bm25=$RUN/bm25_test.run start=$RUN/start/test.run $(arms '*')
+keep_ranks start=$RUN/start/test.run bm25=$RUN/bm25_test.run $(arms '*')

@@ -31,6 +31,7 @@ CLOZE_FLAGS=${CLOZE_FLAGS-}
 ENCODE_FLAGS=${ENCODE_FLAGS-} ANSWER_FLAGS=${ANSWER_FLAGS-}
 LAUNCH=${LAUNCH:-python} FORMAT=${FORMAT:-auto}
 . "$(dirname "$0")/stage.sh"
+only ARMS "token sequence kl k16 k32 shuffled longer none sync async plain"
 
 [ $DATA != data/demo ] || stage $DATA/test.jsonl python recipes/demo/prepare.py
 [ $START != data/models/tinybert-4l ] || stage $START python recipes/demo/prepare.py
@@ -100,13 +101,16 @@ for arm in $ARMS; do
     async)
         bash recipes/emdr2_worker.sh $RUN/async_seed$seed $CORPUS $ENCODE_FLAGS &
         worker=$!
-        trap 'kill $worker 2>/dev/null || true; rm -f "$STAGES"*' EXIT # it waits for a training that may have failed
+        # it waits for a training that may have failed; the plan of the stages belongs to the real run
+        [ -n "$DRY" ] || trap 'pkill -P $worker || true; kill $worker 2>/dev/null || true; rm -f "$STAGES"*' EXIT
         both_encoders async async
-        wait $worker ;;
+        wait $worker
+        [ -n "$DRY" ] || grep -q "are in use" $RUN/async_seed$seed/log.txt || {
+            echo "error: $RUN/async_seed$seed: its vectors were never renewed; delete it" >&2 && exit 2
+        } ;;
     plain)
         train plain_seed$seed $RUN/start $RUN/fid/reader $STEPS --seed $seed --retriever_loss none --refresh none
         answer plain_on_start $RUN/plain_seed$seed/reader $RUN/start/test.run ;;
-    *) echo "error: ARMS: $arm is none of them" >&2 && exit 2 ;;
     esac
 done
 

@@ -38,6 +38,8 @@ DATA=$RUN/data DEV=${DEV-$RUN/data/dev.jsonl} ENCODE_FLAGS=${ENCODE_FLAGS-}
 LAUNCH=${LAUNCH:-python} FORMAT=auto
 MEASURE=${MEASURE-python recipes/measured.py $RUN/peaks.tsv}
 . "$(dirname "$0")/stage.sh"
+only PARTS "start shares arms"
+only ARMS "none mined gated filtered"
 mkdir -p $DATA
 wants() { [[ " $PARTS " = *" $1 "* ]]; }
 train() { # NAME INIT FILE NEGATIVES FLAGS...: a dual encoder, its vectors, its test; the last weights count

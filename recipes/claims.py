@@ -35,9 +35,9 @@ Made by `python -m recipes.claims` from results/claims.yaml and the files that i
 has the same rows for machines. A gain is in points of percent, paired by question, with its 95 % bootstrap
 interval over the test questions. Where an arm has several seeds, a question's gain is first averaged over
 them, and the range over seeds stands behind it. *Shown*: the interval excludes zero, one thing differs
-between the two arms, and there is more than one seed; an identity or a size in memory has neither. *Shown
-in part*: something of this is missing, and the reason says what. *Not shown*: the reason says what was
-found instead.
+between the two arms, and there is more than one seed, each with the same sign; an identity or a size in
+memory has neither. *Shown in part*: something of this is missing, and the reason says what. *Not shown*: the
+reason says what was found instead.
 
 """
 
@@ -80,7 +80,11 @@ def values_of(folder, name, metric):
 def gain_of(entry):
     """Return {"gain", "low", "high", "n", "seeds", "range"} of an entry with an arm, as fractions."""
     arms, overs = entry["arm"], entry["over"]
+    if len({*arms}) < len(arms):
+        raise UserError(f"claims.yaml: {entry['claim']}: an arm stands there twice")
     if len(overs) == 1:
+        if len(arms) > 1 and re.search(r"_seed\d+$", overs[0]):
+            raise UserError(f"claims.yaml: {entry['claim']}: {overs[0]} is one seed of its arm; name all")
         overs = overs * len(arms)
     gains_SQ = []
     for arm, over in zip(arms, overs, strict=True):
@@ -130,6 +134,8 @@ def row_of(entry):
     name = entry["claim"]
     if unknown := {*entry} - {*KEYS.split()}:
         raise UserError(f"claims.yaml: {name}: unknown {', '.join(sorted(unknown))}")
+    if "smaller" in entry and "arm" not in entry:
+        raise UserError(f"claims.yaml: {name}: `smaller` needs `arm`")
     if entry["verdict"] not in VERDICTS:
         raise UserError(f"claims.yaml: {name}: the verdict is one of {', '.join(VERDICTS)}")
     if entry["verdict"] != "shown" and not entry.get("reason"):
@@ -146,6 +152,8 @@ def row_of(entry):
             raise UserError(f"claims.yaml: {name}: shown, but the interval holds zero or there is none")
         if figure["seeds"] < 2:
             raise UserError(f"claims.yaml: {name}: shown, but by one seed; it is shown in part")
+        if figure["range"][0] <= 0:
+            raise UserError(f"claims.yaml: {name}: shown, but a seed shows the opposite; it is shown in part")
     texts = {key: entry.get(key, "") for key in ("experiment", "measured", "hardware", "reason")}
     head = {"claim": name, "system": entry["system"], "metric": entry.get("metric", "")}
     folder = f"results/{entry['folder']}" if entry.get("folder") else ""

@@ -63,7 +63,7 @@ def main(run):
     counts = {name: [(qid, len(pids)) for qid, pids in files[name].items()] for name in FILES}
     for name in ("gated", "filtered"):
         if counts[name] != counts["mined"]:
-            cure = "rank more passages (DEPTH), so that each question finds its negatives"
+            cure = "take a larger DEPTH, in another RUN, so that each question finds its negatives"
             raise UserError(f"{run}/{name}.jsonl: not as many negatives a question as mined.jsonl; {cure}")
     questions, corpus = read_questions(run / "data/train_answers.jsonl"), Corpus(run / "data/corpus.tsv")
     result = with_intervals(shares(files, questions, corpus))

@@ -56,6 +56,7 @@ export RUN DATA=$RUN/data DEV=$RUN/data/dev.jsonl ENCODE_FLAGS ANSWER_FLAGS READ
 export LAUNCH=${LAUNCH:-python} FORMAT=${FORMAT:-auto}
 export MEASURE="python recipes/measured.py $RUN/peaks.tsv"
 . "$(dirname "$0")/stage.sh"
+only RUNGS "dpr gc ance rocket reader emdr2"
 mkdir -p $DATA
 DUAL="$FLAGS --batch_size $BATCH --epochs $EPOCHS"
 wants() { [[ " $RUNGS " = *" $1 "* ]]; }

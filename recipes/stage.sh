@@ -38,6 +38,14 @@ stage() {
 
 CORPUS="--corpus $DATA/corpus.tsv --corpus_format $FORMAT"
 
+# only NAME WORDS: each word of the variable NAME is one of WORDS
+only() {
+    local word
+    for word in ${!1}; do
+        [[ " $2 " = *" $word "* ]] || { echo "error: $1: $word is none of $2" >&2 && exit 2; }
+    done
+}
+
 # encode MODEL: the corpus by MODEL/doc_encoder -> MODEL/embeddings
 encode() {
     stage $1/embeddings/manifest.json $LAUNCH doc2embedding.py --doc_encoder $1/doc_encoder $CORPUS \

@@ -65,6 +65,46 @@ def rocketqa(recipe):
     return run, below
 
 
+@pytest.mark.parametrize(
+    ("name", "variables", "message"),
+    [
+        ("claim_dpr", {"ARMS": "inbatch hart"}, "ARMS: hart is none of inbatch hard gc more"),
+        ("claim_emdr2", {"ARMS": "tokens"}, "ARMS: tokens is none of"),
+        ("claim_rocketqa", {"ARMS": "ann"}, "ARMS: ann is none of"),
+        ("claim_rocketqa", {"PARTS": "share"}, "PARTS: share is none of"),
+        ("claim_ance_tele", {"ARMS": "an"}, "ARMS: an is none of"),
+        ("claim_ance_tele", {"FLOOR": "everything"}, "FLOOR: everything is none of"),
+        ("ladder", {"RUNGS": "dpr rocketqa"}, "RUNGS: rocketqa is none of"),
+    ],
+)
+def test_a_misspelt_part_is_told_at_once(tmp_path, name, variables, message):
+    """Before anything is made."""
+    places = {"DATA": str(tmp_path / "data"), "RUN": str(tmp_path / "run")}
+    command = ["bash", f"recipes/{name}.sh"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT | places | variables, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "") and message in done.stderr
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+def test_the_plan_of_an_arm_with_a_worker(tmp_path):
+    """The dry pass of `async` leaves the file that it counts in, and plans its stages."""
+    stages = tmp_path / "stages"
+    stages.touch()
+    places = {"DATA": str(tmp_path), "RUN": str(tmp_path / "run"), "STAGES": str(stages), "DRY": "1"}
+    command = ["bash", "recipes/claim_emdr2.sh"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=ENVIRONMENT | places | {"ARMS": "async", "SEEDS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "async_seed1/metrics.json\topen" in stages.read_text()
+
+
 def test_rocketqa(recipe, rocketqa):
     """What is mined without answers, what the gate and the answers take out of it, and the arms."""
     world, (run, below) = recipe[0], rocketqa

@@ -16,6 +16,8 @@ RANKS = {
     "start": {"depth": 100, "answer": [0, 30, 3, 1], "right": [0, 0, 2, 2]},
     "one": {"depth": 100, "answer": [20, 2, 21, 1], "right": [4, 0, 1, 1]},
     "two": {"depth": 100, "answer": [9, 1, 1, 1], "right": [1, 1, 1, 1]},
+    "less": {"depth": 100, "answer": [0, 30, 3, 1], "right": [0, 0, 3, 2]},
+    "control_seed1": {"depth": 100, "answer": [0, 30, 3, 1], "right": [0, 0, 3, 2]},
 }
 ENTRY = {"claim": "it learns", "system": "X", "metric": "top-20", "folder": "toy", "verdict": "not shown"}
 ENTRY |= {"reason": "too few questions"}
@@ -69,6 +71,10 @@ def test_a_verdict_says_no_more_than_the_figure(house):
         ({"verdict": "shown", "arm": ["two"], "over": ["start"], "metric": "MRR@10"}, "by one seed"),
         ({"verdict": "shown in part", "reason": ""}, "but no reason"),
         ({"verdict": "proved"}, "the verdict is one of"),
+        ({"verdict": "shown", "arm": ["two", "less"], "over": ["start"], "metric": "MRR@10"}, "the opposite"),
+        ({"arm": ["two", "two"], "over": ["start"]}, "an arm stands there twice"),
+        ({"arm": ["one", "two"], "over": ["control_seed1"]}, "one seed of its arm"),
+        ({"text": ["compare.txt", "two"], "smaller": True}, "`smaller` needs `arm`"),
         ({"arm": ["three"], "over": ["start"]}, "it has no 'three'; it has start, one, two"),
         ({"arm": ["one"], "over": ["start"], "metric": "EM"}, "one has no 'EM'"),
         ({"seed": 3}, "unknown seed"),
