@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole of DPR on real text, on a laptop: train, encode, search, read, ask. `make demo` sets up and runs this.
-# Time: about 13 minutes on two idle cores (results/demo/). If it is stopped, start it again: it continues.
+# Time: 13 to 25 minutes on two idle cores (results/demo/). If it is stopped, start it again: it continues.
 # The stages stand in recipes/own_data.sh, which does the same with your own text.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -3,7 +3,7 @@
 # Expected: top-20 / top-100 of 78.4 / 85.4 (paper), 79.97 / 85.87 (released checkpoint). The reader's exact match: 41.5
 # (paper, Table 4). Ours: not run (docs/replication.md).
 # Time: not measured here; DPR's own training took about a day on 8 V100. Disk: 13 GB for the corpus, 33 GB for the
-# vectors, 8 GB for checkpoints.
+# vectors, 11 GB for checkpoints.
 #
 # `accelerate launch` starts one process for each GPU. Several processes without a GPU: LAUNCH="torchrun ..." (README).
 set -euo pipefail

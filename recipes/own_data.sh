@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Your own text and questions, from files to a table and a page: check, BM25, train, encode, search, read, ask.
 #
-#     bash recipes/own_data.sh data/my                 (about 13 minutes for the demo's size on two idle CPU cores)
+#     bash recipes/own_data.sh data/my                 (13 to 25 minutes for the demo's size, two idle CPU cores)
 #
 # data/my holds corpus.tsv, and train.jsonl, dev.jsonl, test.jsonl or one questions.jsonl; README.md says what stands in
 # them. If it is stopped, start it again: training and encoding continue where they were, short stages are repeated.
