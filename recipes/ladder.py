@@ -63,9 +63,15 @@ built on, each once. GB: the largest process of its own stages, on the host.
 Row = namedtuple("Row", "key name system over own after runs answers")
 
 
+def start_of(run_dir):
+    """Return where the encoders of a folder start from: "cloze" or "untrained"."""
+    name = (run_dir / "m0").resolve().name
+    return name if name in NO_QUESTION else "untrained"
+
+
 def rows_of(run_dir):
     """Return the rows of the table, in order."""
-    first = (run_dir / "m0").resolve().name  # where the encoders start from: cloze or untrained
+    first = start_of(run_dir)
     rows = []
 
     def row(key, name, system, over, own, after, runs, answers=""):
@@ -112,7 +118,7 @@ def rows_of(run_dir):
 
 def costs_of(run_dir, rows):
     """Return {key: (outputs of its stages, keys that it is built on)} of the rows and what they share."""
-    first = (run_dir / "m0").resolve().name
+    first = start_of(run_dir)
     shared = {
         "negatives": ("data/bm25_train.run data/bm25_dev.run data/train.jsonl data/dev.jsonl", ""),
         "start": ("data/cloze.jsonl cloze/metrics.json", "negatives"),
@@ -210,7 +216,7 @@ def notes_of(run_dir, data, table, corpus):
     for name in ("labelled", "unlabelled"):
         path = data / f"{name}.jsonl"
         counts[name] = f"{sum(1 for _ in iter_jsonl(path)):,}" if path.is_file() else "?"
-    first = (run_dir / "m0").resolve().name
+    first = start_of(run_dir)
     counts["first"] = f"the {NO_QUESTION[first]} encoder"
     counts["start"] = "what the inverse cloze taught them" if first == "cloze" else "those weights too"
     counts["titles"] = "" if any(passage.title for passage in corpus) else " All titles are blank."
