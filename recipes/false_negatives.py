@@ -6,9 +6,11 @@ Out: RUN/shares.json: shares with n, the number of negatives, and a 95 % bootstr
 Run: python recipes/false_negatives.py runs/claim_rocketqa
 
 An answer in a passage does not prove that the passage is right, and a right passage may use other words. So
-read some of them too.
+read some of them too. A corpus may hold a passage in two versions: a copy of the labelled one is an easy
+false negative, and is counted apart.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -33,14 +35,28 @@ def negatives_of(path):
     return negatives
 
 
+def triples(text):
+    """Return the three-word sequences of a text."""
+    words = re.findall(r"\w+", text.lower())
+    return {*zip(words, words[1:], words[2:], strict=False)}
+
+
+def is_copy(text, other):
+    """Return whether two texts have more than a fifth of the shorter one's three-word sequences in common."""
+    mine, theirs = triples(text), triples(other)
+    return len(mine & theirs) > 0.2 * min(len(mine), len(theirs))
+
+
 def shares(files, questions, corpus):
     """
     Return {name: [a number a negative]}: 1 where it holds an answer.
 
     files: {name: negatives_of(its path)}. "thrown out": the negatives of "mined" that "gated" lacks. "gated -
-    mined": a number a question, the difference of its two shares.
+    mined": a number a question, the difference of its two shares. ", no copy": 1 where it holds an answer and
+    is no copy of a labelled passage. "thrown of ...": 1 where "gated" lacks a negative of "mined".
     """
     answers = {question["qid"]: question["answers"] for question in questions}
+    labelled = {question["qid"]: question["positives"] for question in questions}
 
     def held(qid, pids):
         return [float(has_answer(corpus.passage(pid).text, answers[qid])) for pid in pids]
@@ -49,10 +65,28 @@ def shares(files, questions, corpus):
     for name, negatives in files.items():
         values[name] = [number for qid, pids in negatives.items() for number in held(qid, pids)]
     mined, gated = files["mined"], files["gated"]
-    thrown = {qid: [pid for pid in pids if pid not in gated[qid]] for qid, pids in mined.items()}
-    values["thrown out"] = [number for qid, pids in thrown.items() for number in held(qid, pids)]
     pairs = [(held(qid, gated[qid]), held(qid, mined[qid])) for qid in mined]
     values["gated - mined"] = [np.mean(after) - np.mean(before) for after, before in pairs]
+
+    # without the copies
+    def false_of(negatives):
+        numbers = []
+        for qid, pids in negatives.items():
+            texts = [corpus.passage(pid).text for pid in labelled[qid]]
+            for pid, number in zip(pids, held(qid, pids), strict=True):
+                copied = any(is_copy(corpus.passage(pid).text, text) for text in texts)
+                numbers.append(number * (not copied))
+        return numbers
+
+    before = values["mined, no copy"] = false_of(mined)
+    values["gated, no copy"] = false_of(gated)
+
+    # what the gate throws out: of the false negatives that are no copies, and of those without an answer
+    gone = [pid not in gated[qid] for qid, pids in mined.items() for pid in pids]
+    rows = list(zip(gone, values["mined"], before, strict=True))
+    values["thrown out"] = [answer for thrown, answer, _ in rows if thrown]
+    values["thrown of false, no copy"] = [float(thrown) for thrown, _, false in rows if false]
+    values["thrown of others"] = [float(thrown) for thrown, answer, _ in rows if not answer]
     return {name: numbers for name, numbers in values.items() if numbers}
 
 

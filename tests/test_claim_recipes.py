@@ -9,7 +9,7 @@ import pytest
 
 from recipes import false_negatives, forgetting
 from recipes.claim_data import choose
-from recipes.false_negatives import negatives_of, shares
+from recipes.false_negatives import is_copy, negatives_of, shares
 from tests.processes import ENVIRONMENT
 from tests.test_recipes import FAKE, lines, run_and_count, snapshot, write_lines
 from tests.toy import make_world
@@ -239,7 +239,7 @@ def test_the_arms_of_ance_tele(tmp_path):
 
 
 # ---------------------------------------------------------------- figures by hand
-TEXTS = ["it is red", "it is blue", "red and blue", "green", "a red one"]
+TEXTS = ["it is red", "it is blue", "red and blue", "green", "now it is red"]
 QUESTIONS = [
     {"qid": "r", "question": "which", "answers": ["red"], "positives": ["1"]},
     {"qid": "b", "question": "which", "answers": ["blue"], "positives": ["2"]},
@@ -279,7 +279,15 @@ def test_shares(corpus, tmp_path):
     assert files["mined"] == {"r": ["3", "5"], "b": ["3", "4"]}
     assert shares(files, QUESTIONS, corpus) == {
         "mined": [1, 1, 1, 0], "gated": [0, 0, 1, 0], "thrown out": [1, 1], "gated - mined": [-1, 0],
+        "mined, no copy": [1, 0, 1, 0], "gated, no copy": [0, 0, 1, 0],
+        "thrown of false, no copy": [1, 0], "thrown of others": [0],
     }  # fmt: skip
+
+
+def test_a_copy_shares_more_than_a_fifth():
+    """Of six three-word sequences one in common, or two."""
+    text = "a b c d e f g h"
+    assert not is_copy(text, "a b c x y z u v") and is_copy(text, "x A b, c d y z u v w")
 
 
 def test_by_answer(corpus, tmp_path):
