@@ -5,7 +5,7 @@ Assignment 5, the extractive reader: the points, and the drivers (a1.py says wha
 from unittest import mock
 
 import numpy as np
-from child import tasks
+from child import tasks, times
 
 SHIP = ["train_reader.py", "answer.py", "utils/bm25.py", "config/train_reader_demo.yaml"]
 DROP = []
@@ -78,36 +78,30 @@ def pieces(rng, *parts):
 ABC = [[1, 2, 3], [2], [1, 2]]
 
 
+@times(3)
 def spans_all(rng, find_spans):
-    found = []
-    for _ in range(3):
-        parts = ["abc", "ac", "ab", "abc", "b", 1, 2, 3]
-        parts = [parts[i] for i in rng.permutation(len(parts))]
-        found.append(spans(find_spans, pieces(rng, *parts, 4), 0, ABC))
-    return {"spans": found}
+    parts = ["abc", "ac", "ab", "abc", "b", 1, 2, 3]
+    parts = [parts[i] for i in rng.permutation(len(parts))]
+    return {"spans": spans(find_spans, pieces(rng, *parts, 4), 0, ABC)}
 
 
+@times(4)
 def spans_first(rng, find_spans):
-    found = []
-    for _ in range(4):
-        question = pieces(rng, 9, "ab", 9)
-        found.append(spans(find_spans, question + pieces(rng, 9, "ab", 9), len(question), ABC[2:]))
-    return {"spans": found}
+    question = pieces(rng, 9, "ab", 9)
+    return {"spans": spans(find_spans, question + pieces(rng, 9, "ab", 9), len(question), ABC[2:])}
 
 
+@times(4)
 def spans_ends(rng, find_spans):
-    found = []
-    for _ in range(4):
-        question = pieces(rng, 9)
-        found.append(spans(find_spans, question + pieces(rng, "abc", 9, "abc"), len(question), ABC[:1]))
-    return {"spans": found}
+    question = pieces(rng, 9)
+    return {"spans": spans(find_spans, question + pieces(rng, "abc", 9, "abc"), len(question), ABC[:1])}
 
 
+@times(4)
 def spans_empty(rng, find_spans):
-    # why the begins of another answer: a function that finds nothing would be right
-    found = [spans(find_spans, pieces(rng, 20, "ab", 9), 0, [[], ABC[2]]) for _ in range(4)]
-    nothing = spans(find_spans, [100, 101], 2, ABC)
-    return {"begins": [[begin for begin, _ in each] for each in found], "of no passage": nothing}
+    # why the begin of another answer: a function that finds nothing would be right
+    found = spans(find_spans, pieces(rng, 20, "ab", 9), 0, [[], ABC[2]])
+    return {"begin": [begin for begin, _ in found], "of no passage": spans(find_spans, [100, 101], 2, ABC)}
 
 
 # ---------------------------------------------------------------- reader_loss
@@ -170,15 +164,12 @@ def loss_relevance(rng, reader_loss):
     return {"loss": loss, "gradient": found["gradient of relevance"]}
 
 
+@times(5)
 def loss_correct(rng, reader_loss):
-    counts = []
-    for n in range(4, 9):
-        relevance_NM = rng.standard_normal((n, 4))
-        best = rng.integers(0, 3, n) * rng.permutation(np.arange(n) % 2)  # half of them and more are right
-        relevance_NM[np.arange(n), best] = 5.0
-        nothing = ([[0]] * n, [[0]] * n, [[False]] * n)
-        counts.append(loss_of(reader_loss, *np.zeros((2, n, 3)), relevance_NM, *nothing)[1])
-    return {"correct": counts}
+    relevance_NM = rng.standard_normal((8, 4))
+    relevance_NM[np.arange(8), rng.integers(4, size=8) * rng.integers(2, size=8)] = 5.0
+    nothing = ([[0]] * 8, [[0]] * 8, [[False]] * 8)
+    return {"correct": loss_of(reader_loss, *np.zeros((2, 8, 3)), relevance_NM, *nothing)[1]}
 
 
 # ---------------------------------------------------------------- best_spans
@@ -215,19 +206,16 @@ def best_overlap(rng, best_spans):
     return {"top five": [span[:2] for span in chosen(best_spans, start_S, end_S, longest=14, top=5)]}
 
 
+@times(3)
 def best_words(rng, best_spans):
-    found = []
-    for _ in range(4):
-        # the best span is first to first + 1; its word has `before` tokens more in front, and `after` behind
-        first, before, after = rng.integers((4, 1, 1), (10, 4, 4))
-        start_S, end_S = rng.uniform(0, 1, (2, 16))
-        start_S[first] = end_S[first + 1] = 9.0
-        continues_S = np.zeros(16, bool)
-        continues_S[first - before + 1 : first + 1] = True
-        continues_S[first + 2 : first + 2 + after] = True
-        at_ends = np.ones(16, bool)
-        found += [chosen(best_spans, start_S, end_S, each) for each in (continues_S, at_ends)]
-    return {"best": found}
+    # the best span is first to first + 1; its word has `before` tokens more in front, and `after` behind
+    first, before, after = rng.integers((4, 1, 1), (10, 4, 4))
+    start_S, end_S = rng.uniform(0, 1, (2, 16))
+    start_S[first] = end_S[first + 1] = 9.0
+    continues_S = np.zeros(16, bool)
+    continues_S[first - before + 1 : first + 1] = continues_S[first + 2 : first + 2 + after] = True
+    at_ends = np.ones(16, bool)
+    return {"best": [chosen(best_spans, start_S, end_S, each) for each in (continues_S, at_ends)]}
 
 
 def best_ties(rng, best_spans):
@@ -271,16 +259,14 @@ def f1_counts(rng, f1):
     return {"f1": np.array([f1(prediction, [answer]) for prediction, answer in mixed(rng, cases)], float)}
 
 
+@times(5)
 def f1_answers(rng, f1):
-    found = []
-    for _ in range(6):
-        # the second of three answers fits best: the prediction and some words more
-        common, more = rng.integers((2, 1), (5, 5))
-        words = words_of(rng, 12)
-        far, near, last = words[9:], words[: common + more], words[:1] + words[9:]
-        answers = [" ".join(answer) for answer in (far, near, last)]
-        found.append(f1(" ".join(words[:common]), answers))
-    return {"f1": np.array(found, float)}
+    # the second of three answers fits best: the prediction and some words more
+    common, more = rng.integers((2, 1), (5, 5))
+    words = words_of(rng, 12)
+    far, near, last = words[9:], words[: common + more], words[:1] + words[9:]
+    answers = [" ".join(answer) for answer in (far, near, last)]
+    return {"f1": float(f1(" ".join(words[:common]), answers))}
 
 
 def f1_empty(rng, f1):
