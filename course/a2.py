@@ -220,7 +220,8 @@ def seeds_fit(rng, chunk_seed):
     large = int(rng.integers(2**31, 2**32))
     cells = [(a, b, c) for a in (0, 7, large) for b in (0, 10**6) for c in range(rng.integers(3, 60))]
     seeds = [chunk_seed((*cell, large), i) for cell in cells for i in (0, 1, 3000)]
-    return {"ints that fit": sum(isinstance(seed, int) and 0 <= seed < 2**63 for seed in seeds)}
+    fit = [seed for seed in seeds if isinstance(seed, int) and 0 <= seed < 2**63]
+    return {"ints that fit": len(fit), "all the same": len({*fit}) == 1}
 
 
 # ---------------------------------------------------------------- in_chunks

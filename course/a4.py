@@ -163,9 +163,8 @@ def draw_ends(rng, draw_at_random):
 
 def draw_fair(rng, draw_at_random):
     drawn, names, _ = draws(rng, draw_at_random, [2] * 3000, ids=9)
-    often = [sum(pid in ids for ids in drawn) / 3000 for pid in names]
-    first = [sum(ids[0] == pid for ids in drawn) / 3000 for pid in names]
-    return {"share of draws": [round(x, 1) for x in often], "as the first": [round(x, 1) for x in first]}
+    shares = [[round(sum(ids[i] == pid for ids in drawn) / 3000, 1) for pid in names] for i in (0, 1)]
+    return {"share as the first, as the second": shares}
 
 
 # ---------------------------------------------------------------- denoise
@@ -299,7 +298,7 @@ def tele_positives(rng, teleport):
     return {"positives": mine(teleport, question, corpus, ids, more)[0]}
 
 
-@times(8)
+@times(12)
 def tele_dropped(rng, teleport):
     question, corpus, ids = world(rng, holding=range(30) if rng.random() < 0.5 else ())
     more = {"lookahead": ids[20:], "momentum": ids[35:]}
