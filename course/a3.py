@@ -13,11 +13,11 @@ SHOWN = ["queries_QD = check(queries_QD, shards, k)"]  # search_index and fill_i
 SHOWN += ["refuse_non_finite(x_nD, range(start, start + len(x_nD)))"]
 TASKS = tasks("""
 utils/search.py:exact_topk
-   7 topk_rows        the best k rows for any shards and blocks, numbered over the corpus | the docstring
-   5 topk_ties        equal scores in corpus order, also across the end of a block and of k | rescore
-   3 topk_short       k larger than the corpus; no questions | the docstring
+   6 topk_rows        the best k rows for any shards and blocks, numbered over the corpus | the docstring
+   3 topk_ties        equal scores in corpus order, also across the end of a block and of k | rescore
+   2 topk_short       k larger than the corpus; no questions | the docstring
    2 topk_nan         NaN in a passage is refused | refuse_non_finite
-   5 topk_memory      the scores of a block, and of the best so far; never of all passages | blocks
+   9 topk_memory      the scores of a block, and of the best so far; never of all passages | blocks
 utils/search.py:fetch
    3 fetch_rows       the rows in the order asked for, from the right shards | the docstring
    1 fetch_type       in the stored type | the docstring
@@ -210,7 +210,7 @@ def answer_accents(rng, has_answer):
 
 
 def answer_blank(rng, has_answer):
-    answers = ("", " ", "\u200b", "\n\t", "words", "a text", "Text")
+    answers = ("", " ", "\u200b", "\n\t", "words", "a text", "text of")
     return verdicts(rng, has_answer, [("a text of words", [answer]) for answer in answers])
 
 
