@@ -152,8 +152,8 @@ def draws(rng, draw_at_random, counts, ids=12, forbidden=4):
 
 def draw_different(rng, draw_at_random):
     drawn, _, allowed = draws(rng, draw_at_random, rng.integers(2, 8, 20).tolist())
-    good = [len({*ids} & allowed) if len(ids) == len({*ids}) else "one twice" for ids in drawn]
-    return {"different ones that are allowed": good}
+    twice = any(len({*ids}) < len(ids) for ids in drawn)
+    return {"how many": [*map(len, drawn)], "twice": twice, "allowed": allowed.issuperset(sum(drawn, []))}
 
 
 def draw_ends(rng, draw_at_random):
