@@ -289,7 +289,7 @@ def read_and_scored(rng):
     losses, scores = [], []
     for _ in range(4):
         ids = rng.integers(0, 7, 20).tolist()
-        mentions = spans(find_spans, ids, 3, [[ids[9], ids[10]]])["spans"]
+        mentions = spans(find_spans, ids, 3, [[ids[9], ids[10]]])
         start_S, end_S = rng.standard_normal((2, 20))
         begins, ends = zip(*mentions, strict=True)
         logits = (start_S[None], end_S[None], rng.standard_normal((1, 3)))
