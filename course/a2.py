@@ -316,13 +316,14 @@ def wire_seed(rng, add_gradient):
 
 
 def wire_devices(rng, add_gradient):
-    from toys import in_parts, step_of, toy_parts, two_devices
+    from toys import in_order, in_parts, step_of, toy_parts, two_devices
 
     toy_parts()  # read once for both devices
     seed = int(rng.integers(1000))
 
     def work(rank):
-        steps = [step_of(add_gradient, rank=rank, seed=seed, shared=shared) for shared in (False, True)]
+        options = {"rank": rank, "seed": seed}
+        steps = [step_of(add_gradient, in_order, shared=shared, **options) for shared in (False, True)]
         return {name: in_parts(step[2]) for name, step in zip(("two", "one"), steps, strict=True)}
 
     found = two_devices(work)

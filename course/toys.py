@@ -133,6 +133,16 @@ def in_parts(gradient):
     return gradient[: len(gradient) // 64 * 64].reshape(64, -1).norm(dim=1)
 
 
+def in_order(batch):
+    """Return a batch with its rows in the given order and no pair excluded: these are other checks."""
+    for name in ("question", "passage"):
+        rows = sum(batch[f"{name}_chunks"], [])
+        rows = [rows[place] for place in batch[f"{name}_places"]]
+        batch[f"{name}_chunks"] = [rows[first : first + 4] for first in range(0, len(rows), 4)]
+        batch[f"{name}_places"] = torch.arange(len(rows))
+    return batch | {"excluded": torch.zeros(2, 0, dtype=torch.long)}
+
+
 def one_text(rng):
     """Return batch -> a batch of one text, whose loss depends on its `excluded` alone; these are drawn."""
     pairs = [(q, column) for q in range(8) for column in range(16) if column != 2 * q and rng.random() < 0.4]
