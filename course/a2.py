@@ -159,7 +159,7 @@ def cache_memory(rng, grad_cache_step):
     import weakref
 
     _, encode, _ = toy(rng)
-    graphs, alive = [], []
+    graphs, alive, rows_with_graph = [], [], []
 
     def counted(rows):
         gc.collect()
@@ -167,10 +167,12 @@ def cache_memory(rng, grad_cache_step):
         vectors_bD = encode(rows)
         if vectors_bD.requires_grad:
             graphs.append(weakref.ref(vectors_bD))
+            rows_with_graph.append(len(rows))
         return vectors_bD
 
-    grad_cache_step(counted, [[i % 8] for i in range(rng.integers(5, 60))], coupled, (0,))
-    return {"graphs that live while a chunk is read": max(alive), "chunks that had a graph": len(graphs)}
+    grad_cache_step(counted, [[0] * size for size in rng.integers(1, 9, 8)], coupled, (0,))
+    found = {"graphs that live while a chunk is read": max(alive)}
+    return found | {"rows of the chunks that had a graph": sorted(rows_with_graph)}
 
 
 def cache_plain(rng, grad_cache_step):
