@@ -8,7 +8,7 @@ Generator and the function, and returns {name: array, number or list}. Nothing t
 from types import SimpleNamespace
 
 import numpy as np
-from child import tasks
+from child import tasks, times
 
 SHIP = ["train_dpr.py", "doc2embedding.py", "test_dpr.py", "recipes/untrained.py", "tests/toy.py"]
 DROP = []
@@ -91,6 +91,7 @@ def loss_mask(rng, in_batch_loss):
     return {"loss": loss, "gradient of q": q_QD.grad, "gradient of p": p_ND.grad, "without pairs": empty}
 
 
+@times(5)
 def loss_count(rng, in_batch_loss):
     import torch
 
@@ -98,7 +99,7 @@ def loss_count(rng, in_batch_loss):
     questions, width = 6, 2
     p_ND = torch.nn.functional.normalize(torch.tensor(rng.standard_normal((12, 16))), dim=1)
     positive_Q = torch.arange(questions) * width
-    right = rng.permutation(questions)[: int(rng.integers(2, questions))]
+    right = rng.permutation(questions)[: int(rng.integers(1, questions))]
     target_Q = (positive_Q + 1).clamp(min=7)
     target_Q[right] = positive_Q[right]
     _, count = in_batch_loss(3 * p_ND[target_Q], p_ND, positive_Q)
@@ -107,7 +108,7 @@ def loss_count(rng, in_batch_loss):
 
 # ---------------------------------------------------------------- excluded_pairs
 def pairs_of(rng, excluded_pairs, mask=True):
-    """Return (pairs, their number of duplicates, width, columns of padding) of a batch with all cases."""
+    """Return (pairs, how many are duplicates, width, columns of padding, two questions of one passage)."""
     width = int(rng.integers(2, 5))
     questions = 7
     ids = [str(i) for i in rng.permutation(1000)[: questions * 8]]
@@ -136,28 +137,34 @@ def pairs_of(rng, excluded_pairs, mask=True):
         padding.add(row * width + 1)
     cfg = SimpleNamespace(negatives=width - 1, mask_duplicates=mask)
     pairs, duplicates = excluded_pairs(items, entries, padding, train, cfg)
-    return sorted([int(row), int(column)] for row, column in pairs), int(duplicates), width, padding
+    pairs = sorted([int(row), int(column)] for row, column in pairs)
+    return pairs, int(duplicates), width, padding, (items.index(0), items.index(3))
 
 
 def own(rng, excluded_pairs):
-    pairs, _, width, _ = pairs_of(rng, excluded_pairs)
-    return {"labels that are left out": [row for row, column in pairs if column == row * width]}
+    pairs, _, width, _, (one, other) = pairs_of(rng, excluded_pairs)
+    labels = [[row, column] for row, column in pairs if column == row * width]
+    # of two questions with one passage each leaves out the other's label
+    crossed = [pair for pair in ([one, other * width], [other, one * width]) if pair in pairs]
+    return {"labels that are left out": labels, "labels of the same passage": crossed}
 
 
+@times(3)
 def padding(rng, excluded_pairs):
-    pairs, _, _, columns = pairs_of(rng, excluded_pairs)
+    pairs, _, _, columns, _ = pairs_of(rng, excluded_pairs)
     return {"pairs of padding": [pair for pair in pairs if pair[1] in columns]}
 
 
 def twins(rng, excluded_pairs):
-    pairs, duplicates, width, columns = pairs_of(rng, excluded_pairs)
+    pairs, duplicates, width, columns, _ = pairs_of(rng, excluded_pairs)
     others = [pair for pair in pairs if pair[1] not in columns and pair[1] != pair[0] * width]
     return {"duplicates that are left out": others, "their number": duplicates}
 
 
+@times(3)
 def switch(rng, excluded_pairs):
-    pairs, duplicates, _, columns = pairs_of(rng, excluded_pairs, mask=False)
-    return {"left out": [pair for pair in pairs if pair[1] not in columns], "their number": duplicates}
+    pairs, duplicates, *_ = pairs_of(rng, excluded_pairs, mask=False)
+    return {"left out": pairs, "number of duplicates": duplicates}
 
 
 # ---------------------------------------------------------------- devices
@@ -190,33 +197,35 @@ def gather_gradient(rng, gather_rows):
 
 
 def summed(rng, sum_gradients, frozen):
-    """Return what two devices hold after sum_gradients; frozen: one of three weights has no gradient."""
+    """Return what two devices hold after sum_gradients; `frozen` of nine weights have no gradient."""
     import torch
     from toys import two_devices
 
-    gradients = rng.standard_normal((2, 3, 5))
+    gradients = rng.standard_normal((2, 9, 5))
+    without = rng.permutation(9)[:frozen]
 
     def work(rank):
-        weights = [torch.nn.Parameter(torch.zeros(5, dtype=torch.float64)) for _ in range(3)]
-        for weight, gradient in zip(weights, gradients[rank], strict=True):
-            weight.grad = torch.tensor(gradient)
-        if frozen:
-            weights[1].grad = None
+        weights = [torch.nn.Parameter(torch.zeros(5, dtype=torch.float64)) for _ in range(9)]
+        for i, weight in enumerate(weights):
+            weight.grad = None if i in without else torch.tensor(gradients[rank, i])
         sum_gradients(iter(weights))
-        if frozen:
-            return {"frozen": torch.tensor(weights[1].grad is None)}
-        return {f"gradient {i}": weight.grad for i, weight in enumerate(weights)}
+        if not frozen:
+            return {"gradients": torch.stack([weight.grad for weight in weights])}
+        none = [weight.grad is None for weight in weights]
+        # why these too: a function that does nothing leaves all as it is
+        same = [not none[i] and gradients[rank, i, 0] == weights[i].grad[0].item() for i in range(9)]
+        return {"without a gradient": torch.tensor(none), "not changed": torch.tensor(same)}
 
     found = two_devices(work)
     return {f"{name} on device {rank}": found[rank][name] for rank in (0, 1) for name in found[rank]}
 
 
 def sum_value(rng, sum_gradients):
-    return summed(rng, sum_gradients, frozen=False)
+    return summed(rng, sum_gradients, frozen=0)
 
 
 def sum_frozen(rng, sum_gradients):
-    return summed(rng, sum_gradients, frozen=True)
+    return summed(rng, sum_gradients, frozen=4)
 
 
 # ---------------------------------------------------------------- learning rate

@@ -3,8 +3,8 @@ Assignment 2, the gradient cache: the points, and the drivers (a1.py says what t
 """
 
 import itertools
-from types import SimpleNamespace
 
+import numpy as np
 from child import tasks
 
 SHIP = ["train_dpr.py", "tests/toy.py", "config/train_gcdpr_nq.yaml"]
@@ -12,10 +12,11 @@ DROP = []
 SHOWN = ["torch.nn.ModuleDict(encoders).parameters()"]
 TASKS = tasks("""
 utils/grad_cache.py:grad_cache_step
-  12 cache_gradient   the gradient of one graph over all chunks, cached or not | the head of the file
-   9 cache_replay     both passes drop the same units | the docstring: seed
-   5 cache_masks      each chunk and each seed has masks of its own, the same seed the same | chunk_seed
+  11 cache_gradient   the gradient of one graph over all chunks is added, cached or not | the head of the file
+   8 cache_replay     both passes drop the same units | the docstring: seed
+   4 cache_masks      each chunk and each seed has masks of its own, the same seed the same | chunk_seed
    6 cache_memory     the graph of a chunk is gone before the next chunk is read | paper, Sec. 3
+   3 cache_plain      without the cache: the same masks, each chunk is read once | the docstring: cached
    3 cache_values     what loss_of returned, without a graph | the docstring
    3 cache_backward   `backward` takes the place of .backward() where an encoder is behind
 utils/distributed.py:chunk_seed
@@ -26,11 +27,13 @@ utils/encoder.py:in_chunks
    2 chunks_size      all rows, `size` in a chunk but for the last | the docstring
    2 chunks_padding   rows of like length are together | the docstring: why
 train_dpr.py:add_gradient
-   5 wire_gradient    the gradient of the batch, every question against its own passages | make_batch
-   2 wire_scale       the gradient is multiplied by gradient_scale | config/train_dpr_nq.yaml
-   2 wire_shown       the loss that is returned is not, and has no graph | the docstring
+   4 wire_gradient    the gradient of the batch, every question against its own passages | make_batch
+   1 wire_adds        it is added to the gradient that is there already | the docstring
+   1 wire_scale       it is multiplied by gradient_scale | config/train_dpr_nq.yaml
+   1 wire_shown       the loss that is returned is not, and has no graph | the docstring
    2 wire_mask        the batch's `excluded` pairs reach the loss | in_batch_loss
-   3 wire_seed        other masks in another step and on another device, the same in the same
+   2 wire_seed        other masks in another step and on another device, the same in the same
+   3 wire_devices     of two devices each holds it, a shared encoder's too | utils/distributed.py
 together
    5 four_steps       all your functions in one training: the losses and weights of 4 steps
 """)
@@ -76,10 +79,12 @@ def coupled(vectors):
 
 
 def cache_gradient(rng, grad_cache_step):
+    import torch
+
     weight_DD, encode, chunks = toy(rng)
     found = {}
     for cached in (True, False):
-        weight_DD.grad = None
+        weight_DD.grad = torch.ones_like(weight_DD)
         grad_cache_step(encode, chunks, coupled, (int(rng.integers(99)),), cached=cached)
         found[f"gradient, cached {cached}"] = weight_DD.grad.clone()
     return found
@@ -87,8 +92,9 @@ def cache_gradient(rng, grad_cache_step):
 
 def cache_values(rng, grad_cache_step):
     _, encode, chunks = toy(rng)
-    loss, total = grad_cache_step(encode, chunks, coupled, (0,))
-    return {"loss": loss, "second value": total, "has a graph": bool(loss.requires_grad)}
+    found = [grad_cache_step(encode, chunks, coupled, (0,), cached=cached) for cached in (True, False)]
+    numbers = [[loss.item(), total.item()] for loss, total in found]
+    return {"loss, second value": np.array(numbers), "have a graph": [x.requires_grad for x, _ in found]}
 
 
 def cache_replay(rng, grad_cache_step):
@@ -96,11 +102,12 @@ def cache_replay(rng, grad_cache_step):
 
     rate = 0.4
     weight_DD, encode, chunks = toy(rng, rate)
+    times = float(rng.uniform(2, 9))
     seen = []
 
     def loss_of(vectors):
         seen.append(torch.cat([x.detach() for x in vectors]))
-        return coupled(vectors)
+        return times * coupled(vectors)[0], 0
 
     grad_cache_step(encode, chunks, loss_of, (3, 1, 0))
     (vectors_ND,) = seen
@@ -114,7 +121,7 @@ def cache_replay(rng, grad_cache_step):
     factor = weight_DD.grad.norm() / wanted_DD.norm()
     gap = (wanted_DD * factor - weight_DD.grad).norm() / weight_DD.grad.norm()
     found = {"some units are dropped": bool((kept_ND == 0).any()), "same units": bool(gap < 1e-9)}
-    return found | {"factor": round(float(factor), 6)}
+    return found | {"a loss of so many times": round(float(factor), 6)}
 
 
 def plain_vectors(encode, rows):
@@ -134,17 +141,16 @@ def cache_masks(rng, grad_cache_step):
     seen = []
 
     def loss_of(vectors):
-        seen.append([x.detach().clone() for x in vectors])
+        seen.append(torch.stack([x.detach() for x in vectors]).tolist())
         return coupled(vectors)
 
-    for seed in ((1, 0, 0), (1, 1, 0), (1, 0, 1), (1, 0, 0)):
-        grad_cache_step(encode, [[0, 1], [0, 1]], loss_of, seed)
-    first, other_step, other_device, again = seen
+    # another step, another device, another seed of the training, and some of them again
+    seeds = [(1, 0, 0), (1, 1, 0), (1, 0, 1), (2, 0, 0)]
+    for i in rng.permutation([0, 0, 1, 1, 2, 2, 3]):
+        grad_cache_step(encode, [[0, 1], [0, 1]], loss_of, seeds[i])
     return {
-        "chunks of one step alike": torch.equal(*first),
-        "two steps alike": torch.equal(first[0], other_step[0]),
-        "two devices alike": torch.equal(first[0], other_device[0]),
-        "the same seed alike": torch.equal(first[0], again[0]) and torch.equal(first[1], again[1]),
+        "chunks of one step alike": [one == other for one, other in seen],
+        "alike with": [seen.index(vectors) for vectors in seen],
     }
 
 
@@ -153,7 +159,7 @@ def cache_memory(rng, grad_cache_step):
     import weakref
 
     _, encode, _ = toy(rng)
-    graphs, alive = [], []
+    graphs, alive, rows_with_graph = [], [], []
 
     def counted(rows):
         gc.collect()
@@ -161,30 +167,52 @@ def cache_memory(rng, grad_cache_step):
         vectors_bD = encode(rows)
         if vectors_bD.requires_grad:
             graphs.append(weakref.ref(vectors_bD))
+            rows_with_graph.append(len(rows))
         return vectors_bD
 
-    grad_cache_step(counted, [[i] for i in range(8)], coupled, (0,))
-    return {
-        "a graph lives while the next chunk is read": max(alive) > 0,
-        "chunks have a graph": len(graphs) > 0,
-    }
+    grad_cache_step(counted, [[0] * size for size in rng.integers(1, 9, 8)], coupled, (0,))
+    found = {"graphs that live while a chunk is read": max(alive)}
+    return found | {"rows of the chunks that had a graph": sorted(rows_with_graph)}
+
+
+def cache_plain(rng, grad_cache_step):
+    _, encode, _ = toy(rng, 0.4)
+    seen, passes = [], []
+
+    def counted(rows):
+        passes.append(rows)
+        return encode(rows)
+
+    def loss_of(vectors):
+        seen.append([x.tolist() for x in vectors])
+        return coupled(vectors)
+
+    chunks = [[i % 8] for i in range(rng.integers(5, 60))]
+    grad_cache_step(encode, chunks, loss_of, (4, 2))
+    grad_cache_step(counted, chunks, loss_of, (4, 2), cached=False)
+    return {"the same masks": seen[0] == seen[1], "passes": len(passes)}
 
 
 def cache_backward(rng, grad_cache_step):
     weight_DD, encode, chunks = toy(rng)
-    norms = []
-    for factor in (1, 4):
-        weight_DD.grad = None
-        grad_cache_step(encode, chunks, coupled, (0,), lambda scalar, f=factor: (f * scalar).backward())
-        norms.append(float(weight_DD.grad.norm()))
-    return {"four times the gradient": bool(abs(norms[1] / norms[0] - 4) < 1e-9)}
+    times = float(rng.uniform(2, 9))
+    found = []
+    for cached in (True, False):
+        norms = []
+        for factor in (1, times):
+            weight_DD.grad = None
+            backward = lambda scalar, f=factor: (f * scalar).backward()  # noqa: E731
+            grad_cache_step(encode, chunks, coupled, (0,), backward, cached)
+            norms.append(float(weight_DD.grad.norm()))
+        found.append(round(norms[1] / norms[0], 6))
+    return {"times the gradient": found}
 
 
 # ---------------------------------------------------------------- chunk_seed
 def seeds_differ(rng, chunk_seed):
     start = int(rng.integers(1000))
-    grid = itertools.product((start, start + 1), range(12), range(3), range(12))
-    cells = [*grid]  # seed, step, device, chunk
+    steps, devices, chunks = rng.integers((11, 2, 11), (16, 6, 30)).tolist()
+    cells = [*itertools.product((start, start + 1), range(steps), range(devices), range(chunks))]
     seeds = [int(chunk_seed(cell[:3], cell[3])) for cell in cells]
     again = [int(chunk_seed(cell[:3], cell[3])) for cell in cells]
     return {"how many differ": len(set(seeds)), "the same again": seeds == again}
@@ -192,15 +220,16 @@ def seeds_differ(rng, chunk_seed):
 
 def seeds_fit(rng, chunk_seed):
     large = int(rng.integers(2**31, 2**32))
-    cells = [(a, b, c) for a in (0, 7, large) for b in (0, 10**6) for c in range(8)]
+    cells = [(a, b, c) for a in (0, 7, large) for b in (0, 10**6) for c in range(rng.integers(3, 60))]
     seeds = [chunk_seed((*cell, large), i) for cell in cells for i in (0, 1, 3000)]
-    return {"ints that fit": sum(isinstance(seed, int) and 0 <= seed < 2**63 for seed in seeds)}
+    fit = [seed for seed in seeds if isinstance(seed, int) and 0 <= seed < 2**63]
+    return {"ints that fit": len(fit), "all the same": len({*fit}) == 1}
 
 
 # ---------------------------------------------------------------- in_chunks
 def chunks_of(rng, in_chunks, size=5):
     """Return (chunks, places) of 12 id lists of different lengths; the first id tells a list from others."""
-    lengths = rng.permutation([2, 2, 3, 4, 4, 6, 7, 9, 9, 12, 15, 15]).tolist()
+    lengths = rng.integers(2, 16, 12).tolist()
     firsts = rng.permutation(100)[:12].tolist()
     ids = [[first] * length for first, length in zip(firsts, lengths, strict=True)]
     chunks, places = in_chunks(ids, size)
@@ -230,75 +259,77 @@ def chunks_padding(rng, in_chunks):
 
 
 # ---------------------------------------------------------------- add_gradient
-def step_of(add_gradient, batch_of=None, step=0, rank=0, **changes):
-    """Return (loss, correct, the gradient of both encoders) of add_gradient in the toy world."""
-    import torch
-    from toys import ACCELERATOR, toy_training
-
-    from train_dpr import make_batch
-
-    cfg, questions, corpus, encoders = toy_training(grad_cache=True, **changes)
-    batch = make_batch(0, questions, corpus, encoders, cfg)
-    if batch_of:
-        batch = batch_of(batch)
-    accelerator = SimpleNamespace(**vars(ACCELERATOR) | {"process_index": rank})
-    loss, correct = add_gradient(batch, encoders, accelerator, cfg, step)
-    weights = torch.nn.ModuleDict(encoders).parameters()
-    gradient = torch.cat([weight.grad.flatten() for weight in weights])
-    return loss, correct, gradient
 
 
 def wire_gradient(rng, add_gradient):
     import torch
+    from toys import in_parts, step_of
 
     def without_pairs(batch):
         return batch | {"excluded": torch.zeros(2, 0, dtype=torch.long)}
 
     seed = int(rng.integers(1000))
     _, correct, gradient = step_of(add_gradient, without_pairs, seed=seed, gradient_scale=0.5)
-    # why sums of parts: what comes back stays small, and every part tells a wrong order
-    return {"gradient": gradient[: len(gradient) // 64 * 64].reshape(64, -1).norm(dim=1), "correct": correct}
+    return {"gradient": in_parts(gradient), "correct": correct}
+
+
+def wire_adds(rng, add_gradient):
+    from toys import step_of
+
+    seed, before = rng.integers((0, 2), (1000, 99)).tolist()
+    (*_, alone), (*_, added) = (step_of(add_gradient, seed=seed, before=x) for x in (None, before))
+    return {"was there already": [round(float(x), 2) for x in (added - alone).aminmax()]}
 
 
 def wire_scale(rng, add_gradient):
-    seed = int(rng.integers(1000))
-    norms = [float(step_of(add_gradient, seed=seed, gradient_scale=s)[2].norm()) for s in (1.0, 0.125)]
+    from toys import step_of
+
+    seed, scale = int(rng.integers(1000)), float(rng.uniform(0.1, 0.9))
+    norms = [float(step_of(add_gradient, seed=seed, gradient_scale=s)[2].norm()) for s in (1.0, scale)]
     return {"ratio": round(norms[1] / norms[0], 4)}
 
 
 def wire_shown(rng, add_gradient):
-    seed = int(rng.integers(1000))
-    losses = [step_of(add_gradient, seed=seed, gradient_scale=s)[0] for s in (1.0, 0.125)]
-    ratio = round(float(losses[1] / losses[0]), 4)
-    return {"ratio of the losses": ratio, "has a graph": bool(losses[0].requires_grad)}
+    from toys import one_text, step_of
+
+    batch_of = one_text(rng)
+    losses = [step_of(add_gradient, batch_of, gradient_scale=scale)[0] for scale in (1.0, 0.125)]
+    return {
+        "losses": [round(float(loss), 5) for loss in losses],
+        "has a graph": bool(losses[0].requires_grad),
+    }
 
 
 def wire_mask(rng, add_gradient):
-    import torch
+    from toys import one_text, step_of
 
-    seed = int(rng.integers(1000))
-
-    def without_negatives(batch):
-        rows, columns = torch.meshgrid(torch.arange(8), torch.arange(16), indexing="ij")
-        pairs = torch.stack([rows.flatten(), columns.flatten()])
-        return batch | {"excluded": pairs[:, pairs[1] != 2 * pairs[0]]}
-
-    loss, *_ = step_of(add_gradient, without_negatives, seed=seed)
-    return {"the loss without any negative is 0": bool(abs(float(loss)) < 1e-6)}
+    return {"loss": step_of(add_gradient, one_text(rng))[0]}
 
 
 def wire_seed(rng, add_gradient):
-    import torch
+    from toys import step_of
 
+    options = {"seed": int(rng.integers(1000)), "dropout": 0.3, "batch_size": 4}
+    cells = [(0, 0), (1, 0), (0, 1)]  # (step, device)
+    found = []
+    for i in rng.permutation([0, 0, 0, 1, 1, 2]):
+        found.append(step_of(add_gradient, None, *cells[i], **options)[2].tolist())
+    return {"alike with": [found.index(gradient) for gradient in found]}
+
+
+def wire_devices(rng, add_gradient):
+    from toys import in_order, in_parts, step_of, toy_parts, two_devices
+
+    toy_parts()  # read once for both devices
     seed = int(rng.integers(1000))
-    cells = [(0, 0), (0, 0), (1, 0), (0, 1)]  # (step, device)
-    found = [step_of(add_gradient, step=s, rank=d, seed=seed, dropout=0.3) for s, d in cells]
-    first, again, step, device = (gradient for _, _, gradient in found)
-    return {
-        "the same alike": torch.equal(first, again),
-        "two steps alike": torch.equal(first, step),
-        "two devices alike": torch.equal(first, device),
-    }
+
+    def work(rank):
+        options = {"rank": rank, "seed": seed}
+        steps = [step_of(add_gradient, in_order, shared=shared, **options) for shared in (False, True)]
+        return {name: in_parts(step[2]) for name, step in zip(("two", "one"), steps, strict=True)}
+
+    found = two_devices(work)
+    return {f"{name} encoder(s), device {rank}": found[rank][name] for rank in (0, 1) for name in found[rank]}
 
 
 # ---------------------------------------------------------------- together

@@ -5,11 +5,10 @@ Assignment 4, where negatives come from: the points, and the drivers (a1.py says
 import random
 from types import SimpleNamespace
 
-from child import tasks
+from child import tasks, times
 
 SHIP = ["mine_negatives.py", "train_dpr.py", "test_dpr.py", "doc2embedding.py", "utils/bm25.py"]
 DROP = []
-# the first lines of two helpers
 SHOWN = ["holds_answer(passage, question, cfg)", "positives_of(question, ranked, corpus, cfg)"]
 TASKS = tasks("""
 mine_negatives.py:wrong_for
@@ -69,17 +68,14 @@ def numbers(rng):
 
 # ---------------------------------------------------------------- a corpus of 40 passages
 def world(rng, positives=(0,), holding=(3, 8, 11), answers=("amber",)):
-    """
-    Return (question, corpus, ids in the order of a ranking). positives, holding: places in the ranking. The
-    passages at `holding` hold the answer "amber", whether the question has it or not.
-    """
+    """Return (question, corpus, ids in the order of a ranking); "amber" stands at the places `holding`."""
     from utils.data import Passage
 
     ids = [f"p{number}" for number in rng.permutation(40)]
     passages = {}
     for place, pid in enumerate(ids):
-        words = "amber stones" if place in holding else "grey stones"
-        passages[pid] = Passage(pid, "title", f"passage {pid} is about {words}")
+        colour = "amber" if place in holding else "grey"
+        passages[pid] = Passage(pid, "title", f"passage {pid} is about {colour} stones")
     question = {"qid": "q", "question": "which stones", "answers": [*answers], "negatives": []}
     question["positives"] = [ids[place] for place in positives]
     return question, SimpleNamespace(passage=passages.__getitem__, passages=passages), ids
@@ -91,22 +87,19 @@ def settings(**changes):
     return SimpleNamespace(**keys | changes)
 
 
-def streams(seed=0):
-    return [random.Random(seed), random.Random(seed)]
-
-
 def mine(mode, question, corpus, ids, more=(), rngs=None, **changes):
     """Return (positives, negatives) of a mode; more: what Found holds next to the ranking."""
+    rngs = rngs or [random.Random(0), random.Random(0)]
     from mine_negatives import Found
 
     lists = {"lookahead": [], "momentum": [], "momentum_positives": []}
     question = question | {"positives": [*question["positives"]]}
-    return mode(question, Found(ids, **lists | dict(more)), corpus, settings(**changes), rngs or streams())
+    return mode(question, Found(ids, **lists | dict(more)), corpus, settings(**changes), rngs)
 
 
 # ---------------------------------------------------------------- wrong_for
 def judged(wrong_for, question, corpus, never=frozenset(), **changes):
-    """Return what wrong_for says of every passage, by id."""
+    """Return what wrong_for says of every passage."""
     wrong = wrong_for(question, question["positives"], never, corpus, settings(**changes))
     return [bool(wrong(pid)) for pid in sorted(corpus.passages)]
 
@@ -120,11 +113,9 @@ def wrong_texts(rng, wrong_for):
     question, corpus, ids = world(rng, positives=(1,), holding=())
     corpus.passages[ids[7]] = corpus.passages[ids[1]]._replace(id=ids[7])
     found = {"with answers": judged(wrong_for, question, corpus)}
-
-    # an inline positive, of a question without answers
     question, corpus, ids = world(rng, positives=(9,), answers=())
     question["positives"].insert(0, {"title": "t", "text": corpus.passages[ids[4]].text})
-    return found | {"an inline positive": judged(wrong_for, question, corpus)}
+    return found | {"an inline positive, no answers": judged(wrong_for, question, corpus)}
 
 
 def wrong_answers(rng, wrong_for):
@@ -151,48 +142,49 @@ def topk_positives(rng, topk):
 
 
 # ---------------------------------------------------------------- draw_at_random
-def draws(rng, draw_at_random, count, ids=12, forbidden=4, times=1):
-    """Return the draws of `count` of some ids, the ids that are allowed."""
+def draws(rng, draw_at_random, counts, ids=12, forbidden=4):
+    """Return (so many draws of some ids, the ids, those that are allowed: the first and some others)."""
     names = [f"p{i}" for i in rng.permutation(100)[:ids]]
-    allowed = names[forbidden:]
+    allowed = {*names} - {*rng.permutation(names[1:])[:forbidden].tolist()}
     source = random.Random(int(rng.integers(10**6)))
-    return [draw_at_random(names, set(allowed).__contains__, count, source) for _ in range(times)], allowed
+    return [draw_at_random(names, allowed.__contains__, count, source) for count in counts], names, allowed
 
 
 def draw_different(rng, draw_at_random):
-    drawn, allowed = draws(rng, draw_at_random, 6, times=20)
-    good = [len(ids) == len({*ids}) == 6 and {*ids} <= {*allowed} for ids in drawn]
-    return {"six different ones that are allowed": good}
+    drawn, _, allowed = draws(rng, draw_at_random, rng.integers(2, 8, 20).tolist())
+    twice = any(len({*ids}) < len(ids) for ids in drawn)
+    return {"how many": [*map(len, drawn)], "twice": twice, "allowed": allowed.issuperset(sum(drawn, []))}
 
 
 def draw_ends(rng, draw_at_random):
-    few, allowed = draws(rng, draw_at_random, 9, forbidden=9, times=8)
-    (none,), _ = draws(rng, draw_at_random, 3, forbidden=12)
-    return {"all that are allowed": [sorted(ids) == sorted(allowed) for ids in few], "none": len(none)}
+    drawn, *_ = draws(rng, draw_at_random, [9] * 8, forbidden=9)
+    return {"all that are allowed": [sorted(ids) for ids in drawn]}
 
 
 def draw_fair(rng, draw_at_random):
-    drawn, allowed = draws(rng, draw_at_random, 2, ids=7, forbidden=2, times=3000)
-    often = [sum(pid in ids for ids in drawn) / 3000 for pid in allowed]
-    first = [sum(ids[0] == pid for ids in drawn) / 3000 for pid in allowed]
-    return {"share of draws": [round(x, 1) for x in often], "as the first": [round(x, 1) for x in first]}
+    drawn, names, _ = draws(rng, draw_at_random, [2] * 3000, ids=9)
+    shares = [[round(sum(ids[i] == pid for ids in drawn) / 3000, 1) for pid in names] for i in (0, 1)]
+    return {"share as the first, as the second": shares}
 
 
 # ---------------------------------------------------------------- denoise
+LOW = (1, 2, 3, 5, 6, 9)  # places of low scores
+
+
 def scored(rng, positives=(0,), holding=(3, 8, 11)):
     """Return (question, corpus, ids, {"scores": those of the first 20 passages}); two of them are 0.3."""
     question, corpus, ids = world(rng, positives, holding)
     scores = dict(zip(ids, rng.uniform(0, 1, 20).tolist(), strict=False))
-    for place in (1, 2, 5, 6, 9):
-        scores[ids[place]] = float(rng.uniform(0.01, 0.2))  # enough below
-    scores[ids[4]] = scores[ids[7]] = 0.3
-    scores |= {ids[3]: 0.01, ids[0]: 0.9}
+    scores |= {ids[place]: float(rng.uniform(0.01, 0.2)) for place in LOW}
+    scores |= {ids[4]: 0.3, ids[7]: 0.3, ids[0]: 0.9}
     return question, corpus, ids, {"scores": scores}
 
 
-def denoised(rng, denoise, positives=(0,), holding=(), **changes):
+def denoised(rng, denoise, positives=(0,), holding=(), unscored=(), **changes):
     """Return (places of the negatives in the ranking, places without a score)."""
     question, corpus, ids, more = scored(rng, positives, holding)
+    for place in unscored:
+        del more["scores"][ids[place]]
     _, negatives = mine(denoise, question, corpus, ids, more, scores="x.run", **changes)
     without = [place for place, pid in enumerate(ids[:30]) if pid not in more["scores"]]
     return [ids.index(pid) for pid in negatives], without
@@ -200,36 +192,41 @@ def denoised(rng, denoise, positives=(0,), holding=(), **changes):
 
 def denoise_draw(rng, denoise):
     question, corpus, ids = world(rng, holding=(2, 9))
-    good, late = [], 0
-    for seed in range(20):
-        _, negatives = mine(denoise, question, corpus, ids, rngs=streams(seed), depth=25)
-        places = {ids.index(pid) for pid in negatives}
-        good.append(len(negatives) == len(places) == 5 and not places & {0, 2, 9} and max(places) < 25)
+    found, late = [], 0
+    for seed, count in enumerate(rng.integers(3, 8, 20).tolist()):
+        _, drawn = mine(denoise, question, corpus, ids, rngs=[random.Random(seed)], depth=25, negatives=count)
+        places = {ids.index(pid) for pid in drawn}
+        found.append([len(drawn), len(places), bool(places & {0, 2, 9}), max(places) < 25])
         late += max(places) >= 12
-    return {"five different wrong ones": good, "some from far down": late > 0}
+    return {"drawn, different, right ones, within the depth": found, "some from far down": late > 0}
 
 
 def denoise_gate(rng, denoise):
     return {"places": sorted(denoised(rng, denoise, negatives=30)[0])}
 
 
+@times(3)
 def denoise_wrong(rng, denoise):
-    places, _ = denoised(rng, denoise, holding=(3, 5, 9), negatives=30)
-    return {"those with an answer": [place in places for place in (3, 5, 9)]}
+    places, _ = denoised(rng, denoise, holding=rng.permutation(LOW)[:3], negatives=30)
+    return {"those without an answer": [place in places for place in LOW]}
 
 
+@times(5)
 def denoise_count(rng, denoise):
-    return {"how many": len(denoised(rng, denoise, positives=(0, 39), negatives=2)[0])}
+    positives, negatives = rng.integers((2, 1), (4, 3)).tolist()
+    places, _ = denoised(rng, denoise, positives=(0, 39, 38)[:positives], negatives=negatives)
+    return {"how many": len(places)}
 
 
+@times(3)
 def denoise_order(rng, denoise):
-    places, _ = denoised(rng, denoise, negatives=5)
-    return {"from the end": places == sorted(places, reverse=True)}
+    places, _ = denoised(rng, denoise, unscored=rng.permutation(LOW)[:3], negatives=30)
+    return {"three of them": [place for place in places if place in LOW]}
 
 
 def denoise_fill(rng, denoise):
-    places, without = denoised(rng, denoise, negatives=28, fill=True)
-    return {"all without a score": {*without} <= {*places}, "each once": len(places) == len({*places})}
+    places, without = denoised(rng, denoise, unscored=rng.permutation(20)[:6], negatives=30, fill=True)
+    return {"no score": sorted({*without} & {*places}), "each once": len(places) == len({*places})}
 
 
 # ---------------------------------------------------------------- pseudo_label
@@ -241,6 +238,7 @@ def labelled(rng, pseudo_label, scores, **changes):
     return [[ids.index(pid) for pid in entries] for entries in found]
 
 
+@times(4)
 def pseudo_best(rng, pseudo_label):
     scores = dict(enumerate(rng.uniform(0.4, 0.9, 12).tolist()))
     first, second = (1 + rng.permutation(11)[:2]).tolist()
@@ -249,15 +247,19 @@ def pseudo_best(rng, pseudo_label):
 
 
 def pseudo_sure(rng, pseudo_label):
-    cases = ({0: 0.9, 1: 0.1, 2: 0.05}, {0: 0.95, 1: 0.1, 2: 0.05}, {})
-    return {"how many": [[*map(len, labelled(rng, pseudo_label, scores))] for scores in cases]}
+    found = []
+    for best in rng.permutation([0.9, 0.9, 0.95, 0.91, 0.5, 0.0]).tolist():
+        scores = {0: best} | dict.fromkeys(range(1, rng.integers(2, 6)), 0.1)
+        found.append([*map(len, labelled(rng, pseudo_label, scores if best else {}))])
+    return {"how many": found}
 
 
+@times(3)
 def pseudo_negatives(rng, pseudo_label):
-    scores = dict(enumerate(rng.uniform(0, 0.25, 15).tolist())) | {0: 0.99, 2: 0.3}
+    best, edge = rng.permutation(6)[:2].tolist()
+    scores = dict(enumerate(rng.uniform(0, 0.25, 15).tolist())) | {best: 0.99, edge: 0.3}
     found = {"negatives": labelled(rng, pseudo_label, scores)[1]}
-    # thresholds that cross: the best passage is below negative_below too
-    crossed = {0: 0.6, 1: 0.5, 2: 0.8}
+    crossed = dict(enumerate(rng.permutation([0.5, 0.6, 0.8]).tolist()))  # all below negative_below
     _, negatives = labelled(rng, pseudo_label, crossed, positive_above=0.4, negative_below=0.9)
     return found | {"thresholds that cross": negatives}
 
@@ -275,19 +277,19 @@ def tele_sources(rng, teleport):
 def tele_draws(rng, teleport):
     question, corpus, ids = world(rng, positives=(39,), holding=())
     good, late, alike = [], 0, []
-    for seed in range(15):
+    for seed, count in enumerate(rng.integers(3, 8, 15).tolist()):
         neighbours = []
         for end in (24, 38):
-            rngs = streams(seed)
+            rngs = [random.Random(seed), random.Random(seed)]
             for _ in range(2):
                 more = {"lookahead": ids[20:end]}
-                _, negatives = mine(teleport, question, corpus, ids, more, rngs, depth=16, negatives=4)
-            neighbours.append(negatives[:4])
-        places = {ids.index(pid) for pid in negatives[:4]}
-        good.append(len(places) == 4 and max(places) < 16)
+                _, negatives = mine(teleport, question, corpus, ids, more, rngs, depth=16, negatives=count)
+            neighbours.append(negatives[:count])
+        places = {ids.index(pid) for pid in negatives[:count]}
+        good.append([len(places), max(places) < 16])
         late += max(places) >= 8
         alike.append(neighbours[0] == neighbours[1])
-    return {"four of the first 16": good, "some from far down": late > 0, "whatever the look-ahead": alike}
+    return {"of the first 16": good, "some from far down": late > 0, "whatever the look-ahead": alike}
 
 
 def tele_positives(rng, teleport):
@@ -296,30 +298,29 @@ def tele_positives(rng, teleport):
     return {"positives": mine(teleport, question, corpus, ids, more)[0]}
 
 
+@times(12)
 def tele_dropped(rng, teleport):
-    question, corpus, ids = world(rng, holding=range(30))
+    question, corpus, ids = world(rng, holding=range(30) if rng.random() < 0.5 else ())
     more = {"lookahead": ids[20:], "momentum": ids[35:]}
-    return {"negatives": len(mine(teleport, question, corpus, ids[:20], more, depth=10)[1])}
+    _, negatives = mine(teleport, question, corpus, ids[:20], more, depth=10)
+    return {"there are negatives": len(negatives) > 0}
 
 
 # ---------------------------------------------------------------- rotating_negatives
+@times(4)
 def rotate_all(rng, rotating_negatives):
-    found = {}
-    for pool, k in ((12, 4), (10, 3), (180, 31)):
-        seed = int(rng.integers(10**6))
-        epochs = [[int(i) for i in rotating_negatives(pool, k, seed, epoch)] for epoch in range(9)]
-        order = [i for epoch in epochs for i in epoch]
-        rounds = [sorted(order[at : at + pool]) for at in range(0, len(order) - pool + 1, pool)]
-        found[f"{k} of {pool}: each once a round"] = [r == [*range(pool)] for r in rounds]
-        found[f"{k} of {pool}: how many an epoch"] = [len(epoch) for epoch in epochs]
-        found[f"{k} of {pool}: in the order of the file"] = order[:pool] == [*range(pool)]
-    return found
+    pool, k, seed = rng.integers((9, 3, 0), (60, 9, 10**6)).tolist()
+    epochs = [[int(i) for i in rotating_negatives(pool, k, seed, epoch)] for epoch in range(3 * pool // k)]
+    order = [i for epoch in epochs for i in epoch]
+    rounds = [sorted(order[at : at + pool]) for at in range(0, len(order) - pool + 1, pool)]
+    found = {"each once a round": [r == [*range(pool)] for r in rounds], "an epoch": [*map(len, epochs)]}
+    return found | {"in the order of the file": order[:pool] == [*range(pool)]}
 
 
+@times(5)
 def rotate_small(rng, rotating_negatives):
-    seed = int(rng.integers(10**6))
-    sizes = ((3, 8), (1, 2), (0, 3), (3, 0))
-    return {"taken": [sorted(map(int, rotating_negatives(pool, k, seed, 2))) for pool, k in sizes]}
+    pool, more, seed = rng.integers((0, 1, 0), (7, 9, 10**6)).tolist()
+    return {"taken": sorted(map(int, rotating_negatives(pool, pool + more, seed, 2)))}
 
 
 # ---------------------------------------------------------------- together
@@ -327,13 +328,12 @@ def mined(rng):
     from mine_negatives import MODES, training_lines
 
     lines = []
-    for mode in ("topk", "denoise", "pseudo_label"):
-        for _ in range(3):
-            question, corpus, ids, more = scored(rng)
-            if mode == "pseudo_label":
-                more["scores"][ids[10]] = 0.95
-            changes = {"scores": "" if mode == "topk" else "x.run", "negatives": 3}
-            positives, negatives = mine(MODES[mode], question, corpus, ids, more, **changes)
-            question |= {"positives": positives, "negatives": negatives}
-            lines += training_lines(question, settings(**changes))
+    for mode in ["topk", "denoise", "pseudo_label"] * 3:
+        question, corpus, ids, more = scored(rng)
+        if mode == "pseudo_label":
+            more["scores"][ids[10]] = 0.95
+        changes = {"scores": "" if mode == "topk" else "x.run", "negatives": 3}
+        positives, negatives = mine(MODES[mode], question, corpus, ids, more, **changes)
+        question |= {"positives": positives, "negatives": negatives}
+        lines += training_lines(question, settings(**changes))
     return {"lines": lines}

@@ -83,27 +83,35 @@ def ids_of(rng, *lengths):
     return [rng.integers(2, 40, length).tolist() for length in lengths]
 
 
-def states(rng, B, K, L):
-    """Return (hidden_BKLD, mask_BKL, labels_BT with PAD): random states of passages of different lengths."""
+def states(rng, B, K, L, T=5):
+    """Return (hidden_BKLD, mask_BKL, labels_BT): passages and answers of different lengths."""
     import torch
 
     hidden = torch.tensor(rng.standard_normal((B, K, L, 16)), dtype=torch.float32)
     lengths = torch.tensor(rng.permutation(np.arange(B * K) % (L - 1) + 2).reshape(B, K))
     mask = torch.arange(L) < lengths[:, :, None]
-    labels = torch.tensor(rng.integers(2, 40, (B, 5)))
-    labels[-1, 3:] = -100
-    return hidden, mask, labels
+    labels = torch.tensor(rng.integers(2, 40, (B, T)))
+    return (
+        hidden,
+        mask,
+        labels.masked_fill(torch.arange(T) >= torch.tensor(rng.integers(2, T + 1, (B, 1))), -100),
+    )
 
 
 def close(a, b):
     return bool((a - b).abs().max() < 1e-4)
 
 
+def flags(rng):
+    """Return where the same is asked for, and where another: what does nothing never gives another."""
+    return rng.permutation([True, False] * 4).tolist()
+
+
 # ---------------------------------------------------------------- encode_contexts
 def contexts(rng, encode_contexts, chunk):
     import torch
 
-    fid, ids = reader(rng), ids_of(rng, 5, 9, 3, 7, 9, 2)
+    fid, ids = reader(rng), ids_of(rng, *rng.permutation([5, 9, 3, 7, 9, 2]))
     with torch.no_grad():
         hidden_NLD, mask_NL = encode_contexts(fid, ids, chunk)
     lengths = torch.tensor([*map(len, ids)])[:, None]
@@ -122,11 +130,11 @@ def context_mask(rng, encode_contexts):
 def context_chunks(rng, encode_contexts):
     seed = int(rng.integers(10**6))
     one, all_ = (contexts(np.random.default_rng(seed), encode_contexts, chunk)[0] for chunk in (1, 99))
-    return {"the same": close(one, all_), "there are states": bool((one != 0).any())}
+    return {"the same": close(one, all_), "states": one}
 
 
 # ---------------------------------------------------------------- log_likelihood
-def tokens(rng, log_likelihood, pads=0, short=False):
+def tokens(rng, log_likelihood, pads=(0, 0, 0), short=False):
     """Return log_likelihood's log_bT of three rows; short: only the first states of a row may be read."""
     import torch
 
@@ -135,9 +143,8 @@ def tokens(rng, log_likelihood, pads=0, short=False):
     mask_bL = torch.ones(3, 6, dtype=torch.bool)
     if short:
         mask_bL = torch.arange(6) < torch.tensor([[2], [6], [4]])
-    labels_bT = torch.tensor(rng.integers(2, 40, (3, 5)))
-    if pads:
-        labels_bT[1, -pads:] = -100
+    labels_bT = torch.tensor(rng.integers(2, 40, (3, 8)))
+    labels_bT[torch.arange(8) >= 8 - torch.tensor(pads)[:, None]] = -100
     with torch.no_grad():
         return log_likelihood(fid, hidden_bLD, mask_bL, labels_bT, nullcontext)
 
@@ -147,8 +154,7 @@ def token_value(rng, log_likelihood):
 
 
 def token_pads(rng, log_likelihood):
-    log_bT = tokens(rng, log_likelihood, pads=2)
-    return {"log p at PAD": [float(x) + 0.0 for x in log_bT[1, -2:]], "shape": list(log_bT.shape)}
+    return {"log p is 0": tokens(rng, log_likelihood, rng.integers(1, 8, 3)) == 0}
 
 
 def token_mask(rng, log_likelihood):
@@ -156,15 +162,11 @@ def token_mask(rng, log_likelihood):
 
 
 # ---------------------------------------------------------------- fused, and each alone
-def fused(rng, fused_log_likelihood, flip=False):
+def fused(rng, fused_log_likelihood):
     import torch
 
-    fid = reader(rng)
-    hidden_BKLD, mask_BKL, labels_BT = states(rng, 2, 3, 6)
-    if flip:
-        hidden_BKLD, mask_BKL = hidden_BKLD.flip(1), mask_BKL.flip(1)
     with torch.no_grad():
-        return fused_log_likelihood(fid, hidden_BKLD, mask_BKL, labels_BT)
+        return fused_log_likelihood(reader(rng), *states(rng, 2, 3, 6))
 
 
 def fused_value(rng, fused_log_likelihood):
@@ -172,38 +174,40 @@ def fused_value(rng, fused_log_likelihood):
 
 
 def fused_order(rng, fused_log_likelihood):
-    seed = int(rng.integers(10**6))
-    there, back = (fused(np.random.default_rng(seed), fused_log_likelihood, flip) for flip in (False, True))
-    return {"the same": close(there, back), "not nothing": bool((there != 0).any())}
-
-
-def alone(rng, document_log_likelihood, chunk):
-    fid = reader(rng)
-    return document_log_likelihood(fid, *states(rng, 2, 4, 7), chunk)
+    fid, (hidden_BKLD, mask_BKL, labels_BT) = reader(rng), states(rng, 2, 3, 6)
+    first = fused_log_likelihood(fid, hidden_BKLD, mask_BKL, labels_BT)
+    found = []
+    for same in flags(rng):
+        passages = hidden_BKLD if same else -hidden_BKLD
+        found.append(close(first, fused_log_likelihood(fid, passages.flip(1), mask_BKL.flip(1), labels_BT)))
+    return {"the same": found}
 
 
 def each_value(rng, document_log_likelihood):
-    return {"log p": alone(rng, document_log_likelihood, 3)}
+    return {"log p": document_log_likelihood(reader(rng), *states(rng, 2, 4, 7), 3)}
 
 
 def each_chunks(rng, document_log_likelihood):
-    seed = int(rng.integers(10**6))
-    found = [alone(np.random.default_rng(seed), document_log_likelihood, chunk) for chunk in (1, 3, 99)]
-    first, *others = found
-    return {"the same": [close(first, other) for other in others], "not nothing": bool((first != 0).any())}
+    fid, (hidden_BKLD, *rest) = reader(rng), states(rng, 2, 4, 7)
+    first = document_log_likelihood(fid, hidden_BKLD, *rest, 3)
+    found = []
+    for i, same in enumerate(flags(rng)):
+        passages = hidden_BKLD if same else -hidden_BKLD
+        found.append(close(first, document_log_likelihood(fid, passages, *rest, (1, 99)[i % 2])))
+    return {"the same": found}
 
 
 def each_memory(rng, document_log_likelihood):
     from tests.saved import Largest
 
     words = 3000
-    fid, given = reader(rng, words), states(rng, 2, 4, 7)
+    fid, given = reader(rng, words), states(rng, 4, 4, 7, 20)
     with Largest() as largest:
         log_BKT = document_log_likelihood(fid, *given, 1)
-    all_logits = 2 * 4 * 5 * words
-    # why not nothing: a function that does nothing needs no memory
+    all_logits = 4 * 4 * 20 * words
+    # why their number: a function that does nothing needs no memory
     found = {"logits of half of all passages": largest.numel > all_logits / 2}
-    return found | {"not nothing": bool((log_BKT != 0).any())}
+    return found | {"how many log p": int((log_BKT != 0).sum())}
 
 
 # ---------------------------------------------------------------- the prior
@@ -241,14 +245,14 @@ def prior_temperature(rng, retriever_gradient):
 
 
 # ---------------------------------------------------------------- losses
-def marginal(rng, retriever_loss, kind, B, K, T, lengths=None, at_pads=0.0):
-    """Return (loss of retriever_loss, scores) in float64; the prior is the softmax of the scores."""
+def marginal(rng, retriever_loss, kind, B, K, T, lengths=None, pads=0.0, words=1.0):
+    """Return (loss of retriever_loss, scores); pads, words: factors at padding, and elsewhere."""
     import torch
 
     scores_BK = torch.tensor(rng.standard_normal((B, K)), requires_grad=True)
     log_BKT = torch.tensor(-rng.uniform(0.1, 3, (B, K, T)))
     mask_BT = torch.arange(T) < torch.tensor(lengths or [T] * B)[:, None]
-    log_BKT = torch.where(mask_BT[:, None], log_BKT, at_pads * log_BKT)
+    log_BKT = torch.where(mask_BT[:, None], words, pads) * log_BKT
     return retriever_loss(scores_BK.log_softmax(1), log_BKT, mask_BT, kind), scores_BK
 
 
@@ -272,31 +276,31 @@ def marginal_mean(rng, retriever_loss):
 
 
 def same_with_pads(rng, loss_of):
-    """Return whether loss_of(rng, what stands at padding) is the same number, not 0, with two values."""
-    seed = int(rng.integers(10**6))
-    losses = [loss_of(np.random.default_rng(seed), at_pads).item() for at_pads in (0.0, 5.0)]
-    return {"the same": abs(losses[0] - losses[1]) < 1e-9 and losses[0] != 0}
+    """Return where loss_of(rng, pads, words) stays the same: what stands at padding changes, or all."""
+    seed, factors = int(rng.integers(10**6)), [1.0] + [1.0 if same else 1.1 for same in flags(rng)]
+    losses = [loss_of(np.random.default_rng(seed), 5.0 * i, x).item() for i, x in enumerate(factors)]
+    return {"the same": [abs(loss - losses[0]) < 1e-9 for loss in losses[1:]]}
 
 
 def marginal_pads(rng, retriever_loss):
     found = {}
     for kind in ("token", "sequence"):
 
-        def loss_of(rng, at_pads, kind=kind):
-            return marginal(rng, retriever_loss, kind, 2, 3, 4, [2, 3], at_pads)[0]
+        def loss_of(rng, pads, words, kind=kind):
+            return marginal(rng, retriever_loss, kind, 2, 3, 4, [2, 3], pads, words)[0]
 
         found[kind] = same_with_pads(rng, loss_of)["the same"]
     return found
 
 
-def divergence(rng, kl_loss, at_pads=0.0, lengths=(4, 4), equal=False):
+def divergence(rng, kl_loss, pads=0.0, words=1.0, lengths=(4, 4), equal=False):
     """Return (loss of kl_loss, scores) in float64; equal: the prior is what the reader prefers."""
     import torch
 
     scores_BK = torch.tensor(rng.standard_normal((2, 5)), requires_grad=True)
     log_BKT = torch.tensor(-rng.uniform(0.1, 3, (2, 5, 4)))
     mask_BT = torch.arange(4) < torch.tensor(lengths)[:, None]
-    log_BKT = torch.where(mask_BT[:, None], log_BKT, at_pads * log_BKT)
+    log_BKT = torch.where(mask_BT[:, None], words, pads) * log_BKT
     log_prior_BK = (log_BKT.mean(2) if equal else scores_BK).log_softmax(1)
     return kl_loss(log_prior_BK, log_BKT, mask_BT), scores_BK
 
@@ -306,11 +310,12 @@ def kl_value(rng, kl_loss):
 
 
 def kl_zero(rng, kl_loss):
-    return {"zero": abs(divergence(rng, kl_loss, equal=True)[0].item()) < 1e-9}
+    losses = [divergence(rng, kl_loss, equal=equal)[0].item() for equal in flags(rng)]
+    return {"zero": [abs(loss) < 1e-9 for loss in losses]}
 
 
 def kl_pads(rng, kl_loss):
-    return same_with_pads(rng, lambda rng, at_pads: divergence(rng, kl_loss, at_pads, (2, 3))[0])
+    return same_with_pads(rng, lambda rng, *factors: divergence(rng, kl_loss, *factors, (2, 3))[0])
 
 
 # ---------------------------------------------------------------- together

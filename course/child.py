@@ -57,6 +57,19 @@ def tasks(text):
     return found
 
 
+def times(count):
+    """A driver below this runs `count` times, each with new numbers: two seeds differ in its answer."""
+
+    def decorate(driver):
+        def runs(rng, *given):
+            found = [driver(rng, *given) for _ in range(count)]
+            return {f"{name}, {i}": value for i, run in enumerate(found, 1) for name, value in run.items()}
+
+        return runs
+
+    return decorate
+
+
 def parts(task):
     """Return (file, function, first, last) of a task. No function: together. No first and last: all of it."""
     place, first, last = [*task.split(" ... "), "", ""][:3]

@@ -4,6 +4,7 @@ attacks get. And draw the secret seeds, at which every wrong answer loses what i
 """
 
 import ast
+import itertools
 import json
 import secrets
 import sys
@@ -23,6 +24,7 @@ KINDS |= {"attack": "attack:"}
 
 
 # ---------------------------------------------------------------- prove
+NOTHING = ["raise ValueError", "return 0", "return []"]
 ATTACKS = {
     "while True": ["while True:", "    pass"],
     "10 GB of memory": ["return [bytearray(b'x') * 10**9 for _ in range(10)]"],
@@ -48,6 +50,15 @@ ATTACKS = {
 }
 
 
+def alike(key):
+    """Return the checks in which the solution's answer is the same at two seeds: a constant is right too."""
+    found = {}
+    for (_, check), arrays in key.items():
+        found.setdefault(check, []).append(arrays)
+    pairs = {check: itertools.combinations(answers, 2) for check, answers in found.items()}
+    return [c for c in pairs if any(not kit.verdict(*pair, "", aloud=False) for pair in pairs[c])]
+
+
 def prove(assignment, seeds=SEEDS, tasks=None, attacks=True, seconds=None):
     """Yield (what must hold, "" or the fault); tasks: only these. Each line is the run of a child or two."""
     table = child.load(trees.HERE / f"{assignment}.py")
@@ -70,6 +81,7 @@ def prove(assignment, seeds=SEEDS, tasks=None, attacks=True, seconds=None):
     again, _ = trees.keys_of(assignment, table, solution, seeds, tasks)
     same = all(child.flat(key)[name].tobytes() == a.tobytes() for name, a in child.flat(again).items())
     yield "the solution gives the same bits twice", "" if same else "a driver draws outside of its generator"
+    yield "no check has the same answer at two seeds", ", ".join(alike(key))
 
     def lost(submission, task):
         limit = seconds or 20 + 10 * took[task]
@@ -77,12 +89,13 @@ def prove(assignment, seeds=SEEDS, tasks=None, attacks=True, seconds=None):
         return {check: {s for s in seeds if found[s, check]} for check in table.TASKS[task]}, found
 
     for task in tasks:
-        # the stub must lose every check where it is run, not only because it is known as a stub
-        old, new = b"    raise NotImplementedError(", b"    pass\n    raise ValueError("
-        bare = {path: content.replace(old, new) for path, content in skeleton.items()}
-        losses, _ = lost(bare, task)
-        kept = [check for check, at in losses.items() if len(at) < len(seeds)]
-        yield f"{task}: the stub loses all", f"it keeps {kept}" if kept else ""
+        # what does nothing must lose every check where it is run, not only because it is known as a stub
+        for line in NOTHING:
+            old, new = b"    raise NotImplementedError(", f"    {line}\n    raise ValueError(".encode()
+            bare = {path: content.replace(old, new) for path, content in skeleton.items()}
+            losses, _ = lost(bare, task)
+            kept = [check for check, at in losses.items() if len(at) < len(seeds)]
+            yield f"{task}: the stub loses all, with {line!r}", f"it keeps {kept}" if kept else ""
         if ":" not in task:
             # the other right answers, all at once
             submission = {}
@@ -189,13 +202,18 @@ def seal(args):
     """Draw seeds until every wrong answer loses its checks at each; write them."""
     table = child.load(trees.HERE / f"{args.assignment}.py")
     solution = trees.solution_of(args.assignment, table)
-    seeds, sealed = [], {}
+    seeds, sealed, keys = [], {}, {}
     while len(seeds) < args.count:
         seed = secrets.randbelow(2**48)
+        key, _ = trees.keys_of(args.assignment, table, solution, [seed])
+        if same := alike(keys | key):
+            print(f"a seed has the answer of another one in {same[0]}")
+            continue
         faults, outputs = faults_at(args.assignment, table, solution, seed)
         print(f"a seed {'is not good for ' + faults[0] if faults else 'is good for all wrong answers'}")
         if not faults:
             seeds.append(seed)
+            keys |= key
             sealed = sealed or outputs
     Path(args.out).write_text(
         json.dumps({"assignment": args.assignment, "seeds": seeds}) + "\n", encoding="utf-8"

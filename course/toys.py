@@ -103,3 +103,53 @@ def train(steps, **changes):
         losses.append(shown["loss"])
     norms = torch.stack([weight.detach().norm() for weight in weights])
     return {"losses": np.array(losses, np.float32), "weights": norms}
+
+
+# ---------------------------------------------------------------- one step of it
+def step_of(add_gradient, batch_of=None, step=0, rank=0, before=None, shared=False, **changes):
+    """
+    Return (loss, correct, the gradient of both encoders) of add_gradient in the toy world.
+
+    batch_of: changes the batch. before: the gradient that is there already. shared: one encoder for both.
+    """
+    from train_dpr import make_batch
+
+    cfg, questions, corpus, encoders = toy_training(grad_cache=True, **changes)
+    if shared:
+        encoders = dict.fromkeys(encoders, encoders["doc_encoder"])
+    batch = make_batch(0, questions, corpus, encoders, cfg)
+    if batch_of:
+        batch = batch_of(batch)
+    accelerator = SimpleNamespace(**vars(ACCELERATOR) | {"process_index": rank})
+    weights = [*torch.nn.ModuleDict(encoders).parameters()]
+    for weight in weights:
+        weight.grad = None if before is None else torch.full_like(weight, before)
+    loss, correct = add_gradient(batch, encoders, accelerator, cfg, step)
+    return loss, correct, torch.cat([weight.grad.flatten() for weight in weights])
+
+
+def in_parts(gradient):
+    """Return the norms of 64 parts of a gradient: little to send, and each part tells a wrong order."""
+    return gradient[: len(gradient) // 64 * 64].reshape(64, -1).norm(dim=1)
+
+
+def in_order(batch):
+    """Return a batch with its rows in the given order and no pair excluded: these are other checks."""
+    for name in ("question", "passage"):
+        rows = sum(batch[f"{name}_chunks"], [])
+        rows = [rows[place] for place in batch[f"{name}_places"]]
+        batch[f"{name}_chunks"] = [rows[first : first + 4] for first in range(0, len(rows), 4)]
+        batch[f"{name}_places"] = torch.arange(len(rows))
+    return batch | {"excluded": torch.zeros(2, 0, dtype=torch.long)}
+
+
+def one_text(rng):
+    """Return batch -> a batch of one text, whose loss depends on its `excluded` alone; these are drawn."""
+    pairs = [(q, column) for q in range(8) for column in range(16) if column != 2 * q and rng.random() < 0.4]
+
+    def batch_of(batch):
+        for name in ("question_chunks", "passage_chunks"):
+            batch[name] = [[batch[name][0][0]] * len(chunk) for chunk in batch[name]]
+        return batch | {"excluded": torch.tensor(pairs).T}
+
+    return batch_of

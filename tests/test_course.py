@@ -15,6 +15,7 @@ import sys
 import zipfile
 import zlib
 from functools import cache
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -176,6 +177,26 @@ def test_a_difference_is_named_without_the_wanted_number(got, wanted, words):
     assert bool(seen) == bool(words) and words in seen
 
 
+@pytest.mark.parametrize(
+    ("got", "wanted", "words"),
+    [
+        (True, False, "got True, asked for False"),
+        (3, 4, "got 3, asked for 4"),
+        (6.0, 2.0, "got 6.0, asked for 2.0"),
+        ([1, 4], [1, 3], "[1] got 4, asked for 3"),
+        ("[[1, 2], [true]]", "[[1, 2], [false]]", "[1][0] got True, asked for False"),
+        ("[1]", "[1, 2]", "got [1], asked for [1, 2]"),
+        ("[1]", [1], "other entries"),
+        ("no json", "[1]", "other entries"),
+        ([3.0, 6.0], [1.0, 2.0], "3 times what is asked for"),
+    ],
+)
+def test_the_own_numbers_are_told_the_sealed_ones_are_not(got, wanted, words):
+    arrays = {"x": np.array(got)}, {"x": np.array(wanted)}
+    assert kit.verdict(*arrays, "", aloud=True) == f"x: {words}"
+    assert "asked for " not in kit.verdict(*arrays, "", aloud=False).replace("what is asked for", "")
+
+
 # ---------------------------------------------------------------- the child
 DRIVERS = """
 TASKS = {"mine.py:double": ["answer"]}
@@ -229,15 +250,15 @@ QUICK = {
 }
 
 
-def ran(table, task, source):
-    """What the drivers of a task return on the function in a source, at seed 1, in this process."""
+def ran(table, task, source, seed=1):
+    """What the drivers of a task return on the function in a source, in this process."""
     path, name, *_ = child.parts(task)
     module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
     names = {"__name__": module.__name__, "__file__": module.__file__}
     exec(compile(source, path, "exec"), names)
     found = {}
     for check in table.TASKS[task]:
-        rng = np.random.default_rng([1, zlib.crc32(check.encode())])
+        rng = np.random.default_rng([seed, zlib.crc32(check.encode())])
         try:
             values = getattr(table, check)(rng, names[name])
             found[check] = {key: child.plain(value) for key, value in values.items()}
@@ -256,7 +277,10 @@ def frozen():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_wrong_and_right_answers(name, frozen):
-    """Every wrong answer to a quick function loses the checks named for it and no other; right ones none."""
+    """
+    Every wrong answer to a quick function loses the checks named for it and no other, a constant all, right
+    ones none. No check has the same answer at two seeds.
+    """
     table = TABLES[name]
     solution, _ = built(name)
     for task, path, function in trees.tasks_of(table):
@@ -264,6 +288,8 @@ def test_wrong_and_right_answers(name, frozen):
             continue
         source = solution[path].decode()
         key = ran(table, task, source)
+        other = ran(table, task, source, seed=2)
+        assert prove.alike({(s, c): f[c] for s, f in enumerate((key, other)) for c in f}) == []
         cases = [
             (what, files[path], loses)
             for what, files, loses in trees.wrong_submissions(solution, table, task)
@@ -271,6 +297,7 @@ def test_wrong_and_right_answers(name, frozen):
         for what, text in wrong.RIGHT[task]:
             grafted, fault = trees.graft(source, text, function)
             cases.append((what, grafted or fault, []))
+        cases.append(("a constant", trees.replace_body(source, function, ["return 0"]), key))
         for what, text, loses in cases:
             found = ran(table, task, text)
             lost = [check for check in key if kit.verdict(found[check], key[check], "", True)]
@@ -283,7 +310,16 @@ def test_a_small_function_is_proved():
     assert [what for what, fault in lines if fault] == []
     kinds = ("wrong", "right", "variant", "the stub")
     counts = [sum(f": {kind}" in what for what, _ in lines) for kind in kinds]
-    assert counts == [len(wrong.WRONG[MRR]), 1, 1, 1]
+    assert counts == [len(wrong.WRONG[MRR]), 1, 1, 3]
+
+
+def test_an_answer_that_is_the_same_at_two_seeds_is_a_fault(monkeypatch):
+    """Where the grader would count a constant as right. It would also be right at every sealed seed."""
+    answers = {"counted": (3, 3), "rounded": (3.0, 3.0 + 1e-12), "drawn": (3.0, 3.1)}
+    key = {(seed, c): {"x": np.array(x)} for c, pair in answers.items() for seed, x in enumerate(pair)}
+    monkeypatch.setattr(trees, "keys_of", lambda *_: (key, {}))
+    lines = dict(islice(prove.prove("a3", tasks=[MRR]), 4))
+    assert lines["no check has the same answer at two seeds"] == "counted, rounded"
 
 
 @pytest.fixture
@@ -354,6 +390,8 @@ def test_a_term(small, tmp_path, monkeypatch, capsys):
         ("s1", "answers.json"): (7.5, 10),
     }
     assert rows["s1", "mrr_cut"]["cause"] == "the cutoff itself does not count"
+    assert "asked for 0." in rows["s1", "mrr_cut"]["seen"]
+    assert rows["s1", "mrr_cut"]["sealed"].startswith("mrr: off by")
     assert rows["broken", "mrr_miss"]["seen"] == "utils/metrics.py was not handed in"
     assert "8.5 of 80" in (grades / "feedback" / "s1.txt").read_text()
     assert len((grades / "grades.csv").read_text().splitlines()) == 7
