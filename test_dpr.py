@@ -25,7 +25,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.data import Corpus, check_ids, iter_jsonl, iter_run, named_hits, read_questions, write_run
+from utils.data import (
+    Corpus,
+    check_ids,
+    iter_jsonl,
+    iter_run,
+    named_hits,
+    question_key,
+    read_questions,
+    write_run,
+)
 from utils.encoder import embed, tokenize_questions
 from utils.metrics import KS, gold_ids, one_question_at_a_time, print_table, retrieval_metrics
 from utils.plumbing.config import (
@@ -84,13 +93,9 @@ def with_positive_id(questions, path):
 
 
 def count_leaks(questions, train):
-    """Print how many test questions occur in the training file, up to case, spaces and the question mark."""
-
-    def plain(text):
-        return " ".join(text.casefold().split()).rstrip("? ")
-
-    seen = {plain(str(example.get("question", ""))) for _, example in iter_jsonl(train)}
-    leaked = [question["question"] for question in questions if plain(question["question"]) in seen]
+    """Print how many test questions occur in the training file, as `question_key` compares them."""
+    seen = {question_key(str(example.get("question", ""))) for _, example in iter_jsonl(train)}
+    leaked = [question["question"] for question in questions if question_key(question["question"]) in seen]
     example = f", such as {leaked[0]!r}" if leaked else ""
     print(f"leak: {len(leaked)} of {len(questions)} test questions occur in {train}{example}")
 

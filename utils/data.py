@@ -67,6 +67,11 @@ def check_passage(entry):
     return is_string(entry) and entry != ""
 
 
+def question_key(text):
+    """Return what makes two questions the same: their words, without case and a question mark at the end."""
+    return " ".join(text.casefold().split()).rstrip("? ")
+
+
 def named_hits(question, hits, corpus, k, ignore_identical_ids):
     """Return the best k [(pid, score), ...] of a question from its [(row, score), ...], best first."""
     named = [(corpus[row].id, score) for row, score in hits]
