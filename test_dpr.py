@@ -36,7 +36,7 @@ from utils.data import (
     write_run,
 )
 from utils.encoder import embed, tokenize_questions
-from utils.metrics import KS, gold_ids, one_question_at_a_time, print_table, retrieval_metrics
+from utils.metrics import measure, report
 from utils.plumbing.config import (
     UserError,
     at_least,
@@ -53,7 +53,6 @@ from utils.plumbing.faiss_setup import faiss
 from utils.plumbing.files import atomic_file, read_json, sha256, write_json
 from utils.plumbing.weights import encoder_hash, given_inputs, load_encoder
 from utils.search import as_lists, build_index, exact_topk, fetch, search_index
-from utils.text import report_regex_failures
 
 BLOCK = 16384  # questions searched at a time: MS MARCO's 502,939 x 1,000 hits would fill 100 GB
 
@@ -228,8 +227,7 @@ def main():
     if cfg.check_leak:
         count_leaks(questions, cfg.check_leak)
     corpus = Corpus(cfg.corpus, cfg.corpus_format)
-    for question in questions:
-        check_ids(cfg.questions, question, gold_ids(question), corpus)
+    check_ids(cfg.questions, questions, corpus, "positives")
     bm25 = read_bm25(questions, corpus, cfg) if cfg.bm25_run else {}
     partner = "" if cfg.lookahead else cfg.query_encoder
     shards, manifest = open_embeddings(cfg.embeddings, corpus.sha256, cfg.verify, partner, len(corpus))
@@ -269,16 +267,10 @@ def main():
         return print(f"written: {cfg.out}; no accuracy is counted, the queries were passages")
 
     # count what was found
-    ranked = one_question_at_a_time(questions, iter_run(cfg.out))
-    ks = [k for k in KS if k <= cfg.k]
-    metrics = retrieval_metrics(ranked, corpus, ks, regex=cfg.match == "regex")
+    metrics = measure(cfg.out, questions, corpus, cfg.k, cfg.match)
     path = Path(cfg.out).with_suffix(".metrics.json")
     write_json(path, metrics)
-    report_regex_failures()
-    if metrics:
-        print_table(metrics, Path(cfg.out).name)
-    else:
-        print(f"{cfg.questions} has neither answers nor positives: only the ranking is written")
+    report({Path(cfg.out).name: metrics}, cfg.questions)
     print(f"written: {cfg.out}, {path}")
 
 

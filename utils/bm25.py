@@ -16,11 +16,11 @@ from bm25s.stopwords import STOPWORDS_EN
 from bm25s.tokenization import Tokenized
 from tqdm import tqdm
 
-from utils.data import Corpus, iter_run, named_hits, read_questions, write_run
-from utils.metrics import KS, one_question_at_a_time, print_table, retrieval_metrics
+from utils.data import Corpus, named_hits, read_questions, write_run
+from utils.metrics import measure, report
 from utils.plumbing.config import UserError, friendly_errors, need_out
 from utils.plumbing.files import atomic_folder, lock, read_json, sha256, write_json
-from utils.text import report_regex_failures, words
+from utils.text import words
 
 # from: Karpukhin et al. 2020, Sec. 5.1 (Lucene's b and k1)
 SETTINGS = {"k1": 0.9, "b": 0.4, "stopwords": "english", "words": "utils/text.py, December 2026"}
@@ -134,12 +134,9 @@ def main():
     print(f"{args.out}: {len(questions)} questions, {empty} of them without a passage")
 
     # what test_dpr.py counts of a dense ranking
-    ranked = one_question_at_a_time(questions, iter_run(args.out))
-    metrics = retrieval_metrics(ranked, corpus, [k for k in KS if k <= args.k], args.match == "regex")
+    metrics = measure(args.out, questions, corpus, args.k, args.match)
     write_json(Path(args.out).with_suffix(".metrics.json"), metrics)
-    report_regex_failures()
-    if metrics:
-        print_table(metrics, Path(args.out).name)
+    report({Path(args.out).name: metrics}, args.questions)
 
 
 if __name__ == "__main__":
