@@ -99,12 +99,13 @@ def main():
     examples, note = reader.read_ranking(cfg.questions, cfg.ranking, corpus, cfg.depth, need=())
     kind, model = load_model(cfg.reader)
     model.to(accelerator.device)
+    if kind is reader:
+        model.max_answer_length = cfg.max_answer_length
     depths = depths_of(kind, cfg)
 
     # answers
     began = time.time()
-    sizes = (cfg.batch_size, accelerator, cfg.max_answer_length)
-    answers = kind.answer_all(model, examples, corpus, depths, *sizes)
+    answers = kind.answer_all(model, examples, corpus, depths, cfg.batch_size, accelerator)
     rate = len(examples) / (time.time() - began)
     if accelerator.is_main_process:
         print(f"{note}\n{rate:.1f} questions/s of up to {cfg.depth} passages")

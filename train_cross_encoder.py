@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pairs
 from utils.data import passage_of, read_training
-from utils.distributed import chunk_seed, gather_items, sum_gradients, world
+from utils.distributed import chunk_seed, cut, share_out, sum_gradients, world
 from utils.encoder import by_length, collate
 from utils.plumbing.config import UserError, at_least, friendly_errors, load_config, need_file
 from utils.plumbing.run import Run
@@ -63,10 +63,8 @@ def make_batch(step, pairs, corpus, cross, cfg):
 
     # chunks of pairs of like length: a chunk costs as much as its longest row
     ids = tokenize(picked, corpus, cross)
-    places = by_length(ids)
     chunks = []
-    for start in range(0, share, cfg.chunk):
-        rows = places[start : start + cfg.chunk]
+    for rows in cut(by_length(ids), cfg.chunk):
         chunk_ids = [ids[row] for row in rows]
         labels = [picked[row][2] for row in rows]
         chunks.append((chunk_ids, labels))
@@ -175,18 +173,16 @@ def training_step(step, chunks, cross, optimizer, run, cfg):
 # ---------------------------------------------------------------- evaluation
 def evaluate(examples, ids, cross, accelerator, cfg):
     """Return {"accuracy", "mrr"} on the dev set, the same for any number of devices; ids: of its pairs."""
-    # each device scores every W-th group
-    rank, devices = world()
     size = cfg.eval_batch_size
-    order = by_length(ids)
-    scores = {}  # place of a pair -> P(relevant)
-    for start in range(rank * size, len(ids), devices * size):
-        group = order[start : start + size]
-        p_b = probabilities(cross, [ids[i] for i in group], size, accelerator.autocast)
-        scores |= dict(zip(group, p_b, strict=True))
 
-    # all pairs, in the order of the file
-    scores = gather_items(scores)
+    def ids_of(group):
+        return [ids[i] for i in group]
+
+    def score(group_ids):
+        return probabilities(cross, group_ids, size, accelerator.autocast)
+
+    # each device scores every W-th group; then all pairs, in the order of the file
+    scores = share_out(cut(by_length(ids), size), ids_of, score, "dev")
     p_N = np.array([scores[i] for i in range(len(ids))])
     return dev_metrics(examples, p_N)
 

@@ -28,7 +28,7 @@ from torch.nn.utils import clip_grad_norm_
 from utils import encoder as encoding
 from utils import fid
 from utils.data import read_questions
-from utils.distributed import chunk_seed, prefetch, sum_gradients, world
+from utils.distributed import chunk_seed, cut, prefetch, sum_gradients, world
 from utils.live_index import LiveIndex, own_rows
 from utils.metrics import answer_scores, topk_accuracy
 from utils.plumbing import config
@@ -179,13 +179,12 @@ def add_gradient(examples, corpus, models, accelerator, cfg, step):
     share = cfg.batch_size // devices
     mine = examples[rank * share : rank * share + share]
 
-    def batch_of(start):
-        chunk = mine[start : start + cfg.question_chunk]
+    def batch_of(chunk):
         return tokenize_chunk(chunk, corpus, models, cfg)
 
     # the graphs of the two losses have nothing in common: T5's activations are gone before the encoders' come
     totals = 0.0
-    for i, batch in enumerate(prefetch(batch_of, range(0, share, cfg.question_chunk))):
+    for i, batch in enumerate(prefetch(batch_of, cut(mine, cfg.question_chunk))):
         torch.manual_seed(chunk_seed((cfg.seed, step, rank), i))  # the dropout masks
         loss, likelihood_BKT = reader_gradient(batch, models["reader"], tokens, accelerator, cfg)
         numbers = [loss, batch["with_answer"] / cfg.top_k / cfg.batch_size]

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_
 
 from utils import reader as reading
-from utils.distributed import chunk_seed, sum_gradients, world
+from utils.distributed import chunk_seed, cut, sum_gradients, world
 from utils.encoder import collate
 from utils.metrics import answer_scores
 from utils.plumbing.config import (
@@ -73,12 +73,7 @@ def make_batch(step, train, corpus, reader, cfg):
         example = train[item]
         question = draw_passages(example, item, epoch, corpus, reader, cfg)
         questions.append(question)
-
-    chunks = []
-    for first in range(0, share, cfg.question_chunk):
-        last = first + cfg.question_chunk
-        chunks.append(questions[first:last])
-    return chunks
+    return cut(questions, cfg.question_chunk)
 
 
 # ---------------------------------------------------------------- loss and gradient
@@ -212,8 +207,7 @@ def evaluate(dev, corpus, reader, accelerator, cfg):
     """Return {"em", "f1"} of the answers to the dev questions from their first test_depth passages."""
     # differs: DPR keeps the checkpoint of the lowest exact match, of the first device's questions alone
     top_docs = [cfg.test_depth]
-    sizes = {"batch_size": cfg.eval_batch_size, "max_answer_length": cfg.max_answer_length}
-    answers = reading.answer_all(reader, dev, corpus, top_docs, accelerator=accelerator, **sizes)
+    answers = reading.answer_all(reader, dev, corpus, top_docs, cfg.eval_batch_size, accelerator)
     scores = answer_scores(dev, answers, top_docs)
     em = np.mean(scores[f"EM@{cfg.test_depth}"])
     f1 = np.mean(scores[f"F1@{cfg.test_depth}"])
@@ -251,6 +245,7 @@ def main():
     how = {"reader_tokens": cfg.reader_tokens, "token_types": cfg.token_types}
     source = run.source("reader", cfg.init)
     reader = reading.load_reader(source, how, cfg.dropout, new_head=not run.checkpoint)
+    reader.max_answer_length = cfg.max_answer_length
     reader.to(run.device).train()
     optimizer = run.optimizer({"reader": reader})
 

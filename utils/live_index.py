@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from utils import encoder as encoding
-from utils.distributed import gather_items, prefetch, world
+from utils.distributed import cut, gather_items, prefetch, world
 from utils.plumbing.config import UserError, at_least, must_be_one_of, need_value
 from utils.plumbing.embeddings import check_storable, open_embeddings
 from utils.plumbing.weights import encoder_hash, load_encoder, save_encoder
@@ -212,7 +212,7 @@ class LiveIndex:
         """Replace the rows, in place, by those of `encoder` at `step`; each device makes its own."""
         if self.shards and isinstance(self.shards[0], np.memmap):
             self.shards = [np.empty((len(self.rows), encoder.dim), self.dtype)]
-        windows = [self.rows[start : start + WINDOW] for start in range(0, len(self.rows), WINDOW)]
+        windows = cut(self.rows, WINDOW)
         tokenized = prefetch(functools.partial(self.tokenize, encoder), windows)
         size, autocast = self.cfg.encoding_batch_size, self.run.accelerator.autocast
         with tqdm(total=len(self.rows), desc="refresh", delay=5, leave=False, disable=None) as bar:
