@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pairs
-from utils.data import passage_of, read_training
-from utils.distributed import chunk_seed, cut, share_out, sum_gradients, world
+from utils.data import items_of_step, passage_of, read_training
+from utils.distributed import chunk_seed, cut, own_share, share_out, sum_gradients, world
 from utils.encoder import by_length, collate
 from utils.plumbing.config import UserError, at_least, friendly_errors, load_config, need_file
 from utils.plumbing.run import Run
@@ -52,14 +52,8 @@ def tokenize(pairs, corpus, cross):
 
 def make_batch(step, pairs, corpus, cross, cfg):
     """Return this device's share of the batch of a step: chunks (id lists, labels)."""
-    # an epoch is one permutation of the pairs, a step is a slice of it, a device takes its share
-    rank, devices = world()
-    epoch, offset = divmod(step, len(pairs) // cfg.batch_size)
-    rng = np.random.default_rng([cfg.seed, epoch])
-    order = rng.permutation(len(pairs))
-    share = cfg.batch_size // devices
-    first = offset * cfg.batch_size + rank * share
-    picked = [pairs[i] for i in order[first : first + share]]
+    _, items = items_of_step(step, len(pairs), cfg)
+    picked = [pairs[item] for item in own_share(items)]
 
     # chunks of pairs of like length: a chunk costs as much as its longest row
     ids = tokenize(picked, corpus, cross)

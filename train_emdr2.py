@@ -27,8 +27,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from utils import encoder as encoding
 from utils import fid
-from utils.data import read_questions
-from utils.distributed import chunk_seed, cut, prefetch, sum_gradients, world
+from utils.data import items_of_step, read_questions
+from utils.distributed import chunk_seed, cut, own_share, prefetch, sum_gradients, world
 from utils.live_index import LiveIndex, own_rows
 from utils.metrics import answer_scores, topk_accuracy
 from utils.plumbing import config
@@ -54,13 +54,9 @@ def load_questions(path, corpus):
 
 def draw_questions(step, train, cfg):
     """Draw the global batch of a step: its questions, each with one of its answers as "answer" [DU:128]."""
-    # an epoch is one permutation of the file, a step is a slice of it
-    epoch, offset = divmod(step, len(train) // cfg.batch_size)
-    rng = np.random.default_rng([cfg.seed, epoch])
-    order = rng.permutation(len(train)).tolist()
-    start = offset * cfg.batch_size
+    epoch, items = items_of_step(step, len(train), cfg)
     examples = []
-    for item in order[start : start + cfg.batch_size]:
+    for item in items:
         rng = np.random.default_rng([cfg.seed, epoch, item, 1])
         answer = str(rng.choice(train[item]["answers"]))
         examples.append(train[item] | {"answer": answer})
@@ -176,15 +172,13 @@ def add_gradient(examples, corpus, models, accelerator, cfg, step):
     answers = [example["answer"] for example in examples]
     tokens = int((fid.tokenize_answers(models["reader"], answers) != fid.PAD).sum())
     rank, devices = world()
-    share = cfg.batch_size // devices
-    mine = examples[rank * share : rank * share + share]
 
     def batch_of(chunk):
         return tokenize_chunk(chunk, corpus, models, cfg)
 
     # the graphs of the two losses have nothing in common: T5's activations are gone before the encoders' come
     totals = 0.0
-    for i, batch in enumerate(prefetch(batch_of, cut(mine, cfg.question_chunk))):
+    for i, batch in enumerate(prefetch(batch_of, cut(own_share(examples), cfg.question_chunk))):
         torch.manual_seed(chunk_seed((cfg.seed, step, rank), i))  # the dropout masks
         loss, likelihood_BKT = reader_gradient(batch, models["reader"], tokens, accelerator, cfg)
         numbers = [loss, batch["with_answer"] / cfg.top_k / cfg.batch_size]

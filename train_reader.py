@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_
 
 from utils import reader as reading
-from utils.distributed import chunk_seed, cut, sum_gradients, world
+from utils.data import items_of_step
+from utils.distributed import chunk_seed, cut, own_share, sum_gradients, world
 from utils.encoder import collate
 from utils.metrics import answer_scores
 from utils.plumbing.config import (
@@ -58,20 +59,10 @@ def draw_passages(example, item, epoch, corpus, reader, cfg):
 
 def make_batch(step, train, corpus, reader, cfg):
     """Return this device's share of the batch of a step, as chunks of questions."""
-    # the questions: an epoch is one permutation of them, a step is a slice of it
-    steps_per_epoch = len(train) // cfg.batch_size
-    epoch, offset = divmod(step, steps_per_epoch)
-    rng = np.random.default_rng([cfg.seed, epoch])
-    order = rng.permutation(len(train)).tolist()
-
-    # the share of this device, and its passages
-    rank, devices = world()
-    share = cfg.batch_size // devices
-    start = offset * cfg.batch_size + rank * share
+    epoch, items = items_of_step(step, len(train), cfg)
     questions = []
-    for item in order[start : start + share]:
-        example = train[item]
-        question = draw_passages(example, item, epoch, corpus, reader, cfg)
+    for item in own_share(items):
+        question = draw_passages(train[item], item, epoch, corpus, reader, cfg)
         questions.append(question)
     return cut(questions, cfg.question_chunk)
 

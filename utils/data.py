@@ -13,6 +13,8 @@ import re
 import sys
 import unicodedata
 
+import numpy as np
+
 from prepare.hints import CONVERT, foreign
 from utils.corpus import Corpus as Corpus
 from utils.corpus import Passage, load_json, read_lines
@@ -229,6 +231,17 @@ def passage_of(entry, corpus):
     if corpus is None:
         raise UserError(f"passage {entry!r} is named by its id: give the corpus too")
     return corpus.passage(entry)
+
+
+def items_of_step(step, count, cfg):
+    """
+    Return (epoch, the items of the global batch of a step). An epoch is a permutation of `count` items, a
+    step is a slice of it; an unfilled last batch is dropped.
+    """
+    epoch, offset = divmod(step, count // cfg.batch_size)
+    order = np.random.default_rng([cfg.seed, epoch]).permutation(count).tolist()
+    start = offset * cfg.batch_size
+    return epoch, order[start : start + cfg.batch_size]
 
 
 def passage_key(entry):

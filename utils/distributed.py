@@ -187,6 +187,13 @@ def prefetch(function, items):
             yield pending.result()
 
 
+def own_share(items):
+    """Return this device's part of a list that all devices have; its length is a multiple of their number."""
+    rank, devices = world()
+    size = len(items) // devices
+    return items[rank * size : (rank + 1) * size]
+
+
 def cut(items, size):
     """Cut a list or a range into a list of pieces of `size`; the last one may be shorter."""
     return [items[start : start + size] for start in range(0, len(items), size)]
