@@ -32,9 +32,8 @@ from utils.distributed import chunk_seed, cut, own_share, prefetch, sum_gradient
 from utils.live_index import LiveIndex, own_rows
 from utils.metrics import answer_scores, topk_accuracy
 from utils.plumbing import config
-from utils.plumbing.checkpoint import load_moments
 from utils.plumbing.config import UserError
-from utils.plumbing.run import Run, make_optimizer
+from utils.plumbing.run import Run
 from utils.plumbing.weights import TOWERS, load_encoder
 from utils.text import has_answer
 
@@ -253,20 +252,6 @@ def load_models(run, cfg):
     return models
 
 
-def optimizer_of(models, run, cfg):
-    """Return AdamW, as run.optimizer makes it, in groups with a `scale` of the learning rate."""
-    groups = []
-    for name, model in models.items():
-        scale = 1.0 if name == "reader" else cfg.retriever_lr_scale
-        for group in make_optimizer(model.named_parameters(), cfg).param_groups:
-            groups.append(group | {"scale": scale})
-    optimizer = torch.optim.AdamW(groups)
-    if run.checkpoint:
-        load_moments(run.checkpoint, optimizer)
-    run.weights = list(torch.nn.ModuleDict(models).parameters())
-    return run.accelerator.prepare(optimizer)
-
-
 def main():
     # settings, checked before anything is loaded
     cfg = config.load_config(__doc__, "config/train_emdr2_nq.yaml")
@@ -297,7 +282,8 @@ def main():
     learns = cfg.retriever_loss != "none"
     models = load_models(run, cfg)
     trained = models if learns else {"reader": models["reader"]}
-    optimizer = optimizer_of(trained, run, cfg)
+    scales = {name: 1.0 if name == "reader" else cfg.retriever_lr_scale for name in trained}
+    optimizer = run.optimizer(trained, scales)
 
     def batch_of(step):
         return draw_questions(step, train, cfg)
