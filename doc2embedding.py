@@ -143,7 +143,7 @@ def main():
     manifest = {"rows": len(corpus), "dtype": cfg.dtype, "shard_size": cfg.shard_size, "role": "passage"}
     manifest |= {"mixed_precision": cfg.mixed_precision, "corpus": corpus.sha256}
     manifest |= {"dim": encoder.dim, "encoder": encoder_hash(encoder), "pair": encoder.inputs["pair"]}
-    stored = read_json(folder / "manifest.json") if (folder / "manifest.json").is_file() else {}
+    stored = read_json(folder / "manifest.json", {})
     refuse_other_job(folder, stored, manifest, shards)
     how = batch_sizes(cfg, encoder, stored, device)
     manifest["batch"] = {"size": how["size"], "tokens": how["tokens"]}

@@ -117,10 +117,8 @@ def main():
     at_least(cfg, 1, "depth", "block")
     need_file(cfg, "questions", "ranking", "corpus")
     need_model(cfg, "cross_encoder")
-    need_out(cfg, "out", ".metrics.json")
+    need_out(cfg, "out", ".metrics.json", ending=".run")
     out = Path(cfg.out)
-    if out.suffix != ".run":
-        raise UserError(f"out must be the path of a .run file, got {cfg.out!r}")
 
     # start the processes, read everything but the model
     accelerator = start(cfg.mixed_precision)
@@ -135,7 +133,7 @@ def main():
     manifest |= {"ranking": sha256(cfg.ranking), "questions": sha256(cfg.questions)}
     manifest |= {"corpus": corpus.sha256, "corpus_format": corpus.meta["fmt"]}
     manifest |= {"cross_encoder": folder_hash(cfg.cross_encoder)}
-    stored = read_json(folder / "manifest.json") if (folder / "manifest.json").is_file() else {}
+    stored = read_json(folder / "manifest.json", {})
     if not stored and any(folder.glob("[!.]*")):
         raise UserError(f"{folder} is not from this job; name another --out, or delete that folder")
     refuse_other_job(folder, stored, manifest, ())

@@ -65,19 +65,15 @@ def check_settings(cfg):
     if cfg.question_tokens:
         at_least(cfg, 4, "question_tokens")
     need_file(cfg, "questions", "corpus", optional=("bm25_run", "check_leak"))
-    if not cfg.out.endswith(".run"):
-        raise UserError(f"out must be the path of a .run file, got {cfg.out!r}")
-    need_out(cfg, "out", ".metrics.json")
+    need_out(cfg, "out", ".metrics.json", ending=".run")
     need_value(cfg, "embeddings")
     if not cfg.lookahead:
         need_model(cfg, "query_encoder")
         given_inputs(cfg)  # UserError for a value that no encoder knows
     if cfg.lookahead and (cfg.bm25_run or cfg.question_vectors):
         raise UserError("lookahead only looks vectors up: leave out bm25_run and question_vectors")
-    if cfg.question_vectors and not cfg.question_vectors.endswith(".npy"):
-        raise UserError(f"question_vectors must be the path of a .npy file, got {cfg.question_vectors!r}")
     if cfg.question_vectors:
-        need_out(cfg, "question_vectors", ".json")
+        need_out(cfg, "question_vectors", ".json", ending=".npy")
 
 
 def with_positive_id(questions, path):

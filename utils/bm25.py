@@ -6,7 +6,6 @@ Run: python -m utils.bm25 --corpus data/nq/corpus.tsv --questions data/nq/test.j
 """
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -46,7 +45,6 @@ def hashes_of(folder):
 def build_bm25(corpus, folder):
     """Return the BM25 index of title + text: the one in `folder` if it is of this corpus, else a new one."""
     folder = Path(folder)
-    lock_file = folder.with_name(f".{folder.name}.lock")
     want = {"corpus": corpus.sha256, "rows": len(corpus), **SETTINGS}
     if folder.exists():
         if not (folder / "bm25.json").is_file():
@@ -62,18 +60,16 @@ def build_bm25(corpus, folder):
         # why no other OSError: after "too many open files" the index may be whole
         except (UserError, FileNotFoundError, ValueError, EOFError, LookupError) as error:
             print(f"{folder}: damaged ({error}), it is built again", file=sys.stderr)
-        lock(lock_file)
-        shutil.rmtree(folder)
 
-    lock_file.parent.mkdir(parents=True, exist_ok=True)
-    lock(lock_file)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock(folder.with_name(f".{folder.name}.lock"))
     passages = tqdm(corpus, "BM25 index", delay=5, disable=None)
     indexed = tokens(f"{passage.title} {passage.text}" for passage in passages)
     if not indexed.vocab:
         raise UserError(f"{corpus.path}: no passage has a word that BM25 can index")
     index = bm25s.BM25(k1=SETTINGS["k1"], b=SETTINGS["b"])
     index.index(indexed, show_progress=False)
-    with atomic_folder(folder) as building:
+    with atomic_folder(folder, replace=True) as building:
         index.save(building, show_progress=False)
         write_json(building / "bm25.json", want | {"files": hashes_of(building)})
     return index

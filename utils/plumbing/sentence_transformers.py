@@ -88,11 +88,6 @@ def refuse(place, fault):
     raise UserError(f"{place}: {fault}, which is not supported here")
 
 
-def settings_of(place):
-    """Return the config.json of a step, {} where it has none."""
-    return read_json(place / "config.json") if (place / "config.json").is_file() else {}
-
-
 def read_transformer(place):
     """Return the lengths and do_lower_case of the Transformer step."""
     files = sorted(place.glob("sentence_*_config.json"))  # older ones are named by architecture
@@ -112,7 +107,7 @@ def read_transformer(place):
 
 def read_pooling(place):
     """Return the pooling, and whether the prompt counts in it."""
-    settings = settings_of(place)
+    settings = read_json(place / "config.json", {})
     modes = settings.get("pooling_mode")
     if modes is None:  # older: a switch for each
         modes = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value]
@@ -125,8 +120,7 @@ def read_pooling(place):
 
 def read_prompts(folder):
     """Return what stands before a question and before a passage."""
-    file = folder / "config_sentence_transformers.json"
-    settings = read_json(file) if file.is_file() else {}
+    settings = read_json(folder / "config_sentence_transformers.json", {})
     prompts = settings.get("prompts") or {}
     default = settings.get("default_prompt_name")
     # why not always the default: one that is named after a tower is for this tower alone
@@ -140,7 +134,7 @@ def read_prompts(folder):
 
 def read_dense(place):
     """Return the layers of a Dense step: a Linear and its activation."""
-    settings = settings_of(place)
+    settings = read_json(place / "config.json", {})
     for key, due in DENSE.items():
         if settings.get(key) not in (None, due):
             refuse(place / "config.json", f"has {key} {settings[key]!r}")
