@@ -44,18 +44,9 @@ if [ $FROM = 1 ] && ! there $DATA/unlabelled.jsonl; then
     fi
     python -m prepare.convert msmarco $DATA/mrqa.query.txt $DATA/unlabelled.jsonl
 fi
-if [ ! -f $DATA/corpus.tsv ]; then
-    python -m prepare.download psgs_w100.tsv --out $DATA
-    mv $DATA/psgs_w100.tsv $DATA/corpus.tsv
-fi
-if [ $FROM = 1 ] && [ ! -f $DATA/train.jsonl ]; then
-    python -m prepare.download biencoder-nq-train.json --out $DATA
-    python -m prepare.convert dpr_json $DATA/biencoder-nq-train.json $DATA/train.jsonl
-fi
-if [ ! -f $DATA/test.jsonl ]; then
-    python -m prepare.download nq-test.qa.csv --out $DATA
-    python -m prepare.convert dpr_qa $DATA/nq-test.qa.csv $DATA/test.jsonl
-fi
+dpr_corpus
+[ $FROM != 1 ] || dpr_training nq-train $DATA/train.jsonl
+dpr_questions nq-test $DATA/test.jsonl
 
 taught() { there $RUN/c/metrics.json || [ -e $RUN/c/cross_encoder ]; } # is there a cross-encoder?
 train() { # NAME FILE: the dual encoder on FILE, from START

@@ -38,6 +38,24 @@ stage() {
 
 CORPUS="--corpus $DATA/corpus.tsv --corpus_format $FORMAT"
 
+# DPR's files under our names, each only where it is not there yet: dpr_corpus -> DATA/corpus.tsv, 21,015,324 passages;
+# dpr_training NAME OUT [FLAGS]: questions with their passages; dpr_questions NAME OUT: questions with answers
+dpr_corpus() {
+    [ ! -f $DATA/corpus.tsv ] || return 0
+    python -m prepare.download psgs_w100.tsv --out $DATA
+    mv $DATA/psgs_w100.tsv $DATA/corpus.tsv
+}
+dpr_training() {
+    [ ! -f $2 ] || return 0
+    python -m prepare.download biencoder-$1.json --out $DATA
+    python -m prepare.convert dpr_json $DATA/biencoder-$1.json $2 "${@:3}"
+}
+dpr_questions() {
+    [ ! -f $2 ] || return 0
+    python -m prepare.download $1.qa.csv --out $DATA
+    python -m prepare.convert dpr_qa $DATA/$1.qa.csv $2
+}
+
 # bm25 FOLDER NAME QUESTIONS: BM25's ranking of the questions -> FOLDER/bm25_NAME.run, .metrics.json
 bm25() {
     stage $1/bm25_$2.run python -m utils.bm25 --questions $3 $CORPUS --out $1/bm25_$2.run --index $RUN/bm25
