@@ -26,7 +26,7 @@ from utils.data import items_of_step, passage_of, read_training
 from utils.distributed import chunk_seed, cut, own_share, share_out, sum_gradients, world
 from utils.encoder import by_length, collate
 from utils.plumbing.config import UserError, at_least, friendly_errors, load_config, need_file
-from utils.plumbing.run import Run
+from utils.plumbing.run import NO_DEV, Run
 
 
 # ---------------------------------------------------------------- data: a batch is a function of (seed, step)
@@ -212,9 +212,7 @@ def main():
     run = Run(cfg, ("train", "dev"), weights=("init",), sizes={"chunk": (64, cfg.pair_tokens)})
     corpus = run.corpus
     _, pairs, train_note = read_pairs(cfg.train, corpus)
-    dev, dev_pairs, dev_note = [], [], "no dev set: the last checkpoint is the best"
-    if cfg.dev:
-        dev, dev_pairs, dev_note = read_pairs(cfg.dev, corpus)
+    dev, dev_pairs, dev_note = read_pairs(cfg.dev, corpus) if cfg.dev else ([], *NO_DEV)
     run.notes += [train_note, dev_note]
 
     # the model; its new head is drawn (differs: from a normal distribution, not a truncated one)

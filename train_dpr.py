@@ -35,7 +35,7 @@ from utils.distributed import gather_rows, own_share, sum_gradients
 from utils.grad_cache import grad_cache_step
 from utils.metrics import positive_ranks
 from utils.plumbing.config import at_least, friendly_errors, load_config, need_file
-from utils.plumbing.run import Run
+from utils.plumbing.run import NO_DEV, Run
 from utils.plumbing.weights import TOWERS, given_inputs, load_towers
 
 
@@ -291,9 +291,7 @@ def main():
     run = Run(cfg, files=("train", "dev"), weights=("init",), sizes=sizes)
     corpus = run.corpus
     train, train_note = read_training(cfg.train, corpus)
-    dev, dev_note = [], "no dev set: the last checkpoint is the best"
-    if cfg.dev:
-        dev, dev_note = read_training(cfg.dev, corpus)
+    dev, dev_note = read_training(cfg.dev, corpus) if cfg.dev else NO_DEV
     run.notes += [train_note, *count_negatives(cfg, train), dev_note]
 
     # models

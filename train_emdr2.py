@@ -33,7 +33,7 @@ from utils.live_index import LiveIndex, own_rows
 from utils.metrics import answer_scores, topk_accuracy
 from utils.plumbing import config
 from utils.plumbing.config import UserError
-from utils.plumbing.run import Run
+from utils.plumbing.run import NO_DEV, Run
 from utils.plumbing.weights import TOWERS, load_encoder
 from utils.text import has_answer
 
@@ -270,8 +270,7 @@ def main():
     run = Run(cfg, files=("train", "dev"), weights=(*TOWERS, "reader"), sizes=sizes)
     corpus = run.corpus
     train, train_note = load_questions(cfg.train, corpus)
-    none = ([], "no dev set: the last checkpoint is the best")
-    dev, dev_note = load_questions(cfg.dev, corpus) if cfg.dev else none
+    dev, dev_note = load_questions(cfg.dev, corpus) if cfg.dev else NO_DEV
     run.notes += [train_note, dev_note]
     spare = max(len(question["own"]) for question in train + dev)
     if cfg.top_k + spare > len(corpus):

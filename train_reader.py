@@ -32,7 +32,7 @@ from utils.plumbing.config import (
     need_file,
     need_value,
 )
-from utils.plumbing.run import Run
+from utils.plumbing.run import NO_DEV, Run
 from utils.reader import best_spans as best_spans  # a public name of this script too
 
 MAX_SPANS = 10  # mentions in a positive (from: DPR dpr/models/reader.py:114-274, max_n_answers)
@@ -223,8 +223,7 @@ def main():
     run = Run(cfg, files, weights=("init",), sizes=sizes)
     corpus = run.corpus
     examples, train_note = reading.read_ranking(cfg.train, cfg.train_run, corpus, cfg.train_depth)
-    dev = []
-    dev_note = "no dev set: the last checkpoint is the best"
+    dev, dev_note = NO_DEV
     if cfg.dev:
         dev, dev_note = reading.read_ranking(cfg.dev, cfg.dev_run, corpus, cfg.test_depth)
     gold = {}

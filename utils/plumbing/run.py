@@ -43,6 +43,7 @@ from utils.plumbing.weights import width_of
 FREE = "config run_dir resume tracker log_every save_every corpus train dev init".split()
 FREE += "train_run dev_run gold workers query_encoder doc_encoder embeddings reader".split()
 NEW = {"keep": "best", "train_doc_encoder": True}  # what checkpoints of before December 2026 do not say
+NO_DEV = [], "no dev set: the last checkpoint is the best"  # the dev questions, and what the log says of them
 PUBLISHED = ("metrics.json", "query_encoder", "doc_encoder", "cross_encoder", "reader")
 
 
