@@ -17,13 +17,12 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pairs
 from utils.data import items_of_step, passage_of, read_training
-from utils.distributed import chunk_seed, cut, own_share, share_out, sum_gradients, world
+from utils.distributed import chunk_seed, cut, own_share, share_out, sum_gradients, sum_over_devices
 from utils.encoder import by_length, collate
 from utils.plumbing.config import UserError, at_least, friendly_errors, load_config, need_file
 from utils.plumbing.run import NO_DEV, Run
@@ -100,8 +99,7 @@ def adversarial_step(chunks, cross, accelerator, cfg):
         gradient_VD += torch.autograd.grad(loss, weight_VD)[0]
     cross.train()
     # differs: Paddle's workers each took the gradient of their own pairs
-    if world()[1] > 1:
-        dist.all_reduce(gradient_VD)
+    sum_over_devices(gradient_VD)
 
     # a step of length epsilon
     norm = (gradient_VD.square().sum() + 1e-8).sqrt()
@@ -135,9 +133,7 @@ def add_gradient(chunks, cross, accelerator, cfg, step):
 
     # sum over devices
     sum_gradients(cross.parameters())
-    if world()[1] > 1:
-        dist.all_reduce(totals)
-    return totals
+    return sum_over_devices(totals)
 
 
 def training_step(step, chunks, cross, optimizer, run, cfg):

@@ -22,13 +22,12 @@ import math
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_
 
 from utils import encoder as encoding
 from utils import fid
 from utils.data import items_of_step, read_questions
-from utils.distributed import chunk_seed, cut, own_share, prefetch, sum_gradients, world
+from utils.distributed import chunk_seed, cut, own_share, prefetch, sum_gradients, sum_over_devices
 from utils.live_index import LiveIndex, own_rows
 from utils.metrics import answer_scores, topk_accuracy
 from utils.plumbing import config
@@ -170,24 +169,22 @@ def add_gradient(examples, corpus, models, accelerator, cfg, step):
     # differs: the losses are divided by the answer tokens of the global batch, theirs by those of a GPU
     answers = [example["answer"] for example in examples]
     tokens = int((fid.tokenize_answers(models["reader"], answers) != fid.PAD).sum())
-    rank, devices = world()
 
     def batch_of(chunk):
         return tokenize_chunk(chunk, corpus, models, cfg)
 
     # the graphs of the two losses have nothing in common: T5's activations are gone before the encoders' come
+    seed = (cfg.seed, step, accelerator.process_index)
     totals = 0.0
     for i, batch in enumerate(prefetch(batch_of, cut(own_share(examples), cfg.question_chunk))):
-        torch.manual_seed(chunk_seed((cfg.seed, step, rank), i))  # the dropout masks
+        torch.manual_seed(chunk_seed(seed, i))  # the dropout masks
         loss, likelihood_BKT = reader_gradient(batch, models["reader"], tokens, accelerator, cfg)
         numbers = [loss, batch["with_answer"] / cfg.top_k / cfg.batch_size]
         if cfg.retriever_loss != "none":
             numbers += retriever_gradient(batch, likelihood_BKT, models, tokens, accelerator, cfg)
         totals = totals + torch.tensor(numbers, device=accelerator.device)
     sum_gradients(torch.nn.ModuleDict(models).parameters())
-    if devices > 1:
-        dist.all_reduce(totals)
-    return dict(zip(SHOWN, totals.tolist(), strict=False))
+    return dict(zip(SHOWN, sum_over_devices(totals).tolist(), strict=False))
 
 
 def training_step(step, examples, corpus, models, optimizer, run, cfg):

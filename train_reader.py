@@ -15,12 +15,11 @@ N questions · M passages a question · A mentions of the answers · L tokens ·
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_
 
 from utils import reader as reading
 from utils.data import items_of_step
-from utils.distributed import chunk_seed, cut, own_share, sum_gradients, world
+from utils.distributed import chunk_seed, cut, own_share, sum_gradients, sum_over_devices
 from utils.encoder import collate
 from utils.metrics import answer_scores
 from utils.plumbing.config import (
@@ -162,9 +161,7 @@ def add_gradient(chunks, reader, accelerator, cfg, step):
 
     # sum over the devices
     sum_gradients(reader.parameters())
-    if world()[1] > 1:
-        dist.all_reduce(totals)
-    return totals
+    return sum_over_devices(totals)
 
 
 def training_step(step, chunks, reader, optimizer, run, cfg):

@@ -143,6 +143,13 @@ def sum_gradients(parameters):
         work.wait()
 
 
+def sum_over_devices(x):
+    """Return a tensor, summed over devices in place."""
+    if world()[1] > 1:
+        dist.all_reduce(x)
+    return x
+
+
 def chunk_seed(seed, i):
     """
     Return a 63-bit seed for chunk i of the step `seed` (a tuple): independent streams by numpy's
@@ -171,8 +178,7 @@ def any_device(flag, device):
     if world()[1] == 1:
         return bool(flag)
     flag = torch.tensor([float(bool(flag))], device=device)
-    dist.all_reduce(flag)
-    return bool(flag.item())
+    return bool(sum_over_devices(flag).item())
 
 
 def prefetch(function, items):
