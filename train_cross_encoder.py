@@ -172,7 +172,8 @@ def evaluate(examples, ids, cross, accelerator, cfg):
         return probabilities(cross, group_ids, size, accelerator.autocast)
 
     # each device scores every W-th group; then all pairs, in the order of the file
-    scores = share_out(cut(by_length(ids), size), ids_of, score, "dev")
+    groups = cut(by_length(ids), size)
+    scores = share_out(groups, ids_of, score, "dev")
     p_N = np.array([scores[i] for i in range(len(ids))])
     return dev_metrics(examples, p_N)
 
@@ -195,7 +196,8 @@ def dev_metrics(examples, p_N):
             ranks.append(1 + (~below).sum())
         first = last
     reciprocal = 1 / np.array(ranks)
-    return {"accuracy": float(right / len(p_N)), "mrr": float(reciprocal.mean())}
+    accuracy = right / len(p_N)
+    return {"accuracy": float(accuracy), "mrr": float(reciprocal.mean())}
 
 
 # ---------------------------------------------------------------- main
@@ -205,10 +207,14 @@ def main():
     need_file(cfg, "train", optional=("dev", "corpus"))
 
     # data
-    run = Run(cfg, ("train", "dev"), weights=("init",), sizes={"chunk": (64, cfg.pair_tokens)})
+    sizes = {"chunk": (64, cfg.pair_tokens)}
+    run = Run(cfg, ("train", "dev"), weights=("init",), sizes=sizes)
     corpus = run.corpus
     _, pairs, train_note = read_pairs(cfg.train, corpus)
-    dev, dev_pairs, dev_note = read_pairs(cfg.dev, corpus) if cfg.dev else ([], *NO_DEV)
+    dev, dev_note = NO_DEV
+    dev_pairs = []
+    if cfg.dev:
+        dev, dev_pairs, dev_note = read_pairs(cfg.dev, corpus)
     run.notes += [train_note, dev_note]
 
     # the model; its new head is drawn (differs: from a normal distribution, not a truncated one)

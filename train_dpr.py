@@ -134,13 +134,14 @@ def make_batch(step, train, corpus, encoders, cfg):
     passage_ids = encoding.tokenize_passages(encoders["doc_encoder"], passages)
     question_chunks, question_places = encoding.in_chunks(question_ids, cfg.question_chunk)
     passage_chunks, passage_places = encoding.in_chunks(passage_ids, cfg.passage_chunk)
+    excluded = torch.tensor(pairs, dtype=torch.long)
     return {
         "question_chunks": question_chunks,
         "passage_chunks": passage_chunks,
         "question_places": question_places,
         "passage_places": passage_places,
         "positive_Q": torch.arange(cfg.batch_size) * width,
-        "excluded": torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T,
+        "excluded": excluded.reshape(-1, 2).T,
         "duplicates": duplicates,
     }
 
@@ -267,7 +268,8 @@ def evaluate(pool, encoders, accelerator, cfg):
     for start in range(0, len(q_QD), 512):  # some questions at a time, to bound the memory
         block = slice(start, start + 512)
         scores_bN = q_QD[block] @ p_ND.T
-        ranks.append(positive_ranks(scores_bN.cpu().numpy(), gold_Q[block]))
+        ranks_b = positive_ranks(scores_bN.cpu().numpy(), gold_Q[block])
+        ranks.append(ranks_b)
     ranks_Q = np.concatenate(ranks)
     reciprocal_Q = 1 / ranks_Q
     average_rank = float(ranks_Q.mean())
@@ -291,7 +293,9 @@ def main():
     run = Run(cfg, files=("train", "dev"), weights=("init",), sizes=sizes)
     corpus = run.corpus
     train, train_note = read_training(cfg.train, corpus)
-    dev, dev_note = read_training(cfg.dev, corpus) if cfg.dev else NO_DEV
+    dev, dev_note = NO_DEV
+    if cfg.dev:
+        dev, dev_note = read_training(cfg.dev, corpus)
     run.notes += [train_note, *count_negatives(cfg, train), dev_note]
 
     # models

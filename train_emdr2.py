@@ -175,8 +175,10 @@ def add_gradient(examples, corpus, models, accelerator, cfg, step):
 
     # the graphs of the two losses have nothing in common: T5's activations are gone before the encoders' come
     seed = (cfg.seed, step, accelerator.process_index)
+    mine = own_share(examples)
+    chunks = cut(mine, cfg.question_chunk)
     totals = 0.0
-    for i, batch in enumerate(prefetch(batch_of, cut(own_share(examples), cfg.question_chunk))):
+    for i, batch in enumerate(prefetch(batch_of, chunks)):
         torch.manual_seed(chunk_seed(seed, i))  # the dropout masks
         loss, likelihood_BKT = reader_gradient(batch, models["reader"], tokens, accelerator, cfg)
         numbers = [loss, batch["with_answer"] / cfg.top_k / cfg.batch_size]
@@ -184,13 +186,15 @@ def add_gradient(examples, corpus, models, accelerator, cfg, step):
             numbers += retriever_gradient(batch, likelihood_BKT, models, tokens, accelerator, cfg)
         totals = totals + torch.tensor(numbers, device=accelerator.device)
     sum_gradients(torch.nn.ModuleDict(models).parameters())
-    return dict(zip(SHOWN, sum_over_devices(totals).tolist(), strict=False))
+    totals = sum_over_devices(totals)
+    return dict(zip(SHOWN, totals.tolist(), strict=False))
 
 
 def training_step(step, examples, corpus, models, optimizer, run, cfg):
     """Learn from one batch; return (numbers to show, numbers to write)."""
     # set the learning rate: a linear rise, then a linear fall
-    factor = max(cfg.min_lr_ratio, (run.total - step) / max(1, run.total - run.warmup))
+    left = (run.total - step) / max(1, run.total - run.warmup)
+    factor = max(cfg.min_lr_ratio, left)
     if step < run.warmup:
         factor = step / run.warmup
     lr = cfg.learning_rate * factor
@@ -218,7 +222,8 @@ def evaluate(dev, corpus, index, models, accelerator, cfg):
     hits = []
     for example in dev:
         hits.append([has_answer(corpus[row].text, example["answers"]) for row in example["rows"]])
-    answers = fid.answer_all(models["reader"], dev, corpus, [cfg.top_k], cfg.eval_batch_size, accelerator)
+    size = cfg.eval_batch_size
+    answers = fid.answer_all(models["reader"], dev, corpus, [cfg.top_k], size, accelerator)
     em, f1 = answer_scores(dev, answers, [cfg.top_k]).values()
     metrics = {"em": float(np.mean(em)), "f1": float(np.mean(f1))}
     for k, share in topk_accuracy(hits, cfg.eval_hits).items():

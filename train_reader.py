@@ -59,9 +59,11 @@ def draw_passages(example, item, epoch, corpus, reader, cfg):
 def make_batch(step, train, corpus, reader, cfg):
     """Return this device's share of the batch of a step, as chunks of questions."""
     epoch, items = items_of_step(step, len(train), cfg)
+    mine = own_share(items)
     questions = []
-    for item in own_share(items):
-        question = draw_passages(train[item], item, epoch, corpus, reader, cfg)
+    for item in mine:
+        example = train[item]
+        question = draw_passages(example, item, epoch, corpus, reader, cfg)
         questions.append(question)
     return cut(questions, cfg.question_chunk)
 
@@ -195,7 +197,8 @@ def evaluate(dev, corpus, reader, accelerator, cfg):
     """Return {"em", "f1"} of the answers to the dev questions from their first test_depth passages."""
     # differs: DPR keeps the checkpoint of the lowest exact match, of the first device's questions alone
     top_docs = [cfg.test_depth]
-    answers = reading.answer_all(reader, dev, corpus, top_docs, cfg.eval_batch_size, accelerator)
+    size = cfg.eval_batch_size
+    answers = reading.answer_all(reader, dev, corpus, top_docs, size, accelerator)
     scores = answer_scores(dev, answers, top_docs)
     em = np.mean(scores[f"EM@{cfg.test_depth}"])
     f1 = np.mean(scores[f"F1@{cfg.test_depth}"])
