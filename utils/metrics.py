@@ -10,7 +10,7 @@ Q questions · N passages
 import numpy as np
 from tqdm import tqdm
 
-from utils.data import find_themselves, is_itself, iter_rankings
+from utils.data import aligned_reader, find_themselves, is_itself, iter_rankings
 from utils.text import exact_match, f1, has_answer, report_regex_failures
 
 # DPR counts 20 and 100; MS MARCO's R@50 and R@1000 are hit@50 and hit@1000
@@ -123,17 +123,14 @@ def gold_ids(question):
 
 def one_question_at_a_time(questions, rankings):
     """
-    Yield (question, ids of its passages, best first), with one question's ranking in memory.
+    Yield (question, ids of its passages, best first), with the rankings of two questions in memory.
     rankings: an iterator of (qid, [(pid, score), ...]) in the order of the questions; it may skip some.
     """
-    qid, hits = next(rankings, (None, []))
+    take, check_end = aligned_reader("the ranking", rankings, "the questions")
     for question in tqdm(questions, "metrics", delay=2, leave=False, disable=None):
-        if question["qid"] != qid:
-            yield question, []
-            continue
+        hits = take(question["qid"]) or []
         yield question, [pid for pid, _ in hits]
-        qid, hits = next(rankings, (None, []))
-    assert qid is None, f"question {qid!r} of the ranking is not in the order of the questions"
+    check_end()
 
 
 def first_rank(hits):
