@@ -26,14 +26,13 @@ POOLING = {
     "mean": ("mean", "pooling_mode_mean_tokens"),
     "last": ("lasttoken", "pooling_mode_lasttoken"),
 }
-# settings of a Transformer that are right as we compute, and those that change no vector
+# settings of a Transformer that must be so; the others change no vector
 TRANSFORMER = {
     "transformer_task": "feature-extraction",
     "module_output_name": "token_embeddings",
     "query_length": None,
     "document_length": None,
 }
-HARMLESS = ("max_seq_length", "do_lower_case", "modality_config", "unpad_inputs", "backend")
 STATES = {"method": "forward", "method_output_name": "last_hidden_state"}
 DENSE = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
 PASSAGE_PROMPTS = ("document", "passage", "corpus")
@@ -93,9 +92,9 @@ def read_transformer(place):
     files = sorted(place.glob("sentence_*_config.json"))  # older ones are named by architecture
     settings = read_json(files[0]) if files else {}
     for key, value in settings.items():
-        if value and key not in HARMLESS and value != TRANSFORMER.get(key, value) or key.endswith("_kwargs"):
-            if value:
-                refuse(files[0], f"has {key} {value!r}")
+        unlike = value != TRANSFORMER.get(key, value) or key.endswith("_kwargs")
+        if value and unlike:
+            refuse(files[0], f"has {key} {value!r}")
     text = settings.get("modality_config", {"text": STATES}).get("text")
     if text != STATES:
         refuse(files[0], f"has modality_config {text!r} for texts")
