@@ -19,7 +19,6 @@ from utils.data import Corpus
 from utils.distributed import start
 from utils.metrics import answer_scores, print_table, with_intervals
 from utils.plumbing.config import (
-    UserError,
     at_least,
     friendly_errors,
     load_config,
@@ -51,13 +50,6 @@ def depths_of(kind, cfg):
 
 
 # ---------------------------------------------------------------- files
-def need_predictions_out(cfg):
-    """UserError where one of the three files cannot be written, or would replace an input."""
-    if Path(cfg.out).suffix != ".json":
-        raise UserError(f"out must be the path of a .json file, got {cfg.out!r}")
-    need_out(cfg, "out", *SUFFIXES[1:])
-
-
 def write_predictions(out, examples, depths, answers):
     """Write the three files, and print the table of EM and F1."""
     # from: DPR train_extractive_reader.py:512-536
@@ -89,7 +81,7 @@ def main():
     must_be_one_of(cfg, mixed_precision=("no", "fp16", "bf16"))
     at_least(cfg, 1, "depth", "max_answer_length", "batch_size")
     need_file(cfg, "questions", "ranking", "corpus")
-    need_predictions_out(cfg)
+    need_out(cfg, "out", *SUFFIXES[1:], ending=".json")
     need_model(cfg, "reader")
     accelerator = start(cfg.mixed_precision)
 
@@ -99,12 +91,13 @@ def main():
     examples, note = reader.read_ranking(cfg.questions, cfg.ranking, corpus, cfg.depth, need=())
     kind, model = load_model(cfg.reader)
     model.to(accelerator.device)
+    if kind is reader:
+        model.max_answer_length = cfg.max_answer_length
     depths = depths_of(kind, cfg)
 
     # answers
     began = time.time()
-    sizes = (cfg.batch_size, accelerator, cfg.max_answer_length)
-    answers = kind.answer_all(model, examples, corpus, depths, *sizes)
+    answers = kind.answer_all(model, examples, corpus, depths, cfg.batch_size, accelerator)
     rate = len(examples) / (time.time() - began)
     if accelerator.is_main_process:
         print(f"{note}\n{rate:.1f} questions/s of up to {cfg.depth} passages")

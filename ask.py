@@ -23,7 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import quote
 
-from utils.data import read_questions
+from utils.data import question_key, read_questions
 from utils.plumbing import config
 from utils.plumbing.config import UserError
 from utils.text import answer_position, has_answer
@@ -66,20 +66,15 @@ def check_inputs(cfg, question):
         config.need_model(cfg, "reader")
 
 
-def key_of(question):
-    """Return what makes two questions the same: its text in lower case, without a mark at the end."""
-    return question.lower().strip(" ?")
-
-
 def links_of(run):
-    """Return {key_of(question): its address} of the run's page, or of its ladder's; {} without a page."""
+    """Return {question_key: address} of the questions of the run's page, or of its ladder's; or {}."""
     pages = [path for path in (run / "page.html", run.parent / "page.html") if path.is_file()]
     links = {}
     for page in pages[:1]:
         _, _, rest = page.read_text(encoding="utf-8").partition('id="data">')
         data = json.loads(rest.partition("</script>")[0] or '{"questions": []}')
         for row in data["questions"]:
-            links[key_of(row["text"])] = f"{page.resolve().as_uri()}#q={quote(row['qid'], safe='')}"
+            links[question_key(row["text"])] = f"{page.resolve().as_uri()}#q={quote(row['qid'], safe='')}"
     return links
 
 
@@ -135,7 +130,7 @@ def embolden(text, words, answers):
 
 
 def show(question, tools, known, k):
-    """Print the passages for one question, and what it cost. known: {key_of(question): its answers}."""
+    """Print the passages for one question, and what it cost. known: {question_key(question): its answers}."""
     from utils.bm25 import search_bm25, tokens
     from utils.encoder import embed, tokenize_questions
     from utils.search import as_lists, exact_topk
@@ -156,7 +151,7 @@ def show(question, tools, known, k):
 
     # answers: those known from the question file, and the reader's
     passages = [tools.corpus[row] for row, _ in dense]
-    answers = known.get(key_of(question), [])
+    answers = known.get(question_key(question), [])
     if answers:
         print(f"known answers: {', '.join(answers)}")
     if tools.reader:
@@ -173,8 +168,8 @@ def show(question, tools, known, k):
         print(embolden(text, words, answers) if sys.stdout.isatty() else text)
 
     # what the other systems find for it, and the cost
-    if key_of(question) in tools.links:
-        print(f"all systems on this question: {tools.links[key_of(question)]}")
+    if question_key(question) in tools.links:
+        print(f"all systems on this question: {tools.links[question_key(question)]}")
     steps = zip(("encode", "search", "BM25", "read"), times, times[1:], strict=False)
     costs = [f"{name} {1000 * (end - begin):.0f} ms" for name, begin, end in steps]
     if len(ids[0]) == tools.encoder.inputs["question_tokens"]:
@@ -193,7 +188,7 @@ def main():
         raise UserError(f"{error} (the question comes last)") from None
     check_inputs(cfg, question)
     rows = read_questions(cfg.questions, repeats=True) if cfg.questions else []
-    known = {key_of(row["question"]): row["answers"] for row in rows}
+    known = {question_key(row["question"]): row["answers"] for row in rows}
 
     # one question from the command line, or one after the other
     tools = load(cfg)

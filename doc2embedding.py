@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils.data import Corpus
-from utils.distributed import prefetch, rows_that_fit, start
+from utils.distributed import cut, prefetch, rows_that_fit, start
 from utils.encoder import embed, tokenize_passages
 from utils.plumbing.config import (
     UserError,
@@ -55,11 +55,6 @@ STEP = 32  # compiled code is made for each length of a batch anew; with this st
 
 
 # ---------------------------------------------------------------- the vectors
-def cut(rows, size):
-    """Return a range of rows as a list of ranges of `size` rows; the last one may be shorter."""
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
 def tokenize_windows(windows, corpus, encoder, workers):
     """Yield the id lists of each window of passages. The next is tokenised while the device computes."""
 
@@ -148,7 +143,7 @@ def main():
     manifest = {"rows": len(corpus), "dtype": cfg.dtype, "shard_size": cfg.shard_size, "role": "passage"}
     manifest |= {"mixed_precision": cfg.mixed_precision, "corpus": corpus.sha256}
     manifest |= {"dim": encoder.dim, "encoder": encoder_hash(encoder), "pair": encoder.inputs["pair"]}
-    stored = read_json(folder / "manifest.json") if (folder / "manifest.json").is_file() else {}
+    stored = read_json(folder / "manifest.json", {})
     refuse_other_job(folder, stored, manifest, shards)
     how = batch_sizes(cfg, encoder, stored, device)
     manifest["batch"] = {"size": how["size"], "tokens": how["tokens"]}

@@ -29,6 +29,7 @@ from utils.data import (
     aligned_reader,
     check_ids,
     check_scores,
+    find_themselves,
     is_itself,
     iter_lists,
     iter_run,
@@ -206,7 +207,7 @@ def read_found(questions, cfg, counts):
     waiting = {question["qid"]: question for question in questions}
     for qid, hits in iter_run(cfg.run):
         scores = take_scores(qid) or []
-        lookahead = take_lookahead(qid) or []
+        neighbours = [pid for pid, _ in take_lookahead(qid) or []]
         momentum = take_momentum(qid) or ([], [])
         question = waiting.pop(qid, None)
         if question is None:
@@ -216,17 +217,14 @@ def read_found(questions, cfg, counts):
         counts["questions that find their own id first"] += is_itself(question, ranked[0])
         if cfg.scores:
             check_scores(qid, scores, set(ranked), cfg)
-        neighbours = [pid for pid, _ in lookahead]
         if cfg.ignore_identical_ids and is_itself(question, qid):
             ranked = [pid for pid in ranked if pid != qid]
             neighbours = [pid for pid in neighbours if pid != qid]
-        known = never.get(qid, frozenset())
-        yield question, Found(ranked, dict(scores), neighbours, *momentum, known)
+        yield question, Found(ranked, dict(scores), neighbours, *momentum, never.get(qid, frozenset()))
     for question in waiting.values():
         yield question, Found([])
-    themselves = counts["questions that find their own id first"]
-    if themselves > 0.1 * len(questions) and not cfg.ignore_identical_ids:
-        share = f"{themselves} of {len(questions)} questions find a passage of their own id first"
+    share = find_themselves(counts["questions that find their own id first"], len(questions))
+    if share and not cfg.ignore_identical_ids:
         raise UserError(f"{cfg.run}: {share}, it is the question itself; add --ignore_identical_ids true")
     if len(waiting) == len(questions):
         raise UserError(f"{cfg.run}: has none of the questions of {cfg.questions}")
@@ -240,8 +238,15 @@ def mine(questions, corpus, cfg, counts):
     # rngs[0] draws from the ranking, rngs[1] from the look-ahead, so that neither changes the other's draws
     # differs: RocketQA's draw on NQ and ANCE-Tele's have no seed
     rngs = [random.Random(cfg.seed), random.Random(cfg.seed)]
+    rankings = " or ".join(str(path) for path in (cfg.run, cfg.lookahead_run, cfg.momentum) if path)
     for question, found in read_found(questions, cfg, counts):
-        positives, negatives = MODES[cfg.mode](question, found, corpus, cfg, rngs)
+        try:
+            positives, negatives = MODES[cfg.mode](question, found, corpus, cfg, rngs)
+            for entry in positives + negatives:  # what no mode has read, and main() has not looked up
+                if isinstance(entry, str) and entry not in question["positives"]:
+                    corpus.row(entry)
+        except UserError as error:
+            raise UserError(f"{rankings}: question {question['qid']!r}: {error}") from None
         counts["questions without a ranking"] += not found.ranked
         counts["questions without look-ahead"] += bool(cfg.lookahead_run) and not found.lookahead
         counts["questions without momentum"] += bool(cfg.momentum) and not found.momentum
@@ -254,9 +259,6 @@ def mine(questions, corpus, cfg, counts):
         if not negatives and (cfg.scores or cfg.mode == "teleport"):
             counts["questions dropped, no negative"] += 1
             continue
-        for entry in positives + negatives:
-            if isinstance(entry, str):
-                corpus.row(entry, cfg.run)  # UserError for a ranking of another corpus
 
         # count what is new; asked for: `negatives` per positive with scores, else per ranking
         lists = len(positives) if cfg.mode == "denoise" and cfg.scores else 1 + bool(cfg.lookahead_run)
@@ -308,12 +310,10 @@ def main():
     match = "" if cfg.mode == "pseudo_label" else cfg.match
     questions = read_questions(cfg.questions, match=match)
     corpus = Corpus(cfg.corpus, cfg.corpus_format)
-    for question in questions:
-        check_ids(cfg.questions, question, question["positives"], corpus)
-    unanswered = sum(not question["answers"] for question in questions)
-    if unanswered and cfg.mode != "pseudo_label":  # MARCO: what is not judged is negative
-        warning = f"warning: {unanswered} questions have no answers: any passage may be their negative"
-        print(warning, file=sys.stderr)
+    check_ids(cfg.questions, questions, corpus, "positives")
+    bare = sum(not question["answers"] for question in questions)
+    if bare and match:  # MARCO: what is not judged is negative
+        print(f"warning: {bare} questions have no answers: any passage may be a negative", file=sys.stderr)
     if match:
         refuse_strange_answers(cfg.questions, questions, corpus, partial(holds_answer, cfg=cfg))
 

@@ -21,9 +21,9 @@ import torch
 from tqdm import tqdm
 
 from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pairs
-from utils.data import Corpus, check_ids, iter_run, read_questions, write_run
+from utils.data import Corpus, check_ids, iter_rankings, iter_run, read_questions, write_run
 from utils.distributed import prefetch, rows_that_fit, start
-from utils.metrics import KS, gold_ids, one_question_at_a_time, print_table, retrieval_metrics
+from utils.metrics import measure, report
 from utils.plumbing.config import (
     UserError,
     at_least,
@@ -36,15 +36,13 @@ from utils.plumbing.config import (
 )
 from utils.plumbing.embeddings import refuse_other_job, wait_for
 from utils.plumbing.files import folder_hash, lock, need_space, read_json, sha256, write_json
-from utils.text import report_regex_failures
 
 
 # ---------------------------------------------------------------- data
 def read_inputs(cfg, corpus, say):
     """Return {qid: question} in the order of the run, unranked ones last, and the pairs of each block."""
     unranked = {question["qid"]: question for question in read_questions(cfg.questions, match=cfg.match)}
-    for question in unranked.values():
-        check_ids(cfg.questions, question, gold_ids(question), corpus)
+    check_ids(cfg.questions, unranked.values(), corpus, "positives")
 
     # does the corpus have all passages of the run, and how much work is it?
     questions = {}
@@ -69,13 +67,6 @@ def read_inputs(cfg, corpus, say):
     if unranked:
         say(f"warning: {cfg.ranking} lacks {len(unranked):,} questions, such as {next(iter(unranked))}")
     return questions | unranked, sizes
-
-
-def iter_rankings(path, questions, depth):
-    """Yield (qid, [(pid, score), ...]), the first `depth` hits, of those of `questions` that a run ranks."""
-    for qid, hits in iter_run(path):
-        if qid in questions:
-            yield qid, hits[:depth]
 
 
 def read_blocks(todo, questions, corpus, cross, cfg):
@@ -119,15 +110,6 @@ def rescore(rankings, ids, cross, cfg, autocast, bar):
     return rescored
 
 
-# ---------------------------------------------------------------- evaluation
-def measure(path, questions, corpus, cfg):
-    """Return the metrics of test_dpr.py for the first `depth` hits of a run."""
-    rankings = iter_rankings(path, questions, cfg.depth)
-    ranked = one_question_at_a_time(questions.values(), rankings)
-    ks = [k for k in KS if k <= cfg.depth]
-    return retrieval_metrics(ranked, corpus, ks, regex=cfg.match == "regex")
-
-
 # ---------------------------------------------------------------- main
 def main():
     cfg = load_config(__doc__, "config/rerank.yaml")
@@ -135,10 +117,8 @@ def main():
     at_least(cfg, 1, "depth", "block")
     need_file(cfg, "questions", "ranking", "corpus")
     need_model(cfg, "cross_encoder")
-    need_out(cfg, "out", ".metrics.json")
+    need_out(cfg, "out", ".metrics.json", ending=".run")
     out = Path(cfg.out)
-    if out.suffix != ".run":
-        raise UserError(f"out must be the path of a .run file, got {cfg.out!r}")
 
     # start the processes, read everything but the model
     accelerator = start(cfg.mixed_precision)
@@ -153,7 +133,7 @@ def main():
     manifest |= {"ranking": sha256(cfg.ranking), "questions": sha256(cfg.questions)}
     manifest |= {"corpus": corpus.sha256, "corpus_format": corpus.meta["fmt"]}
     manifest |= {"cross_encoder": folder_hash(cfg.cross_encoder)}
-    stored = read_json(folder / "manifest.json") if (folder / "manifest.json").is_file() else {}
+    stored = read_json(folder / "manifest.json", {})
     if not stored and any(folder.glob("[!.]*")):
         raise UserError(f"{folder} is not from this job; name another --out, or delete that folder")
     refuse_other_job(folder, stored, manifest, ())
@@ -196,15 +176,11 @@ def main():
         wait_for(files)
         seconds = time.perf_counter() - began
         write_run(out, chain.from_iterable(map(iter_run, files)))
-        before = measure(cfg.ranking, questions, corpus, cfg)
-        after = measure(out, questions, corpus, cfg)
-        write_json(out.with_suffix(".metrics.json"), {"before": before, "after": after})
-        report_regex_failures()
-        if before:
-            print_table(before, "before")
-            print_table(after, "after")
-        else:
-            print(f"{cfg.questions} has neither answers nor positives: only the ranking is written")
+        tables = {}
+        for name, path in {"before": cfg.ranking, "after": out}.items():
+            tables[name] = measure(path, questions.values(), corpus, cfg.depth, cfg.match)
+        write_json(out.with_suffix(".metrics.json"), tables)
+        report(tables, cfg.questions)
         shutil.rmtree(folder)  # why last: after a crash above, no pair is scored again
         print(f"written: {out} | {count:,} pairs scored | {count / seconds:.1f} pairs/s")
     accelerator.end_training()

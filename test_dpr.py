@@ -25,9 +25,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.data import Corpus, check_ids, iter_jsonl, iter_run, named_hits, read_questions, write_run
+from utils.data import (
+    Corpus,
+    check_ids,
+    iter_jsonl,
+    iter_run,
+    named_hits,
+    question_key,
+    read_questions,
+    write_run,
+)
 from utils.encoder import embed, tokenize_questions
-from utils.metrics import KS, gold_ids, one_question_at_a_time, print_table, retrieval_metrics
+from utils.metrics import measure, report
 from utils.plumbing.config import (
     UserError,
     at_least,
@@ -44,7 +53,6 @@ from utils.plumbing.faiss_setup import faiss
 from utils.plumbing.files import atomic_file, read_json, sha256, write_json
 from utils.plumbing.weights import encoder_hash, given_inputs, load_encoder
 from utils.search import as_lists, build_index, exact_topk, fetch, search_index
-from utils.text import report_regex_failures
 
 BLOCK = 16384  # questions searched at a time: MS MARCO's 502,939 x 1,000 hits would fill 100 GB
 
@@ -57,19 +65,15 @@ def check_settings(cfg):
     if cfg.question_tokens:
         at_least(cfg, 4, "question_tokens")
     need_file(cfg, "questions", "corpus", optional=("bm25_run", "check_leak"))
-    if not cfg.out.endswith(".run"):
-        raise UserError(f"out must be the path of a .run file, got {cfg.out!r}")
-    need_out(cfg, "out", ".metrics.json")
+    need_out(cfg, "out", ".metrics.json", ending=".run")
     need_value(cfg, "embeddings")
     if not cfg.lookahead:
         need_model(cfg, "query_encoder")
         given_inputs(cfg)  # UserError for a value that no encoder knows
     if cfg.lookahead and (cfg.bm25_run or cfg.question_vectors):
         raise UserError("lookahead only looks vectors up: leave out bm25_run and question_vectors")
-    if cfg.question_vectors and not cfg.question_vectors.endswith(".npy"):
-        raise UserError(f"question_vectors must be the path of a .npy file, got {cfg.question_vectors!r}")
     if cfg.question_vectors:
-        need_out(cfg, "question_vectors", ".json")
+        need_out(cfg, "question_vectors", ".json", ending=".npy")
 
 
 def with_positive_id(questions, path):
@@ -84,13 +88,9 @@ def with_positive_id(questions, path):
 
 
 def count_leaks(questions, train):
-    """Print how many test questions occur in the training file, up to case, spaces and the question mark."""
-
-    def plain(text):
-        return " ".join(text.casefold().split()).rstrip("? ")
-
-    seen = {plain(str(example.get("question", ""))) for _, example in iter_jsonl(train)}
-    leaked = [question["question"] for question in questions if plain(question["question"]) in seen]
+    """Print how many test questions occur in the training file, as `question_key` compares them."""
+    seen = {question_key(str(example.get("question", ""))) for _, example in iter_jsonl(train)}
+    leaked = [question["question"] for question in questions if question_key(question["question"]) in seen]
     example = f", such as {leaked[0]!r}" if leaked else ""
     print(f"leak: {len(leaked)} of {len(questions)} test questions occur in {train}{example}")
 
@@ -223,8 +223,7 @@ def main():
     if cfg.check_leak:
         count_leaks(questions, cfg.check_leak)
     corpus = Corpus(cfg.corpus, cfg.corpus_format)
-    for question in questions:
-        check_ids(cfg.questions, question, gold_ids(question), corpus)
+    check_ids(cfg.questions, questions, corpus, "positives")
     bm25 = read_bm25(questions, corpus, cfg) if cfg.bm25_run else {}
     partner = "" if cfg.lookahead else cfg.query_encoder
     shards, manifest = open_embeddings(cfg.embeddings, corpus.sha256, cfg.verify, partner, len(corpus))
@@ -264,16 +263,10 @@ def main():
         return print(f"written: {cfg.out}; no accuracy is counted, the queries were passages")
 
     # count what was found
-    ranked = one_question_at_a_time(questions, iter_run(cfg.out))
-    ks = [k for k in KS if k <= cfg.k]
-    metrics = retrieval_metrics(ranked, corpus, ks, regex=cfg.match == "regex")
+    metrics = measure(cfg.out, questions, corpus, cfg.k, cfg.match)
     path = Path(cfg.out).with_suffix(".metrics.json")
     write_json(path, metrics)
-    report_regex_failures()
-    if metrics:
-        print_table(metrics, Path(cfg.out).name)
-    else:
-        print(f"{cfg.questions} has neither answers nor positives: only the ranking is written")
+    report({Path(cfg.out).name: metrics}, cfg.questions)
     print(f"written: {cfg.out}, {path}")
 
 

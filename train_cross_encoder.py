@@ -17,16 +17,15 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pairs
-from utils.data import passage_of, read_training
-from utils.distributed import chunk_seed, gather_items, sum_gradients, world
+from utils.data import items_of_step, passage_of, read_training
+from utils.distributed import chunk_seed, cut, own_share, share_out, sum_gradients, sum_over_devices
 from utils.encoder import by_length, collate
 from utils.plumbing.config import UserError, at_least, friendly_errors, load_config, need_file
-from utils.plumbing.run import Run
+from utils.plumbing.run import NO_DEV, Run
 
 
 # ---------------------------------------------------------------- data: a batch is a function of (seed, step)
@@ -52,21 +51,13 @@ def tokenize(pairs, corpus, cross):
 
 def make_batch(step, pairs, corpus, cross, cfg):
     """Return this device's share of the batch of a step: chunks (id lists, labels)."""
-    # an epoch is one permutation of the pairs, a step is a slice of it, a device takes its share
-    rank, devices = world()
-    epoch, offset = divmod(step, len(pairs) // cfg.batch_size)
-    rng = np.random.default_rng([cfg.seed, epoch])
-    order = rng.permutation(len(pairs))
-    share = cfg.batch_size // devices
-    first = offset * cfg.batch_size + rank * share
-    picked = [pairs[i] for i in order[first : first + share]]
+    _, items = items_of_step(step, len(pairs), cfg)
+    picked = [pairs[item] for item in own_share(items)]
 
     # chunks of pairs of like length: a chunk costs as much as its longest row
     ids = tokenize(picked, corpus, cross)
-    places = by_length(ids)
     chunks = []
-    for start in range(0, share, cfg.chunk):
-        rows = places[start : start + cfg.chunk]
+    for rows in cut(by_length(ids), cfg.chunk):
         chunk_ids = [ids[row] for row in rows]
         labels = [picked[row][2] for row in rows]
         chunks.append((chunk_ids, labels))
@@ -108,8 +99,7 @@ def adversarial_step(chunks, cross, accelerator, cfg):
         gradient_VD += torch.autograd.grad(loss, weight_VD)[0]
     cross.train()
     # differs: Paddle's workers each took the gradient of their own pairs
-    if world()[1] > 1:
-        dist.all_reduce(gradient_VD)
+    sum_over_devices(gradient_VD)
 
     # a step of length epsilon
     norm = (gradient_VD.square().sum() + 1e-8).sqrt()
@@ -143,9 +133,7 @@ def add_gradient(chunks, cross, accelerator, cfg, step):
 
     # sum over devices
     sum_gradients(cross.parameters())
-    if world()[1] > 1:
-        dist.all_reduce(totals)
-    return totals
+    return sum_over_devices(totals)
 
 
 def training_step(step, chunks, cross, optimizer, run, cfg):
@@ -175,18 +163,17 @@ def training_step(step, chunks, cross, optimizer, run, cfg):
 # ---------------------------------------------------------------- evaluation
 def evaluate(examples, ids, cross, accelerator, cfg):
     """Return {"accuracy", "mrr"} on the dev set, the same for any number of devices; ids: of its pairs."""
-    # each device scores every W-th group
-    rank, devices = world()
     size = cfg.eval_batch_size
-    order = by_length(ids)
-    scores = {}  # place of a pair -> P(relevant)
-    for start in range(rank * size, len(ids), devices * size):
-        group = order[start : start + size]
-        p_b = probabilities(cross, [ids[i] for i in group], size, accelerator.autocast)
-        scores |= dict(zip(group, p_b, strict=True))
 
-    # all pairs, in the order of the file
-    scores = gather_items(scores)
+    def ids_of(group):
+        return [ids[i] for i in group]
+
+    def score(group_ids):
+        return probabilities(cross, group_ids, size, accelerator.autocast)
+
+    # each device scores every W-th group; then all pairs, in the order of the file
+    groups = cut(by_length(ids), size)
+    scores = share_out(groups, ids_of, score, "dev")
     p_N = np.array([scores[i] for i in range(len(ids))])
     return dev_metrics(examples, p_N)
 
@@ -209,7 +196,8 @@ def dev_metrics(examples, p_N):
             ranks.append(1 + (~below).sum())
         first = last
     reciprocal = 1 / np.array(ranks)
-    return {"accuracy": float(right / len(p_N)), "mrr": float(reciprocal.mean())}
+    accuracy = right / len(p_N)
+    return {"accuracy": float(accuracy), "mrr": float(reciprocal.mean())}
 
 
 # ---------------------------------------------------------------- main
@@ -219,10 +207,12 @@ def main():
     need_file(cfg, "train", optional=("dev", "corpus"))
 
     # data
-    run = Run(cfg, ("train", "dev"), weights=("init",), sizes={"chunk": (64, cfg.pair_tokens)})
+    sizes = {"chunk": (64, cfg.pair_tokens)}
+    run = Run(cfg, ("train", "dev"), weights=("init",), sizes=sizes)
     corpus = run.corpus
     _, pairs, train_note = read_pairs(cfg.train, corpus)
-    dev, dev_pairs, dev_note = [], [], "no dev set: the last checkpoint is the best"
+    dev, dev_note = NO_DEV
+    dev_pairs = []
     if cfg.dev:
         dev, dev_pairs, dev_note = read_pairs(cfg.dev, corpus)
     run.notes += [train_note, dev_note]

@@ -30,12 +30,12 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from utils import encoder as encoding
-from utils.data import count_negatives, passage_key, passage_of, read_training
-from utils.distributed import gather_rows, sum_gradients, world
+from utils.data import count_negatives, items_of_step, passage_key, passage_of, read_training
+from utils.distributed import gather_rows, own_share, sum_gradients
 from utils.grad_cache import grad_cache_step
 from utils.metrics import positive_ranks
 from utils.plumbing.config import at_least, friendly_errors, load_config, need_file
-from utils.plumbing.run import Run
+from utils.plumbing.run import NO_DEV, Run
 from utils.plumbing.weights import TOWERS, given_inputs, load_towers
 
 
@@ -82,15 +82,8 @@ def draw_batch(step, train, cfg):
     Passages lie interleaved, [positive, negatives] question by question, so the positive of question i is
     column i * (1 + negatives). A question with too few negatives is padded with its positive.
     """
-    # the questions: an epoch is a permutation of the file, a step a slice; an unfilled last batch is dropped
-    steps_per_epoch = len(train) // cfg.batch_size
-    epoch, offset = divmod(step, steps_per_epoch)
-    rng = np.random.default_rng([cfg.seed, epoch])
-    order = rng.permutation(len(train)).tolist()
-    start = offset * cfg.batch_size
-    items = order[start : start + cfg.batch_size]
-
-    # their passages
+    # the questions and their passages
+    epoch, items = items_of_step(step, len(train), cfg)
     entries, padding = [], set()
     for item in items:
         drawn = draw_passages(train[item], item, epoch, cfg)
@@ -128,31 +121,27 @@ def excluded_pairs(items, entries, padding, train, cfg):
 def make_batch(step, train, corpus, encoders, cfg):
     """Return the batch of a step as this device sees it: its share of the texts, all labels."""
     # every device draws the whole batch: it must know which of all columns are duplicates
-    rank, devices = world()
     width = 1 + cfg.negatives
     items, entries, padding = draw_batch(step, train, cfg)
     pairs, duplicates = excluded_pairs(items, entries, padding, train, cfg)
 
     # the texts of this device
-    share = cfg.batch_size // devices
-    first = rank * share
-    last = first + share
-    questions = [train[item]["question"] for item in items[first:last]]
-    own_entries = entries[first * width : last * width]
-    passages = [passage_of(entry, corpus) for entry in own_entries]
+    questions = [train[item]["question"] for item in own_share(items)]
+    passages = [passage_of(entry, corpus) for entry in own_share(entries)]
 
     # their token ids in chunks by length; places: where the vector of each row is found afterwards
     question_ids = encoding.tokenize_questions(encoders["query_encoder"], questions)
     passage_ids = encoding.tokenize_passages(encoders["doc_encoder"], passages)
     question_chunks, question_places = encoding.in_chunks(question_ids, cfg.question_chunk)
     passage_chunks, passage_places = encoding.in_chunks(passage_ids, cfg.passage_chunk)
+    excluded = torch.tensor(pairs, dtype=torch.long)
     return {
         "question_chunks": question_chunks,
         "passage_chunks": passage_chunks,
         "question_places": question_places,
         "passage_places": passage_places,
         "positive_Q": torch.arange(cfg.batch_size) * width,
-        "excluded": torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T,
+        "excluded": excluded.reshape(-1, 2).T,
         "duplicates": duplicates,
     }
 
@@ -279,7 +268,8 @@ def evaluate(pool, encoders, accelerator, cfg):
     for start in range(0, len(q_QD), 512):  # some questions at a time, to bound the memory
         block = slice(start, start + 512)
         scores_bN = q_QD[block] @ p_ND.T
-        ranks.append(positive_ranks(scores_bN.cpu().numpy(), gold_Q[block]))
+        ranks_b = positive_ranks(scores_bN.cpu().numpy(), gold_Q[block])
+        ranks.append(ranks_b)
     ranks_Q = np.concatenate(ranks)
     reciprocal_Q = 1 / ranks_Q
     average_rank = float(ranks_Q.mean())
@@ -303,7 +293,7 @@ def main():
     run = Run(cfg, files=("train", "dev"), weights=("init",), sizes=sizes)
     corpus = run.corpus
     train, train_note = read_training(cfg.train, corpus)
-    dev, dev_note = [], "no dev set: the last checkpoint is the best"
+    dev, dev_note = NO_DEV
     if cfg.dev:
         dev, dev_note = read_training(cfg.dev, corpus)
     run.notes += [train_note, *count_negatives(cfg, train), dev_note]

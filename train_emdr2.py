@@ -22,19 +22,17 @@ import math
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_
 
 from utils import encoder as encoding
 from utils import fid
-from utils.data import read_questions
-from utils.distributed import chunk_seed, prefetch, sum_gradients, world
+from utils.data import items_of_step, read_questions
+from utils.distributed import chunk_seed, cut, own_share, prefetch, sum_gradients, sum_over_devices
 from utils.live_index import LiveIndex, own_rows
 from utils.metrics import answer_scores, topk_accuracy
 from utils.plumbing import config
-from utils.plumbing.checkpoint import load_moments
 from utils.plumbing.config import UserError
-from utils.plumbing.run import Run, make_optimizer
+from utils.plumbing.run import NO_DEV, Run
 from utils.plumbing.weights import TOWERS, load_encoder
 from utils.text import has_answer
 
@@ -54,13 +52,9 @@ def load_questions(path, corpus):
 
 def draw_questions(step, train, cfg):
     """Draw the global batch of a step: its questions, each with one of its answers as "answer" [DU:128]."""
-    # an epoch is one permutation of the file, a step is a slice of it
-    epoch, offset = divmod(step, len(train) // cfg.batch_size)
-    rng = np.random.default_rng([cfg.seed, epoch])
-    order = rng.permutation(len(train)).tolist()
-    start = offset * cfg.batch_size
+    epoch, items = items_of_step(step, len(train), cfg)
     examples = []
-    for item in order[start : start + cfg.batch_size]:
+    for item in items:
         rng = np.random.default_rng([cfg.seed, epoch, item, 1])
         answer = str(rng.choice(train[item]["answers"]))
         examples.append(train[item] | {"answer": answer})
@@ -175,33 +169,32 @@ def add_gradient(examples, corpus, models, accelerator, cfg, step):
     # differs: the losses are divided by the answer tokens of the global batch, theirs by those of a GPU
     answers = [example["answer"] for example in examples]
     tokens = int((fid.tokenize_answers(models["reader"], answers) != fid.PAD).sum())
-    rank, devices = world()
-    share = cfg.batch_size // devices
-    mine = examples[rank * share : rank * share + share]
 
-    def batch_of(start):
-        chunk = mine[start : start + cfg.question_chunk]
+    def batch_of(chunk):
         return tokenize_chunk(chunk, corpus, models, cfg)
 
     # the graphs of the two losses have nothing in common: T5's activations are gone before the encoders' come
+    seed = (cfg.seed, step, accelerator.process_index)
+    mine = own_share(examples)
+    chunks = cut(mine, cfg.question_chunk)
     totals = 0.0
-    for i, batch in enumerate(prefetch(batch_of, range(0, share, cfg.question_chunk))):
-        torch.manual_seed(chunk_seed((cfg.seed, step, rank), i))  # the dropout masks
+    for i, batch in enumerate(prefetch(batch_of, chunks)):
+        torch.manual_seed(chunk_seed(seed, i))  # the dropout masks
         loss, likelihood_BKT = reader_gradient(batch, models["reader"], tokens, accelerator, cfg)
         numbers = [loss, batch["with_answer"] / cfg.top_k / cfg.batch_size]
         if cfg.retriever_loss != "none":
             numbers += retriever_gradient(batch, likelihood_BKT, models, tokens, accelerator, cfg)
         totals = totals + torch.tensor(numbers, device=accelerator.device)
     sum_gradients(torch.nn.ModuleDict(models).parameters())
-    if devices > 1:
-        dist.all_reduce(totals)
+    totals = sum_over_devices(totals)
     return dict(zip(SHOWN, totals.tolist(), strict=False))
 
 
 def training_step(step, examples, corpus, models, optimizer, run, cfg):
     """Learn from one batch; return (numbers to show, numbers to write)."""
     # set the learning rate: a linear rise, then a linear fall
-    factor = max(cfg.min_lr_ratio, (run.total - step) / max(1, run.total - run.warmup))
+    left = (run.total - step) / max(1, run.total - run.warmup)
+    factor = max(cfg.min_lr_ratio, left)
     if step < run.warmup:
         factor = step / run.warmup
     lr = cfg.learning_rate * factor
@@ -229,7 +222,8 @@ def evaluate(dev, corpus, index, models, accelerator, cfg):
     hits = []
     for example in dev:
         hits.append([has_answer(corpus[row].text, example["answers"]) for row in example["rows"]])
-    answers = fid.answer_all(models["reader"], dev, corpus, [cfg.top_k], cfg.eval_batch_size, accelerator)
+    size = cfg.eval_batch_size
+    answers = fid.answer_all(models["reader"], dev, corpus, [cfg.top_k], size, accelerator)
     em, f1 = answer_scores(dev, answers, [cfg.top_k]).values()
     metrics = {"em": float(np.mean(em)), "f1": float(np.mean(f1))}
     for k, share in topk_accuracy(hits, cfg.eval_hits).items():
@@ -260,20 +254,6 @@ def load_models(run, cfg):
     return models
 
 
-def optimizer_of(models, run, cfg):
-    """Return AdamW, as run.optimizer makes it, in groups with a `scale` of the learning rate."""
-    groups = []
-    for name, model in models.items():
-        scale = 1.0 if name == "reader" else cfg.retriever_lr_scale
-        for group in make_optimizer(model.named_parameters(), cfg).param_groups:
-            groups.append(group | {"scale": scale})
-    optimizer = torch.optim.AdamW(groups)
-    if run.checkpoint:
-        load_moments(run.checkpoint, optimizer)
-    run.weights = list(torch.nn.ModuleDict(models).parameters())
-    return run.accelerator.prepare(optimizer)
-
-
 def main():
     # settings, checked before anything is loaded
     cfg = config.load_config(__doc__, "config/train_emdr2_nq.yaml")
@@ -292,8 +272,7 @@ def main():
     run = Run(cfg, files=("train", "dev"), weights=(*TOWERS, "reader"), sizes=sizes)
     corpus = run.corpus
     train, train_note = load_questions(cfg.train, corpus)
-    none = ([], "no dev set: the last checkpoint is the best")
-    dev, dev_note = load_questions(cfg.dev, corpus) if cfg.dev else none
+    dev, dev_note = load_questions(cfg.dev, corpus) if cfg.dev else NO_DEV
     run.notes += [train_note, dev_note]
     spare = max(len(question["own"]) for question in train + dev)
     if cfg.top_k + spare > len(corpus):
@@ -304,7 +283,8 @@ def main():
     learns = cfg.retriever_loss != "none"
     models = load_models(run, cfg)
     trained = models if learns else {"reader": models["reader"]}
-    optimizer = optimizer_of(trained, run, cfg)
+    scales = {name: 1.0 if name == "reader" else cfg.retriever_lr_scale for name in trained}
+    optimizer = run.optimizer(trained, scales)
 
     def batch_of(step):
         return draw_questions(step, train, cfg)

@@ -15,11 +15,11 @@ N questions · M passages a question · A mentions of the answers · L tokens ·
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_
 
 from utils import reader as reading
-from utils.distributed import chunk_seed, sum_gradients, world
+from utils.data import items_of_step
+from utils.distributed import chunk_seed, cut, own_share, sum_gradients, sum_over_devices
 from utils.encoder import collate
 from utils.metrics import answer_scores
 from utils.plumbing.config import (
@@ -31,7 +31,7 @@ from utils.plumbing.config import (
     need_file,
     need_value,
 )
-from utils.plumbing.run import Run
+from utils.plumbing.run import NO_DEV, Run
 from utils.reader import best_spans as best_spans  # a public name of this script too
 
 MAX_SPANS = 10  # mentions in a positive (from: DPR dpr/models/reader.py:114-274, max_n_answers)
@@ -58,27 +58,14 @@ def draw_passages(example, item, epoch, corpus, reader, cfg):
 
 def make_batch(step, train, corpus, reader, cfg):
     """Return this device's share of the batch of a step, as chunks of questions."""
-    # the questions: an epoch is one permutation of them, a step is a slice of it
-    steps_per_epoch = len(train) // cfg.batch_size
-    epoch, offset = divmod(step, steps_per_epoch)
-    rng = np.random.default_rng([cfg.seed, epoch])
-    order = rng.permutation(len(train)).tolist()
-
-    # the share of this device, and its passages
-    rank, devices = world()
-    share = cfg.batch_size // devices
-    start = offset * cfg.batch_size + rank * share
+    epoch, items = items_of_step(step, len(train), cfg)
+    mine = own_share(items)
     questions = []
-    for item in order[start : start + share]:
+    for item in mine:
         example = train[item]
         question = draw_passages(example, item, epoch, corpus, reader, cfg)
         questions.append(question)
-
-    chunks = []
-    for first in range(0, share, cfg.question_chunk):
-        last = first + cfg.question_chunk
-        chunks.append(questions[first:last])
-    return chunks
+    return cut(questions, cfg.question_chunk)
 
 
 # ---------------------------------------------------------------- loss and gradient
@@ -176,9 +163,7 @@ def add_gradient(chunks, reader, accelerator, cfg, step):
 
     # sum over the devices
     sum_gradients(reader.parameters())
-    if world()[1] > 1:
-        dist.all_reduce(totals)
-    return totals
+    return sum_over_devices(totals)
 
 
 def training_step(step, chunks, reader, optimizer, run, cfg):
@@ -212,8 +197,8 @@ def evaluate(dev, corpus, reader, accelerator, cfg):
     """Return {"em", "f1"} of the answers to the dev questions from their first test_depth passages."""
     # differs: DPR keeps the checkpoint of the lowest exact match, of the first device's questions alone
     top_docs = [cfg.test_depth]
-    sizes = {"batch_size": cfg.eval_batch_size, "max_answer_length": cfg.max_answer_length}
-    answers = reading.answer_all(reader, dev, corpus, top_docs, accelerator=accelerator, **sizes)
+    size = cfg.eval_batch_size
+    answers = reading.answer_all(reader, dev, corpus, top_docs, size, accelerator)
     scores = answer_scores(dev, answers, top_docs)
     em = np.mean(scores[f"EM@{cfg.test_depth}"])
     f1 = np.mean(scores[f"F1@{cfg.test_depth}"])
@@ -238,8 +223,7 @@ def main():
     run = Run(cfg, files, weights=("init",), sizes=sizes)
     corpus = run.corpus
     examples, train_note = reading.read_ranking(cfg.train, cfg.train_run, corpus, cfg.train_depth)
-    dev = []
-    dev_note = "no dev set: the last checkpoint is the best"
+    dev, dev_note = NO_DEV
     if cfg.dev:
         dev, dev_note = reading.read_ranking(cfg.dev, cfg.dev_run, corpus, cfg.test_depth)
     gold = {}
@@ -251,6 +235,7 @@ def main():
     how = {"reader_tokens": cfg.reader_tokens, "token_types": cfg.token_types}
     source = run.source("reader", cfg.init)
     reader = reading.load_reader(source, how, cfg.dropout, new_head=not run.checkpoint)
+    reader.max_answer_length = cfg.max_answer_length
     reader.to(run.device).train()
     optimizer = run.optimizer({"reader": reader})
 

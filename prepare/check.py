@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from statistics import mean
 
-from utils.data import Corpus, passage_of, read_questions
+from utils.data import Corpus, passage_of, question_key, read_questions
 from utils.encoder import tokenize_passages, tokenize_questions
 from utils.plumbing.config import UserError, friendly_errors, load_config, need_file, need_model
 from utils.plumbing.files import atomic_file
@@ -27,11 +27,10 @@ LOOK = 5000  # texts of a kind that are tokenised, spread over the file
 
 
 def deal(folder):
-    """Write train.jsonl, dev.jsonl and test.jsonl from questions.jsonl; the same text goes to one of them."""
+    """Write train.jsonl, dev.jsonl and test.jsonl from questions.jsonl; a question goes to one of them."""
 
     def draw(question):
-        text = " ".join(question["question"].lower().split())
-        return hashlib.sha256(text.encode()).digest()
+        return hashlib.sha256(question_key(question["question"]).encode()).digest()
 
     questions = sorted(read_questions(folder / "questions.jsonl"), key=draw)
     tenth = len(questions) // 10
@@ -140,8 +139,8 @@ def main():
     if len(train) < cfg.batch_size:
         cure = f'FLAGS="--batch_size {max(1, len(train) // 2)}"'
         raise UserError(f"{len(train)} training questions fill no batch of {cfg.batch_size}; {cure}")
-    seen = {question["question"].casefold() for question in train}
-    leaked = sum(question["question"].casefold() in seen for question in parts["test"][0])
+    seen = {question_key(question["question"]) for question in train}
+    leaked = sum(question_key(question["question"]) in seen for question in parts["test"][0])
     if leaked:
         print(f"warning: {leaked} test questions stand in train.jsonl too; their answers are known")
     titled = [bool(passage.title) for passage in positives]

@@ -118,7 +118,7 @@ def to_dpr_result(run, questions, corpus, out):
         for question in read_questions(questions, match="string"):
             ctxs = []
             for pid, score in take(question["qid"]) or []:
-                passage = corpus.passage(pid)
+                passage = corpus[corpus.row(pid, run)]
                 has = has_answer(passage.text, question["answers"])
                 ctxs.append({**passage._asdict(), "score": repr(score), "has_answer": has})
             entry = {"question": question["question"], "answers": question["answers"], "ctxs": ctxs}

@@ -12,9 +12,9 @@ from pathlib import Path
 import ijson
 from tqdm import tqdm
 
-from prepare.hints import KINDS
+from prepare.hints import foreign, kind_of
 from utils.corpus import names_columns, read_lines
-from utils.data import foreign, iter_jsonl
+from utils.data import iter_jsonl
 from utils.plumbing.config import UserError
 
 BOM = b"\xef\xbb\xbf"
@@ -29,9 +29,8 @@ def iter_entries(path):
     """
     with open(path, "rb") as file:
         head = file.read(4096)
-    kind = next((fault for sign, fault in KINDS.items() if head.startswith(sign)), "")
-    if kind:
-        raise UserError(f"{path}: {kind.format(path=path)}")
+    if kind := kind_of(head, path):
+        raise UserError(f"{path}: {kind}")
 
     # what kind of json it is shows in its first characters
     begin = head.removeprefix(BOM).lstrip()

@@ -39,18 +39,9 @@ LAUNCH=${LAUNCH:-accelerate launch --quiet} FORMAT=${FORMAT:-auto}
 
 # Data: DPR's. why --ids: look-ahead searches with the positive's vector, so it needs the passage's id; the train.jsonl
 # of dpr_nq.sh has texts instead. Questions without a passage are kept: they take the first passage with the answer.
-if [ ! -f $DATA/corpus.tsv ]; then
-    python -m prepare.download psgs_w100.tsv --out $DATA
-    mv $DATA/psgs_w100.tsv $DATA/corpus.tsv
-fi
-if [ ! -f $TRAIN ]; then
-    python -m prepare.download biencoder-$SET-train.json --out $DATA
-    python -m prepare.convert dpr_json $DATA/biencoder-$SET-train.json $TRAIN --ids
-fi
-if [ ! -f $DATA/test.jsonl ]; then
-    python -m prepare.download $SET-test.qa.csv --out $DATA
-    python -m prepare.convert dpr_qa $DATA/$SET-test.qa.csv $DATA/test.jsonl
-fi
+dpr_corpus
+dpr_training $SET-train $TRAIN --ids
+dpr_questions $SET-test $DATA/test.jsonl
 
 # M_0: coCondenser as it is, never trained for retrieval.
 if [[ " $EPISODES " = *" 1 "* ]]; then

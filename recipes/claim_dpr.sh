@@ -28,17 +28,9 @@ only ARMS "inbatch hard gc more"
 [ $DATA != data/demo ] || stage $DATA/test.jsonl python recipes/demo/prepare.py
 [ $START != data/models/tinybert-4l ] || stage $START python recipes/demo/prepare.py
 
-bm25() { # NAME QUESTIONS
-    stage $RUN/bm25_$1.run python -m utils.bm25 --questions $2 $CORPUS --out $RUN/bm25_$1.run --index $RUN/bm25
-}
-mine() { # NAME QUESTIONS NEGATIVES
-    bm25 $1 $2
-    stage $RUN/$1.jsonl python mine_negatives.py --mode topk --questions $2 $CORPUS --run $RUN/bm25_$1.run \
-        --negatives $3 --out $RUN/$1.jsonl
-}
-bm25 test $DATA/test.jsonl
-mine train $DATA/train.jsonl 30
-mine dev $DATA/dev.jsonl 5
+bm25 $RUN test $DATA/test.jsonl
+bm25_negatives $RUN train $DATA/train.jsonl 30
+bm25_negatives $RUN dev $DATA/dev.jsonl 5
 
 # where all arms start: sentences of the corpus, no question
 stage $RUN/cloze.jsonl python recipes/demo/inverse_cloze.py $DATA/corpus.tsv $RUN/cloze.jsonl

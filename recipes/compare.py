@@ -20,15 +20,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.data import Corpus, read_questions, read_run  # noqa: E402
-from utils.metrics import KS, answer_scores, bootstrap_interval, gold_ids  # noqa: E402
+from utils.metrics import KS, answer_scores, bootstrap_interval, ranks_of_question  # noqa: E402
+from utils.metrics import first_rank as first_rank  # noqa: E402  (the other recipes take it from here)
 from utils.plumbing.config import UserError, friendly_errors  # noqa: E402
 from utils.plumbing.files import read_json  # noqa: E402
-from utils.text import has_answer, report_regex_failures  # noqa: E402
-
-
-def first_rank(hits):
-    """Return the rank of the first passage that is a hit, from 1; 0 where none is."""
-    return next((rank for rank, hit in enumerate(hits, 1) if hit), 0)
+from utils.text import report_regex_failures  # noqa: E402
 
 
 def answers_per_question(path, questions):
@@ -54,12 +50,8 @@ def first_ranks(path, questions, corpus, regex=False):
     found = {"depth": max(map(len, rankings.values())), "answer": [], "right": []}
     for question in questions:
         pids = [pid for pid, _ in rankings.get(question["qid"], [])]
-        answers, gold = question["answers"], gold_ids(question)
-        if answers:
-            texts = (corpus.passage(pid).text for pid in pids)
-            found["answer"].append(first_rank(has_answer(text, answers, regex) for text in texts))
-        if gold:
-            found["right"].append(first_rank(pid in gold for pid in pids))
+        for kind, rank in ranks_of_question(question, pids, corpus, regex).items():
+            found[kind].append(rank)
     return found
 
 

@@ -50,17 +50,12 @@ LAUNCH=${LAUNCH:-accelerate launch --quiet} FORMAT=${FORMAT:-auto}
 . "$(dirname "$0")/stage.sh"
 
 # Data: all questions of DPR's split, 79,168 and 8,757; DPR trains on the 58,880 for which it knows a passage.
-if [ ! -f $DATA/corpus.tsv ]; then
-    python -m prepare.download psgs_w100.tsv --out $DATA
-    mv $DATA/psgs_w100.tsv $DATA/corpus.tsv
-fi
+dpr_corpus
 qa() { # SPLIT FILE
-    if [ ! -f $2 ] && [ $SET = webquestions ] && [ $1 != test ]; then # DPR has no qa.csv of them
-        python -m prepare.download biencoder-$SET-$1.json --out $DATA
-        python -m prepare.convert dpr_json $DATA/biencoder-$SET-$1.json $2
-    elif [ ! -f $2 ]; then
-        python -m prepare.download $SET-$1.qa.csv --out $DATA
-        python -m prepare.convert dpr_qa $DATA/$SET-$1.qa.csv $2
+    if [ $SET = webquestions ] && [ $1 != test ]; then # DPR has no qa.csv of them
+        dpr_training $SET-$1 $2
+    else
+        dpr_questions $SET-$1 $2
     fi
 }
 qa train $TRAIN

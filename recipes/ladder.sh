@@ -91,17 +91,9 @@ stage $DATA/labelled.jsonl write $DATA/labelled.jsonl awk 'NR % 3' $FROM/train.j
 stage $DATA/unlabelled.jsonl write $DATA/unlabelled.jsonl unlabelled
 
 # BM25: the first row, and the first negatives of every system.
-bm25() { # NAME QUESTIONS
-    stage $DATA/bm25_$1.run python -m utils.bm25 --questions $2 $CORPUS --out $DATA/bm25_$1.run --index $RUN/bm25
-}
-mine() { # NAME QUESTIONS NEGATIVES
-    bm25 $1 $2
-    stage $DATA/$1.jsonl python mine_negatives.py --mode topk --questions $2 $CORPUS --run $DATA/bm25_$1.run \
-        --negatives $3 --out $DATA/$1.jsonl
-}
-bm25 test $DATA/test.jsonl
-mine train $DATA/labelled.jsonl 30
-mine dev $FROM/dev.jsonl 5
+bm25 $DATA test $DATA/test.jsonl
+bm25_negatives $DATA train $DATA/labelled.jsonl 30
+bm25_negatives $DATA dev $FROM/dev.jsonl 5
 
 # Where all dual encoders start (ANCE-Tele's M_0): the weights as they are, or after sentences of the corpus.
 stage $RUN/untrained/doc_encoder python recipes/untrained.py --config $DPR_CONFIG --init $START \

@@ -62,8 +62,7 @@ search $RUN/d0 $DATA/train.jsonl $DEPTH train
 # Step 2. M_C learns to tell a judged passage from four that are drawn from the retrieved ones.
 stage $RUN/c.jsonl python mine_negatives.py --mode denoise --questions $DATA/train.jsonl $CORPUS \
     --run $RUN/d0/train.run --negatives 4 --depth $DEPTH $EXCLUDE --out $RUN/c.jsonl
-stage $RUN/c/metrics.json $LAUNCH train_cross_encoder.py --config $CROSS_CONFIG --run_dir $RUN/c --init $CROSS_START \
-    --train $RUN/c.jsonl $CORPUS --resume exact $CROSS_FLAGS
+teach_cross_encoder
 
 # Step 3. M_D1's negatives: the best-ranked passages that M_C calls irrelevant.
 rescore $RUN/d0 $DATA/train.jsonl $SCORED train
@@ -77,12 +76,7 @@ train d1 10
 encode $RUN/d1
 
 # Step 4. M_D2: what M_C is sure of in M_D1's ranking of unlabelled questions is added to step 3's file.
-search $RUN/d1 $DATA/unlabelled.jsonl $UNLABELLED_DEPTH unlabelled
-rescore $RUN/d1 $DATA/unlabelled.jsonl $UNLABELLED_DEPTH unlabelled
-stage $RUN/pseudo.jsonl python mine_negatives.py --mode pseudo_label --questions $DATA/unlabelled.jsonl \
-    --run $RUN/d1/unlabelled.run $CORPUS --scores $RUN/d1/unlabelled_ce.run --negative_below $BELOW \
-    --positive_above $ABOVE --negatives 4 --depth $UNLABELLED_DEPTH --out $RUN/pseudo.jsonl
-stage $RUN/d2.jsonl write $RUN/d2.jsonl cat $RUN/d1.jsonl $RUN/pseudo.jsonl
+pseudo_labels 4
 train d2 10
 
 evaluate d0

@@ -44,18 +44,9 @@ if [ $FROM = 1 ] && ! there $DATA/unlabelled.jsonl; then
     fi
     python -m prepare.convert msmarco $DATA/mrqa.query.txt $DATA/unlabelled.jsonl
 fi
-if [ ! -f $DATA/corpus.tsv ]; then
-    python -m prepare.download psgs_w100.tsv --out $DATA
-    mv $DATA/psgs_w100.tsv $DATA/corpus.tsv
-fi
-if [ $FROM = 1 ] && [ ! -f $DATA/train.jsonl ]; then
-    python -m prepare.download biencoder-nq-train.json --out $DATA
-    python -m prepare.convert dpr_json $DATA/biencoder-nq-train.json $DATA/train.jsonl
-fi
-if [ ! -f $DATA/test.jsonl ]; then
-    python -m prepare.download nq-test.qa.csv --out $DATA
-    python -m prepare.convert dpr_qa $DATA/nq-test.qa.csv $DATA/test.jsonl
-fi
+dpr_corpus
+[ $FROM != 1 ] || dpr_training nq-train $DATA/train.jsonl
+dpr_questions nq-test $DATA/test.jsonl
 
 taught() { there $RUN/c/metrics.json || [ -e $RUN/c/cross_encoder ]; } # is there a cross-encoder?
 train() { # NAME FILE: the dual encoder on FILE, from START
@@ -83,8 +74,7 @@ if [ $FROM = 1 ]; then
     # Step 2. M_C learns to tell the first passage with the answer from one that is drawn from those without.
     stage $RUN/c.jsonl python mine_negatives.py --mode denoise --questions $DATA/train.jsonl $CORPUS \
         --run $RUN/d0/train.run --positives $POSITIVES --match_title true --negatives 1 --depth $DEPTH --out $RUN/c.jsonl
-    stage $RUN/c/metrics.json $LAUNCH train_cross_encoder.py --config $CROSS_CONFIG --run_dir $RUN/c \
-        --init $CROSS_START --train $RUN/c.jsonl $CORPUS --resume exact $CROSS_FLAGS
+    teach_cross_encoder
 
     # Step 3. M_D1's negative: the best-ranked passage without the answer that M_C, too, calls irrelevant.
     rescore $RUN/d0 $DATA/train.jsonl $SCORED train
@@ -96,14 +86,7 @@ if [ $FROM != 4 ]; then
 fi
 
 # Step 4. M_D2: what M_C is sure of in M_D1's ranking of unlabelled questions is added to step 3's file.
-if [ $FROM != 4 ] && taught; then
-    search $RUN/d1 $DATA/unlabelled.jsonl $UNLABELLED_DEPTH unlabelled
-    rescore $RUN/d1 $DATA/unlabelled.jsonl $UNLABELLED_DEPTH unlabelled
-    stage $RUN/pseudo.jsonl python mine_negatives.py --mode pseudo_label --questions $DATA/unlabelled.jsonl \
-        --run $RUN/d1/unlabelled.run $CORPUS --scores $RUN/d1/unlabelled_ce.run --negative_below $BELOW \
-        --positive_above $ABOVE --negatives 1 --depth $UNLABELLED_DEPTH --out $RUN/pseudo.jsonl
-    stage $RUN/d2.jsonl write $RUN/d2.jsonl cat $RUN/d1.jsonl $RUN/pseudo.jsonl
-fi
+if [ $FROM != 4 ] && taught; then pseudo_labels 1; fi
 [ $FROM = 3 ] && ! there $RUN/d2.jsonl || train d2 $RUN/d2.jsonl
 
 for model in d0 d1 d2; do

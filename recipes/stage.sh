@@ -46,6 +46,36 @@ only() {
     done
 }
 
+# DPR's files under our names, each only where it is not there yet: dpr_corpus -> DATA/corpus.tsv, 21,015,324 passages;
+# dpr_training NAME OUT [FLAGS]: questions with their passages; dpr_questions NAME OUT: questions with answers
+dpr_corpus() {
+    [ ! -f $DATA/corpus.tsv ] || return 0
+    python -m prepare.download psgs_w100.tsv --out $DATA
+    mv $DATA/psgs_w100.tsv $DATA/corpus.tsv
+}
+dpr_training() {
+    [ ! -f $2 ] || return 0
+    python -m prepare.download biencoder-$1.json --out $DATA
+    python -m prepare.convert dpr_json $DATA/biencoder-$1.json $2 "${@:3}"
+}
+dpr_questions() {
+    [ ! -f $2 ] || return 0
+    python -m prepare.download $1.qa.csv --out $DATA
+    python -m prepare.convert dpr_qa $DATA/$1.qa.csv $2
+}
+
+# bm25 FOLDER NAME QUESTIONS: BM25's ranking of the questions -> FOLDER/bm25_NAME.run, .metrics.json
+bm25() {
+    stage $1/bm25_$2.run python -m utils.bm25 --questions $3 $CORPUS --out $1/bm25_$2.run --index $RUN/bm25
+}
+
+# bm25_negatives FOLDER NAME QUESTIONS N: its N best passages without an answer are the negatives -> FOLDER/NAME.jsonl
+bm25_negatives() {
+    bm25 $1 $2 $3
+    stage $1/$2.jsonl python mine_negatives.py --mode topk --questions $3 $CORPUS --run $1/bm25_$2.run \
+        --negatives $4 --out $1/$2.jsonl
+}
+
 # encode MODEL: the corpus by MODEL/doc_encoder -> MODEL/embeddings
 encode() {
     stage $1/embeddings/manifest.json $LAUNCH doc2embedding.py --doc_encoder $1/doc_encoder $CORPUS \
@@ -62,6 +92,23 @@ search() {
 rescore() {
     stage $1/$4_ce.metrics.json $LAUNCH rerank.py --questions $2 $CORPUS --ranking $1/$4.run --depth $3 \
         --cross_encoder $RUN/c/cross_encoder --out $1/$4_ce.run
+}
+
+# teach_cross_encoder: RocketQA's M_C, from RUN/c.jsonl -> RUN/c/cross_encoder
+teach_cross_encoder() {
+    stage $RUN/c/metrics.json $LAUNCH train_cross_encoder.py --config $CROSS_CONFIG --run_dir $RUN/c \
+        --init $CROSS_START --train $RUN/c.jsonl $CORPUS --resume exact $CROSS_FLAGS
+}
+
+# pseudo_labels N: what M_C is sure of in M_D1's ranking of unlabelled questions, with N negatives each, and M_D1's own
+# training file -> RUN/d2.jsonl
+pseudo_labels() {
+    search $RUN/d1 $DATA/unlabelled.jsonl $UNLABELLED_DEPTH unlabelled
+    rescore $RUN/d1 $DATA/unlabelled.jsonl $UNLABELLED_DEPTH unlabelled
+    stage $RUN/pseudo.jsonl python mine_negatives.py --mode pseudo_label --questions $DATA/unlabelled.jsonl \
+        --run $RUN/d1/unlabelled.run $CORPUS --scores $RUN/d1/unlabelled_ce.run --negative_below $BELOW \
+        --positive_above $ABOVE --negatives $1 --depth $UNLABELLED_DEPTH --out $RUN/pseudo.jsonl
+    stage $RUN/d2.jsonl write $RUN/d2.jsonl cat $RUN/d1.jsonl $RUN/pseudo.jsonl
 }
 
 # write OUTPUT COMMAND...: write what the command prints, whole or not at all

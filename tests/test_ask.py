@@ -97,7 +97,7 @@ def test_the_readers_answer_stands_first(world, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     pids = [hit[3] for hit in re.findall(PASSAGE, printed, re.M)]
     passages = [corpus.passage(pid) for pid in pids]
-    wanted = predict(reader, [to_read(reader, QUESTION, passages)], [4], 10, 1)[0][0]
+    wanted = predict(reader, [to_read(reader, QUESTION, passages)], [4], 1)[0][0]
     i = wanted["passage_idx"]
     assert printed.startswith(f"answer: {wanted['text']} | span ") and wanted["text"] in passages[i].text
     assert f"| in dense {i + 1} | {pids[i]} | {passages[i].title}\n" in printed

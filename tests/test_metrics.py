@@ -201,19 +201,19 @@ def test_questions_that_find_themselves(corpus, capsys):
         assert ("1 of 1 questions find a passage of their own id first" in capsys.readouterr().out) == warned
 
 
-def test_one_ranking_in_memory():
-    """Each question with its passages or none; the next ranking is read when its question is due."""
+def test_two_rankings_in_memory():
+    """Each question with its passages or none; no more than the next ranking is read ahead."""
     read = []
 
     def rankings():
-        for qid, hits in (("a", [("7", 2.0), ("8", 1.0)]), ("c", [("9", 3.0)])):
+        for qid, hits in (("a", [("7", 2.0), ("8", 1.0)]), ("c", [("9", 3.0)]), ("d", [])):
             read.append(qid)
             yield qid, hits
 
-    ranked = metrics.one_question_at_a_time([{"qid": qid} for qid in "abc"], rankings())
-    assert next(ranked) == ({"qid": "a"}, ["7", "8"]) and read == ["a"]
-    assert list(ranked) == [({"qid": "b"}, []), ({"qid": "c"}, ["9"])]
-    with pytest.raises(AssertionError, match="'c' of the ranking is not in the order"):
+    ranked = metrics.one_question_at_a_time([{"qid": qid} for qid in "abcd"], rankings())
+    assert next(ranked) == ({"qid": "a"}, ["7", "8"]) and read == ["a", "c"]
+    assert list(ranked) == [({"qid": "b"}, []), ({"qid": "c"}, ["9"]), ({"qid": "d"}, [])]
+    with pytest.raises(UserError, match="the ranking: question 'c' is not in the questions"):
         list(metrics.one_question_at_a_time([{"qid": "a"}], rankings()))
 
 

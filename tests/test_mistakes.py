@@ -81,6 +81,7 @@ MISTAKES = [
     ("mine_negatives", {"negatives": 9, "depth": 5}, "negatives (9) must be at most depth (5)"),
     ("mine_negatives", {"run": "other.run"}, "other.run: has none of the questions of"),
     ("mine_negatives", {"questions": "ghost.jsonl"}, "ghost.jsonl:1: ... no passage has the id '999'"),
+    ("mine_negatives", {"run": "ghost.run"}, "ghost.run: question 'q50': ... no passage has the id '999'"),
     ("mine_negatives", {"questions": "bare.jsonl"}, "no question is left"),
     ("mine_negatives", {"mode": "pseudo_label"}, "give --scores, a .run of rerank.py"),
     ("mine_negatives", {"scores": "test.run"}, "scores is for mode denoise or pseudo_label, not topk"),

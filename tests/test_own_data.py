@@ -83,7 +83,8 @@ def test_the_report(look):
     train = read_questions(world / "train.jsonl")
     train[0]["answers"], train[1]["positives"] = [], []
     write_lines(world / "train.jsonl", train)
-    write_lines(world / "test.jsonl", [train[2] | {"qid": "t"}, *read_questions(world / "test.jsonl")])
+    again = train[2] | {"qid": "t", "question": f"{train[2]['question'].upper()}  ?"}
+    write_lines(world / "test.jsonl", [again, *read_questions(world / "test.jsonl")])
     output = call("--passage_tokens", "14", "--question_tokens", "7")
     assert "passages: 60, 0 without a text" in output and "id '1', title 'paris'" in output
     assert "train: 40 questions, 1 without answers, 1 without positives" in output

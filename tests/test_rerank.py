@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 import rerank
+import utils.data
 from tests.processes import main, run
 from tests.toy import make_world, tokenizer
 from utils.cross_encoder import CrossEncoder, load_cross_encoder
@@ -142,7 +143,8 @@ def test_the_run_is_never_in_memory(world, call, monkeypatch):
             read.append(qid)
             yield qid, hits
 
-    monkeypatch.setattr(rerank, "iter_run", counted)
+    for module in (rerank, utils.data):
+        monkeypatch.setattr(module, "iter_run", counted)
     seen, score = [], rerank.probabilities
 
     def watched(*args):

@@ -156,7 +156,8 @@ def test_the_answer_is_dprs_in_the_passages_own_letters(golden, monkeypatch):
         ]
         monkeypatch.setattr(utils.reader, "read", lambda *_, logits=logits: logits)
         top_docs = case["thresholds"] or [len(case["relevance_logits"])]
-        answers = predict(stub, [question], top_docs, case["max_answer_length"], 8)[0]
+        stub.max_answer_length = case["max_answer_length"]
+        answers = predict(stub, [question], top_docs, 8)[0]
         if "error" in case:
             assert answers[0] is None
             continue
@@ -200,7 +201,8 @@ def test_the_letters_of_the_passage_are_kept(world):
         b = next(i for i, offset in enumerate(offsets) if offset[1] == begin + len(wanted))
         start_L, end_L = np.zeros((2, len(ids)), np.float32)
         start_L[first + a] = end_L[first + b] = 9
-        got = span_text(reader, passage, (ids, first), (start_L, end_L, 0.0), 20)
+        reader.max_answer_length = 20
+        got = span_text(reader, passage, (ids, first), (start_L, end_L, 0.0))
         assert got["text"] == wanted and got["score"] == 18
 
 
@@ -310,8 +312,9 @@ def test_rankings_of_other_questions_and_patterns_are_refused(world, tmp_path):
         assert examples[0]["rows"].tolist() == [0] and "fewer than the 9 asked for" in note
     with pytest.raises(UserError, match="passages for none of the questions"):
         read_ranking(path, tmp_path / "other.run", corpus, 9)
-    path.write_text(json.dumps(question | {"answers": [r"1,?490\s?(km|kilometers)"]}))
-    with pytest.raises(UserError, match="regular expression.*490"):
+    rows = [question | {"qid": qid, "answers": [r"1,?490\s?(km|kilometers)"]} for qid in ("q1", "q2")]
+    write_lines(path, rows)
+    with pytest.raises(UserError, match="490.*regular expressions.*a reader needs plain answers"):
         read_ranking(path, tmp_path / "q.run", corpus, 9)
 
 

@@ -6,7 +6,6 @@ Run: python -m utils.bm25 --corpus data/nq/corpus.tsv --questions data/nq/test.j
 """
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -16,11 +15,11 @@ from bm25s.stopwords import STOPWORDS_EN
 from bm25s.tokenization import Tokenized
 from tqdm import tqdm
 
-from utils.data import Corpus, iter_run, named_hits, read_questions, write_run
-from utils.metrics import KS, one_question_at_a_time, print_table, retrieval_metrics
+from utils.data import Corpus, named_hits, read_questions, write_run
+from utils.metrics import measure, report
 from utils.plumbing.config import UserError, friendly_errors, need_out
 from utils.plumbing.files import atomic_folder, lock, read_json, sha256, write_json
-from utils.text import report_regex_failures, words
+from utils.text import words
 
 # from: Karpukhin et al. 2020, Sec. 5.1 (Lucene's b and k1)
 SETTINGS = {"k1": 0.9, "b": 0.4, "stopwords": "english", "words": "utils/text.py, December 2026"}
@@ -46,7 +45,6 @@ def hashes_of(folder):
 def build_bm25(corpus, folder):
     """Return the BM25 index of title + text: the one in `folder` if it is of this corpus, else a new one."""
     folder = Path(folder)
-    lock_file = folder.with_name(f".{folder.name}.lock")
     want = {"corpus": corpus.sha256, "rows": len(corpus), **SETTINGS}
     if folder.exists():
         if not (folder / "bm25.json").is_file():
@@ -62,18 +60,16 @@ def build_bm25(corpus, folder):
         # why no other OSError: after "too many open files" the index may be whole
         except (UserError, FileNotFoundError, ValueError, EOFError, LookupError) as error:
             print(f"{folder}: damaged ({error}), it is built again", file=sys.stderr)
-        lock(lock_file)
-        shutil.rmtree(folder)
 
-    lock_file.parent.mkdir(parents=True, exist_ok=True)
-    lock(lock_file)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock(folder.with_name(f".{folder.name}.lock"))
     passages = tqdm(corpus, "BM25 index", delay=5, disable=None)
     indexed = tokens(f"{passage.title} {passage.text}" for passage in passages)
     if not indexed.vocab:
         raise UserError(f"{corpus.path}: no passage has a word that BM25 can index")
     index = bm25s.BM25(k1=SETTINGS["k1"], b=SETTINGS["b"])
     index.index(indexed, show_progress=False)
-    with atomic_folder(folder) as building:
+    with atomic_folder(folder, replace=True) as building:
         index.save(building, show_progress=False)
         write_json(building / "bm25.json", want | {"files": hashes_of(building)})
     return index
@@ -134,12 +130,9 @@ def main():
     print(f"{args.out}: {len(questions)} questions, {empty} of them without a passage")
 
     # what test_dpr.py counts of a dense ranking
-    ranked = one_question_at_a_time(questions, iter_run(args.out))
-    metrics = retrieval_metrics(ranked, corpus, [k for k in KS if k <= args.k], args.match == "regex")
+    metrics = measure(args.out, questions, corpus, args.k, args.match)
     write_json(Path(args.out).with_suffix(".metrics.json"), metrics)
-    report_regex_failures()
-    if metrics:
-        print_table(metrics, Path(args.out).name)
+    report({Path(args.out).name: metrics}, args.questions)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import re
 import sys
 import unicodedata
 
+import numpy as np
+
 from prepare.hints import CONVERT, foreign
 from utils.corpus import Corpus as Corpus
 from utils.corpus import Passage, load_json, read_lines
@@ -67,6 +69,11 @@ def check_passage(entry):
     return is_string(entry) and entry != ""
 
 
+def question_key(text):
+    """Return what makes two questions the same: their words, without case and a question mark at the end."""
+    return " ".join(text.casefold().split()).rstrip("? ")
+
+
 def named_hits(question, hits, corpus, k, ignore_identical_ids):
     """Return the best k [(pid, score), ...] of a question from its [(row, score), ...], best first."""
     named = [(corpus[row].id, score) for row, score in hits]
@@ -93,6 +100,13 @@ def is_itself(question, pid):
     In ArguAna and Quora (BEIR) the questions are documents of the corpus. Each finds itself first.
     """
     return pid == question["qid"] and pid not in question["positives"]
+
+
+def find_themselves(count, questions):
+    """Return a sentence where `count` of so many questions find their own id first, "" where few do."""
+    # why a tenth: a few may meet a passage of the same number by chance
+    few = count <= 0.1 * questions
+    return "" if few else f"{count} of {questions} questions find a passage of their own id first"
 
 
 def refuse_patterns(questions, path):
@@ -163,20 +177,21 @@ def read_questions(path, need=(), repeats=False, match=""):
     return questions
 
 
-def check_ids(path, example, entries, corpus):
-    """UserError for an id of `entries` that the corpus lacks: the line of `example` in the file `path`."""
-    for pid in filter(is_string, entries):
-        if corpus is None:
-            fault = f"question {example['qid']} names passage {pid!r}, but corpus is empty"
-            raise UserError(f"{path}: {fault}")
-        try:
-            corpus.row(pid)
-        except UserError as error:
-            for number, entry in iter_jsonl(path):
-                named = [*entry.get("positives", []), *entry.get("negatives", [])]
-                if entry["qid"] == example["qid"] and pid in named:
-                    raise UserError(f"{path}:{number}: {error}") from None
-            raise
+def check_ids(path, examples, corpus, *keys):
+    """UserError for an id under one of `keys` that the corpus lacks: its line in the file `path`."""
+    for example in examples:
+        for pid in filter(is_string, [entry for key in keys for entry in example[key]]):
+            if corpus is None:
+                fault = f"question {example['qid']} names passage {pid!r}, but corpus is empty"
+                raise UserError(f"{path}: {fault}")
+            try:
+                corpus.row(pid)
+            except UserError as error:
+                for number, entry in iter_jsonl(path):
+                    named = [*entry.get("positives", []), *entry.get("negatives", [])]
+                    if entry["qid"] == example["qid"] and pid in named:
+                        raise UserError(f"{path}:{number}: {error}") from None
+                raise
 
 
 def read_training(path, corpus):
@@ -185,8 +200,7 @@ def read_training(path, corpus):
     kept = [example for example in examples if example["positives"]]
     if not kept:
         raise UserError(f"{path}: none of its {len(examples)} questions has a positive passage")
-    for example in kept:
-        check_ids(path, example, example["positives"] + example["negatives"], corpus)
+    check_ids(path, kept, corpus, "positives", "negatives")
     bare = sum(not example["negatives"] for example in kept)
     note = f"{path}: {len(kept)} questions, {len(examples) - len(kept)} without a positive left out"
     return kept, f"{note}, {bare} have no negative of their own"
@@ -217,6 +231,17 @@ def passage_of(entry, corpus):
     if corpus is None:
         raise UserError(f"passage {entry!r} is named by its id: give the corpus too")
     return corpus.passage(entry)
+
+
+def items_of_step(step, count, cfg):
+    """
+    Return (epoch, the items of the global batch of a step). An epoch is a permutation of `count` items, a
+    step is a slice of it; an unfilled last batch is dropped.
+    """
+    epoch, offset = divmod(step, count // cfg.batch_size)
+    order = np.random.default_rng([cfg.seed, epoch]).permutation(count).tolist()
+    start = offset * cfg.batch_size
+    return epoch, order[start : start + cfg.batch_size]
 
 
 def passage_key(entry):
@@ -311,6 +336,13 @@ def iter_run(path):
     if not hits:
         raise UserError(f"{path}: no ranking in it")
     yield qid, hits
+
+
+def iter_rankings(path, qids, depth):
+    """Yield (qid, [(pid, score), ...]), the first `depth` passages, of those of `qids` that a .run ranks."""
+    for qid, hits in iter_run(path):
+        if qid in qids:
+            yield qid, hits[:depth]
 
 
 def read_run(path):

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.utils import InitProcessGroupKwargs
+from tqdm import tqdm
 
 from utils.plumbing.config import UserError
 
@@ -142,6 +143,13 @@ def sum_gradients(parameters):
         work.wait()
 
 
+def sum_over_devices(x):
+    """Return a tensor, summed over devices in place."""
+    if world()[1] > 1:
+        dist.all_reduce(x)
+    return x
+
+
 def chunk_seed(seed, i):
     """
     Return a 63-bit seed for chunk i of the step `seed` (a tuple): independent streams by numpy's
@@ -170,8 +178,7 @@ def any_device(flag, device):
     if world()[1] == 1:
         return bool(flag)
     flag = torch.tensor([float(bool(flag))], device=device)
-    dist.all_reduce(flag)
-    return bool(flag.item())
+    return bool(sum_over_devices(flag).item())
 
 
 def prefetch(function, items):
@@ -184,6 +191,34 @@ def prefetch(function, items):
                 yield ready.result()
         if pending:
             yield pending.result()
+
+
+def own_share(items):
+    """Return this device's part of a list that all devices have; its length is a multiple of their number."""
+    rank, devices = world()
+    size = len(items) // devices
+    return items[rank * size : (rank + 1) * size]
+
+
+def cut(items, size):
+    """Cut a list or a range into a list of pieces of `size`; the last one may be shorter."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def share_out(groups, prepare, work, name):
+    """
+    Return {item: its result} on every device. groups: lists of items; each device takes every W-th list.
+
+    work(prepare(group)) makes a result for each item of a group. The next group is prepared in a thread
+    meanwhile. name: of the progress bar, which counts this device's groups.
+    """
+    rank, devices = world()
+    mine = groups[rank::devices]
+    bar = {"total": len(mine), "desc": name, "delay": 5, "leave": False, "disable": None}
+    results = {}
+    for group, ready in tqdm(zip(mine, prefetch(prepare, mine), strict=True), **bar):
+        results |= zip(group, work(ready), strict=True)
+    return gather_items(results)
 
 
 def rows_that_fit(rows, length, width, device):

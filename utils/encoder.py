@@ -14,11 +14,10 @@ import inspect
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import normalize
 
-from utils.distributed import prefetch, world
+from utils.distributed import cut, prefetch, sum_over_devices, world
 
 POOLINGS = ("cls", "mean", "last")  # how L states become one vector: Encoder.forward
 TOKEN_TYPES = ("zeros", "segments")  # what marks the second text: collate
@@ -262,14 +261,10 @@ def embed_on_devices(encoder, ids, batch_size, accelerator):
     """
     rank, devices = world()
     vectors_ND = torch.zeros(len(ids), encoder.dim, device=accelerator.device)
-    order = by_length(ids)
-    for start in range(rank * batch_size, len(ids), devices * batch_size):
-        group = order[start : start + batch_size]
+    for group in cut(by_length(ids), batch_size)[rank::devices]:
         vectors_bD = embed(encoder, [ids[i] for i in group], batch_size, accelerator.autocast)
         vectors_ND[group] = torch.from_numpy(vectors_bD).to(accelerator.device)
-    if devices > 1:
-        dist.all_reduce(vectors_ND)  # every row is zero on all devices but one
-    return vectors_ND
+    return sum_over_devices(vectors_ND)  # every row is zero on all devices but one
 
 
 def vectors_with_graph(encoder, ids, chunk, autocast):

@@ -22,11 +22,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-from utils.distributed import gather_items, prefetch, world
+from utils.distributed import cut, share_out
 from utils.encoder import batches_by_length
 from utils.plumbing.config import UserError
 from utils.plumbing.weights import (
@@ -208,20 +207,17 @@ def answer(fid, contexts, chunk, autocast=nullcontext):
     return [text.strip() for text in texts]
 
 
-def answer_all(fid, examples, corpus, depths, chunk, accelerator, max_answer_length=0):
+def answer_all(fid, examples, corpus, depths, chunk, accelerator):
     """
     Answer every example from the passages corpus[row] of the first depths[-1] of its "rows".
 
     Each device writes its share. Return on every device [{"text": answer}] of each example, or [None] where
-    it has no passages. max_answer_length: of other readers; how long an answer of a FiD is its weights know.
+    it has no passages.
     """
     # groups of questions whose contexts fill a chunk
-    rank, devices = world()
     rows = [list(example["rows"][: depths[-1]]) for example in examples]
     readable = [i for i, rows_of_i in enumerate(rows) if rows_of_i]
     width = max(1, chunk // max(1, *map(len, rows)))
-    groups = [readable[start : start + width] for start in range(0, len(readable), width)]
-    groups = groups[rank::devices]
 
     def tokenize(group):
         contexts = []
@@ -230,13 +226,10 @@ def answer_all(fid, examples, corpus, depths, chunk, accelerator, max_answer_len
             contexts.append(tokenize_contexts(fid, examples[i]["question"], passages))
         return contexts
 
-    answers = {}
-    groups_and_contexts = zip(groups, prefetch(tokenize, groups), strict=True)
-    bar = {"total": len(groups), "desc": "answers", "delay": 5, "leave": False, "disable": None}
-    for group, contexts in tqdm(groups_and_contexts, **bar):
-        for i, text in zip(group, answer(fid, contexts, chunk, accelerator.autocast), strict=True):
-            answers[i] = {"text": text}
-    answers = gather_items(answers)
+    def write(contexts):
+        return [{"text": text} for text in answer(fid, contexts, chunk, accelerator.autocast)]
+
+    answers = share_out(cut(readable, width), tokenize, write, "answers")
     return [[answers.get(i)] for i in range(len(examples))]
 
 

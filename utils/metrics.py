@@ -10,8 +10,8 @@ Q questions · N passages
 import numpy as np
 from tqdm import tqdm
 
-from utils.data import is_itself
-from utils.text import exact_match, f1, has_answer
+from utils.data import aligned_reader, find_themselves, is_itself, iter_rankings
+from utils.text import exact_match, f1, has_answer, report_regex_failures
 
 # DPR counts 20 and 100; MS MARCO's R@50 and R@1000 are hit@50 and hit@1000
 KS = (1, 5, 10, 20, 50, 100, 1000)
@@ -123,38 +123,50 @@ def gold_ids(question):
 
 def one_question_at_a_time(questions, rankings):
     """
-    Yield (question, ids of its passages, best first), with one question's ranking in memory.
+    Yield (question, ids of its passages, best first), with the rankings of two questions in memory.
     rankings: an iterator of (qid, [(pid, score), ...]) in the order of the questions; it may skip some.
     """
-    qid, hits = next(rankings, (None, []))
+    take, check_end = aligned_reader("the ranking", rankings, "the questions")
     for question in tqdm(questions, "metrics", delay=2, leave=False, disable=None):
-        if question["qid"] != qid:
-            yield question, []
-            continue
+        hits = take(question["qid"]) or []
         yield question, [pid for pid, _ in hits]
-        qid, hits = next(rankings, (None, []))
-    assert qid is None, f"question {qid!r} of the ranking is not in the order of the questions"
+    check_end()
+
+
+def first_rank(hits):
+    """Return the rank of the first passage that is a hit, from 1; 0 where none is."""
+    return next((rank for rank, hit in enumerate(hits, 1) if hit), 0)
+
+
+def ranks_of_question(question, pids, corpus, regex=False):
+    """
+    Return {"answer": the rank of the first passage with an answer, "right": of the first positive}; each only
+    where the question has answers or gold ids.
+    """
+    ranks = {}
+    if question["answers"]:
+        # as in DPR, the answer must be in the text of a passage; titles are not searched
+        texts = (corpus.passage(pid).text for pid in pids)
+        ranks["answer"] = first_rank(has_answer(text, question["answers"], regex) for text in texts)
+    gold = gold_ids(question)
+    if gold:
+        ranks["right"] = first_rank(pid in gold for pid in pids)
+    return ranks
 
 
 def metrics_of_question(question, pids, corpus, ks, regex):
     """Return {metric: value} of one question: top-k if it has answers, the others if it has gold ids."""
     values = {}
-    if question["answers"]:
-        # as in DPR, the answer must be in the text of a passage; titles are not searched
-        texts = (corpus.passage(pid).text for pid in pids)
-        hits = [has_answer(text, question["answers"], regex) for text in texts]
-        accuracy = topk_accuracy([hits], ks)
-        values |= {f"top-{k}": accuracy[k] for k in ks}
-    gold = gold_ids(question)
-    if gold:
-        relevant = [pid in gold for pid in pids]
-        rank = relevant.index(True) + 1 if any(relevant) else 0
+    ranks = ranks_of_question(question, pids, corpus, regex)
+    if "answer" in ranks:
+        values |= {f"top-{k}": hit_at([ranks["answer"]], k) for k in ks}
+    if "right" in ranks:
         if max(ks) >= 10:
-            values["MRR@10"] = mrr([rank], 10)
+            values["MRR@10"] = mrr([ranks["right"]], 10)
+            gold = gold_ids(question)
             gains = [gold.get(pid, 0) for pid in pids]
             values["nDCG@10"] = ndcg([gains], [list(gold.values())], 10)
-        for k in ks:
-            values[f"hit@{k}"] = hit_at([rank], k)
+        values |= {f"hit@{k}": hit_at([ranks["right"]], k) for k in ks}
     return values
 
 
@@ -165,18 +177,32 @@ def retrieval_metrics(ranked, corpus, ks, regex=False):
     """
     values = {}
     questions = 0
-    found_themselves = 0
+    themselves = 0
     for question, pids in ranked:
-        metrics = metrics_of_question(question, pids, corpus, ks, regex)
-        for name, value in metrics.items():
+        for name, value in metrics_of_question(question, pids, corpus, ks, regex).items():
             values.setdefault(name, []).append(value)
         questions += 1
-        found_themselves += bool(pids) and is_itself(question, pids[0])
-    # why a tenth: a few may meet a passage of the same number by chance
-    if found_themselves > 0.1 * questions:
-        share = f"{found_themselves} of {questions} questions find a passage of their own id first"
+        themselves += bool(pids) and is_itself(question, pids[0])
+    if share := find_themselves(themselves, questions):
         print(f"warning: {share}; where that is the question itself, search with --ignore_identical_ids true")
     return with_intervals(values)
+
+
+def measure(run, questions, corpus, depth, match):
+    """Return retrieval_metrics of the first `depth` passages of a .run, in the order of the questions."""
+    rankings = iter_rankings(run, {question["qid"] for question in questions}, depth)
+    ranked = one_question_at_a_time(questions, rankings)
+    return retrieval_metrics(ranked, corpus, [k for k in KS if k <= depth], match == "regex")
+
+
+def report(tables, path):
+    """Print {name: metrics of measure()}. path: of the question file."""
+    report_regex_failures()
+    for name, metrics in tables.items():
+        if metrics:
+            print_table(metrics, name)
+    if not any(tables.values()):
+        print(f"{path} has neither answers nor positives: only the ranking is written")
 
 
 # ---------------------------------------------------------------- of answers

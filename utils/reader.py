@@ -8,7 +8,6 @@ facebook/dpr-reader-*, with `encoder_inputs.json` next to the weights.
 B sequences · L tokens, padded to the longest of the batch · S tokens of one passage · W widths of a span
 """
 
-import re
 from collections import Counter
 from contextlib import nullcontext
 
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, DPRConfig, DPRReader
 
 from utils.data import iter_run, read_questions
-from utils.distributed import gather_items, prefetch, world
+from utils.distributed import cut, gather_items, share_out, world
 from utils.encoder import batches_by_length
 from utils.plumbing import weights
 from utils.plumbing.config import UserError
@@ -31,9 +30,7 @@ DPR_READER = {"reader_tokens": 350, "token_types": "zeros"}
 # from: DPR dpr/data/reader_data.py:220-317: positives kept where no gold page is known; ten negatives for
 # each positive, within these bounds
 MAX_POSITIVES, NEGATIVES = 20, (50, 150)
-PATTERN = re.compile(r"\\[sdwb]|\.\*|\(\?:|\w\|\w|\[\^?\w-\w")  # what plain answers hardly ever hold
 BLOCK = 16  # questions that are answered together, so that passages of like length meet
-ANSWER_TOKENS = 10  # from: DPR conf/extractive_reader_train_cfg.yaml max_answer_length
 READS_ALL = False  # each passage by itself: one reading gives the answers from the first 1, 2, 3 ... of them
 
 
@@ -45,16 +42,9 @@ def read_ranking(path, run, corpus, depth, need=("answers",)):
     An example is {"qid", "question", "answers", "rows": those of its first `depth` passages in the corpus}.
     """
     examples = {}
-    patterns = []
     for question in read_questions(path, need=need, match="string"):
         example = {key: question[key] for key in ("qid", "question", "answers")}
         examples[question["qid"]] = example | {"rows": np.zeros(0, dtype=np.int64)}
-        patterns += [answer for answer in question["answers"][:1] if PATTERN.search(answer)]
-    if 20 * len(patterns) > len(examples):
-        raise UserError(
-            f"{path}: {len(patterns)} of {len(examples)} questions have a regular expression as answer, such "
-            f"as {patterns[0]!r} (CuratedTREC?); a reader learns, and is scored on, plain answers only"
-        )
 
     # the passages of each question, best first
     for qid, hits in iter_run(run):
@@ -212,9 +202,11 @@ class Reader(nn.Module):
       role            reader
       reader_tokens   maximum length of question, title and passage together, special tokens included
       token_types     zeros (DPR's released readers) | segments (question 0, title and passage 1)
+    max_answer_length: tokens of an answer, before it is widened to whole words; no part of what was learned.
     """
 
     projection = None  # nothing on top, so utils.plumbing.weights.save_encoder writes it as it is
+    max_answer_length = 10  # from: DPR conf/extractive_reader_train_cfg.yaml
 
     def __init__(self, model, tokenizer, inputs):
         super().__init__()
@@ -340,12 +332,12 @@ def best_spans(start_S, end_S, continues_S, max_answer_length, top_spans):
     return chosen
 
 
-def span_text(reader, passage, sequence, logits, max_answer_length):
+def span_text(reader, passage, sequence, logits):
     """Return the best span of one passage as {"text", "score", "relevance_score", "passage"}."""
     ids, first = sequence
     start_L, end_L, relevance = logits
     continues_S = reader.continues_V[ids[first:]]
-    (span,) = best_spans(start_L[first:], end_L[first:], continues_S, max_answer_length, 1)
+    (span,) = best_spans(start_L[first:], end_L[first:], continues_S, reader.max_answer_length, 1)
     begin, end, score = span
 
     # differs: DPR decodes the tokens, so that its answers are in lower case and "U.S." reads "u. s.". Under
@@ -363,7 +355,7 @@ def to_read(reader, question, passages):
     return {"question": question, "passages": passages, "sequences": sequences}
 
 
-def predict(reader, questions, top_docs, max_answer_length, batch_size, autocast=nullcontext):
+def predict(reader, questions, top_docs, batch_size, autocast=nullcontext):
     """
     Return one answer for every n of top_docs to each question, from the first n of its passages.
 
@@ -394,22 +386,18 @@ def predict(reader, questions, top_docs, max_answer_length, batch_size, autocast
         spans = {None: None}  # no passage to read, no answer
         for i in {*best} - {None}:
             passage = question["passages"][i]
-            span = span_text(reader, passage, sequences[i], logits_M[i], max_answer_length)
+            span = span_text(reader, passage, sequences[i], logits_M[i])
             spans[i] = span | {"passage_idx": i}
         answers.append([spans[i] for i in best])
     return answers
 
 
-def answer_all(reader, examples, corpus, depths, batch_size, accelerator, max_answer_length=ANSWER_TOKENS):
+def answer_all(reader, examples, corpus, depths, batch_size, accelerator):
     """
     Return predict()'s answers to all examples, one for each of depths, from the passages of their "rows".
 
     The same on every device; each device answers its share.
     """
-    rank, devices = world()
-    places = range(len(examples))
-    blocks = [places[start : start + BLOCK] for start in places[::BLOCK]]
-    mine = blocks[rank::devices]
 
     def questions_of(block):
         questions = []
@@ -418,22 +406,18 @@ def answer_all(reader, examples, corpus, depths, batch_size, accelerator, max_an
             questions.append(to_read(reader, example["question"], passages))
         return questions
 
-    answers = {}
-    how = (depths, max_answer_length, batch_size, accelerator.autocast)
-    total = sum(len(block) for block in mine)
-    with tqdm(total=total, desc="answers", delay=5, leave=False, disable=None) as bar:
-        # the next block is tokenised meanwhile
-        for block, questions in zip(mine, prefetch(questions_of, mine), strict=True):
-            answers |= zip(block, predict(reader, questions, *how), strict=True)
-            bar.update(len(block))
-    answers = gather_items(answers)
+    def answers_to(questions):
+        return predict(reader, questions, depths, batch_size, accelerator.autocast)
+
+    places = range(len(examples))
+    answers = share_out(cut(places, BLOCK), questions_of, answers_to, "answers")
     return [answers[i] for i in places]
 
 
 def say(reader, question, passages, batch_size):
     """Return the best answer as ask.py prints it; "" where no passage has room beside the question."""
     questions = [to_read(reader, question, passages)]
-    ((best,),) = predict(reader, questions, [len(passages)], ANSWER_TOKENS, batch_size)
+    ((best,),) = predict(reader, questions, [len(passages)], batch_size)
     if not best:
         return ""
     i = best["passage_idx"]

@@ -125,14 +125,6 @@ def publish(checkpoint, run_dir):
         if target.is_symlink():  # of before December 2026
             target.unlink()
         if not target.exists() or pair_id(target) != pair_id(source):
-            # why not straight to its place: a killed copy must not look like a model
-            old = target.with_name(f".{name}.old")
-            copy = target.with_name(f".{name}.new")
-            shutil.rmtree(old, ignore_errors=True)
-            shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(source, copy)
-            (copy / "README.md").write_text(model_card(name, checkpoint, run_dir), encoding="utf-8")
-            if target.exists():
-                target.rename(old)
-            copy.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
+            with atomic_folder(target, replace=True) as copy:  # a killed copy must not look like a model
+                shutil.copytree(source, copy, dirs_exist_ok=True)
+                (copy / "README.md").write_text(model_card(name, checkpoint, run_dir), encoding="utf-8")

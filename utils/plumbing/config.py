@@ -332,13 +332,15 @@ def need_folder(cfg, key, folder=""):
         raise UserError(f"{key}: {getattr(cfg, key)}: {existing} cannot be written")
 
 
-def need_out(cfg, key, *suffixes):
+def need_out(cfg, key, *suffixes, ending=""):
     """
     UserError where the file that a key names cannot be written, or is one that the command reads.
 
-    suffixes: of the files that are written beside it, such as ".metrics.json".
+    suffixes: of the files that are written beside it, such as ".metrics.json". ending: how its name must end.
     """
     need_value(cfg, key)
+    if not getattr(cfg, key).endswith(ending):
+        raise UserError(f"{key} must be the path of a {ending} file, got {getattr(cfg, key)!r}")
     inputs = {k: Path(v) for k, v in vars(cfg).items() if k != key and isinstance(v, str) and v}
     out = Path(getattr(cfg, key))
     for path in (out, *map(out.with_suffix, suffixes)):

@@ -82,10 +82,11 @@ def atomic_file(path, mode="w"):
 
 
 @contextlib.contextmanager
-def atomic_folder(path):
-    """Yield a temporary folder that becomes `path` (not existing yet) when the block ends well."""
+def atomic_folder(path, replace=False):
+    """Yield a temporary folder that becomes `path` when the block ends well. replace: a folder there goes."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
+    old = path.with_name(f".{path.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -95,8 +96,12 @@ def atomic_folder(path):
                 if file.is_file():
                     with open(file, "rb") as handle:
                         os.fsync(handle.fileno())
+            if replace and path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                path.rename(old)
             os.replace(temporary, path)
             sync_folder(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -146,11 +151,13 @@ def write_json(path, value):
         file.write("\n")
 
 
-def read_json(path):
-    """Return the json in `path`. UserError names the line where it is broken."""
+def read_json(path, absent=None):
+    """Return the json in `path`, or `absent` where there is none. UserError names the line of a fault."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
+        if absent is not None:
+            return absent
         raise UserError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:
         advice = "get it again, or delete it and repeat the command that wrote it (of vectors: the folder)"

@@ -43,6 +43,7 @@ from utils.plumbing.weights import width_of
 FREE = "config run_dir resume tracker log_every save_every corpus train dev init".split()
 FREE += "train_run dev_run gold workers query_encoder doc_encoder embeddings reader".split()
 NEW = {"keep": "best", "train_doc_encoder": True}  # what checkpoints of before December 2026 do not say
+NO_DEV = [], "no dev set: the last checkpoint is the best"  # the dev questions, and what the log says of them
 PUBLISHED = ("metrics.json", "query_encoder", "doc_encoder", "cross_encoder", "reader")
 
 
@@ -132,13 +133,23 @@ class Run:
         """Return where the weights of `name` come from: the checkpoint of a resumed run, else `start`."""
         return self.checkpoint / name if self.checkpoint else start
 
-    def optimizer(self, models):
-        """Return AdamW for the weights of {name: model}, with the checkpoint's moments in a resumed run."""
+    def optimizer(self, models, scales=None):
+        """
+        Return AdamW for the weights of {name: model}, with the checkpoint's moments in a resumed run.
+
+        scales: {name: number by which a trainer multiplies its learning rate}, the "scale" of their groups.
+        """
         # one model under two names (a shared encoder) counts once
         named = list(torch.nn.ModuleDict(models).named_parameters())
         # trap: clipping sums in this order; the optimizer's own order changes the norm's last bit
         self.weights = [parameter for _, parameter in named]
         optimizer = make_optimizer(named, self.cfg)
+        if scales:
+            groups = []
+            for name, model in models.items():
+                for group in make_optimizer(model.named_parameters(), self.cfg).param_groups:
+                    groups.append(group | {"scale": scales[name]})
+            optimizer = torch.optim.AdamW(groups)
         if self.checkpoint:
             load_moments(self.checkpoint, optimizer)
         # for fp16's loss scaler; the trainers sum gradients themselves

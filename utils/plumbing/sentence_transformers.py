@@ -26,14 +26,13 @@ POOLING = {
     "mean": ("mean", "pooling_mode_mean_tokens"),
     "last": ("lasttoken", "pooling_mode_lasttoken"),
 }
-# settings of a Transformer that are right as we compute, and those that change no vector
+# settings of a Transformer that must be so; the others change no vector
 TRANSFORMER = {
     "transformer_task": "feature-extraction",
     "module_output_name": "token_embeddings",
     "query_length": None,
     "document_length": None,
 }
-HARMLESS = ("max_seq_length", "do_lower_case", "modality_config", "unpad_inputs", "backend")
 STATES = {"method": "forward", "method_output_name": "last_hidden_state"}
 DENSE = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
 PASSAGE_PROMPTS = ("document", "passage", "corpus")
@@ -88,19 +87,14 @@ def refuse(place, fault):
     raise UserError(f"{place}: {fault}, which is not supported here")
 
 
-def settings_of(place):
-    """Return the config.json of a step, {} where it has none."""
-    return read_json(place / "config.json") if (place / "config.json").is_file() else {}
-
-
 def read_transformer(place):
     """Return the lengths and do_lower_case of the Transformer step."""
     files = sorted(place.glob("sentence_*_config.json"))  # older ones are named by architecture
     settings = read_json(files[0]) if files else {}
     for key, value in settings.items():
-        if value and key not in HARMLESS and value != TRANSFORMER.get(key, value) or key.endswith("_kwargs"):
-            if value:
-                refuse(files[0], f"has {key} {value!r}")
+        unlike = value != TRANSFORMER.get(key, value) or key.endswith("_kwargs")
+        if value and unlike:
+            refuse(files[0], f"has {key} {value!r}")
     text = settings.get("modality_config", {"text": STATES}).get("text")
     if text != STATES:
         refuse(files[0], f"has modality_config {text!r} for texts")
@@ -112,7 +106,7 @@ def read_transformer(place):
 
 def read_pooling(place):
     """Return the pooling, and whether the prompt counts in it."""
-    settings = settings_of(place)
+    settings = read_json(place / "config.json", {})
     modes = settings.get("pooling_mode")
     if modes is None:  # older: a switch for each
         modes = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value]
@@ -125,8 +119,7 @@ def read_pooling(place):
 
 def read_prompts(folder):
     """Return what stands before a question and before a passage."""
-    file = folder / "config_sentence_transformers.json"
-    settings = read_json(file) if file.is_file() else {}
+    settings = read_json(folder / "config_sentence_transformers.json", {})
     prompts = settings.get("prompts") or {}
     default = settings.get("default_prompt_name")
     # why not always the default: one that is named after a tower is for this tower alone
@@ -140,7 +133,7 @@ def read_prompts(folder):
 
 def read_dense(place):
     """Return the layers of a Dense step: a Linear and its activation."""
-    settings = settings_of(place)
+    settings = read_json(place / "config.json", {})
     for key, due in DENSE.items():
         if settings.get(key) not in (None, due):
             refuse(place / "config.json", f"has {key} {settings[key]!r}")

@@ -226,8 +226,7 @@ def load_tokenizer(folder, lower=False):
     folder = Path(folder)
     options = {}
     if (folder / "vocab.txt").is_file() and not (folder / "tokenizer.json").is_file():
-        file = folder / "tokenizer_config.json"
-        settings = read_json(file) if file.is_file() else {}
+        settings = read_json(folder / "tokenizer_config.json", {})
         words = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
         cased = sum(word != word.lower() for word in words if not word.startswith("["))
         if "do_lower_case" not in settings and cased > len(words) / 100:
@@ -253,7 +252,7 @@ def read_inputs(path, what="model"):
     if fault := model_fault(path, what):
         raise UserError(f"{path}: {fault}")
     file = Path(local_folder(str(path))) / "encoder_inputs.json"
-    stored = read_json(file) if file.is_file() else {}
+    stored = read_json(file, {})
     if not isinstance(stored, dict):
         raise UserError(f"{file}: expected a json object")
     if stored.get("neighbors") is False:  # readers of before December 2026 have this key
