@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 from child import tasks
 
-SHIP = ["train_dpr.py", "tests/toy.py", "config/train_gcdpr_nq.yaml"]
+SHIP = ["train_dpr.py", "doc2embedding.py", "test_dpr.py", "tests/toy.py", "config/train_gcdpr_nq.yaml"]
 DROP = []
 SHOWN = ["torch.nn.ModuleDict(encoders).parameters()"]
 TASKS = tasks("""

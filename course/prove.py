@@ -200,6 +200,7 @@ def faults_at(assignment, table, solution, seed):
 
 def seal(args):
     """Draw seeds until every wrong answer loses its checks at each; write them."""
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     table = child.load(trees.HERE / f"{args.assignment}.py")
     solution = trees.solution_of(args.assignment, table)
     seeds, sealed, keys = [], {}, {}
