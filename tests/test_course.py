@@ -352,7 +352,7 @@ def write(folder, old, new):
 
 def test_a_term(small, tmp_path, monkeypatch, capsys):
     """seal, make, check, pack and grade: a wrong function costs its own points, and the mistake is named."""
-    prove.seal(SimpleNamespace(assignment="a3", count=1, out=str(tmp_path / "sealed.json")))
+    prove.seal(SimpleNamespace(assignment="a3", count=1, out=str(tmp_path / "new" / "a3.json")))
     made = tmp_path / "s1"
     make(made, hints=True, open=True)
     assert "0 < rank <= cutoff" not in (made / "utils/metrics.py").read_text()
@@ -380,7 +380,7 @@ def test_a_term(small, tmp_path, monkeypatch, capsys):
     (made / "a3_s1.zip").rename(tmp_path / "in" / "s1.zip")
     (tmp_path / "in" / "broken.zip").write_text("no zip")
     grades = tmp_path / "grades"
-    keys = {"folder": str(tmp_path / "in"), "sealed": str(tmp_path / "sealed.json"), "out": str(grades)}
+    keys = {"folder": str(tmp_path / "in"), "sealed": str(tmp_path / "new" / "a3.json"), "out": str(grades)}
     staff.grade(SimpleNamespace(assignment="a3", variant="", **keys))
     rows = {(row["file"], row["check"]): row for row in json.loads((grades / "grades.json").read_text())}
     points = {place: (row["points"], row["of"]) for place, row in rows.items() if place[0] == "s1"}
