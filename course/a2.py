@@ -12,10 +12,10 @@ DROP = []
 SHOWN = ["torch.nn.ModuleDict(encoders).parameters()"]
 TASKS = tasks("""
 utils/grad_cache.py:grad_cache_step
-  11 cache_gradient   the gradient of one graph over all chunks is added, cached or not | the head of the file
+  12 cache_gradient   the gradient of one graph over all chunks is added, cached or not | the head of the file
    8 cache_replay     both passes drop the same units | the docstring: seed
    4 cache_masks      each chunk and each seed has masks of its own, the same seed the same | chunk_seed
-   6 cache_memory     the graph of a chunk is gone before the next chunk is read | paper, Sec. 3
+   5 cache_memory     the graph of a chunk is gone before the next chunk is read | paper, Sec. 3
    3 cache_plain      without the cache: the same masks, each chunk is read once | the docstring: cached
    3 cache_values     what loss_of returned, without a graph | the docstring
    3 cache_backward   `backward` takes the place of .backward() where an encoder is behind
@@ -29,9 +29,9 @@ utils/encoder.py:in_chunks
 train_dpr.py:add_gradient
    4 wire_gradient    the gradient of the batch, every question against its own passages | make_batch
    1 wire_adds        it is added to the gradient that is there already | the docstring
-   1 wire_scale       it is multiplied by gradient_scale | config/train_dpr_nq.yaml
+   2 wire_scale       it is multiplied by gradient_scale | config/train_dpr_nq.yaml
    1 wire_shown       the loss that is returned is not, and has no graph | the docstring
-   2 wire_mask        the batch's `excluded` pairs reach the loss | in_batch_loss
+   1 wire_mask        the batch's `excluded` pairs reach the loss | in_batch_loss
    2 wire_seed        other masks in another step and on another device, the same in the same
    3 wire_devices     of two devices each holds it, a shared encoder's too | utils/distributed.py
 together

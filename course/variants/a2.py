@@ -60,7 +60,10 @@ def in_chunks(ids, size):
 
 
 def add_gradient(batch, encoders, accelerator, cfg, step):
-    """Add the batch's gradient / gradient_scale to .grad; return (loss / gradient_scale, correct)."""
+    """
+    Add the batch's gradient / gradient_scale to .grad; return (loss / gradient_scale, correct). In a step all
+    devices drop the same units.
+    """
     questions = len(batch["question_chunks"])
     chunks = [("query_encoder", ids) for ids in batch["question_chunks"]]
     chunks += [("doc_encoder", ids) for ids in batch["passage_chunks"]]
@@ -78,7 +81,7 @@ def add_gradient(batch, encoders, accelerator, cfg, step):
         loss = loss / cfg.gradient_scale
         return loss, loss.detach(), correct
 
-    seed = (cfg.seed, step, accelerator.process_index)
+    seed = (cfg.seed, step)
     _, loss, correct = grad_cache_step(encode, chunks, loss_of, seed, accelerator.backward, cfg.grad_cache)
     sum_gradients(torch.nn.ModuleDict(encoders).parameters())
     return loss, correct
