@@ -102,7 +102,9 @@ class Browser:
             mobile=width < 600,
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        # why: a page that still scrolls smoothly moves away under a click
+        still = {"name": "prefers-reduced-motion", "value": "reduce"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme, still])
 
     def open(self, url, ready):
         """Load a page, and wait until the expression `ready` is true in it."""
@@ -128,8 +130,12 @@ class Browser:
         middle = "({x, y, width, height}) => [x + width / 2, y + height / 2]"
         middle = f"({middle})({find}.getBoundingClientRect())"
         # why: on a busy machine the page may still be laid out, and a click would hit a neighbour
+        drawn = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+        box, before = self.js(middle), None
+        while box != before:
+            self.js(drawn)
+            box, before = self.js(middle), box
         self.wait(f"{find}.contains(document.elementFromPoint(...{middle}))")
-        box = self.js(middle)
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
 
