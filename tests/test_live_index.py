@@ -206,23 +206,40 @@ def test_a_refresh_is_doc2embedding(world, monkeypatch):
     assert all(torch.equal(kept[name], tensor) for name, tensor in trained(world).state_dict().items())
 
 
-def test_vectors_of_another_encoder_are_refused(world, tmp_path):
-    """Other weights, one weight of a word that no passage has, the other tower; its own pass."""
+def test_vectors_of_another_encoder_are_refused(world):
+    """Other weights, the other tower, rows in another order, another dimension, NaN; its own pass."""
     index = make_index(world)
     encoder = load_encoder(world / "doc_encoder", "passage", dropout=0.5).train()
+    state = torch.get_rng_state()
     index.check(encoder)
-    assert encoder.training
+    assert torch.equal(torch.get_rng_state(), state) and encoder.training
     other = load_encoder(world / "query_encoder", "question")
     other.inputs["role"] = "passage"
     for wrong in (trained(world), other):
-        with pytest.raises(UserError, match="vectors: .* not those of doc_encoder.*repeat doc2"):
+        with pytest.raises(UserError, match="vectors: .* not those of doc_encoder .*cosine .*repeat doc2"):
             index.check(wrong)
     with pytest.raises(UserError, match="trained_vectors: these vectors are not those of doc_encoder"):
         make_index(world, embeddings=world / "trained_vectors")
+    index.refresh(10, trained(world))
+    index.check(trained(world))
+    rows_ND = rows_in(world / "vectors")
+    for rows, message in (
+        (rows_ND[::-1], "passage '1': cosine 0"),
+        (np.full_like(rows_ND, np.nan), "passage '1': cosine nan"),
+        (rows_ND[:, :16], "have 16 dimensions, doc_encoder 32"),
+    ):
+        index.shards = [rows]
+        with pytest.raises(UserError, match=message):
+            index.check(encoder)
+
+
+def test_an_edit_of_the_encoder_that_no_cosine_shows_is_refused(world, tmp_path):
+    """The manifest holds the hash of the weights that made the vectors."""
+    encoder = load_encoder(world / "doc_encoder", "passage")
     with torch.no_grad():
         encoder.model.embeddings.word_embeddings.weight[-1] += 1e-3
     save_encoder(encoder, tmp_path / "edited")
-    with pytest.raises(UserError, match="not those of doc_encoder, which has other weights"):
+    with pytest.raises(UserError, match="made by an encoder of other weights than .*edited; repeat doc2emb"):
         make_index(world, doc_encoder=tmp_path / "edited")
 
 

@@ -312,6 +312,9 @@ def test_rankings_of_other_questions_and_patterns_are_refused(world, tmp_path):
         assert examples[0]["rows"].tolist() == [0] and "fewer than the 9 asked for" in note
     with pytest.raises(UserError, match="passages for none of the questions"):
         read_ranking(path, tmp_path / "other.run", corpus, 9)
+    path.write_text(json.dumps(question | {"answers": [r"1,?490\s?(km|kilometers)"]}))
+    with pytest.raises(UserError, match="regular expression.*490"):
+        read_ranking(path, tmp_path / "q.run", corpus, 9)
     rows = [question | {"qid": qid, "answers": [r"1,?490\s?(km|kilometers)"]} for qid in ("q1", "q2")]
     write_lines(path, rows)
     with pytest.raises(UserError, match="490.*regular expressions.*a reader needs plain answers"):

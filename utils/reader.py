@@ -8,6 +8,7 @@ facebook/dpr-reader-*, with `encoder_inputs.json` next to the weights.
 B sequences · L tokens, padded to the longest of the batch · S tokens of one passage · W widths of a span
 """
 
+import re
 from collections import Counter
 from contextlib import nullcontext
 
@@ -30,6 +31,7 @@ DPR_READER = {"reader_tokens": 350, "token_types": "zeros"}
 # from: DPR dpr/data/reader_data.py:220-317: positives kept where no gold page is known; ten negatives for
 # each positive, within these bounds
 MAX_POSITIVES, NEGATIVES = 20, (50, 150)
+PATTERN = re.compile(r"\\[sdwb]|\.\*|\(\?:|\w\|\w|\[\^?\w-\w")  # what plain answers hardly ever hold
 BLOCK = 16  # questions that are answered together, so that passages of like length meet
 READS_ALL = False  # each passage by itself: one reading gives the answers from the first 1, 2, 3 ... of them
 
@@ -42,9 +44,17 @@ def read_ranking(path, run, corpus, depth, need=("answers",)):
     An example is {"qid", "question", "answers", "rows": those of its first `depth` passages in the corpus}.
     """
     examples = {}
+    patterns = []
     for question in read_questions(path, need=need, match="string"):
         example = {key: question[key] for key in ("qid", "question", "answers")}
         examples[question["qid"]] = example | {"rows": np.zeros(0, dtype=np.int64)}
+        patterns += [answer for answer in question["answers"][:1] if PATTERN.search(answer)]
+    # why fewer than read_questions lets pass: a pattern is a wrong lesson here, not only a missed hit
+    if 20 * len(patterns) > len(examples):
+        raise UserError(
+            f"{path}: {len(patterns)} of {len(examples)} questions have a regular expression as answer, such "
+            f"as {patterns[0]!r} (CuratedTREC?); a reader learns, and is scored on, plain answers only"
+        )
 
     # the passages of each question, best first
     for qid, hits in iter_run(run):
