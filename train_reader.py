@@ -115,8 +115,7 @@ def logits_of(questions, reader, autocast, cfg):
     rows.sort(key=lambda row: len(row[2]))
 
     # read them, and put the logits where they belong. trap: all activations stay until the softmaxes
-    for k in range(0, len(rows), cfg.passage_chunk):
-        chunk = rows[k : k + cfg.passage_chunk]
+    for chunk in cut(rows, cfg.passage_chunk):
         places_n, places_m, ids = zip(*chunk, strict=True)
         with autocast():
             start_bL, end_bL, relevance_b = reader(**collate(reader, ids))

@@ -53,10 +53,7 @@ if wants start; then
     [ $START != data/models/tinybert-4l ] || stage $START python recipes/demo/prepare.py
     stage $DATA/source.tsv write $DATA/source.tsv blank_titles $FROM
     stage $DATA/corpus.tsv python recipes/claim_data.py $FROM $DATA/source.tsv $DATA $QUESTIONS $PASSAGES
-    for name in train test; do
-        stage $DATA/bm25_$name.run python -m utils.bm25 --questions $DATA/$name.jsonl $CORPUS \
-            --out $DATA/bm25_$name.run --index $RUN/bm25
-    done
+    for name in train test; do bm25 $DATA $name $DATA/$name.jsonl; done
     train d0 $START $DATA/train.jsonl 0 --epochs $START_EPOCHS
 fi
 

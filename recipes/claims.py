@@ -16,7 +16,6 @@ bootstrap over the questions. It does not say what another seed would change; th
 import json
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import yaml
@@ -47,7 +46,7 @@ def store(corpus, questions, out, named):
     refuse_input(out, corpus, questions)
     questions = read_questions(questions, match="string")
     corpus = Corpus(corpus)
-    stored = read_json(out) if Path(out).is_file() else {}
+    stored = read_json(out, {})
     for item in named:
         name, sign, path = item.partition("=")
         if not sign:

@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.data import Corpus, read_questions, read_run  # noqa: E402
 from utils.metrics import KS, answer_scores, bootstrap_interval, ranks_of_question  # noqa: E402
-from utils.metrics import first_rank as first_rank  # noqa: E402  (the other recipes take it from here)
 from utils.plumbing.config import UserError, friendly_errors  # noqa: E402
 from utils.plumbing.files import read_json  # noqa: E402
 from utils.text import report_regex_failures  # noqa: E402

@@ -12,6 +12,7 @@ false negative, and is counted apart.
 
 import re
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,24 @@ def is_copy(text, other):
     return len(mine & theirs) > 0.2 * min(len(mine), len(theirs))
 
 
+# answer: 1.0 where the passage holds an answer. copied: it does, and is a copy of a labelled passage
+Negative = namedtuple("Negative", "qid pid answer copied")
+
+
+def judge(negatives, questions, corpus):
+    """Return a Negative for each one of negatives_of()."""
+    judged = []
+    for qid, pids in negatives.items():
+        question = questions[qid]
+        labelled = [corpus.passage(pid).text for pid in question["positives"]]
+        for pid in pids:
+            text = corpus.passage(pid).text
+            answer = has_answer(text, question["answers"])
+            copied = answer and any(is_copy(text, other) for other in labelled)
+            judged.append(Negative(qid, pid, float(answer), copied))
+    return judged
+
+
 def shares(files, questions, corpus):
     """
     Return {name: [a number a negative]}: 1 where it holds an answer.
@@ -55,38 +74,32 @@ def shares(files, questions, corpus):
     mined": a number a question, the difference of its two shares. ", no copy": 1 where it holds an answer and
     is no copy of a labelled passage. "thrown of ...": 1 where "gated" lacks a negative of "mined".
     """
-    answers = {question["qid"]: question["answers"] for question in questions}
-    labelled = {question["qid"]: question["positives"] for question in questions}
+    questions = {question["qid"]: question for question in questions}
+    judged = {name: judge(negatives, questions, corpus) for name, negatives in files.items()}
+    values = {name: [row.answer for row in rows] for name, rows in judged.items()}
 
-    def held(qid, pids):
-        return [float(has_answer(corpus.passage(pid).text, answers[qid])) for pid in pids]
-
-    values = {}
-    for name, negatives in files.items():
-        values[name] = [number for qid, pids in negatives.items() for number in held(qid, pids)]
-    mined, gated = files["mined"], files["gated"]
-    pairs = [(held(qid, gated[qid]), held(qid, mined[qid])) for qid in mined]
-    values["gated - mined"] = [np.mean(after) - np.mean(before) for after, before in pairs]
+    # the change of each question's share
+    by_question = {"mined": {}, "gated": {}}
+    for name, answers in by_question.items():
+        for row in judged[name]:
+            answers.setdefault(row.qid, []).append(row.answer)
+    after = by_question["gated"]
+    values["gated - mined"] = [np.mean(after[q]) - np.mean(was) for q, was in by_question["mined"].items()]
 
     # without the copies
-    def false_of(negatives):
-        numbers = []
-        for qid, pids in negatives.items():
-            texts = [corpus.passage(pid).text for pid in labelled[qid]]
-            for pid, number in zip(pids, held(qid, pids), strict=True):
-                copied = any(is_copy(corpus.passage(pid).text, text) for text in texts)
-                numbers.append(number * (not copied))
-        return numbers
-
-    before = values["mined, no copy"] = false_of(mined)
-    values["gated, no copy"] = false_of(gated)
+    for name in by_question:
+        values[f"{name}, no copy"] = [row.answer * (not row.copied) for row in judged[name]]
 
     # what the gate throws out: of the false negatives that are no copies, and of those without an answer
-    gone = [pid not in gated[qid] for qid, pids in mined.items() for pid in pids]
-    rows = list(zip(gone, values["mined"], before, strict=True))
-    values["thrown out"] = [answer for thrown, answer, _ in rows if thrown]
-    values["thrown of false, no copy"] = [float(thrown) for thrown, _, false in rows if false]
-    values["thrown of others"] = [float(thrown) for thrown, answer, _ in rows if not answer]
+    values |= {"thrown out": [], "thrown of false, no copy": [], "thrown of others": []}
+    for row in judged["mined"]:
+        thrown = float(row.pid not in files["gated"][row.qid])
+        if thrown:
+            values["thrown out"].append(row.answer)
+        if not row.answer:
+            values["thrown of others"].append(thrown)
+        elif not row.copied:
+            values["thrown of false, no copy"].append(thrown)
     return {name: numbers for name, numbers in values.items() if numbers}
 
 

@@ -16,10 +16,9 @@ from statistics import mean, pstdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recipes.compare import first_rank  # noqa: E402
 from test_dpr import hybrid  # noqa: E402
 from utils.data import Corpus, read_questions, read_run  # noqa: E402
-from utils.metrics import gold_ids, mrr  # noqa: E402
+from utils.metrics import first_rank, gold_ids, mrr  # noqa: E402
 from utils.plumbing.config import UserError, friendly_errors  # noqa: E402
 from utils.text import has_answer  # noqa: E402
 

@@ -22,11 +22,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recipes.compare import first_rank  # noqa: E402
 from recipes.page_vectors import pictures_of  # noqa: E402
 from recipes.plot import points, read_rows  # noqa: E402
 from utils.data import Corpus, iter_jsonl, iter_run, passage_key, passage_of, read_questions  # noqa: E402
-from utils.metrics import gold_ids  # noqa: E402
+from utils.metrics import first_rank, gold_ids  # noqa: E402
 from utils.plumbing.config import ROOT, UserError, friendly_errors, need_out, read_yaml  # noqa: E402
 from utils.plumbing.files import atomic_file, read_json  # noqa: E402
 from utils.text import exact_match, has_answer  # noqa: E402
@@ -293,7 +292,7 @@ def content_of(run, data, regex, megabytes):
     for row in rows:
         if row["answers"]:
             path = run / row["answers"]
-            said.append(read_json(path) if path.is_file() else {})
+            said.append(read_json(path, {}))
             content["readers"].append([row["name"], bool(said[-1])])
 
     # questions until the page is full

@@ -9,8 +9,7 @@ Q questions · N points of a picture · D dimensions · E encoders
 
 import numpy as np
 
-from recipes.compare import first_rank
-from utils.metrics import gold_ids
+from utils.metrics import first_rank, gold_ids
 from utils.plumbing.files import read_json
 
 PICTURES, NEIGHBOURS = 24, 8  # questions with a picture; passages of each ranking in it

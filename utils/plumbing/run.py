@@ -143,13 +143,14 @@ class Run:
         named = list(torch.nn.ModuleDict(models).named_parameters())
         # trap: clipping sums in this order; the optimizer's own order changes the norm's last bit
         self.weights = [parameter for _, parameter in named]
-        optimizer = make_optimizer(named, self.cfg)
         if scales:
             groups = []
             for name, model in models.items():
                 for group in make_optimizer(model.named_parameters(), self.cfg).param_groups:
                     groups.append(group | {"scale": scales[name]})
             optimizer = torch.optim.AdamW(groups)
+        else:
+            optimizer = make_optimizer(named, self.cfg)
         if self.checkpoint:
             load_moments(self.checkpoint, optimizer)
         # for fp16's loss scaler; the trainers sum gradients themselves
