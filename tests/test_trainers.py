@@ -411,11 +411,18 @@ def test_the_model_card_of_a_hubs_weights_without_dev(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 7, "loss": 0.5}\n')
     for start, licence in (("bert-base-uncased", "apache-2.0"), ("Luyu/co-condenser-wiki", "unknown")):
         config = {"init": start, "train": "a/train.jsonl", "corpus": "", "dev": "", "batch_size": 8}
+        config["keep"] = "last"
         (tmp_path / "config.yaml").write_text("# command: x\n" + yaml.safe_dump(config))
         card = model_card("query_encoder", tmp_path, tmp_path)
         front = yaml.safe_load(card.split("---\n")[1])
         assert (front["base_model"], front["license"]) == (start, licence)
         assert "this run had no dev questions" in card and "{" not in card
+
+    # dev numbers stand there; that they chose the step is said only where they did
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7, "mrr": 0.5}\n')
+    for keep, words in (("last", "dev.jsonl:"), ("best", "dev.jsonl, by which this step was chosen:")):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config | {"dev": "a/dev.jsonl", "keep": keep}))
+        assert f"\n{words}\n- mrr: 0.5\n" in model_card("query_encoder", tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,8 @@ def model_card(name, checkpoint, run_dir):
         row = json.loads(line)
         if row.pop("step") == step and "loss" not in row:
             numbers = [f"- {key}: {value}" for key, value in row.items()]
-    dev = [f"{Path(config['dev']).name}, by which this step was chosen:", *numbers]
+    chosen = ", by which this step was chosen" if config["keep"] == "best" else ""
+    dev = [f"{Path(config['dev']).name}{chosen}:", *numbers]
     return CARD.format(
         library=library,
         task=task,
