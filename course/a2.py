@@ -33,7 +33,8 @@ train_dpr.py:add_gradient
    1 wire_shown       the loss that is returned is not, and has no graph | the docstring
    1 wire_mask        the batch's `excluded` pairs reach the loss | in_batch_loss
    2 wire_seed        other masks in another step and on another device, the same in the same
-   3 wire_devices     of two devices each holds it, a shared encoder's too | utils/distributed.py
+   2 wire_devices     of two devices each holds it, a shared encoder's too | utils/distributed.py
+   1 wire_cache       each chunk is read twice, without a graph first; once where grad_cache is false
 together
    5 four_steps       all your functions in one training: the losses and weights of 4 steps
 """)
@@ -330,6 +331,32 @@ def wire_devices(rng, add_gradient):
 
     found = two_devices(work)
     return {f"{name} encoder(s), device {rank}": found[rank][name] for rank in (0, 1) for name in found[rank]}
+
+
+def wire_cache(rng, add_gradient):
+    from unittest import mock
+
+    from toys import step_of
+
+    from utils.encoder import Encoder
+
+    forward = Encoder.forward
+    question_chunk, passage_chunk = rng.integers(1, 7, 2).tolist()
+    sizes = {"question_chunk": question_chunk, "passage_chunk": passage_chunk}
+    found = {}
+    for cached in (True, False):
+        rows = {True: [], False: []}
+
+        def counted(encoder, input_ids, rows=rows, **inputs):
+            vectors_bD = forward(encoder, input_ids, **inputs)
+            rows[vectors_bD.requires_grad].append(len(input_ids))
+            return vectors_bD
+
+        with mock.patch.object(Encoder, "forward", counted):
+            step_of(add_gradient, grad_cache=cached, **sizes)
+        found[f"rows read without a graph, grad_cache {cached}"] = sorted(rows[False])
+        found[f"rows read with a graph, grad_cache {cached}"] = sorted(rows[True])
+    return found
 
 
 # ---------------------------------------------------------------- together

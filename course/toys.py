@@ -111,10 +111,11 @@ def step_of(add_gradient, batch_of=None, step=0, rank=0, before=None, shared=Fal
     Return (loss, correct, the gradient of both encoders) of add_gradient in the toy world.
 
     batch_of: changes the batch. before: the gradient that is there already. shared: one encoder for both.
+    changes: of the settings; the cache is on where they do not say it.
     """
     from train_dpr import make_batch
 
-    cfg, questions, corpus, encoders = toy_training(grad_cache=True, **changes)
+    cfg, questions, corpus, encoders = toy_training(**{"grad_cache": True} | changes)
     if shared:
         encoders = dict.fromkeys(encoders, encoders["doc_encoder"])
     batch = make_batch(0, questions, corpus, encoders, cfg)
