@@ -3,9 +3,7 @@
 import collections
 import io
 import json
-import math
 import pickle
-import random
 import tracemalloc
 
 import numpy as np
@@ -14,7 +12,6 @@ import pytest
 from prepare import convert
 from tests.toy import tokenizer
 from utils.data import Corpus, read_questions, read_run, write_run
-from utils.metrics import one_question_at_a_time, retrieval_metrics
 from utils.plumbing.config import UserError
 from utils.plumbing.embeddings import open_embeddings
 
@@ -51,8 +48,6 @@ DPR = [
     },
     {"question": "no lists?", "answers": ["Cid"], "positive_ctxs": [ctx("p", passage_id="6")]},
 ]
-
-
 DEEP = "[" * 5000 + "]" * 5000  # deeper than Python's recursion limit
 PYSERINI = {  # as convert_trec_run_to_dpr_retrieval_run.py --store-raw writes it
     "q7": {
@@ -102,15 +97,11 @@ def test_dpr_json_ids(tmp_path):
         (json.dumps(DPR, indent=1)[:-40], "in.json: .*premature EOF; get the file again"),
         (json.dumps(DPR).replace('"T",', '"T"', 1), "in.json: after 0 good examples: .*I expect ',' or '}'"),
         (json.dumps(DPR) * 2, "after 4 good examples: parse error: trailing garbage"),
-        (json.dumps(DPR) + "\n" + json.dumps(DPR), "after 4 good examples: parse error: trailing garbage"),
-        (json.dumps(DPR) + " rubbish", "after 4 good examples: parse error: trailing garbage"),
-        (json.dumps(DPR).replace("]}, {", "]} {"), "after 1 good examples: .*I expect ',' or ']'"),
         (f"[{DEEP}]", "example 0 is not of this format"),
         (json.dumps([DPR[0] | {"answers": 5}]).replace("5", DEEP), "example 0: the answers must be a list"),
         (json.dumps([DPR[2] | {"question": 7}]).replace("7", DEEP), "question 0 is empty or not text"),
         (json.dumps([DPR[3] | {"positive_ctxs": [ctx(9)]}]).replace("9", DEEP), "question 0 has a passage"),
         ("x" + json.dumps(DPR), "does not start with"),
-        (json.dumps(PYSERINI), "is Pyserini's retrieval result; .* from_dpr_result"),
         (json.dumps(PYSERINI, indent=4), "is Pyserini's retrieval result; .* from_dpr_result"),
         (json.dumps([{"question": "x", "ctxs": []}]), "is a retrieval result .* from_dpr_result"),
         (json.dumps(DPR).replace('"Ann"', "NaN"), "in.json: .*invalid char in json text.*NaN"),
@@ -171,7 +162,7 @@ def test_code_in_a_qa_cell_is_refused(tmp_path, monkeypatch, cell):
 
 
 def test_msmarco(tmp_path, capsys):
-    """Queries with judgements in TREC's four columns or RocketQA's two; or without, and then unlabelled."""
+    """Queries with judgements; or without, and then unlabelled."""
     queries = save(tmp_path / "queries.tsv", '10\twhat is "x\n11\tunjudged\n12\tirrelevant\n')
     qrels = save(tmp_path / "qrels.tsv", "10\t0\t7\t1\n10\t0\t9\t1\n10\t0\t7\t1\n12\t0\t5\t0\n99\t0\t1\t1\n")
     found = run("msmarco", queries, qrels, tmp_path / "out.jsonl")
@@ -179,15 +170,11 @@ def test_msmarco(tmp_path, capsys):
     assert found[0]["positives"] == ["7", "9"]
     printed = capsys.readouterr().out
     assert "2 dropped, not judged" in printed and "1 judged but not among the questions" in printed
-    two = save(tmp_path / "two.tsv", "10\t7\n11\t3\n")
-    assert [q["positives"] for q in run("msmarco", queries, two, tmp_path / "out.jsonl")] == [["7"], ["3"]]
     unlabelled = run("msmarco", queries, tmp_path / "out.jsonl")
     assert [q["qid"] for q in unlabelled] == ["10", "11", "12"] and unlabelled[0]["positives"] == []
     save(tmp_path / "queries.tsv", "10\tx\n10\ty\n")
     with pytest.raises(UserError, match="'10' is there twice"):
         run("msmarco", queries, tmp_path / "out.jsonl")
-    with pytest.raises(UserError, match="qrels.tsv:1:"):
-        run("msmarco", queries, save(tmp_path / "qrels.tsv", "10 a b c d\n"), tmp_path / "out.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -207,7 +194,7 @@ def test_msmarco(tmp_path, capsys):
     ],
 )
 def test_qrels(tmp_path, lines, positives, grades):
-    """Tabs or spaces, headers, blank lines, grades of every kind; a refusal names the line."""
+    """TREC's four columns or RocketQA's two, tabs or spaces, headers, grades; a refusal names the line."""
     queries = save(tmp_path / "queries.tsv", "qid\tquery\nq1\twho?\n\n")
     argv = ("msmarco", queries, save(tmp_path / "qrels", lines), tmp_path / "out.jsonl")
     if positives is None:
@@ -216,33 +203,6 @@ def test_qrels(tmp_path, lines, positives, grades):
         return
     (question,) = run(*argv)
     assert question["positives"] == positives and question.get("grades") == grades
-
-
-def test_graded_qrels_give_the_ndcg_of_the_formula(tmp_path):
-    """Qrels in, nDCG@10 out: the sum over ranks of grade / log2(rank + 1), over that of the best order."""
-    rng = random.Random(0)
-    pids = [f"d{i}" for i in range(30)]
-    save(tmp_path / "c.tsv", "".join(f"{pid}\ttext\ttitle\n" for pid in pids))
-    grade_of = {
-        f"q{q}": {pid: rng.choice([-1, 0, 0, 1, 2, 3]) for pid in rng.sample(pids, 12)} for q in range(9)
-    }
-    ranked = {qid: rng.sample(pids, 20) for qid in grade_of}
-    rows = [f"{qid} 0 {pid} {grade}\n" for qid, grades in grade_of.items() for pid, grade in grades.items()]
-    qrels = save(tmp_path / "qrels", "".join(rows))
-    queries = save(tmp_path / "q.tsv", "".join(f"{qid}\twho?\n" for qid in grade_of))
-    found = run("msmarco", queries, qrels, tmp_path / "out.jsonl")
-
-    values = []
-    for qid, grades in grade_of.items():
-        gain = best = 0.0
-        for rank, pid in enumerate(ranked[qid][:10], 1):
-            gain += max(grades.get(pid, 0), 0) / math.log2(rank + 1)
-        for rank, grade in enumerate(sorted(grades.values(), reverse=True)[:10], 1):
-            best += max(grade, 0) / math.log2(rank + 1)
-        values.append(gain / best)
-    hits = iter([(qid, [(pid, -float(i)) for i, pid in enumerate(pids)]) for qid, pids in ranked.items()])
-    metrics = retrieval_metrics(one_question_at_a_time(found, hits), Corpus(tmp_path / "c.tsv"), (10, 20))
-    assert metrics["nDCG@10"]["value"] == pytest.approx(sum(values) / 9, abs=1e-12)
 
 
 def test_rocketqa(tmp_path):
@@ -309,8 +269,6 @@ def test_tevatron(tmp_path):
     row = {"query_id": 5, "query": "who?", "positive_passages": [ctx("gold", docid=0)]}
     row["negative_passages"] = [ctx("hard", docid="9")]
     source = save(tmp_path / "t.jsonl", json.dumps(row) + "\n" + '{"query_id": "6", "query": "what?"}\n')
-    with pytest.raises(UserError, match="prepare.convert tevatron "):
-        read_questions(source)
     found = run("tevatron", source, tmp_path / "o.jsonl")
     assert [(q["qid"], q["positives"]) for q in found] == [("5", [ctx("gold")]), ("6", [])]
     found = run("tevatron", "--ids", source, tmp_path / "o.jsonl")
@@ -380,7 +338,6 @@ def test_trec(tmp_path, ranking):
     """TREC's six columns; an id with a space would shift them."""
     convert.main(["trec", ranking[0], str(tmp_path / "a.trec")])
     assert (tmp_path / "a.trec").read_text() == "q1 Q0 2 1 2.5 run\nq1 Q0 1 2 1.0 run\n"
-    save(tmp_path / "b.run", "a b\t2\t1\t2.5\n")
     # trec_eval reads 32 bits and reorders equal scores: they fall strictly, also through zero and in 32 bits
     ranked = [3.0, 3.0, 1 + 1e-12, 1.0, 0.5, 0.0, 0.0, -7.5, -7.5]
     write_run(tmp_path / "t.run", [("q", [(f"p{i}", score) for i, score in enumerate(ranked)])])
@@ -559,12 +516,11 @@ def npy(array):
     return file.getvalue()
 
 
-def test_no_words_and_help_show_the_formats(capsys):
-    for argv in ([], ["--help"]):
-        with pytest.raises(SystemExit) as stopped:
-            convert.main(argv)
-        assert stopped.value.code == 0
-        assert set(convert.FORMATS) <= set(capsys.readouterr().out.split())
+def test_no_words_show_the_formats(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        convert.main([])
+    assert stopped.value.code == 0
+    assert set(convert.FORMATS) <= set(capsys.readouterr().out.split())
 
 
 def test_command_line(tmp_path, monkeypatch):
@@ -575,14 +531,12 @@ def test_command_line(tmp_path, monkeypatch):
         (["nq_open", "a", "b", "c"], "nq_open takes 1 input"),
         (["nq_open", "a"], "takes 1 input"),
         (["beir", "a"], "takes 1 or 2 input"),
-        (["dpr_result", "a", "b"], "takes 3 input"),
         (["nq_open", "there", "./there"], "there is an input too"),
         (["nq_open", "a", "."], "OUT: . is a folder; name a file"),
         (["nq_open", "a", "b", "--ids"], "--ids belongs to dpr_json, ance_tele, tevatron"),
         (["vectors", "a", "b"], "takes 2 or more"),
         (["from_dpr_result", "a/corpus.jsonl", "a"], "would be overwritten"),
         (["dpr_json", "missing.json", "b"], "missing.json: no such file"),
-        (["from_dpr_result", "missing.json", "b"], "missing.json: no such file"),
     ]:
         with pytest.raises(UserError, match=words):
             convert.main(argv)
