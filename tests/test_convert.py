@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from prepare import convert
-from tests.toy import tokenizer
+from tests.toy import tokenizer, write_lines
 from utils.data import Corpus, read_questions, read_run, write_run
 from utils.plumbing.config import UserError
 from utils.plumbing.embeddings import open_embeddings
@@ -367,10 +367,8 @@ def test_dpr_result(tmp_path, ranking):
     assert read_run(tmp_path / "back" / "result.run") == {questions[0]["qid"]: [("2", 2.5), ("1", 1.0)]}
     assert list(Corpus(tmp_path / "back" / "corpus.jsonl")) == [("2", "U", "b"), ("1", "T", 'say "x"')]
     # answers that are patterns would be looked for letter by letter
-    patterns = tmp_path / "patterns.jsonl"
-    patterns.write_text(
-        "".join(f'{{"qid": "{i}", "question": "?", "answers": ["19\\\\d\\\\d"]}}\n' for i in "123")
-    )
+    rows = [{"qid": qid, "question": "?", "answers": [r"19\d\d"]} for qid in "123"]
+    patterns = write_lines(tmp_path / "patterns.jsonl", rows)
     with pytest.raises(UserError, match="which are regular expressions"):
         convert.main(["dpr_result", ranking[0], str(patterns), ranking[2], str(out)])
     # a run and a question file that do not belong together
