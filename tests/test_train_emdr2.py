@@ -76,9 +76,9 @@ def warm_reader(path, out):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """
-    Thirty-six passages, three in a row about each city, one of which tells the colour of a thing; twelve
-    questions for these colours. t5: it reads; query_encoder, doc_encoder: the right passage is among the
-    first, seldom first; embeddings: theirs; random_*: encoders that know nothing.
+    Three passages about each of twelve cities, one of them tells a colour, and a question asks for it.
+
+    t5 reads. query_encoder, doc_encoder: the right passage is among the first, seldom first. random_*: not.
     """
     folder = make_world(tmp_path_factory.mktemp("world"))
     rows, questions = [], []
@@ -272,10 +272,7 @@ def flat(gradients):
 
 
 def text_book(cfg, example, corpus, models):
-    """
-    One question as a text book would have it, every passage without padding, probabilities and no logarithms:
-    T5's loss (a sum over tokens) and prior_K with a graph, p_KT of the answer's tokens by each passage alone.
-    """
+    """(T5's loss summed over tokens, prior_K, p_KT by each passage alone), without padding and logarithms."""
     fid, query, doc = models["reader"], models["query_encoder"], models["doc_encoder"]
     passages = [corpus[row] for row in example["rows"]]
     labels_1T = tokenize_answers(fid, [example["answer"]])
@@ -302,10 +299,7 @@ def text_book(cfg, example, corpus, models):
     ids=["one chunk", "chunks", "sequence", "kl"],
 )
 def test_the_gradient_is_that_of_the_text_book(world, changes):
-    """
-    Chunks of any size, answers of two to six tokens: losses and gradients of all three models. What is logged
-    is what it says: entropy, agreement of the first passage, share of passages with an answer.
-    """
+    """Chunks of any size, answers of two to six tokens: the gradients of three models, and what is logged."""
     got, shown, (cfg, examples, corpus, models) = one_step(world, dropout=0.0, **changes)
     for model in models.values():
         model.zero_grad()
@@ -337,10 +331,7 @@ def test_the_gradient_is_that_of_the_text_book(world, changes):
 
 
 def test_nobody_learns_from_the_others_loss(world):
-    """
-    With dropout on: T5's gradient is the same to the last bit without the retriever's loss, and then the
-    encoders' are None; with it every weight of both encoders has one.
-    """
+    """With dropout on, T5's gradient is the same to the last bit with and without the retriever's loss."""
     alone, shown, _ = one_step(world, retriever_loss="none", dropout=0.1)
     assert set(shown) == {"loss", "has"}
     assert all(g is None for name in TOWERS for g in alone[name])
@@ -391,11 +382,7 @@ def test_activations_are_those_of_one_chunk_and_of_one_loss(world):
 
 # ---------------------------------------------------------------- the command, as its user meets it
 def test_reader_and_retriever_learn_from_each_other(world, tmp_path):
-    """
-    From questions and answers alone: EM and hit@1 both rise by 0.2 or more, to 0.75 or more; both losses
-    fall, more of the passages read hold an answer; the learning rate ends at its floor. Every curve is there
-    at every step, and the index is 0 to 9 steps old.
-    """
+    """From questions and answers alone EM and hit@1 both rise by 0.2 or more, to 0.75 or more."""
     changes = {"dropout": 0.0, "learning_rate": 5e-4, "retriever_lr_scale": 2, "epochs": 40}
     cfg, train, corpus, models, index = parts(world, **changes)
     before = evaluate(train, corpus, index, models, ACCELERATOR, cfg)
@@ -430,15 +417,12 @@ def test_plain_fid_leaves_the_retriever_alone(world, tmp_path):
 
 
 def test_the_question_encoder_learns_alone(world, tmp_path):
-    """
-    train_doc_encoder false: the passage encoder ends as it began, also after a resume, and the trained
-    question encoder is still the partner of the first vectors. `keep last`: the end counts, not the best EM.
-    """
+    """Also after a resume the passage encoder is as it began: the first vectors still serve its partner."""
     frozen = {"train_doc_encoder": False, "refresh": "none", "keep": "last", "dropout": 0.1, "eval_every": 2}
     main("train_emdr2.py", keys(world, tmp_path / "run", stop_after=2, **frozen))
     main("train_emdr2.py", keys(world, tmp_path / "run", stop_after=6, resume="changed", **frozen))
     final = read_json(tmp_path / "run" / "metrics.json")
-    assert final["step"] == final["best_step"] == 6
+    assert final["step"] == final["best_step"] == 6  # `keep last`: the end counts, not the best EM
     assert len({row["em"] for row in rows_of(tmp_path / "run") if "em" in row}) > 1  # a choice could differ
     for name, role in TOWERS.items():
         start, end = (load_encoder(path / name, role).state_dict() for path in (world, tmp_path / "run"))
@@ -451,10 +435,7 @@ def test_the_question_encoder_learns_alone(world, tmp_path):
 
 
 def test_training_takes_vectors_from_a_live_worker(world, tmp_path, python):
-    """
-    recipes/emdr2_worker.sh encodes next to the run; its vectors come into use, never newer than the step, and
-    the index grows younger. Stopped by SIGTERM the run resumes with those vectors; the worker ends with it.
-    """
+    """They are never newer than the step; a run that SIGTERM stopped resumes with them; the worker ends."""
     folder = tmp_path / "run"
     changes = {"refresh": "async", "dev": "", "epochs": 1500, "refresh_every": 20, "log_every": 20}
     argv = keys(world, folder, learning_rate=1e-6, save_every=1000, **changes)
