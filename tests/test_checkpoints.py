@@ -69,6 +69,11 @@ def write_cp(path, *models, without=None, **settings):
     torch.save({"model_dict": weights, "optimizer_dict": {}, "encoder_params": settings}, path)
 
 
+def refused(cp, fault, role="passage", **options):
+    with pytest.raises(UserError, match=fault):
+        from_cp(cp, cp.with_name("out"), role, **options)
+
+
 def same(a, b):
     """Whether two models have the same weights under the same names."""
     a, b = a.state_dict(), b.state_dict()
@@ -147,10 +152,7 @@ def test_the_heads_of_a_cp_are_never_guessed(tmp_path, words):
         from_cp(cp, tmp_path / "out", "passage", **options)
         return json.loads((tmp_path / "out" / "config.json").read_text())
 
-    with pytest.raises(UserError, match=r"how many attention heads .*64 dimensions; add --heads N"):
-        config()
-    with pytest.raises(UserError, match="3 attention heads or config.json do not fit its 64 dimensions"):
-        config(heads=3)
+    refused(cp, "3 attention heads or config.json do not fit its 64 dimensions", heads=3)
     named.write_text('{"num_attention_heads": 8}')
     assert config()["num_attention_heads"] == 8
     bert_config = BertConfig(num_attention_heads=4, hidden_size=64, layer_norm_eps=1e-5)
@@ -161,8 +163,7 @@ def test_the_heads_of_a_cp_are_never_guessed(tmp_path, words):
     assert config(heads=2)["num_attention_heads"] == 2
     load_encoder(tmp_path / "out", "passage")
     here.write_text('{"num_attention_heads": 4, "hidden_size": 128}')
-    with pytest.raises(UserError, match="4 attention heads or config.json do not fit its 64 dimensions"):
-        config()
+    refused(cp, "4 attention heads or config.json do not fit its 64 dimensions")
     here.unlink()
     base = {"hidden_size": 768, "num_hidden_layers": 1, "num_attention_heads": 12}
     write_cp(cp, official("passage", words, **base))
@@ -174,26 +175,21 @@ def test_a_damaged_cp_is_named(tmp_path, monkeypatch, words):
     cp, lone = tmp_path / "dpr.cp", tmp_path / "alone" / "lone.cp"
     lone.parent.mkdir()
     model, reader = official("passage", words), official("reader", words)
-
-    def refused(fault, path=cp, role="passage"):
-        with pytest.raises(UserError, match=f"{path.name}: {fault}"):
-            from_cp(path, tmp_path / "out", role, heads=2)
-
     write_cp(cp, model, without="ctx_model.encoder.layer.1.output.dense.weight")
-    refused("1 weights are missing, such as .*layer.1.output.dense.weight")
-    refused("no weights under encoder.embeddings.*: not a reader checkpoint", role="reader")
+    refused(cp, "dpr.cp: 1 weights are missing, such as .*layer.1.output.dense.weight", heads=2)
+    refused(cp, "dpr.cp: no weights under encoder.embeddings.*: not a reader checkpoint", "reader")
     write_cp(cp, reader, without="qa_classifier.bias")
-    refused("1 weights are missing, such as .*qa_classifier.bias", role="reader")
-    refused("no weights under ctx_model.embeddings.*: not a bi-encoder checkpoint")
+    refused(cp, "dpr.cp: 1 weights are missing, such as .*qa_classifier.bias", "reader", heads=2)
+    refused(cp, "dpr.cp: no weights under ctx_model.embeddings.*: not a bi-encoder checkpoint")
     model.ctx_encoder.bert_model.encoder.layer[1].output.dense.weight = torch.nn.Parameter(torch.zeros(1))
     write_cp(cp, model)
-    refused("its weights are damaged .get it again")
+    refused(cp, "dpr.cp: its weights are damaged .get it again", heads=2)
     cp.write_bytes(cp.read_bytes()[:5000])
-    refused("not a DPR checkpoint, or truncated")
-    refused("no such file", tmp_path / "nowhere.cp")
+    refused(cp, "dpr.cp: not a DPR checkpoint, or truncated")
+    refused(tmp_path / "nowhere.cp", "nowhere.cp: no such file")
     write_cp(lone, reader, pretrained_model_cfg="of/no/network")
-    refused(r"its tokenizer cannot be loaded \(tokenizer.json is looked", lone, "reader")
-    assert not (tmp_path / "out").exists()
+    refused(lone, r"lone.cp: its tokenizer cannot be loaded \(tokenizer.json is looked", "reader", heads=2)
+    assert not (tmp_path / "out").exists() and not (lone.parent / "out").exists()
     with pytest.raises(UserError, match="first: python -m prepare.checkpoints from_cp"):
         load_encoder(cp, "passage")
 
@@ -218,7 +214,7 @@ class Node:
 @pytest.mark.parametrize(("place", "role"), [("beside", "passage"), ("named", "reader"), ("flag", "passage")])
 def test_twelve_heads_of_26_dimensions(tmp_path, words, place, role):
     """TinyBERT's 312 dimensions: a BertModel of its own config gives the same states, wherever that lies."""
-    start, out = tmp_path / "start", tmp_path / "out"
+    cp, start, out = tmp_path / "dpr.cp", tmp_path / "start", tmp_path / "out"
     torch.manual_seed(3)
     config = bert(len(words)).config
     config.update({"hidden_size": 312, "num_attention_heads": 12, "max_position_embeddings": 64})
@@ -233,13 +229,11 @@ def test_twelve_heads_of_26_dimensions(tmp_path, words, place, role):
     encoder = {"sequence_length": 9, "encoder_model_type": "hf_bert"}
     encoder["pretrained_model_cfg"] = str(start) if place == "named" else "someone/unknown"
     params = {"do_lower_case": True, "encoder": Node(encoder)}
-    torch.save({"model_dict": weights, "encoder_params": params}, tmp_path / "dpr.cp")
+    torch.save({"model_dict": weights, "encoder_params": params}, cp)
     if place == "flag":
-        with pytest.raises(UserError, match="312 dimensions; add --heads N, or --config .*someone/unknown"):
-            from_cp(tmp_path / "dpr.cp", out, role)
-        with pytest.raises(UserError, match="--config no/such/folder: no such folder"):
-            from_cp(tmp_path / "dpr.cp", out, role, config="no/such/folder")
-    from_cp(tmp_path / "dpr.cp", out, role, config=str(start) if place == "flag" else "")
+        refused(cp, "how many .* 312 dimensions; add --heads N, or --config .*someone/unknown")
+        refused(cp, "--config no/such/folder: no such folder", config="no/such/folder")
+    from_cp(cp, out, role, config=str(start) if place == "flag" else "")
 
     text = "The Tower of London is red and it was named first"
     ids = words(text, truncation=True, max_length=9, return_tensors="pt").input_ids
@@ -273,11 +267,6 @@ def test_what_is_no_bert_of_dprs(tmp_path, words):
     """A weight without a place, a config of RoBERTa, an encoder of pytext: vectors would be others."""
     cp = tmp_path / "dpr.cp"
     model = official("passage", words)
-
-    def refused(fault, **options):
-        with pytest.raises(UserError, match=fault):
-            from_cp(cp, tmp_path / "out", "passage", **options)
-
     for key, fault in (
         ("ctx_model.embeddings.task_type.weight", "a BERT has no place for .*task_type.weight"),
         ("embeddingHead.weight", "DPR knows no weight embeddingHead.weight"),
@@ -286,12 +275,12 @@ def test_what_is_no_bert_of_dprs(tmp_path, words):
         saved = torch.load(cp)
         saved["model_dict"][key] = torch.zeros(1)
         torch.save(saved, cp)
-        refused(fault, heads=2)
+        refused(cp, fault, heads=2)
     write_cp(cp, model)
     (tmp_path / "config.json").write_text('{"model_type": "roberta", "num_attention_heads": 2}')
-    refused("is a roberta, and DPR's models are BERTs; add --heads N")
+    refused(cp, "is a roberta, and DPR's models are BERTs; add --heads N")
     torch.save({"model_dict": {}, "encoder_params": {"encoder_model_type": "pytext_bert"}}, cp)
-    refused("not a bi-encoder checkpoint; its encoder is pytext_bert, and only hf_bert can be read")
+    refused(cp, "not a bi-encoder checkpoint; its encoder is pytext_bert, and only hf_bert can be read")
 
 
 def both_towers(folder, words, **inputs):
