@@ -10,7 +10,8 @@ from recipes import claim_data, claims, random_negatives
 from recipes.demo import inverse_cloze
 from tests import test_train_dpr
 from tests.processes import main
-from tests.toy import make_world
+from tests.test_rerank import save_cross
+from tests.toy import make_world, tokenizer
 from utils.bm25 import build_bm25
 from utils.data import Corpus
 from utils.plumbing.config import ROOT, UserError
@@ -35,9 +36,6 @@ def hold(path):
 
 
 def rerank(world, out):
-    from tests.test_rerank import save_cross
-    from tests.toy import tokenizer
-
     if not (world / "cross_encoder").exists():
         save_cross(world / "cross_encoder", tokenizer(world))
     (world / "test.run").write_text("q50\t51\t1\t2.0\n")
@@ -91,27 +89,21 @@ def test_what_a_killed_write_left_goes_with_the_next_one(tmp_path):
     assert not half.exists() and sorted(path.name for path in tmp_path.glob("*.index")) == ["c.tsv.index"]
 
 
-OUTPUTS = {  # of a small program, the arguments that name its output as an input
-    "inverse_cloze": ("corpus.tsv", "corpus.tsv"),
-    "random_negatives": ("corpus.tsv", "dpr", "train.jsonl", "train.jsonl"),
-    "claim_data": (".", "corpus.tsv", ".", 8, 40),
-    "claims": ("corpus.tsv", "test.jsonl", "test.jsonl", ["x=test.run"]),
-}
-
-
-@pytest.mark.parametrize("name", OUTPUTS)
-def test_no_program_writes_over_what_it_reads(name, tmp_path, monkeypatch):
-    program = {
-        "inverse_cloze": inverse_cloze.main,
-        "random_negatives": random_negatives.main,
-        "claim_data": claim_data.main,
-        "claims": claims.store,
-    }[name]
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        (inverse_cloze.main, ("corpus.tsv", "corpus.tsv")),
+        (random_negatives.main, ("corpus.tsv", "dpr", "train.jsonl", "train.jsonl")),
+        (claim_data.main, (".", "corpus.tsv", ".", 8, 40)),
+        (claims.store, ("corpus.tsv", "test.jsonl", "test.jsonl", ["x=test.run"])),
+    ],
+)
+def test_no_program_writes_over_what_it_reads(program, arguments, tmp_path, monkeypatch):
     folder = make_world(tmp_path / "world")
     monkeypatch.chdir(folder)
     before = {path: path.read_bytes() for path in folder.glob("*.*") if path.is_file()}
     with pytest.raises(UserError, match="is an input too; name another file"):
-        program(*OUTPUTS[name])
+        program(*arguments)
     assert {path: path.read_bytes() for path in before} == before
 
 

@@ -137,10 +137,7 @@ def test_the_file(make, tmp_path, capsys):
 
 
 def test_samples_and_processes(make, monkeypatch):
-    """
-    `passages` of them in corpus order, the same for a seed; their lines are those of the whole file. The file
-    is the same for any number of processes and any blocks.
-    """
+    """A sample is a part of the whole file, in its order; processes and blocks change nothing."""
     monkeypatch.setattr(salient_spans, "BLOCK", 7)
     whole = make("whole.jsonl", passages=99)
     monkeypatch.setattr(salient_spans, "BLOCK", 10)
@@ -205,10 +202,7 @@ def trained(tmp_path_factory):
 
 
 def test_a_trained_pipeline(make, trained, tmp_path, capsys):
-    """
-    Its entities are masked, not those of the rules, and its own sentence splitter is switched on. A pipeline
-    with NER alone splits sentences at full stops; one without NER is refused.
-    """
+    """Its entities are masked, not those of the rules; its own sentence splitter, or full stops, split."""
     rows, out = rows_of(make(model=trained)), capsys.readouterr()
     assert "pipeline en_cities 7, entities GPE" in out.out and "warning" not in out.err
     assert [row["positives"][0] for row in rows] == [f"p{i}" for i in range(40) if i != 3]
@@ -239,7 +233,6 @@ def test_mistakes_are_one_line(make, tmp_path, monkeypatch, capsys):
         ({"model": tmp_path / "broken"}, "spaCy cannot load it"),
         ({"labels": "[GPE, ORG]"}, r"en_rules .* has none of .*GPE.*; it has DATE, MONEY, NAME"),
         ({"corpus": ""}, "corpus: give a path"),
-        ({"corpus": tmp_path / "none.tsv"}, "none.tsv: no such file"),
         ({"max_words": 7}, "max_words must be at least 8"),
         ({"min_words": 40}, r"no sentence has an entity to mask: \{.*shorter than 40 words.*; try other"),
     ):
