@@ -8,16 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
-    BertTokenizer,
-    DPRConfig,
-    DPRContextEncoder,
-    DPRQuestionEncoder,
-    DPRReader,
-)
+import transformers as hf
 
 from prepare.checkpoints import from_cp, main, to_cp, to_hf_dpr
 from tests.test_encoder import Attack
@@ -28,7 +19,7 @@ from utils.plumbing.config import UserError
 from utils.plumbing.weights import encoder_hash, load_encoder, save_encoder
 from utils.reader import load_reader
 
-OFFICIAL = {"question": DPRQuestionEncoder, "passage": DPRContextEncoder, "reader": DPRReader}
+OFFICIAL = {"question": hf.DPRQuestionEncoder, "passage": hf.DPRContextEncoder, "reader": hf.DPRReader}
 # Hugging Face's names -> the original code's
 ORIGINAL = {
     "bert_model.": "",
@@ -51,7 +42,7 @@ def official(role, words, **settings):
     """The class of facebook/dpr-* on random weights: 3 layers of 64 dimensions, 2 heads."""
     torch.manual_seed(3)
     sizes = bert(len(words), 1, 64, 3).config.to_diff_dict() | {"initializer_range": 0.2}
-    return OFFICIAL[role](DPRConfig(**sizes | settings)).eval()
+    return OFFICIAL[role](hf.DPRConfig(**sizes | settings)).eval()
 
 
 def write_cp(path, *models, without=None, **settings):
@@ -155,7 +146,7 @@ def test_the_heads_of_a_cp_are_never_guessed(tmp_path, words):
     refused(cp, "3 attention heads or config.json do not fit its 64 dimensions", heads=3)
     named.write_text('{"num_attention_heads": 8}')
     assert config()["num_attention_heads"] == 8
-    bert_config = BertConfig(num_attention_heads=4, hidden_size=64, layer_norm_eps=1e-5)
+    bert_config = hf.BertConfig(num_attention_heads=4, hidden_size=64, layer_norm_eps=1e-5)
     bert_config.save_pretrained(tmp_path)
     written = config()
     assert written["model_type"] == "dpr" and written["vocab_size"] == len(words)
@@ -202,13 +193,10 @@ def test_a_damaged_cp_is_named(tmp_path, monkeypatch, words):
 
 
 class Node:
-    """An object of omegaconf, in which DPR of 2021 keeps its settings: a value, or a dict of such objects."""
+    """An object of omegaconf, in which DPR of 2021 keeps its settings."""
 
-    def __init__(self, value):
-        if isinstance(value, dict):
-            self._content = {key: Node(inner) for key, inner in value.items()}
-        else:
-            self._val = value
+    def __init__(self, **state):
+        vars(self).update(state)
 
 
 @pytest.mark.parametrize(("place", "role"), [("beside", "passage"), ("named", "reader"), ("flag", "passage")])
@@ -221,14 +209,15 @@ def test_twelve_heads_of_26_dimensions(tmp_path, words, place, role):
     config.update({"layer_norm_eps": 1e-3, "hidden_act": "relu", "type_vocab_size": 3})
     config.save_pretrained(tmp_path if place == "beside" else start)
     words.save_pretrained(start)
-    model = BertModel(config).eval()
+    model = hf.BertModel(config).eval()
     prefix = "encoder" if role == "reader" else "ctx_model"
     weights = {f"{prefix}.{key}": value for key, value in model.state_dict().items()}
     for name, size in (("qa_outputs", 2), ("qa_classifier", 1)) if role == "reader" else ():
         weights |= {f"{name}.weight": torch.zeros(size, 312), f"{name}.bias": torch.zeros(size)}
     encoder = {"sequence_length": 9, "encoder_model_type": "hf_bert"}
     encoder["pretrained_model_cfg"] = str(start) if place == "named" else "someone/unknown"
-    params = {"do_lower_case": True, "encoder": Node(encoder)}
+    nodes = {key: Node(_val=value) for key, value in encoder.items()}
+    params = {"do_lower_case": True, "encoder": Node(_content=nodes)}
     torch.save({"model_dict": weights, "encoder_params": params}, cp)
     if place == "flag":
         refused(cp, "how many .* 312 dimensions; add --heads N, or --config .*someone/unknown")
@@ -255,7 +244,7 @@ def test_capitals_as_the_cp_says(tmp_path, words, lower):
     write_cp(tmp_path / "dpr.cp", official("question", words), do_lower_case=lower)
     from_cp(tmp_path / "dpr.cp", tmp_path / "out", "question", heads=2)
     encoder = load_encoder(tmp_path / "out", "question")
-    wanted = BertTokenizer(vocab=str(tmp_path / "vocab.txt"), do_lower_case=lower)
+    wanted = hf.BertTokenizer(vocab=str(tmp_path / "vocab.txt"), do_lower_case=lower)
     theirs, ours = ((folder / "vocab.txt").read_text().split() for folder in (tmp_path, tmp_path / "out"))
     assert theirs == ours
     text = "Which River of PARIS?"
@@ -290,7 +279,7 @@ def both_towers(folder, words, **inputs):
     for seed, (name, role) in enumerate((("query_encoder", "question"), ("doc_encoder", "passage"))):
         config = bert(len(words), seed).config
         config.num_attention_heads = 8  # as no size tells
-        model = BertModel(config, add_pooling_layer=False)
+        model = hf.BertModel(config, add_pooling_layer=False)
         encoders[role] = Encoder(model, words, inputs | {"role": role})
         save_encoder(encoders[role].eval(), folder / name)
     return encoders
@@ -318,13 +307,13 @@ def test_to_a_cp_and_back(tmp_path, words):
     saved = torch.load(tmp_path / "export" / "dpr.cp", weights_only=True)
     assert {*saved} == {*"model_dict optimizer_dict scheduler_dict offset epoch encoder_params".split()}
     settings = saved["encoder_params"]
-    model = BertModel(BertConfig.from_pretrained(settings["pretrained_model_cfg"])).eval()
+    model = hf.BertModel(hf.BertConfig.from_pretrained(settings["pretrained_model_cfg"])).eval()
     prefix = "question_model."
     tower = {key.removeprefix(prefix): x for key, x in saved["model_dict"].items() if key.startswith(prefix)}
     del tower["embeddings.position_ids"]
     model.load_state_dict(tower)
     vocabulary = str(tmp_path / "export" / "vocab.txt")
-    plain = BertTokenizer(vocab=vocabulary, do_lower_case=settings["do_lower_case"])
+    plain = hf.BertTokenizer(vocab=vocabulary, do_lower_case=settings["do_lower_case"])
     length = settings["sequence_length"]
     ids = plain(TEXTS[0], truncation=True, max_length=length, return_tensors="pt").input_ids
     with torch.no_grad():
@@ -357,7 +346,7 @@ def test_to_hf_dpr_and_back(tmp_path, words):
         to_hf_dpr(tmp_path / "run" / name, tmp_path / role)
         wanted = vectors(encoder, role)
         assert np.allclose(vectors(load_encoder(tmp_path / role, role), role), wanted, atol=1e-6)
-    words = AutoTokenizer.from_pretrained(tmp_path / "passage")
+    words = hf.AutoTokenizer.from_pretrained(tmp_path / "passage")
     batch = words("Paris", "which river of paris is it and where is the tower of rome", truncation=True)
     assert len(batch.input_ids) == 12 and "token_type_ids" not in batch
 

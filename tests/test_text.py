@@ -20,10 +20,6 @@ ODD = "İiıI\u212akſsßẞ\u212båéÉe\u0301\u0338\u0323\u0345=≠≮<;\u037e
 ODD += "\u00a0\u3000\u2028\u200b\u00ad\u0085\n\t\x00\ufeff\ud800.,'-_$()aA bB "
 
 
-def golden(name):
-    return golden_file(name)["cases"]
-
-
 def plain_tokens(string):
     """The definition: cut NFD text with DPR's two classes, then lower every token on its own."""
     pattern = regex.compile(r"(?P<word>[\p{L}\p{N}\p{M}]+)|(?P<sign>[^\p{Z}\p{C}])", FLAGS)
@@ -61,7 +57,7 @@ def random_case(rng):
 @pytest.mark.parametrize("mode", ["string", "regex"])
 def test_has_answer_golden(mode):
     """DPR's own verdicts; `regex` are CuratedTREC's patterns, with their flags and their broken ones."""
-    cases = [case for case in golden("has_answer") if case["mode"] == mode]
+    cases = [case for case in golden_file("has_answer")["cases"] if case["mode"] == mode]
     assert len(cases) > 100
     for case in cases:
         expected = case.get("expected_without_empty_answers", case["expected"])
@@ -70,13 +66,13 @@ def test_has_answer_golden(mode):
 
 def test_tokens_golden():
     """DPR's own tokens."""
-    for case in golden("tokens"):
+    for case in golden_file("tokens")["cases"]:
         assert tokenize(case["text"]) == case["tokens"], ascii(case)
 
 
 def test_exact_match_golden():
     """DPR's own reader score; accents are not normalised here. F1 forgives more, never less."""
-    for case in golden("exact_match"):
+    for case in golden_file("exact_match")["cases"]:
         assert exact_match(case["prediction"], case["answers"]) == case["expected"], ascii(case)
         score = f1(case["prediction"], case["answers"])
         assert 0 <= score <= 1 and (score == 1 or not case["expected"]), ascii(case)
