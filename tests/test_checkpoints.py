@@ -66,7 +66,6 @@ def refused(cp, fault, role="passage", **options):
 
 
 def same(a, b):
-    """Whether two models have the same weights under the same names."""
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
@@ -162,7 +161,6 @@ def test_the_heads_of_a_cp_are_never_guessed(tmp_path, words):
 
 
 def test_a_damaged_cp_is_named(tmp_path, monkeypatch, words):
-    """A missing weight, another shape, another model, no tokenizer, no file: a sentence each."""
     cp, lone = tmp_path / "dpr.cp", tmp_path / "alone" / "lone.cp"
     lone.parent.mkdir()
     model, reader = official("passage", words), official("reader", words)
@@ -354,7 +352,6 @@ def test_to_hf_dpr_and_back(tmp_path, words):
 @pytest.mark.parametrize("module", ["check", "checkpoints", "convert", "download", "salient_spans"])
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help(monkeypatch, capsys, module, flag):
-    """Every program of prepare/ says what it does."""
     monkeypatch.setattr("sys.argv", [f"prepare.{module}", flag])
     with pytest.raises(SystemExit) as end:
         importlib.import_module(f"prepare.{module}").main()

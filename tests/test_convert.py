@@ -31,7 +31,6 @@ def run(*argv):
 
 
 def refused(words, *argv):
-    """The conversion ends in this one line."""
     with pytest.raises(UserError, match=words) as error:
         call(*argv)
     assert "\n" not in str(error.value)
@@ -60,15 +59,10 @@ DPR = [
     {"question": "no lists?", "answers": ["Cid"], "positive_ctxs": [ctx("p", passage_id="6")]},
 ]
 DEEP = "[" * 5000 + "]" * 5000  # deeper than Python's recursion limit
+HIT = {"docid": "2", "score": "2.5", "text": '"A title"\nAnn did', "has_answer": True}
+MISS = {"docid": "1", "score": "2.5", "text": "no title", "has_answer": False}
 PYSERINI = {  # as convert_trec_run_to_dpr_retrieval_run.py --store-raw writes it
-    "q7": {
-        "question": "who?",
-        "answers": ["Ann"],
-        "contexts": [
-            {"docid": "2", "score": "2.5", "text": '"A title"\nAnn did', "has_answer": True},
-            {"docid": "1", "score": "2.5", "text": "no title", "has_answer": False},
-        ],
-    },
+    "q7": {"question": "who?", "answers": ["Ann"], "contexts": [HIT, MISS]},
     "q8": {"question": "what?", "answers": [], "contexts": []},
 }
 
@@ -128,7 +122,6 @@ def test_dpr_json_ids(tmp_path):
     ],
 )
 def test_broken_dpr_json(tmp_path, content, words):
-    """Truncated, NaN, jsonl, missing keys: one sentence with the place, and no output file."""
     refused(words, "dpr_json", save(tmp_path / "in.json", content), tmp_path / "out.jsonl")
     assert [p.name for p in tmp_path.iterdir()] == ["in.json"]
 
@@ -169,7 +162,6 @@ def test_code_in_a_qa_cell_is_refused(tmp_path, monkeypatch, cell):
 
 
 def test_msmarco(tmp_path, capsys):
-    """Queries with judgements; or without, and then unlabelled."""
     queries = save(tmp_path / "queries.tsv", '10\twhat is "x\n11\tunjudged\n12\tirrelevant\n')
     qrels = save(tmp_path / "qrels.tsv", "10\t0\t7\t1\n10\t0\t9\t1\n10\t0\t7\t1\n12\t0\t5\t0\n99\t0\t1\t1\n")
     found = run("msmarco", queries, qrels, tmp_path / "out.jsonl")
@@ -268,7 +260,6 @@ def test_ance_tele(tmp_path):
 
 
 def test_tevatron(tmp_path):
-    """Its training lines by text or id, its questions alone, and its corpus or Anserini's."""
     row = {"query_id": 5, "query": "who?", "positive_passages": [ctx("gold", docid=0)]}
     row["negative_passages"] = [ctx("hard", docid="9")]
     source = save(tmp_path / "t.jsonl", json.dumps(row) + "\n" + '{"query_id": "6", "query": "what?"}\n')
@@ -312,17 +303,12 @@ def test_beir_and_nq_open(tmp_path):
 
 
 # ---------------------------------------------------------------- rankings
-RESULT = [  # best first; the second question found nothing
-    {
-        "question": "who?",
-        "answers": ["x"],
-        "ctxs": [
-            {"id": "2", "title": "U", "text": "b", "score": "2.5", "has_answer": False},
-            {"id": "1", "title": "T", "text": 'say "x"', "score": "1.0", "has_answer": True},
-        ],
-    },
-    {"question": "é?", "answers": [], "ctxs": []},
+CTXS = [  # best first
+    {"id": "2", "title": "U", "text": "b", "score": "2.5", "has_answer": False},
+    {"id": "1", "title": "T", "text": 'say "x"', "score": "1.0", "has_answer": True},
 ]
+FOUND = {"question": "who?", "answers": ["x"], "ctxs": CTXS}
+RESULT = [FOUND, {"question": "é?", "answers": [], "ctxs": []}]
 
 
 @pytest.fixture
@@ -397,7 +383,6 @@ def test_from_trec(tmp_path, score_lines, order):
 
 
 def test_results_of_fid_and_pyserini(tmp_path):
-    """FiD's json and jsonl, without ids and scores; Pyserini's dict, with texts and without."""
     entries = [{"id": f"f{i}", "question": "who?", "target": "Ann", "answers": ["Ann"]} for i in range(2)]
     entries = [entry | {"ctxs": [ctx("a"), ctx(f"b{i}")]} for i, entry in enumerate(entries)]
     for content in (json.dumps(entries), "".join(json.dumps(entry) + "\n" for entry in entries)):
@@ -422,18 +407,17 @@ def test_results_of_fid_and_pyserini(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"ctxs": RESULT[0]["ctxs"][::-1]}, "example 0 .* not sorted by score"),
+        ({"ctxs": CTXS[::-1]}, "example 0 .* not sorted by score"),
         ({"ctxs": [{"score": 1}]}, "example 0 is not of this format: 'text' is missing.*dpr_json"),
-        ({"ctxs": [RESULT[0]["ctxs"][0]] * 2}, "example 0 .*a passage is there twice"),
+        ({"ctxs": CTXS[:1] * 2}, "example 0 .*a passage is there twice"),
         ({"ctxs": [{"id": "1", "text": "b", "score": "nan"}]}, "example 0 .* not sorted by score"),
-        ({"ctxs": [*RESULT[0]["ctxs"], {"id": "3", "score": "0"}]}, "1 passages have no text"),
+        ({"ctxs": [*CTXS, {"id": "3", "score": "0"}]}, "1 passages have no text"),
         ({"ctxs": [{"id": "1", "text": "b", "score": "x"}]}, "example 0 .*could not convert string to float"),
         ({"answers": "x"}, "example 0: the answers must be a list of strings, got 'x'"),
     ],
 )
 def test_broken_dpr_result(tmp_path, change, words):
-    """Refused with the example, and none of the three files is written."""
-    source = save(tmp_path / "in.json", json.dumps([RESULT[0] | change]))
+    source = save(tmp_path / "in.json", json.dumps([FOUND | change]))
     refused(words, "from_dpr_result", source, tmp_path / "out")
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
@@ -441,7 +425,6 @@ def test_broken_dpr_result(tmp_path, change, words):
 # ---------------------------------------------------------------- vectors
 @pytest.fixture
 def vectors(tmp_path):
-    """c.tsv with 25 passages, and their vectors of 3 numbers, float32."""
     save(tmp_path / "c.tsv", "".join(f"{i + 1}\ttext {i}\ttitle\n" for i in range(25)))
     return np.random.default_rng(0).normal(size=(25, 3)).astype(np.float32)
 
@@ -493,7 +476,6 @@ class Evil:
     ],
 )
 def test_broken_vectors(tmp_path, vectors, monkeypatch, change, words):
-    """Programs, other orders, missing rows, rubbish: refused with the file, and no folder is left."""
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "v.pkl", change(vectors))
     refused(f"v.pkl: .*{words}", "vectors", "v.pkl", "c.tsv", "e")

@@ -180,7 +180,6 @@ def tar(*members):
 
 
 def test_tar_is_unpacked(server, tmp_path):
-    """A tar.gz becomes a folder, all of it or nothing."""
     members = tar(("collection.tsv", tarfile.REGTYPE, CONTENT), ("d/q.tsv", tarfile.REGTYPE, b"q"))
     server.serve("m", "/m.tar.gz", members)
     folder = download.download("m", tmp_path)

@@ -143,7 +143,6 @@ def described(folder, pooling, dense=(), prompts=None, old=True):
 
 
 def vectors(encoder):
-    """Our vectors of QUESTIONS and PASSAGES, in batches."""
     questions = tokenize_questions(encoder, QUESTIONS)
     return embed(encoder, questions, 3), embed(encoder, tokenize_passages(encoder, PASSAGES), 3)
 
@@ -383,7 +382,6 @@ def test_padding_that_is_a_word_too(tmp_path):
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_weights_are_looked_at_when_they_are_loaded(tmp_path, number):
-    """NaN or infinity in any starting weights."""
     folder = model_folder(tmp_path / "e", "bert")
     model = hf.AutoModel.from_pretrained(folder)
     with torch.no_grad():

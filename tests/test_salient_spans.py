@@ -103,7 +103,6 @@ def masked(text, seed=0, **keys):
     ],
 )
 def test_a_sentence(text, keys, expected):
-    """What is masked, and each reason why nothing is."""
     assert masked(text, **keys) == expected
 
 
@@ -228,22 +227,20 @@ def test_mistakes_are_one_line(make, tmp_path, monkeypatch, capsys):
     assert "pipeline en_rules" in out.out and "entities DATE, NAME" in out.out
     assert "en_core_web_zz is not installed (python -m spacy download en_core_web_zz): rules" in out.err
     (tmp_path / "broken").mkdir()
+    (tmp_path / "done.jsonl").write_text("the work of an hour")
     for keys, message in (
         ({"model": f"{tmp_path}/none"}, "no such folder"),
         ({"model": tmp_path / "broken"}, "spaCy cannot load it"),
         ({"labels": "[GPE, ORG]"}, r"en_rules .* has none of .*GPE.*; it has DATE, MONEY, NAME"),
         ({"corpus": ""}, "corpus: give a path"),
         ({"max_words": 7}, "max_words must be at least 8"),
+        ({"out": "corpus.tsv"}, "is an input too"),
+        ({"out": "done.jsonl"}, "is there already; delete it first"),
         ({"min_words": 40}, r"no sentence has an entity to mask: \{.*shorter than 40 words.*; try other"),
     ):
         with pytest.raises(UserError, match=message):
             make(**keys)
     assert not (tmp_path / "mss.jsonl").exists()
-    with pytest.raises(UserError, match="is an input too"):
-        make("corpus.tsv")
-    (tmp_path / "done.jsonl").write_text("the work of an hour")
-    with pytest.raises(UserError, match="is there already; delete it first"):
-        make("done.jsonl")
     pipeline.cache_clear()
     monkeypatch.setitem(sys.modules, "spacy", None)
     with pytest.raises(UserError, match="pip install spacy==") as error:

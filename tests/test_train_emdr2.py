@@ -466,7 +466,6 @@ def test_a_worker_that_fails_ends_and_one_whose_encoder_is_gone_goes_on(tmp_path
 
 
 def test_mistakes_end_in_one_line(world, tmp_path):
-    """One sentence with the file or key, before any training."""
     (tmp_path / "none.jsonl").write_text('{"qid": "q0", "question": "who"}\n')
     (tmp_path / "bare.jsonl").write_text('{"qid": "q0", "question": "[MASK] is", "answers": ["red"]}\n')
     masked = masked_file(world, tmp_path)
