@@ -472,6 +472,7 @@ def test_mistakes_end_in_one_line(world, tmp_path):
     for changes, message in (
         ({"query_encoder": world / "random_query_encoder"}, "was not trained with the passage encoder"),
         ({"embeddings": tmp_path / "nowhere"}, "no finished embeddings"),
+        ({"query_encoder": world / "doc_encoder"}, "this is a passage encoder"),
         ({"top_k": 37}, "top_k 37.*36 passages"),
         ({"top_k": 36, "train": masked}, "top_k 36.*1 may be dropped"),
         ({"top_k": 36, "dev": masked}, "top_k 36.*1 may be dropped"),
