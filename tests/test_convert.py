@@ -40,22 +40,15 @@ def ctx(text, **more):
     return {"title": "T", "text": text, **more}
 
 
+LISTS = ("positive_ctxs", "negative_ctxs", "hard_negative_ctxs")
+GOLD = [ctx("gold", passage_id="1"), ctx("also", passage_id="2")]
+RANDOM = [ctx("random", passage_id="3")]
+HARD = [ctx("hard", psg_id="4"), ctx("gold", psg_id="1")]
+UNTITLED = [{"title": None, "text": "p", "passage_id": "5"}]
 DPR = [
-    {
-        "question": "who?",
-        "answers": ["Ann"],
-        "positive_ctxs": [ctx("gold", passage_id="1"), ctx("also", passage_id="2")],
-        "negative_ctxs": [ctx("random", passage_id="3")],
-        "hard_negative_ctxs": [ctx("hard", psg_id="4"), ctx("gold", psg_id="1")],
-    },
-    {"question": "none?", "answers": [], "positive_ctxs": [], "negative_ctxs": [], "hard_negative_ctxs": []},
-    {
-        "question": "fallback?",
-        "answers": ["Bob"],
-        "positive_ctxs": [{"title": None, "text": "p", "passage_id": "5"}],
-        "negative_ctxs": [ctx("random", passage_id="3")],
-        "hard_negative_ctxs": [],
-    },
+    {"question": "who?", "answers": ["Ann"]} | dict(zip(LISTS, (GOLD, RANDOM, HARD), strict=True)),
+    {"question": "none?", "answers": []} | dict.fromkeys(LISTS, []),
+    {"question": "fallback?", "answers": ["Bob"]} | dict(zip(LISTS, (UNTITLED, RANDOM, []), strict=True)),
     {"question": "no lists?", "answers": ["Cid"], "positive_ctxs": [ctx("p", passage_id="6")]},
 ]
 DEEP = "[" * 5000 + "]" * 5000  # deeper than Python's recursion limit

@@ -18,6 +18,7 @@ from utils.plumbing.config import ROOT, UserError
 from utils.plumbing.files import HELD, atomic_file, read_json
 
 pytest.importorskip("fcntl")  # Windows has no locks
+# holds a lock until it dies
 HOLDER = "import sys, utils.plumbing.files as f; f.lock(sys.argv[1]); print(flush=True); sys.stdin.read()"
 
 
@@ -25,14 +26,6 @@ HOLDER = "import sys, utils.plumbing.files as f; f.lock(sys.argv[1]); print(flus
 def world(tmp_path):
     HELD.clear()
     return make_world(tmp_path / "world")
-
-
-def hold(path):
-    """Start a process that holds a lock until it dies."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], cwd=ROOT, **pipes)
-    process.stdout.readline()
-    return process
 
 
 def rerank(world, out):
@@ -55,7 +48,9 @@ def test_the_second_of_two_is_refused_in_a_sentence(world, tmp_path, name):
     """A run, an index, a ranking on which a living process works; a killed one gives it back at once."""
     path = tmp_path / "out" / name
     path.parent.mkdir(parents=True)
-    process = hold(path)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], cwd=ROOT, **pipes)
+    process.stdout.readline()
     before = sorted(tmp_path.joinpath("out").rglob("*"))
     with pytest.raises(UserError, match=f"{path.parent}: process {process.pid} on .* is at work there; wait"):
         COMMANDS[name](world, tmp_path / "out")

@@ -179,9 +179,9 @@ def test_a_run_that_ends_early(tmp_path, end):
     assert not psutil.wait_procs(workers, timeout=30)[1] and not (tmp_path / "mss.jsonl").exists()
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A real NER that has learnt cities by heart, its sentence splitter switched off as in en_core_web_sm."""
+def test_a_trained_pipeline(make, tmp_path, capsys):
+    """Its entities are masked, not those of the rules; its own sentence splitter, or full stops, split."""
+    # a real NER that has learnt cities by heart, its sentence splitter switched off as in en_core_web_sm
     nlp, examples = spacy.blank("en", meta={"name": "cities", "version": "7"}), []
     nlp.add_pipe("ner")
     nlp.add_pipe("senter")
@@ -195,13 +195,10 @@ def trained(tmp_path_factory):
     for _ in range(40):
         nlp.update(examples, sgd=optimizer, drop=0.1)
     nlp.disable_pipe("senter")
-    folder = tmp_path_factory.mktemp("spacy") / "cities"
-    nlp.to_disk(folder)
-    return folder
+    trained = tmp_path / "cities"
+    nlp.to_disk(trained)
+    capsys.readouterr()
 
-
-def test_a_trained_pipeline(make, trained, tmp_path, capsys):
-    """Its entities are masked, not those of the rules; its own sentence splitter, or full stops, split."""
     rows, out = rows_of(make(model=trained)), capsys.readouterr()
     assert "pipeline en_cities 7, entities GPE" in out.out and "warning" not in out.err
     assert [row["positives"][0] for row in rows] == [f"p{i}" for i in range(40) if i != 3]
