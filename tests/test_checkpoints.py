@@ -8,16 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
-    BertTokenizer,
-    DPRConfig,
-    DPRContextEncoder,
-    DPRQuestionEncoder,
-    DPRReader,
-)
+import transformers as hf
 
 from prepare.checkpoints import from_cp, main, to_cp, to_hf_dpr
 from tests.test_encoder import Attack
@@ -28,7 +19,7 @@ from utils.plumbing.config import UserError
 from utils.plumbing.weights import encoder_hash, load_encoder, save_encoder
 from utils.reader import load_reader
 
-OFFICIAL = {"question": DPRQuestionEncoder, "passage": DPRContextEncoder, "reader": DPRReader}
+OFFICIAL = {"question": hf.DPRQuestionEncoder, "passage": hf.DPRContextEncoder, "reader": hf.DPRReader}
 # Hugging Face's names -> the original code's
 ORIGINAL = {
     "bert_model.": "",
@@ -51,7 +42,7 @@ def official(role, words, **settings):
     """The class of facebook/dpr-* on random weights: 3 layers of 64 dimensions, 2 heads."""
     torch.manual_seed(3)
     sizes = bert(len(words), 1, 64, 3).config.to_diff_dict() | {"initializer_range": 0.2}
-    return OFFICIAL[role](DPRConfig(**sizes | settings)).eval()
+    return OFFICIAL[role](hf.DPRConfig(**sizes | settings)).eval()
 
 
 def write_cp(path, *models, without=None, **settings):
@@ -69,8 +60,12 @@ def write_cp(path, *models, without=None, **settings):
     torch.save({"model_dict": weights, "optimizer_dict": {}, "encoder_params": settings}, path)
 
 
+def refused(cp, fault, role="passage", **options):
+    with pytest.raises(UserError, match=fault):
+        from_cp(cp, cp.with_name("out"), role, **options)
+
+
 def same(a, b):
-    """Whether two models have the same weights under the same names."""
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
@@ -147,13 +142,10 @@ def test_the_heads_of_a_cp_are_never_guessed(tmp_path, words):
         from_cp(cp, tmp_path / "out", "passage", **options)
         return json.loads((tmp_path / "out" / "config.json").read_text())
 
-    with pytest.raises(UserError, match=r"how many attention heads .*64 dimensions; add --heads N"):
-        config()
-    with pytest.raises(UserError, match="3 attention heads or config.json do not fit its 64 dimensions"):
-        config(heads=3)
+    refused(cp, "3 attention heads or config.json do not fit its 64 dimensions", heads=3)
     named.write_text('{"num_attention_heads": 8}')
     assert config()["num_attention_heads"] == 8
-    bert_config = BertConfig(num_attention_heads=4, hidden_size=64, layer_norm_eps=1e-5)
+    bert_config = hf.BertConfig(num_attention_heads=4, hidden_size=64, layer_norm_eps=1e-5)
     bert_config.save_pretrained(tmp_path)
     written = config()
     assert written["model_type"] == "dpr" and written["vocab_size"] == len(words)
@@ -161,8 +153,7 @@ def test_the_heads_of_a_cp_are_never_guessed(tmp_path, words):
     assert config(heads=2)["num_attention_heads"] == 2
     load_encoder(tmp_path / "out", "passage")
     here.write_text('{"num_attention_heads": 4, "hidden_size": 128}')
-    with pytest.raises(UserError, match="4 attention heads or config.json do not fit its 64 dimensions"):
-        config()
+    refused(cp, "4 attention heads or config.json do not fit its 64 dimensions")
     here.unlink()
     base = {"hidden_size": 768, "num_hidden_layers": 1, "num_attention_heads": 12}
     write_cp(cp, official("passage", words, **base))
@@ -170,30 +161,24 @@ def test_the_heads_of_a_cp_are_never_guessed(tmp_path, words):
 
 
 def test_a_damaged_cp_is_named(tmp_path, monkeypatch, words):
-    """A missing weight, another shape, another model, no tokenizer, no file: a sentence each."""
     cp, lone = tmp_path / "dpr.cp", tmp_path / "alone" / "lone.cp"
     lone.parent.mkdir()
     model, reader = official("passage", words), official("reader", words)
-
-    def refused(fault, path=cp, role="passage"):
-        with pytest.raises(UserError, match=f"{path.name}: {fault}"):
-            from_cp(path, tmp_path / "out", role, heads=2)
-
     write_cp(cp, model, without="ctx_model.encoder.layer.1.output.dense.weight")
-    refused("1 weights are missing, such as .*layer.1.output.dense.weight")
-    refused("no weights under encoder.embeddings.*: not a reader checkpoint", role="reader")
+    refused(cp, "dpr.cp: 1 weights are missing, such as .*layer.1.output.dense.weight", heads=2)
+    refused(cp, "dpr.cp: no weights under encoder.embeddings.*: not a reader checkpoint", "reader")
     write_cp(cp, reader, without="qa_classifier.bias")
-    refused("1 weights are missing, such as .*qa_classifier.bias", role="reader")
-    refused("no weights under ctx_model.embeddings.*: not a bi-encoder checkpoint")
+    refused(cp, "dpr.cp: 1 weights are missing, such as .*qa_classifier.bias", "reader", heads=2)
+    refused(cp, "dpr.cp: no weights under ctx_model.embeddings.*: not a bi-encoder checkpoint")
     model.ctx_encoder.bert_model.encoder.layer[1].output.dense.weight = torch.nn.Parameter(torch.zeros(1))
     write_cp(cp, model)
-    refused("its weights are damaged .get it again")
+    refused(cp, "dpr.cp: its weights are damaged .get it again", heads=2)
     cp.write_bytes(cp.read_bytes()[:5000])
-    refused("not a DPR checkpoint, or truncated")
-    refused("no such file", tmp_path / "nowhere.cp")
+    refused(cp, "dpr.cp: not a DPR checkpoint, or truncated")
+    refused(tmp_path / "nowhere.cp", "nowhere.cp: no such file")
     write_cp(lone, reader, pretrained_model_cfg="of/no/network")
-    refused(r"its tokenizer cannot be loaded \(tokenizer.json is looked", lone, "reader")
-    assert not (tmp_path / "out").exists()
+    refused(lone, r"lone.cp: its tokenizer cannot be loaded \(tokenizer.json is looked", "reader", heads=2)
+    assert not (tmp_path / "out").exists() and not (lone.parent / "out").exists()
     with pytest.raises(UserError, match="first: python -m prepare.checkpoints from_cp"):
         load_encoder(cp, "passage")
 
@@ -206,43 +191,36 @@ def test_a_damaged_cp_is_named(tmp_path, monkeypatch, words):
 
 
 class Node:
-    """An object of omegaconf, in which DPR of 2021 keeps its settings: a value, or a dict of such objects."""
+    """An object of omegaconf, in which DPR of 2021 keeps its settings."""
 
-    def __init__(self, value):
-        if isinstance(value, dict):
-            self._content = {key: Node(inner) for key, inner in value.items()}
-        else:
-            self._val = value
+    def __init__(self, **state):
+        vars(self).update(state)
 
 
 @pytest.mark.parametrize(("place", "role"), [("beside", "passage"), ("named", "reader"), ("flag", "passage")])
 def test_twelve_heads_of_26_dimensions(tmp_path, words, place, role):
     """TinyBERT's 312 dimensions: a BertModel of its own config gives the same states, wherever that lies."""
-    start, out = tmp_path / "start", tmp_path / "out"
+    cp, start, out = tmp_path / "dpr.cp", tmp_path / "start", tmp_path / "out"
     torch.manual_seed(3)
     config = bert(len(words)).config
-    config.update(
-        {"hidden_size": 312, "num_attention_heads": 12, "layer_norm_eps": 1e-3, "hidden_act": "relu"}
-    )
-    config.update({"max_position_embeddings": 64, "type_vocab_size": 3})
+    config.update({"hidden_size": 312, "num_attention_heads": 12, "max_position_embeddings": 64})
+    config.update({"layer_norm_eps": 1e-3, "hidden_act": "relu", "type_vocab_size": 3})
     config.save_pretrained(tmp_path if place == "beside" else start)
     words.save_pretrained(start)
-    model = BertModel(config).eval()
-    weights = {
-        f"{'encoder' if role == 'reader' else 'ctx_model'}.{k}": v for k, v in model.state_dict().items()
-    }
+    model = hf.BertModel(config).eval()
+    prefix = "encoder" if role == "reader" else "ctx_model"
+    weights = {f"{prefix}.{key}": value for key, value in model.state_dict().items()}
     for name, size in (("qa_outputs", 2), ("qa_classifier", 1)) if role == "reader" else ():
         weights |= {f"{name}.weight": torch.zeros(size, 312), f"{name}.bias": torch.zeros(size)}
     encoder = {"sequence_length": 9, "encoder_model_type": "hf_bert"}
     encoder["pretrained_model_cfg"] = str(start) if place == "named" else "someone/unknown"
-    params = {"do_lower_case": True, "encoder": Node(encoder)}
-    torch.save({"model_dict": weights, "encoder_params": params}, tmp_path / "dpr.cp")
+    nodes = {key: Node(_val=value) for key, value in encoder.items()}
+    params = {"do_lower_case": True, "encoder": Node(_content=nodes)}
+    torch.save({"model_dict": weights, "encoder_params": params}, cp)
     if place == "flag":
-        with pytest.raises(UserError, match="312 dimensions; add --heads N, or --config .*someone/unknown"):
-            from_cp(tmp_path / "dpr.cp", out, role)
-        with pytest.raises(UserError, match="--config no/such/folder: no such folder"):
-            from_cp(tmp_path / "dpr.cp", out, role, config="no/such/folder")
-    from_cp(tmp_path / "dpr.cp", out, role, config=str(start) if place == "flag" else "")
+        refused(cp, "how many .* 312 dimensions; add --heads N, or --config .*someone/unknown")
+        refused(cp, "--config no/such/folder: no such folder", config="no/such/folder")
+    from_cp(cp, out, role, config=str(start) if place == "flag" else "")
 
     text = "The Tower of London is red and it was named first"
     ids = words(text, truncation=True, max_length=9, return_tensors="pt").input_ids
@@ -250,10 +228,8 @@ def test_twelve_heads_of_26_dimensions(tmp_path, words, place, role):
         wanted = model(ids).last_hidden_state
         if role == "reader":
             again = load_reader(out)
-            assert again.inputs["reader_tokens"] == 9
-            assert torch.allclose(
-                again.model.span_predictor.encoder.bert_model(ids).last_hidden_state, wanted, atol=1e-5
-            )
+            states = again.model.span_predictor.encoder.bert_model(ids).last_hidden_state
+            assert again.inputs["reader_tokens"] == 9 and torch.allclose(states, wanted, atol=1e-5)
             return
     encoder = load_encoder(out, "passage")
     vectors = embed(encoder, tokenize_passages(encoder, [Passage("1", "", text)]), 1)
@@ -266,10 +242,9 @@ def test_capitals_as_the_cp_says(tmp_path, words, lower):
     write_cp(tmp_path / "dpr.cp", official("question", words), do_lower_case=lower)
     from_cp(tmp_path / "dpr.cp", tmp_path / "out", "question", heads=2)
     encoder = load_encoder(tmp_path / "out", "question")
-    wanted = BertTokenizer(vocab=str(tmp_path / "vocab.txt"), do_lower_case=lower)
-    assert (tmp_path / "out" / "vocab.txt").read_text().split() == (
-        tmp_path / "vocab.txt"
-    ).read_text().split()
+    wanted = hf.BertTokenizer(vocab=str(tmp_path / "vocab.txt"), do_lower_case=lower)
+    theirs, ours = ((folder / "vocab.txt").read_text().split() for folder in (tmp_path, tmp_path / "out"))
+    assert theirs == ours
     text = "Which River of PARIS?"
     assert tokenize_questions(encoder, [text]) == [wanted(text).input_ids]
     assert encoder.tokenizer("a").keys() == {"input_ids", "attention_mask"}
@@ -279,28 +254,20 @@ def test_what_is_no_bert_of_dprs(tmp_path, words):
     """A weight without a place, a config of RoBERTa, an encoder of pytext: vectors would be others."""
     cp = tmp_path / "dpr.cp"
     model = official("passage", words)
-
-    def refused(fault, **options):
-        with pytest.raises(UserError, match=fault):
-            from_cp(cp, tmp_path / "out", "passage", **options)
-
     for key, fault in (
-        (
-            "ctx_model.embeddings.task_type_embeddings.weight",
-            "a BERT has no place for .*task_type_embeddings",
-        ),
+        ("ctx_model.embeddings.task_type.weight", "a BERT has no place for .*task_type.weight"),
         ("embeddingHead.weight", "DPR knows no weight embeddingHead.weight"),
     ):
         write_cp(cp, model)
         saved = torch.load(cp)
         saved["model_dict"][key] = torch.zeros(1)
         torch.save(saved, cp)
-        refused(fault, heads=2)
+        refused(cp, fault, heads=2)
     write_cp(cp, model)
     (tmp_path / "config.json").write_text('{"model_type": "roberta", "num_attention_heads": 2}')
-    refused("is a roberta, and DPR's models are BERTs; add --heads N")
+    refused(cp, "is a roberta, and DPR's models are BERTs; add --heads N")
     torch.save({"model_dict": {}, "encoder_params": {"encoder_model_type": "pytext_bert"}}, cp)
-    refused("not a bi-encoder checkpoint; its encoder is pytext_bert, and only hf_bert can be read")
+    refused(cp, "not a bi-encoder checkpoint; its encoder is pytext_bert, and only hf_bert can be read")
 
 
 def both_towers(folder, words, **inputs):
@@ -308,20 +275,21 @@ def both_towers(folder, words, **inputs):
     inputs = INPUTS | {"question_tokens": 12, "passage_tokens": 12} | inputs
     encoders = {}
     for seed, (name, role) in enumerate((("query_encoder", "question"), ("doc_encoder", "passage"))):
-        model = bert(len(words), seed)
-        model.config.num_attention_heads = 8  # as no size tells
-        encoders[role] = Encoder(
-            type(model)(model.config, add_pooling_layer=False), words, inputs | {"role": role}
-        )
+        config = bert(len(words), seed).config
+        config.num_attention_heads = 8  # as no size tells
+        model = hf.BertModel(config, add_pooling_layer=False)
+        encoders[role] = Encoder(model, words, inputs | {"role": role})
         save_encoder(encoders[role].eval(), folder / name)
     return encoders
 
 
+TEXTS = ["Which river of paris is it and where is the tower of rome and the old market", "the red tower"]
+
+
 def vectors(encoder, role):
-    texts = ["Which river of paris is it and where is the tower of rome and the old market", "the red tower"]
     if role == "question":
-        return embed(encoder, tokenize_questions(encoder, texts), 2)
-    return embed(encoder, tokenize_passages(encoder, [Passage("1", "Paris", text) for text in texts]), 2)
+        return embed(encoder, tokenize_questions(encoder, TEXTS), 2)
+    return embed(encoder, tokenize_passages(encoder, [Passage("1", "Paris", text) for text in TEXTS]), 2)
 
 
 def test_to_a_cp_and_back(tmp_path, words):
@@ -330,27 +298,25 @@ def test_to_a_cp_and_back(tmp_path, words):
     to_cp(tmp_path / "run", tmp_path / "export")
     for role, encoder in encoders.items():
         from_cp(tmp_path / "export" / "dpr.cp", tmp_path / role, role)
-        assert np.allclose(
-            vectors(load_encoder(tmp_path / role, role), role), vectors(encoder, role), atol=1e-6
-        )
+        again = load_encoder(tmp_path / role, role)
+        assert np.allclose(vectors(again, role), vectors(encoder, role), atol=1e-6)
 
     # as DPR does it: strict, every text cut to sequence_length, the words of vocab.txt
     saved = torch.load(tmp_path / "export" / "dpr.cp", weights_only=True)
     assert {*saved} == {*"model_dict optimizer_dict scheduler_dict offset epoch encoder_params".split()}
     settings = saved["encoder_params"]
-    model = BertModel(BertConfig.from_pretrained(settings["pretrained_model_cfg"])).eval()
+    model = hf.BertModel(hf.BertConfig.from_pretrained(settings["pretrained_model_cfg"])).eval()
     prefix = "question_model."
     tower = {key.removeprefix(prefix): x for key, x in saved["model_dict"].items() if key.startswith(prefix)}
     del tower["embeddings.position_ids"]
     model.load_state_dict(tower)
     vocabulary = str(tmp_path / "export" / "vocab.txt")
-    plain = BertTokenizer(vocab=vocabulary, do_lower_case=settings["do_lower_case"])
-    text = "Which river of paris is it and where is the tower of rome and the old market"
-    ids = plain(text, truncation=True, max_length=settings["sequence_length"], return_tensors="pt").input_ids
+    plain = hf.BertTokenizer(vocab=vocabulary, do_lower_case=settings["do_lower_case"])
+    length = settings["sequence_length"]
+    ids = plain(TEXTS[0], truncation=True, max_length=length, return_tensors="pt").input_ids
     with torch.no_grad():
-        assert np.allclose(
-            model(ids).last_hidden_state[:, 0], vectors(encoders["question"], "question")[:1], atol=1e-5
-        )
+        state = model(ids).last_hidden_state[0, 0]
+    assert np.allclose(state, vectors(encoders["question"], "question")[0], atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -358,10 +324,7 @@ def test_to_a_cp_and_back(tmp_path, words):
     [
         ({"pooling": "mean"}, "only pooling cls with token_types zeros, not pooling 'mean'"),
         ({"token_types": "segments"}, "not token_types 'segments'"),
-        (
-            {"question_tokens": 8},
-            "cut at 8 tokens and passages at 12, but a .cp holds one length; add --tokens 12",
-        ),
+        ({"question_tokens": 8}, "at 8 tokens and passages at 12, .* holds one length; add --tokens 12"),
     ],
 )
 def test_exports_refuse_what_the_format_cannot_hold(tmp_path, words, inputs, fault):
@@ -381,7 +344,7 @@ def test_to_hf_dpr_and_back(tmp_path, words):
         to_hf_dpr(tmp_path / "run" / name, tmp_path / role)
         wanted = vectors(encoder, role)
         assert np.allclose(vectors(load_encoder(tmp_path / role, role), role), wanted, atol=1e-6)
-    words = AutoTokenizer.from_pretrained(tmp_path / "passage")
+    words = hf.AutoTokenizer.from_pretrained(tmp_path / "passage")
     batch = words("Paris", "which river of paris is it and where is the tower of rome", truncation=True)
     assert len(batch.input_ids) == 12 and "token_type_ids" not in batch
 
@@ -389,7 +352,6 @@ def test_to_hf_dpr_and_back(tmp_path, words):
 @pytest.mark.parametrize("module", ["check", "checkpoints", "convert", "download", "salient_spans"])
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help(monkeypatch, capsys, module, flag):
-    """Every program of prepare/ says what it does."""
     monkeypatch.setattr("sys.argv", [f"prepare.{module}", flag])
     with pytest.raises(SystemExit) as end:
         importlib.import_module(f"prepare.{module}").main()

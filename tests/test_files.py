@@ -10,13 +10,15 @@ from recipes import claim_data, claims, random_negatives
 from recipes.demo import inverse_cloze
 from tests import test_train_dpr
 from tests.processes import main
-from tests.toy import make_world
+from tests.test_rerank import save_cross
+from tests.toy import make_world, tokenizer
 from utils.bm25 import build_bm25
 from utils.data import Corpus
 from utils.plumbing.config import ROOT, UserError
 from utils.plumbing.files import HELD, atomic_file, read_json
 
 pytest.importorskip("fcntl")  # Windows has no locks
+# holds a lock until it dies
 HOLDER = "import sys, utils.plumbing.files as f; f.lock(sys.argv[1]); print(flush=True); sys.stdin.read()"
 
 
@@ -26,18 +28,7 @@ def world(tmp_path):
     return make_world(tmp_path / "world")
 
 
-def hold(path):
-    """Start a process that holds a lock until it dies."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], cwd=ROOT, **pipes)
-    process.stdout.readline()
-    return process
-
-
 def rerank(world, out):
-    from tests.test_rerank import save_cross
-    from tests.toy import tokenizer
-
     if not (world / "cross_encoder").exists():
         save_cross(world / "cross_encoder", tokenizer(world))
     (world / "test.run").write_text("q50\t51\t1\t2.0\n")
@@ -57,7 +48,9 @@ def test_the_second_of_two_is_refused_in_a_sentence(world, tmp_path, name):
     """A run, an index, a ranking on which a living process works; a killed one gives it back at once."""
     path = tmp_path / "out" / name
     path.parent.mkdir(parents=True)
-    process = hold(path)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], cwd=ROOT, **pipes)
+    process.stdout.readline()
     before = sorted(tmp_path.joinpath("out").rglob("*"))
     with pytest.raises(UserError, match=f"{path.parent}: process {process.pid} on .* is at work there; wait"):
         COMMANDS[name](world, tmp_path / "out")
@@ -91,27 +84,21 @@ def test_what_a_killed_write_left_goes_with_the_next_one(tmp_path):
     assert not half.exists() and sorted(path.name for path in tmp_path.glob("*.index")) == ["c.tsv.index"]
 
 
-OUTPUTS = {  # of a small program, the arguments that name its output as an input
-    "inverse_cloze": ("corpus.tsv", "corpus.tsv"),
-    "random_negatives": ("corpus.tsv", "dpr", "train.jsonl", "train.jsonl"),
-    "claim_data": (".", "corpus.tsv", ".", 8, 40),
-    "claims": ("corpus.tsv", "test.jsonl", "test.jsonl", ["x=test.run"]),
-}
-
-
-@pytest.mark.parametrize("name", OUTPUTS)
-def test_no_program_writes_over_what_it_reads(name, tmp_path, monkeypatch):
-    program = {
-        "inverse_cloze": inverse_cloze.main,
-        "random_negatives": random_negatives.main,
-        "claim_data": claim_data.main,
-        "claims": claims.store,
-    }[name]
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        (inverse_cloze.main, ("corpus.tsv", "corpus.tsv")),
+        (random_negatives.main, ("corpus.tsv", "dpr", "train.jsonl", "train.jsonl")),
+        (claim_data.main, (".", "corpus.tsv", ".", 8, 40)),
+        (claims.store, ("corpus.tsv", "test.jsonl", "test.jsonl", ["x=test.run"])),
+    ],
+)
+def test_no_program_writes_over_what_it_reads(program, arguments, tmp_path, monkeypatch):
     folder = make_world(tmp_path / "world")
     monkeypatch.chdir(folder)
     before = {path: path.read_bytes() for path in folder.glob("*.*") if path.is_file()}
     with pytest.raises(UserError, match="is an input too; name another file"):
-        program(*OUTPUTS[name])
+        program(*arguments)
     assert {path: path.read_bytes() for path in before} == before
 
 

@@ -103,7 +103,6 @@ def masked(text, seed=0, **keys):
     ],
 )
 def test_a_sentence(text, keys, expected):
-    """What is masked, and each reason why nothing is."""
     assert masked(text, **keys) == expected
 
 
@@ -137,10 +136,7 @@ def test_the_file(make, tmp_path, capsys):
 
 
 def test_samples_and_processes(make, monkeypatch):
-    """
-    `passages` of them in corpus order, the same for a seed; their lines are those of the whole file. The file
-    is the same for any number of processes and any blocks.
-    """
+    """A sample is a part of the whole file, in its order; processes and blocks change nothing."""
     monkeypatch.setattr(salient_spans, "BLOCK", 7)
     whole = make("whole.jsonl", passages=99)
     monkeypatch.setattr(salient_spans, "BLOCK", 10)
@@ -183,9 +179,9 @@ def test_a_run_that_ends_early(tmp_path, end):
     assert not psutil.wait_procs(workers, timeout=30)[1] and not (tmp_path / "mss.jsonl").exists()
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A real NER that has learnt cities by heart, its sentence splitter switched off as in en_core_web_sm."""
+def test_a_trained_pipeline(make, tmp_path, capsys):
+    """Its entities are masked, not those of the rules; its own sentence splitter, or full stops, split."""
+    # a real NER that has learnt cities by heart, its sentence splitter switched off as in en_core_web_sm
     nlp, examples = spacy.blank("en", meta={"name": "cities", "version": "7"}), []
     nlp.add_pipe("ner")
     nlp.add_pipe("senter")
@@ -199,16 +195,10 @@ def trained(tmp_path_factory):
     for _ in range(40):
         nlp.update(examples, sgd=optimizer, drop=0.1)
     nlp.disable_pipe("senter")
-    folder = tmp_path_factory.mktemp("spacy") / "cities"
-    nlp.to_disk(folder)
-    return folder
+    trained = tmp_path / "cities"
+    nlp.to_disk(trained)
+    capsys.readouterr()
 
-
-def test_a_trained_pipeline(make, trained, tmp_path, capsys):
-    """
-    Its entities are masked, not those of the rules, and its own sentence splitter is switched on. A pipeline
-    with NER alone splits sentences at full stops; one without NER is refused.
-    """
     rows, out = rows_of(make(model=trained)), capsys.readouterr()
     assert "pipeline en_cities 7, entities GPE" in out.out and "warning" not in out.err
     assert [row["positives"][0] for row in rows] == [f"p{i}" for i in range(40) if i != 3]
@@ -234,23 +224,20 @@ def test_mistakes_are_one_line(make, tmp_path, monkeypatch, capsys):
     assert "pipeline en_rules" in out.out and "entities DATE, NAME" in out.out
     assert "en_core_web_zz is not installed (python -m spacy download en_core_web_zz): rules" in out.err
     (tmp_path / "broken").mkdir()
+    (tmp_path / "done.jsonl").write_text("the work of an hour")
     for keys, message in (
         ({"model": f"{tmp_path}/none"}, "no such folder"),
         ({"model": tmp_path / "broken"}, "spaCy cannot load it"),
         ({"labels": "[GPE, ORG]"}, r"en_rules .* has none of .*GPE.*; it has DATE, MONEY, NAME"),
         ({"corpus": ""}, "corpus: give a path"),
-        ({"corpus": tmp_path / "none.tsv"}, "none.tsv: no such file"),
         ({"max_words": 7}, "max_words must be at least 8"),
+        ({"out": "corpus.tsv"}, "is an input too"),
+        ({"out": "done.jsonl"}, "is there already; delete it first"),
         ({"min_words": 40}, r"no sentence has an entity to mask: \{.*shorter than 40 words.*; try other"),
     ):
         with pytest.raises(UserError, match=message):
             make(**keys)
     assert not (tmp_path / "mss.jsonl").exists()
-    with pytest.raises(UserError, match="is an input too"):
-        make("corpus.tsv")
-    (tmp_path / "done.jsonl").write_text("the work of an hour")
-    with pytest.raises(UserError, match="is there already; delete it first"):
-        make("done.jsonl")
     pipeline.cache_clear()
     monkeypatch.setitem(sys.modules, "spacy", None)
     with pytest.raises(UserError, match="pip install spacy==") as error:

@@ -20,10 +20,6 @@ ODD = "İiıI\u212akſsßẞ\u212båéÉe\u0301\u0338\u0323\u0345=≠≮<;\u037e
 ODD += "\u00a0\u3000\u2028\u200b\u00ad\u0085\n\t\x00\ufeff\ud800.,'-_$()aA bB "
 
 
-def golden(name):
-    return golden_file(name)["cases"]
-
-
 def plain_tokens(string):
     """The definition: cut NFD text with DPR's two classes, then lower every token on its own."""
     pattern = regex.compile(r"(?P<word>[\p{L}\p{N}\p{M}]+)|(?P<sign>[^\p{Z}\p{C}])", FLAGS)
@@ -61,7 +57,7 @@ def random_case(rng):
 @pytest.mark.parametrize("mode", ["string", "regex"])
 def test_has_answer_golden(mode):
     """DPR's own verdicts; `regex` are CuratedTREC's patterns, with their flags and their broken ones."""
-    cases = [case for case in golden("has_answer") if case["mode"] == mode]
+    cases = [case for case in golden_file("has_answer")["cases"] if case["mode"] == mode]
     assert len(cases) > 100
     for case in cases:
         expected = case.get("expected_without_empty_answers", case["expected"])
@@ -69,15 +65,16 @@ def test_has_answer_golden(mode):
 
 
 def test_tokens_golden():
-    """DPR's own tokens."""
-    for case in golden("tokens"):
+    for case in golden_file("tokens")["cases"]:
         assert tokenize(case["text"]) == case["tokens"], ascii(case)
 
 
 def test_exact_match_golden():
-    """DPR's own reader score; accents are not normalised here, unlike in has_answer."""
-    for case in golden("exact_match"):
+    """DPR's own reader score; accents are not normalised here. F1 forgives more, never less."""
+    for case in golden_file("exact_match")["cases"]:
         assert exact_match(case["prediction"], case["answers"]) == case["expected"], ascii(case)
+        score = f1(case["prediction"], case["answers"])
+        assert 0 <= score <= 1 and (score == 1 or not case["expected"]), ascii(case)
 
 
 def test_every_character_is_tokenised_as_defined():
@@ -112,25 +109,6 @@ def test_has_answer_is_the_plain_definition():
             shown = passage[slice(*position)]
             assert plain_has_answer(shown, answers), ascii((passage, answers, shown))
     assert 0.2 < sum(verdicts) / len(verdicts) < 0.8  # why: a test of one verdict only could not fail
-
-
-@pytest.mark.parametrize(
-    "passage, answer, expected",
-    [
-        ("born in the U. S.A.", "u.s.a.", True),  # white space between tokens does not count
-        ("a category of", "cat", False),  # only whole words
-        ("x_y", "x", True),  # an underscore is a sign, not a letter
-        ("at the Cafe\u0301", "CAFÉ", True),  # two ways to write é
-        ("at the cafe\u0301", "cafe", False),  # and it is not e
-        ("200 \u212a", "200 k", True),  # Kelvin's sign is a K
-        ("a ≠ b", "=", True),  # NFD takes the stroke off the equals sign
-        ("ΟΔΟΣ's", "οδος", True),  # Σ at the end of a token is ς, though the text goes on
-        ("a' Σ", "ς", False),  # alone it is σ
-    ],
-)
-def test_has_answer_by_hand(passage, answer, expected):
-    """What counts as the same token."""
-    assert has_answer(passage, ["nothing", answer]) is expected
 
 
 @pytest.mark.parametrize("blank", ["", " \t", "\u200b", "\u00ad\u00a0"])
@@ -176,10 +154,3 @@ def test_f1_by_hand():
     assert f1("army", ["navy"]) == 0.0
     assert f1("army", []) == 0.0
     assert f1("the", ["navy"]) == 0.0 and f1("the", ["a"]) == 1.0  # nothing left on one side, on both
-
-
-def test_f1_is_one_for_an_exact_match():
-    """F1 can forgive what exact match does not, never the other way round."""
-    for case in golden("exact_match"):
-        score = f1(case["prediction"], case["answers"])
-        assert 0 <= score <= 1 and (score == 1 or not case["expected"])
