@@ -1,18 +1,16 @@
 """The cross-encoder and its trainer against RocketQA's token ids, plain autograd and numbers by hand."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizer
 
 import train_cross_encoder as trainer
-from tests.processes import flags, main, on_devices, rows
+from tests.processes import flags, main, rows
 from tests.toy import ACCELERATOR, close, flat_gradient, golden_file, write_lines
 from utils.corpus import Passage
 from utils.cross_encoder import CrossEncoder, load_cross_encoder, probabilities, tokenize_pairs
@@ -173,10 +171,7 @@ def test_gradient_does_not_depend_on_the_chunks(world, epsilon):
 
 
 def test_adversarial_step_equals_its_formula(world):
-    """
-    RocketQA's four steps by plain autograd: the step from the gradient without dropout, the final gradient
-    that of a model moved by hand with the same dropout masks, the embeddings back to the bit.
-    """
+    """By plain autograd: the step without dropout, then the gradient of a model that was moved by hand."""
     cfg, pairs, corpus, cross = parts(world, dropout=0.1, adversarial_epsilon=0.5)
     *_, other = parts(world, dropout=0.1)
     chunks = trainer.make_batch(0, pairs, corpus, cross, cfg)
@@ -203,39 +198,11 @@ def test_adversarial_step_equals_its_formula(world):
     assert close(flat_gradient(cross), flat_gradient(other))
 
 
-def device_results(folder, world):
-    """On each of W devices: one step and the dev metrics."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    accelerator = SimpleNamespace(**vars(ACCELERATOR) | {"process_index": rank})
-    cfg, pairs, corpus, cross = parts(world, dropout=0.0, adversarial_epsilon=0.5, eval_batch_size=3)
-    chunks = trainer.make_batch(0, pairs, corpus, cross, cfg)
-    totals = trainer.add_gradient(chunks, cross, accelerator, cfg, 0)
-    dev, dev_pairs, _ = trainer.read_pairs(cfg.dev, corpus)
-    ids = trainer.tokenize(dev_pairs, corpus, cross)
-    metrics = trainer.evaluate(dev, ids, cross, accelerator, cfg)
-    torch.save((totals, flat_gradient(cross), metrics), f"{folder}/{rank}.pt")
-
-
-def test_two_devices_give_the_gradient_of_one(world, tmp_path):
-    """Two gloo processes, adversarial step included: gradient, loss and dev metrics of a single device."""
-    (tmp_path / "alone").mkdir()
-    device_results(tmp_path / "alone", world)
-    on_devices(2, device_results, str(tmp_path), world)
-    totals, gradient, metrics = torch.load(tmp_path / "alone" / "0.pt")
-    both = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
-    assert torch.equal(both[0][1], both[1][1]), "devices must hold the same gradient"
-    assert torch.allclose(both[0][0], totals) and close(both[0][1], gradient)
-    assert both[0][2] == both[1][2] == metrics
-
-
 def test_dev_metrics_by_hand():
-    """
-    Ranks 1, 2 (a tie counts against the positive) and 2 (the better of two positives); the question without
-    negatives has no rank; right are 0.9, 0.1 · none · 0.6, 0.4 · 0.8.
-    """
+    """A tie counts against the positive, the better of two positives counts, no negatives give no rank."""
     sizes = [(1, 1), (1, 1), (2, 2), (1, 0)]
     examples = [{"positives": ["p"] * n, "negatives": ["n"] * m} for n, m in sizes]
-    p_N = np.array([0.9, 0.1, 0.5, 0.5, 0.6, 0.3, 0.7, 0.4, 0.8])
+    p_N = np.array([0.9, 0.1, 0.5, 0.5, 0.6, 0.3, 0.7, 0.4, 0.8])  # ranks 1, 2, 2; wrong: 0.5, 0.3, 0.7
     metrics = trainer.dev_metrics(examples, p_N)
     assert metrics == {"accuracy": pytest.approx(6 / 9), "mrr": pytest.approx((1 + 1 / 2 + 1 / 2) / 3)}
     assert trainer.dev_metrics(examples[:1], np.array([0.9, np.nan])) == {"accuracy": 0.5, "mrr": 0.5}
