@@ -1,6 +1,5 @@
 """Rescoring a ranking: the probability of every pair, in order, once, however the work was cut or killed."""
 
-import json
 import random
 
 import numpy as np
@@ -11,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 import rerank
 import utils.data
 from tests.processes import main, run
-from tests.toy import make_world, tokenizer
+from tests.toy import make_world, tokenizer, write_lines
 from utils.cross_encoder import CrossEncoder, load_cross_encoder
 from utils.data import Corpus, iter_run, read_questions, read_run, write_run
 from utils.metrics import one_question_at_a_time, retrieval_metrics
@@ -45,9 +44,9 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def keys(world):
-    files = {"questions": "test.jsonl", "ranking": "test.run", "corpus": "corpus.tsv"}
-    files |= {"cross_encoder": "cross_encoder"}
-    return {key: world / name for key, name in files.items()} | {"depth": 7, "batch_size": 5, "block": 3}
+    files = {"questions": world / "test.jsonl", "ranking": world / "test.run"}
+    files |= {"corpus": world / "corpus.tsv", "cross_encoder": world / "cross_encoder"}
+    return files | {"depth": 7, "batch_size": 5, "block": 3}
 
 
 @pytest.fixture
@@ -185,10 +184,7 @@ def test_killed_while_writing_a_part(keys, call, tmp_path, pairs, capsys):
 
 
 def test_a_crash_in_the_metrics_costs_no_score(call, tmp_path, monkeypatch, pairs):
-    """
-    The parts go last: when the metrics fail, the next call scores nothing and ends. Until then they belong to
-    this job: another depth, model, ranking, question or corpus is refused, and nothing is mixed.
-    """
+    """The parts go last: the next call scores nothing and ends. Until then they belong to this job alone."""
 
     def crash(*args):
         raise UserError("no metrics today")
@@ -251,10 +247,9 @@ def test_other_orders_and_other_questions(world, call, tmp_path, capsys):
 
 def test_unlabelled_questions(world, call, tmp_path, capsys):
     """RocketQA's step 4: neither answers nor positives, so no metrics, and the ranking all the same."""
-    lines = [json.loads(line) for line in (world / "test.jsonl").read_text().splitlines()]
-    bare = [json.dumps({key: line[key] for key in ("qid", "question")}) + "\n" for line in lines]
-    (tmp_path / "bare.jsonl").write_text("".join(bare))
-    out = call(questions=tmp_path / "bare.jsonl")
+    questions = read_questions(world / "test.jsonl")
+    bare = [{key: question[key] for key in ("qid", "question")} for question in questions]
+    out = call(questions=write_lines(tmp_path / "bare.jsonl", bare))
     assert "has neither answers nor positives: only the ranking is written" in capsys.readouterr().out
     assert out.read_bytes() == call("b.run").read_bytes()
     assert read_json(tmp_path / "a.metrics.json") == {"before": {}, "after": {}}
