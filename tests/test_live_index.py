@@ -268,7 +268,6 @@ def test_only_whole_folders_of_this_corpus_are_loaded(world, tmp_path):
         make_index(world, corpus=Corpus(path), embeddings=tmp_path / "61")
 
 
-# ---------------------------------------------------------------- a resumed run
 def test_a_resumed_run_has_the_vectors_that_it_had(world, tmp_path):
     """index_encoder makes them again; not where the first step makes new ones, or where none were made."""
     checkpoint = tmp_path / "checkpoint"

@@ -200,7 +200,6 @@ def test_dev_metrics_by_hand():
     assert trainer.dev_metrics(examples[:1], np.array([0.9, np.nan])) == {"accuracy": 0.5, "mrr": 0.5}
 
 
-# ---------------------------------------------------------------- the command, as its user meets it
 def test_a_run_learns(world, tmp_path):
     """Red passages are relevant: every one comes to the top. The rate rises, then it is constant."""
     corpus = Corpus(world / "corpus.tsv")

@@ -132,12 +132,10 @@ def test_the_answer_is_dprs_in_the_passages_own_letters(golden, monkeypatch):
         if None in texts:
             odd += 1
             continue
-        ids = [stub.tokenizer.convert_tokens_to_ids(p["tokens"]) for p in case["passages"]]
-        question = {
-            "question": "q",
-            "passages": [Passage("", "", text) for text in texts],
-            "sequences": [(ids, p["offset"]) for ids, p in zip(ids, case["passages"], strict=True)],
-        }
+        passages = [Passage("", "", text) for text in texts]
+        ids_of = stub.tokenizer.convert_tokens_to_ids
+        sequences = [(ids_of(p["tokens"]), p["offset"]) for p in case["passages"]]
+        question = {"question": "q", "passages": passages, "sequences": sequences}
         logits = [
             (np.float32(p["start_logits"]), np.float32(p["end_logits"]), relevance)
             for p, relevance in zip(case["passages"], case["relevance_logits"], strict=False)
@@ -373,7 +371,6 @@ def test_dropout_is_a_function_of_seed_and_step(world):
     assert torch.equal(*gradients[:2]) and not torch.allclose(*gradients[1:])
 
 
-# ---------------------------------------------------------------- evaluation
 def test_logits_that_are_no_numbers_name_the_question(world):
     """A NaN in either output: one line with the question, before an answer is chosen by it."""
     for part in ("qa_outputs", "qa_classifier"):
@@ -442,7 +439,6 @@ def test_other_models_are_refused(world, tmp_path):
             load_reader(folder, inputs, new_head=True)
 
 
-# ---------------------------------------------------------------- the command, as its user meets it
 def test_a_run_learns(world, tmp_path):
     """The loss falls, dev EM rises, the best checkpoint is that of the highest dev EM, the log tells all."""
     main("train_reader.py", keys(world, tmp_path / "run"))
