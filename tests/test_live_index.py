@@ -22,10 +22,9 @@ from utils.plumbing.weights import load_encoder, save_encoder
 from utils.search import exact_topk
 
 
-def make_embeddings(doc_encoder, corpus, out, **keys):
+def make_embeddings(doc_encoder, corpus, out):
     """Run doc2embedding.py in this process; returns `out`."""
-    keys = {"doc_encoder": doc_encoder, "corpus": corpus, "out": out, "shard_size": 16} | keys
-    main("doc2embedding.py", keys)
+    main("doc2embedding.py", {"doc_encoder": doc_encoder, "corpus": corpus, "out": out, "shard_size": 16})
     return out
 
 

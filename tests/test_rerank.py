@@ -77,7 +77,6 @@ def scores_of(path):
     return {(qid, pid): score for qid, hits in iter_run(path) for pid, score in hits}
 
 
-# ---------------------------------------------------------------- scores
 def test_a_score_is_the_probability_of_the_pair_alone(world, call):
     """Each of the first `depth` pairs through transformers alone, without padding: the same P to 1e-6."""
     model = AutoModelForSequenceClassification.from_pretrained(world / "cross_encoder").eval()
@@ -154,7 +153,6 @@ def test_the_run_is_never_in_memory(world, call, monkeypatch):
     assert seen == [4, 6, 8, 10, 10]
 
 
-# ---------------------------------------------------------------- crashes
 DIE = """
 import os, rerank
 write, calls = rerank.write_run, []
@@ -205,7 +203,6 @@ def test_a_crash_in_the_metrics_costs_no_score(call, tmp_path, monkeypatch, pair
     assert (tmp_path / "a.metrics.json").read_text() == (tmp_path / "c.metrics.json").read_text()
 
 
-# ---------------------------------------------------------------- metrics
 def measured(world, path, depth):
     """The metrics of a run cut at `depth`; its questions may be in any order."""
     ranking = {qid: hits[:depth] for qid, hits in iter_run(path)}

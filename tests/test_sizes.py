@@ -26,7 +26,6 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 BERT_BASE = 12 * 768
 
 
-# ---------------------------------------------------------------- the function
 @pytest.mark.parametrize(
     ("free", "length", "width", "wanted"),
     [
@@ -39,17 +38,13 @@ BERT_BASE = 12 * 768
     ],
 )
 def test_what_fits_a_gpu(free, length, width, wanted, monkeypatch):
-    """A stub of its memory: 64k tokens, or what half of it holds; one row at least."""
+    """64k tokens, or what half of its memory holds; one row at least; all devices take the least."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free), int(140e9)))
     assert rows_that_fit(64, length, width, GPU) == wanted
     assert rows_that_fit(64, length, width, CPU) == 64
-
-
-def test_all_devices_take_the_least(monkeypatch):
-    """Or the settings, and so the name of a run, would be others on each."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (140 * 10**9, 140 * 10**9))
+    # or the settings, and so the name of a run, would be others on each
     monkeypatch.setattr(utils.distributed, "gather_items", lambda mine: mine | {1: 7})
-    assert rows_that_fit(64, 256, BERT_BASE, GPU) == 7
+    assert rows_that_fit(64, length, width, GPU) == min(7, wanted)
 
 
 def test_the_width_of_a_model(world, tmp_path):
@@ -59,7 +54,6 @@ def test_the_width_of_a_model(world, tmp_path):
     assert [width_of(folder) for folder in folders] == [64] * 3
 
 
-# ---------------------------------------------------------------- what each script asks for
 class Stop(Exception):
     pass
 

@@ -110,19 +110,15 @@ def test_an_excluded_pair_is_a_question_and_a_column():
 
 # ---------------------------------------------------------------- batches
 def test_a_batch_is_a_function_of_seed_and_step(world):
-    """Every question once an epoch, at its own passage and before a wrong one: by texts of many lengths."""
+    """Every question once an epoch; rows of like length are together."""
     cfg, train, corpus, towers = load(world)
     seen = []
     for step in range(5):
         batch = make_batch(step, train, corpus, towers, cfg)
         assert str(batch) == str(make_batch(step, train, corpus, towers, cfg))
         lengths = [len(ids) for chunk in batch["passage_chunks"] for ids in chunk]
-        assert lengths == sorted(lengths) and len(set(lengths)) > 2, "rows of like length are together"
-        questions, passages = (texts_of(batch, towers, kind) for kind in ("question", "passage"))
-        for i, question in enumerate(questions):
-            assert fact(passages[batch["positive_Q"][i]]) == fact(question)
-            assert fact(passages[batch["positive_Q"][i] + 1]) != fact(question)
-        seen += map(fact, questions)
+        assert lengths == sorted(lengths) and len(set(lengths)) > 2
+        seen += map(fact, texts_of(batch, towers, "question"))
     assert len(set(seen)) == 40
 
 
