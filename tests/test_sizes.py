@@ -69,20 +69,18 @@ class Stop(Exception):
 )
 def test_the_configs_leave_it_open(world, script, wanted, monkeypatch):
     """The keys are 0; on a CPU they are what the configs said before, (rows, tokens of a row)."""
-    asked = []
 
     def stop(cfg, files, weights, sizes):
-        asked.append(sizes)
         assert all(getattr(cfg, key) == 0 for key in sizes)
-        raise Stop
+        raise Stop(sizes)
 
     monkeypatch.setattr(importlib.import_module(script), "Run", stop)
     files = {"train": world / "train.jsonl", "dev": "", "corpus": world / "corpus.tsv"}
     if script == "train_reader":
         files |= {"train_run": world / "train.jsonl", "gold": "", "dev_run": ""}
-    with pytest.raises(Stop):
+    with pytest.raises(Stop) as stopped:
         main(f"{script}.py", files)
-    assert asked == [wanted]
+    assert stopped.value.args == (wanted,)
 
 
 # ---------------------------------------------------------------- a run that goes on
