@@ -157,13 +157,11 @@ def test_bf16_is_near_float32(fid):
 def greedy(fid, rows):
     """The likeliest next token, one after the other, the whole decoder run again for each."""
     hidden_1KLD, mask_1KL = states(fid, [rows])
+    seen = {"encoder_hidden_states": hidden_1KLD.flatten(1, 2)}
+    seen["encoder_attention_mask"] = mask_1KL.flatten(1, 2)
     ids_1T = torch.full((1, 1), fid.model.config.decoder_start_token_id)
     for _ in range(fid.inputs["answer_tokens"]):
-        hidden_1TD = fid.model.decoder(
-            input_ids=ids_1T,
-            encoder_hidden_states=hidden_1KLD.flatten(1, 2),
-            encoder_attention_mask=mask_1KL.flatten(1, 2),
-        ).last_hidden_state
+        hidden_1TD = fid.model.decoder(input_ids=ids_1T, **seen).last_hidden_state
         best_11 = fid.model.lm_head(hidden_1TD[:, -1:]).argmax(2)  # the scale of the output moves no maximum
         ids_1T = torch.cat([ids_1T, best_11], 1)
     ids = ids_1T[0, 1:].tolist()

@@ -12,14 +12,7 @@ from transformers import AutoModel
 from tests.processes import flags, main, on_devices, rows
 from tests.saved import Saved
 from tests.toy import ACCELERATOR, close, flat_gradient, golden_file
-from train_dpr import (
-    add_gradient,
-    draw_batch,
-    draw_passages,
-    in_batch_loss,
-    learning_rate_factor,
-    make_batch,
-)
+from train_dpr import add_gradient, draw_batch, draw_passages, in_batch_loss, learning_rate_factor, make_batch
 from utils.data import Corpus, count_negatives, passage_of, read_questions
 from utils.distributed import chunk_seed
 from utils.encoder import collate, tokenize_passages, tokenize_questions
@@ -186,12 +179,9 @@ def test_rotating_negatives_equal_ance_teles():
     for case in golden_file("train_sampling")["cases"]:
         if case["negative_passage_no_shuffle"]:  # no published recipe sets it
             continue
-        cfg = SimpleNamespace(
-            seed=case["seed"],
-            negatives=case["train_n_passages"] - 1,
-            shuffle_positives=not case["positive_passage_no_shuffle"],
-            rotate_negatives=True,
-        )
+        cfg = SimpleNamespace(seed=case["seed"], rotate_negatives=True)
+        cfg.negatives = case["train_n_passages"] - 1
+        cfg.shuffle_positives = not case["positive_passage_no_shuffle"]
         pool = {"positives": [*range(case["n_positives"])], "negatives": [*range(case["n_negatives"])]}
         positive, *negatives = draw_passages(pool, case["item"], int(case["epoch"]), cfg)
         assert positive == case["positive"], case
