@@ -51,9 +51,9 @@ def fid(folder):
     return load_fid(folder, {"reader_tokens": 48, "answer_tokens": 8}).eval()
 
 
-def contexts(fid, questions=QUESTIONS, passages=PASSAGES):
+def contexts(fid):
     """Of each question the id lists of its passages."""
-    return [tokenize_contexts(fid, *pair) for pair in zip(questions, passages, strict=True)]
+    return [tokenize_contexts(fid, *pair) for pair in zip(QUESTIONS, PASSAGES, strict=True)]
 
 
 def states(fid, rows, chunk=64, **how):
