@@ -166,17 +166,20 @@ rerank.main()
 """
 
 
-def test_killed_while_writing_a_part(keys, call, tmp_path, pairs, capsys):
-    """SIGKILL in the third of four blocks: two are kept and not scored again, the end is the same."""
+def test_killed_while_writing_a_part(keys, call, tmp_path, pairs, capsys, monkeypatch):
+    """SIGKILL in the third of four blocks: two are kept; on another device the batches stay as they were."""
     out = tmp_path / "a.run"
     (tmp_path / "die.py").write_text(DIE)
-    killed = run(str(tmp_path / "die.py"), keys | {"out": out})
+    killed = run(str(tmp_path / "die.py"), keys | {"out": out, "batch_size": 0})
     assert killed.returncode == -9, killed.stderr
     parts = sorted(part.name for part in (tmp_path / "a.run.parts").glob("*.run"))
     assert parts == ["00000.run", "00001.run"] and not out.exists()
-    call()
-    assert pairs == [21, 7] and "70 pairs, 42 of them done before" in capsys.readouterr().out
-    assert out.read_bytes() == call("whole.run").read_bytes()
+    monkeypatch.setattr(rerank, "rows_that_fit", lambda *_: 2)
+    call(batch_size=0)
+    said = capsys.readouterr().out
+    assert pairs == [21, 7] and "70 pairs, 42 of them done before" in said and "batches of 128" in said
+    assert out.read_bytes() == call("whole.run", batch_size=128).read_bytes()
+    assert "batches of 128" in capsys.readouterr().out, "a number that is given prevails"
     assert not (tmp_path / "a.run.parts").exists()
 
 

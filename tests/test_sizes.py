@@ -8,15 +8,11 @@ import torch
 import yaml
 
 import doc2embedding
-import rerank
 import utils.distributed
 import utils.plumbing.run
 from tests import test_train_dpr
 from tests.processes import main, rows
-from tests.test_rerank import save_cross
-from tests.toy import tokenizer
 from tests.toy_t5 import t5
-from utils.data import read_questions, write_run
 from utils.distributed import rows_that_fit
 from utils.plumbing.config import UserError
 from utils.plumbing.files import read_json
@@ -86,7 +82,7 @@ def test_the_configs_leave_it_open(world, script, wanted, monkeypatch):
 # ---------------------------------------------------------------- a run that goes on
 def device_of(size, monkeypatch):
     """From now on a device takes `size` rows."""
-    for module in (utils.plumbing.run, doc2embedding, rerank):
+    for module in (utils.plumbing.run, doc2embedding):
         monkeypatch.setattr(module, "rows_that_fit", lambda *_: size)
 
 
@@ -132,28 +128,3 @@ def test_encoding_keeps_its_batches_on_another_device(world, tmp_path, monkeypat
     (tmp_path / "two/00001.npy").unlink()
     main("doc2embedding.py", keys | {"out": tmp_path / "two", "batch_size": 3})
     assert "batches of 3 passages" in capsys.readouterr().out
-
-
-def test_reranking_keeps_its_batches_on_another_device(world, tmp_path, monkeypatch, capsys):
-    """Stopped before it joined its blocks, it goes on with the batches of its first device."""
-    save_cross(tmp_path / "cross", tokenizer(tmp_path))
-    questions = read_questions(world / "test.jsonl")
-    ranking = [(question["qid"], [(str(i), -i) for i in range(1, 10)]) for question in questions]
-    write_run(tmp_path / "test.run", ranking)
-    keys = {"questions": world / "test.jsonl", "ranking": tmp_path / "test.run", "block": 3, "depth": 5}
-    keys |= {"corpus": world / "corpus.tsv", "cross_encoder": tmp_path / "cross", "out": tmp_path / "a.run"}
-
-    def stop(*_):
-        raise Stop
-
-    device_of(5, monkeypatch)
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(rerank, "measure", stop)
-        main("rerank.py", keys)
-    (tmp_path / "a.run.parts/00001.run").unlink()
-    device_of(2, monkeypatch)
-    main("rerank.py", keys)
-    said = capsys.readouterr().out
-    assert said.count("batches of 5") == 2 and "15 pairs scored" in said
-    main("rerank.py", keys | {"out": tmp_path / "b.run", "batch_size": 4})
-    assert "batches of 4" in capsys.readouterr().out
