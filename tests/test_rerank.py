@@ -1,6 +1,5 @@
 """Rescoring a ranking: the probability of every pair, in order, once, however the work was cut or killed."""
 
-import json
 import random
 
 import numpy as np
@@ -11,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 import rerank
 import utils.data
 from tests.processes import main, run
-from tests.toy import make_world, tokenizer
+from tests.toy import make_world, tokenizer, write_lines
 from utils.cross_encoder import CrossEncoder, load_cross_encoder
 from utils.data import Corpus, iter_run, read_questions, read_run, write_run
 from utils.metrics import one_question_at_a_time, retrieval_metrics
@@ -45,9 +44,9 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def keys(world):
-    files = {"questions": "test.jsonl", "ranking": "test.run", "corpus": "corpus.tsv"}
-    files |= {"cross_encoder": "cross_encoder"}
-    return {key: world / name for key, name in files.items()} | {"depth": 7, "batch_size": 5, "block": 3}
+    files = {"questions": world / "test.jsonl", "ranking": world / "test.run"}
+    files |= {"corpus": world / "corpus.tsv", "cross_encoder": world / "cross_encoder"}
+    return files | {"depth": 7, "batch_size": 5, "block": 3}
 
 
 @pytest.fixture
@@ -78,7 +77,6 @@ def scores_of(path):
     return {(qid, pid): score for qid, hits in iter_run(path) for pid, score in hits}
 
 
-# ---------------------------------------------------------------- scores
 def test_a_score_is_the_probability_of_the_pair_alone(world, call):
     """Each of the first `depth` pairs through transformers alone, without padding: the same P to 1e-6."""
     model = AutoModelForSequenceClassification.from_pretrained(world / "cross_encoder").eval()
@@ -127,10 +125,9 @@ def test_two_processes_write_the_same_bytes_as_one(keys, call, tmp_path):
     done = run("rerank.py", keys | {"out": tmp_path / "two.run"}, processes=2)
     assert done.returncode == 0, done.stderr
     assert "42/42" in done.stderr and "70 pairs scored" in done.stdout  # the first has blocks 0 and 2 of 4
-    one = call("one.run")
-    assert (tmp_path / "two.run").read_bytes() == one.read_bytes()
-    metrics = [tmp_path / f"{name}.metrics.json" for name in ("one", "two")]
-    assert metrics[0].read_text() == metrics[1].read_text()
+    call("one.run")
+    for suffix in ("run", "metrics.json"):
+        assert (tmp_path / f"two.{suffix}").read_bytes() == (tmp_path / f"one.{suffix}").read_bytes()
     assert len([*tmp_path.iterdir()]) == 4, "only the ranking and the metrics of each are left"
 
 
@@ -156,7 +153,6 @@ def test_the_run_is_never_in_memory(world, call, monkeypatch):
     assert seen == [4, 6, 8, 10, 10]
 
 
-# ---------------------------------------------------------------- crashes
 DIE = """
 import os, rerank
 write, calls = rerank.write_run, []
@@ -170,25 +166,25 @@ rerank.main()
 """
 
 
-def test_killed_while_writing_a_part(keys, call, tmp_path, pairs, capsys):
-    """SIGKILL in the third of four blocks: two are kept and not scored again, the end is the same."""
+def test_killed_while_writing_a_part(keys, call, tmp_path, pairs, capsys, monkeypatch):
+    """SIGKILL in the third of four blocks: two are kept; on another device the batches stay as they were."""
     out = tmp_path / "a.run"
     (tmp_path / "die.py").write_text(DIE)
-    killed = run(str(tmp_path / "die.py"), keys | {"out": out})
+    killed = run(str(tmp_path / "die.py"), keys | {"out": out, "batch_size": 0})
     assert killed.returncode == -9, killed.stderr
     parts = sorted(part.name for part in (tmp_path / "a.run.parts").glob("*.run"))
     assert parts == ["00000.run", "00001.run"] and not out.exists()
-    call()
-    assert pairs == [21, 7] and "70 pairs, 42 of them done before" in capsys.readouterr().out
-    assert out.read_bytes() == call("whole.run").read_bytes()
+    monkeypatch.setattr(rerank, "rows_that_fit", lambda *_: 2)
+    call(batch_size=0)
+    said = capsys.readouterr().out
+    assert pairs == [21, 7] and "70 pairs, 42 of them done before" in said and "batches of 128" in said
+    assert out.read_bytes() == call("whole.run", batch_size=128).read_bytes()
+    assert "batches of 128" in capsys.readouterr().out, "a number that is given prevails"
     assert not (tmp_path / "a.run.parts").exists()
 
 
 def test_a_crash_in_the_metrics_costs_no_score(call, tmp_path, monkeypatch, pairs):
-    """
-    The parts go last: when the metrics fail, the next call scores nothing and ends. Until then they belong to
-    this job: another depth, model, ranking, question or corpus is refused, and nothing is mixed.
-    """
+    """The parts go last: the next call scores nothing and ends. Until then they belong to this job alone."""
 
     def crash(*args):
         raise UserError("no metrics today")
@@ -210,7 +206,6 @@ def test_a_crash_in_the_metrics_costs_no_score(call, tmp_path, monkeypatch, pair
     assert (tmp_path / "a.metrics.json").read_text() == (tmp_path / "c.metrics.json").read_text()
 
 
-# ---------------------------------------------------------------- metrics
 def measured(world, path, depth):
     """The metrics of a run cut at `depth`; its questions may be in any order."""
     ranking = {qid: hits[:depth] for qid, hits in iter_run(path)}
@@ -251,16 +246,14 @@ def test_other_orders_and_other_questions(world, call, tmp_path, capsys):
 
 def test_unlabelled_questions(world, call, tmp_path, capsys):
     """RocketQA's step 4: neither answers nor positives, so no metrics, and the ranking all the same."""
-    lines = [json.loads(line) for line in (world / "test.jsonl").read_text().splitlines()]
-    bare = [json.dumps({key: line[key] for key in ("qid", "question")}) + "\n" for line in lines]
-    (tmp_path / "bare.jsonl").write_text("".join(bare))
-    out = call(questions=tmp_path / "bare.jsonl")
+    questions = read_questions(world / "test.jsonl")
+    bare = [{key: question[key] for key in ("qid", "question")} for question in questions]
+    out = call(questions=write_lines(tmp_path / "bare.jsonl", bare))
     assert "has neither answers nor positives: only the ranking is written" in capsys.readouterr().out
     assert out.read_bytes() == call("b.run").read_bytes()
     assert read_json(tmp_path / "a.metrics.json") == {"before": {}, "after": {}}
 
 
-# ---------------------------------------------------------------- models that cannot score
 def test_bad_models_are_named(world, call, tmp_path):
     """A folder that does not say its lengths, and weights with NaN: a sentence each."""
     cross = load_cross_encoder(world / "cross_encoder")

@@ -8,15 +8,11 @@ import torch
 import yaml
 
 import doc2embedding
-import rerank
 import utils.distributed
 import utils.plumbing.run
 from tests import test_train_dpr
 from tests.processes import main, rows
-from tests.test_rerank import save_cross
-from tests.toy import tokenizer
 from tests.toy_t5 import t5
-from utils.data import read_questions, write_run
 from utils.distributed import rows_that_fit
 from utils.plumbing.config import UserError
 from utils.plumbing.files import read_json
@@ -26,7 +22,6 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 BERT_BASE = 12 * 768
 
 
-# ---------------------------------------------------------------- the function
 @pytest.mark.parametrize(
     ("free", "length", "width", "wanted"),
     [
@@ -39,17 +34,13 @@ BERT_BASE = 12 * 768
     ],
 )
 def test_what_fits_a_gpu(free, length, width, wanted, monkeypatch):
-    """A stub of its memory: 64k tokens, or what half of it holds; one row at least."""
+    """64k tokens, or what half of its memory holds; one row at least; all devices take the least."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free), int(140e9)))
     assert rows_that_fit(64, length, width, GPU) == wanted
     assert rows_that_fit(64, length, width, CPU) == 64
-
-
-def test_all_devices_take_the_least(monkeypatch):
-    """Or the settings, and so the name of a run, would be others on each."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (140 * 10**9, 140 * 10**9))
+    # or the settings, and so the name of a run, would be others on each
     monkeypatch.setattr(utils.distributed, "gather_items", lambda mine: mine | {1: 7})
-    assert rows_that_fit(64, 256, BERT_BASE, GPU) == 7
+    assert rows_that_fit(64, length, width, GPU) == min(7, wanted)
 
 
 def test_the_width_of_a_model(world, tmp_path):
@@ -59,7 +50,6 @@ def test_the_width_of_a_model(world, tmp_path):
     assert [width_of(folder) for folder in folders] == [64] * 3
 
 
-# ---------------------------------------------------------------- what each script asks for
 class Stop(Exception):
     pass
 
@@ -75,26 +65,24 @@ class Stop(Exception):
 )
 def test_the_configs_leave_it_open(world, script, wanted, monkeypatch):
     """The keys are 0; on a CPU they are what the configs said before, (rows, tokens of a row)."""
-    asked = []
 
     def stop(cfg, files, weights, sizes):
-        asked.append(sizes)
         assert all(getattr(cfg, key) == 0 for key in sizes)
-        raise Stop
+        raise Stop(sizes)
 
     monkeypatch.setattr(importlib.import_module(script), "Run", stop)
     files = {"train": world / "train.jsonl", "dev": "", "corpus": world / "corpus.tsv"}
     if script == "train_reader":
         files |= {"train_run": world / "train.jsonl", "gold": "", "dev_run": ""}
-    with pytest.raises(Stop):
+    with pytest.raises(Stop) as stopped:
         main(f"{script}.py", files)
-    assert asked == [wanted]
+    assert stopped.value.args == (wanted,)
 
 
 # ---------------------------------------------------------------- a run that goes on
 def device_of(size, monkeypatch):
     """From now on a device takes `size` rows."""
-    for module in (utils.plumbing.run, doc2embedding, rerank):
+    for module in (utils.plumbing.run, doc2embedding):
         monkeypatch.setattr(module, "rows_that_fit", lambda *_: size)
 
 
@@ -140,28 +128,3 @@ def test_encoding_keeps_its_batches_on_another_device(world, tmp_path, monkeypat
     (tmp_path / "two/00001.npy").unlink()
     main("doc2embedding.py", keys | {"out": tmp_path / "two", "batch_size": 3})
     assert "batches of 3 passages" in capsys.readouterr().out
-
-
-def test_reranking_keeps_its_batches_on_another_device(world, tmp_path, monkeypatch, capsys):
-    """Stopped before it joined its blocks, it goes on with the batches of its first device."""
-    save_cross(tmp_path / "cross", tokenizer(tmp_path))
-    questions = read_questions(world / "test.jsonl")
-    ranking = [(question["qid"], [(str(i), -i) for i in range(1, 10)]) for question in questions]
-    write_run(tmp_path / "test.run", ranking)
-    keys = {"questions": world / "test.jsonl", "ranking": tmp_path / "test.run", "block": 3, "depth": 5}
-    keys |= {"corpus": world / "corpus.tsv", "cross_encoder": tmp_path / "cross", "out": tmp_path / "a.run"}
-
-    def stop(*_):
-        raise Stop
-
-    device_of(5, monkeypatch)
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(rerank, "measure", stop)
-        main("rerank.py", keys)
-    (tmp_path / "a.run.parts/00001.run").unlink()
-    device_of(2, monkeypatch)
-    main("rerank.py", keys)
-    said = capsys.readouterr().out
-    assert said.count("batches of 5") == 2 and "15 pairs scored" in said
-    main("rerank.py", keys | {"out": tmp_path / "b.run", "batch_size": 4})
-    assert "batches of 4" in capsys.readouterr().out

@@ -1,6 +1,5 @@
 """The trainer against the original codes' numbers, one big graph, and hand-made batches."""
 
-import json
 import re
 from types import SimpleNamespace
 
@@ -8,24 +7,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import AutoModel
 
 from tests.processes import flags, main, on_devices, rows
 from tests.saved import Saved
 from tests.toy import ACCELERATOR, close, flat_gradient, golden_file
-from train_dpr import (
-    add_gradient,
-    dev_pool,
-    draw_batch,
-    draw_passages,
-    evaluate,
-    in_batch_loss,
-    learning_rate_factor,
-    make_batch,
-    rotating_negatives,
-)
-from utils.data import Corpus, Passage, count_negatives, passage_of, read_questions
+from train_dpr import add_gradient, draw_batch, draw_passages, in_batch_loss, learning_rate_factor, make_batch
+from utils.data import Corpus, count_negatives, passage_of, read_questions
 from utils.distributed import chunk_seed
-from utils.encoder import collate, embed, tokenize_passages, tokenize_questions
+from utils.encoder import collate, tokenize_passages, tokenize_questions
 from utils.plumbing.config import UserError, load_config
 from utils.plumbing.run import make_optimizer
 from utils.plumbing.weights import TOWERS, load_encoder, load_towers, save_encoder
@@ -93,7 +83,7 @@ def test_schedule_equals_the_original_codes():
 
 
 def test_an_excluded_pair_is_a_question_and_a_column():
-    """Against a plain loop over the columns, with pairs that are not symmetric."""
+    """Against a plain loop, with pairs that are not symmetric; what is left out beats nobody."""
     rng = np.random.default_rng(0)
     q_QD, p_ND = rng.standard_normal((3, 4)), rng.standard_normal((6, 4))
     pairs = [(0, 3), (2, 1), (2, 5)]
@@ -104,58 +94,42 @@ def test_an_excluded_pair_is_a_question_and_a_column():
     excluded = torch.tensor(pairs).T
     loss, _ = in_batch_loss(torch.tensor(q_QD), torch.tensor(p_ND), torch.tensor([0, 2, 4]), excluded)
     assert abs(loss.item() - np.mean(losses)) < 1e-12
-
-
-def test_a_duplicate_positive_costs_until_it_is_excluded():
-    """Four questions, two with the same gold passage: its copy costs ln 2 / 2 = 0.35."""
-    vectors = torch.eye(3)[[0, 1, 2, 2]] * 30
-    plain, _ = in_batch_loss(vectors, vectors, torch.arange(4))
-    masked, correct = in_batch_loss(vectors, vectors, torch.arange(4), torch.tensor([[2, 3], [3, 2]]))
-    assert abs(plain - np.log(2) / 2) < 1e-4 and masked < 1e-4 and correct == 4
+    vectors = torch.eye(3)[[0, 1, 2, 2]] * 30  # two questions with the same gold passage
+    loss, correct = in_batch_loss(vectors, vectors, torch.arange(4), torch.tensor([[2, 3], [3, 2]]))
+    assert loss < 1e-4 and correct == 4
 
 
 # ---------------------------------------------------------------- batches
 def test_a_batch_is_a_function_of_seed_and_step(world):
-    """
-    Twice the same; an epoch shows every question once; the positive of question i is its passage, and the
-    column after it is not: by their texts, which have different lengths.
-    """
+    """Every question once an epoch; rows of like length are together."""
     cfg, train, corpus, towers = load(world)
     seen = []
     for step in range(5):
         batch = make_batch(step, train, corpus, towers, cfg)
         assert str(batch) == str(make_batch(step, train, corpus, towers, cfg))
         lengths = [len(ids) for chunk in batch["passage_chunks"] for ids in chunk]
-        assert lengths == sorted(lengths) and len(set(lengths)) > 2, "rows of like length are together"
-        questions, passages = (texts_of(batch, towers, kind) for kind in ("question", "passage"))
-        for i, question in enumerate(questions):
-            assert fact(passages[batch["positive_Q"][i]]) == fact(question)
-            assert fact(passages[batch["positive_Q"][i] + 1]) != fact(question)
-        seen += map(fact, questions)
+        assert lengths == sorted(lengths) and len(set(lengths)) > 2
+        seen += map(fact, texts_of(batch, towers, "question"))
     assert len(set(seen)) == 40
 
 
 @pytest.mark.parametrize(
-    ("changes", "own", "words"),
+    ("batch_size", "negatives", "own", "words"),
     [
-        ({"batch_size": 1, "negatives": 0}, {}, "refused"),
-        ({"batch_size": 1, "negatives": 1}, {"negatives": []}, "refused"),
-        ({"batch_size": 1, "negatives": 1}, {"positives": ["1"], "negatives": ["1"]}, "refused"),
-        ({"batch_size": 8, "negatives": 0}, {"positives": ["1"]}, "refused"),
-        ({"batch_size": 8, "negatives": 2}, {"positives": ["1"], "negatives": []}, "refused"),
-        ({"batch_size": 8, "negatives": 2}, {"positives": ["1"]}, "all questions have the same positive"),
-        (
-            {"batch_size": 1, "negatives": 1},
-            {},
-            "1.0 negatives of its own for a question on average, 1 asked",
-        ),
-        ({"batch_size": 8, "negatives": 9}, {}, "no question has more than 2 .* use --negatives 2"),
+        (1, 0, {}, "refused"),
+        (1, 1, {"negatives": []}, "refused"),
+        (1, 1, {"positives": ["1"], "negatives": ["1"]}, "refused"),
+        (8, 0, {"positives": ["1"]}, "refused"),
+        (8, 2, {"positives": ["1"], "negatives": []}, "refused"),
+        (8, 2, {"positives": ["1"]}, "all questions have the same positive"),
+        (1, 1, {}, "1.0 negatives of its own for a question on average, 1 asked"),
+        (8, 9, {}, "no question has more than 2 .* use --negatives 2"),
     ],
 )
-def test_negatives_are_counted_and_none_at_all_is_refused(world, changes, own, words):
+def test_negatives_are_counted_and_none_at_all_is_refused(world, batch_size, negatives, own, words):
     """A batch without a wrong passage has the loss 0 to the end; padding is encoded and teaches nothing."""
-    cfg, train, *_ = load(world, **changes)
-    train = [example | own for example in train]
+    cfg = settings(world, batch_size=batch_size, negatives=negatives)
+    train = [example | own for example in read_questions(cfg.train)]
     if words == "refused":
         with pytest.raises(UserError, match="no question meets a wrong passage.* nothing to tell apart"):
             count_negatives(cfg, train)
@@ -164,10 +138,7 @@ def test_negatives_are_counted_and_none_at_all_is_refused(world, changes, own, w
 
 
 def test_padding_and_duplicates_are_excluded_and_counted(world):
-    """
-    A question without negatives is padded with a column that nobody sees. Any of a question's positives that
-    another question brought is excluded for it, and for it alone.
-    """
+    """Nobody sees a padding column; a question does not see what others bring of its positives."""
     cfg, train, corpus, towers = load(world, batch_size=4)
     two = dict(train[0], positives=train[0]["positives"] + train[2]["positives"])
     train = [two, dict(train[0]), dict(train[1], negatives=[]), dict(train[2])]
@@ -187,10 +158,7 @@ def test_padding_and_duplicates_are_excluded_and_counted(world):
 @pytest.mark.parametrize("rotate", [False, True])
 @pytest.mark.parametrize("negatives", [0, 1, 11])
 def test_the_label_is_right_for_any_number_of_negatives(world, negatives, rotate):
-    """
-    Passages as one-hot vectors, questions as the vector of their own passage: every label scores highest, and
-    the loss is that of no second copy, also where questions have 0, 2 or 11 negatives.
-    """
+    """Of one-hot vectors every label scores highest, also where questions have 0, 2 or 11 negatives."""
     cfg, train, corpus, towers = load(world, negatives=negatives, rotate_negatives=rotate)
     ids = [pid for example in train for pid in example["positives"]]
     for n, example in enumerate(train):
@@ -206,20 +174,14 @@ def test_the_label_is_right_for_any_number_of_negatives(world, negatives, rotate
 
 
 def test_rotating_negatives_equal_ance_teles():
-    """
-    Positive and negatives of an (item, epoch) are those of the original DenseTrainDataset. Where it has too
-    few negatives and draws some twice, ours takes each once.
-    """
-    exact, short = 0, 0
+    """The passages of the original DenseTrainDataset; where it draws some of too few twice, each once."""
+    exact = short = 0
     for case in golden_file("train_sampling")["cases"]:
         if case["negative_passage_no_shuffle"]:  # no published recipe sets it
             continue
-        cfg = SimpleNamespace(
-            seed=case["seed"],
-            negatives=case["train_n_passages"] - 1,
-            shuffle_positives=not case["positive_passage_no_shuffle"],
-            rotate_negatives=True,
-        )
+        cfg = SimpleNamespace(seed=case["seed"], rotate_negatives=True)
+        cfg.negatives = case["train_n_passages"] - 1
+        cfg.shuffle_positives = not case["positive_passage_no_shuffle"]
         pool = {"positives": [*range(case["n_positives"])], "negatives": [*range(case["n_negatives"])]}
         positive, *negatives = draw_passages(pool, case["item"], int(case["epoch"]), cfg)
         assert positive == case["positive"], case
@@ -232,27 +194,9 @@ def test_rotating_negatives_equal_ance_teles():
     assert (exact, short) == (95, 6)
 
 
-def test_no_negative_comes_back_before_all_were_seen():
-    """
-    MS MARCO, episode 3: in 3 epochs a question meets 93 different ones of its 180 negatives; drawn anew each
-    epoch, as DPR does, some would be met twice. Five epochs of 2 of 5 show each exactly twice.
-    """
-    seen = [i for epoch in range(3) for i in rotating_negatives(180, 31, 42, epoch)]
-    assert len(set(seen)) == len(seen) == 93
-    fresh = SimpleNamespace(seed=42, negatives=31, shuffle_positives=False, rotate_negatives=False)
-    pool = {"positives": ["gold"], "negatives": [*range(180)]}
-    assert len({i for epoch in range(3) for i in draw_passages(pool, 0, epoch, fresh)[1:]}) < 93
-    counts = np.bincount([i for epoch in range(5) for i in rotating_negatives(5, 2, 42, epoch)])
-    assert counts.tolist() == [2] * 5
-    assert rotating_negatives(0, 3, 42, 1) == rotating_negatives(3, 0, 42, 1) == []
-
-
 # ---------------------------------------------------------------- gradients
 def one_graph(step, train, corpus, towers, excluded, cfg):
-    """
-    The oracle: the texts of the batch in their drawn order, one padded batch a tower, one graph, plain
-    autograd. It knows nothing of chunks, of their order, of the cache and of devices.
-    """
+    """The oracle: the texts as they were drawn, a padded batch a tower, one graph; no chunks, no devices."""
     items, entries, _ = draw_batch(step, train, cfg)
     questions = tokenize_questions(towers["query_encoder"], [train[item]["question"] for item in items])
     passages = tokenize_passages(towers["doc_encoder"], [passage_of(entry, corpus) for entry in entries])
@@ -267,9 +211,7 @@ def one_graph(step, train, corpus, towers, excluded, cfg):
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("cache", [False, True])
 def test_gradient_equals_one_graph(world, shared, cache):
-    """
-    Chunks of any size, cached or not, separate or shared towers: the gradient of the plain batch, scaled.
-    """
+    """Chunks of any size, cached or not, separate or shared towers: the gradient of the plain batch."""
     for question_chunk, passage_chunk in ((1, 1), (3, 5), (99, 99)):
         changes = {"question_chunk": question_chunk, "passage_chunk": passage_chunk, "grad_cache": cache}
         changes |= {"shared_encoder": shared, "gradient_scale": 0.125, "dropout": 0.0}
@@ -284,25 +226,19 @@ def test_gradient_equals_one_graph(world, shared, cache):
 
 
 def device_gradient(folder, cfg):
-    """On each of W processes: one cached step; every rank writes loss, gradient and the dev metrics."""
+    """On each of W processes: one cached step; every rank writes loss, gradient and its batch."""
     rank = dist.get_rank()
     accelerator = SimpleNamespace(**vars(ACCELERATOR) | {"process_index": rank})
-    corpus, train, dev = Corpus(cfg.corpus), read_questions(cfg.train), read_questions(cfg.dev)
     towers = towers_of(cfg)
-    batch = make_batch(0, train, corpus, towers, cfg)
+    batch = make_batch(0, read_questions(cfg.train), Corpus(cfg.corpus), towers, cfg)
     loss, _ = add_gradient(batch, towers, accelerator, cfg, 0)
-    cfg.eval_batch_size = 3
-    metrics = evaluate(dev_pool(dev, corpus, towers, cfg), towers, accelerator, cfg)
-    found = {"loss": loss, "gradient": flat_gradient(*towers.values()), "batch": batch, "metrics": metrics}
+    found = {"loss": loss, "gradient": flat_gradient(*towers.values()), "batch": batch}
     torch.save(found, f"{folder}/{rank}.pt")
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_two_devices_give_the_gradient_of_one(world, tmp_path, dropout):
-    """
-    Two gloo processes, cached: without dropout the gradient of one device; with it, that of one graph over
-    the same chunks with the same masks. The dev metrics do not depend on the number of devices.
-    """
+    """Without dropout it is that of one device; with it, that of one graph over the same chunks and masks."""
     cfg, train, corpus, towers = load(world, dropout=dropout, grad_cache=True)
     on_devices(2, device_gradient, str(tmp_path), cfg)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
@@ -326,8 +262,6 @@ def test_two_devices_give_the_gradient_of_one(world, tmp_path, dropout):
     wanted = flat_gradient(*towers.values())
     assert abs(ranks[0]["loss"] - wanted_loss) < 1e-5
     assert close(ranks[0]["gradient"], wanted)
-    one = evaluate(dev_pool(read_questions(cfg.dev), corpus, towers, cfg), towers, ACCELERATOR, cfg)
-    assert one == pytest.approx(ranks[0]["metrics"], rel=1e-6)
 
 
 def test_bf16_gives_the_cached_gradient_too(world):
@@ -335,18 +269,15 @@ def test_bf16_gives_the_cached_gradient_too(world):
     gradients = []
     for cache in (False, True):
         cfg, train, corpus, towers = load(world, grad_cache=cache)
-        autocast = {"autocast": lambda: torch.autocast("cpu", torch.bfloat16)}
-        accelerator = SimpleNamespace(**vars(ACCELERATOR) | autocast)
+        accelerator = SimpleNamespace(**vars(ACCELERATOR))
+        accelerator.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
         add_gradient(make_batch(0, train, corpus, towers, cfg), towers, accelerator, cfg, 0)
         gradients.append(flat_gradient(*towers.values()))
     assert torch.cosine_similarity(*gradients, dim=0) > 0.999
 
 
 def test_a_big_batch_needs_the_memory_of_one_chunk(world):
-    """
-    128 questions and 256 passages in chunks of 16: the cached step keeps the activations of one chunk, the
-    plain step those of all, for the same gradient.
-    """
+    """128 questions, 256 passages: the cached step keeps the activations of one chunk of 16, not of all."""
     gradient, peak = {}, {}
     for name, cache in (("plain", False), ("cached", True)):
         sizes = {"batch_size": 128, "question_chunk": 16, "passage_chunk": 16, "token_types": "segments"}
@@ -372,24 +303,17 @@ def test_a_shared_encoder_is_optimized_once(world):
 
 
 def test_layer_norm_epsilon_is_kept_with_the_weights(world, tmp_path):
-    """1e-5 in the place of 1e-12 gives other vectors; saved and loaded again, without a word, the same."""
-    vectors = {}
+    """1e-5 in the place of BERT's 1e-12: in training and, without a word, when it is loaded again."""
     for epsilon in (0.0, 1e-5):
-        tower = towers_of(settings(world, layer_norm_epsilon=epsilon, dropout=0.0))["doc_encoder"]
-        norms = {m.eps for m in tower.modules() if isinstance(m, torch.nn.LayerNorm)}
-        assert norms == {epsilon or 1e-12}
-        ids = tokenize_passages(tower, [Passage("1", "oslo", "the old river of oslo is red")])
-        vectors[epsilon] = embed(tower, ids, 1)
+        tower = towers_of(settings(world, layer_norm_epsilon=epsilon))["doc_encoder"]
         save_encoder(tower, tmp_path / str(epsilon))
-        again = load_encoder(tmp_path / str(epsilon), "passage")
-        assert np.array_equal(embed(again, ids, 1), vectors[epsilon])
-    assert np.abs(vectors[0.0] - vectors[1e-5]).max() > 1e-6
+        for encoder in (tower, load_encoder(tmp_path / str(epsilon), "passage")):
+            norms = [module for module in encoder.modules() if isinstance(module, torch.nn.LayerNorm)]
+            assert {norm.eps for norm in norms} == {epsilon or 1e-12}
 
 
 def test_a_half_precision_start_is_trained_in_full(world, tmp_path):
     """Weights stored as float16 are trained in float32: transformers 5 would keep the type of the file."""
-    from transformers import AutoModel
-
     AutoModel.from_pretrained(world / "bert", add_pooling_layer=False).half().save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((world / "bert" / name).read_bytes())
@@ -397,18 +321,10 @@ def test_a_half_precision_start_is_trained_in_full(world, tmp_path):
     assert {p.dtype for p in torch.nn.ModuleDict(towers).parameters()} == {torch.float32}
 
 
-# ---------------------------------------------------------------- the command
 def test_an_early_stop_keeps_the_schedule(world, tmp_path):
-    """
-    An ANCE-Tele episode in small: stopped after 4 of 20 steps, the learning rates are those of 20 steps with
-    2 of warm-up. The shared encoder is one folder, and its second name is a link.
-    """
+    """An ANCE-Tele episode in small: stopped after 4 steps, the learning rates are those of all 20."""
     early = {"dev": "", "stop_after": 4, "rotate_negatives": True, "shuffle_positives": True}
     early |= {"grad_cache": True, "layer_norm_epsilon": 1e-5, "min_lr_ratio": 0.0, "shared_encoder": True}
     main("train_dpr.py", keys(world, tmp_path / "run", **early))
     assert [row["lr"] for row in rows(tmp_path / "run")] == pytest.approx([0, 5e-4, 1e-3, 1e-3 * 17 / 18])
-    towers = [tmp_path / "run" / name / "model.safetensors" for name in ("query_encoder", "doc_encoder")]
-    assert towers[0].read_bytes() == towers[1].read_bytes() and not towers[1].parent.is_symlink()
-    for name, role in TOWERS.items():
-        assert load_encoder(tmp_path / "run" / name, role).inputs["role"] == "shared"
-        assert json.loads((tmp_path / "run" / name / "config.json").read_text())["layer_norm_eps"] == 1e-5
+    assert not (tmp_path / "run" / "doc_encoder").is_symlink()

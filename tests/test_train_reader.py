@@ -72,47 +72,25 @@ def corpus_of(path, passages):
 
 
 # ---------------------------------------------------------------- loss, against DPR
-def golden_loss(case):
-    """Our loss on a golden case, float64, with the gradients of all inputs: [loss, start, end, relevance]."""
-    named = [case[f"{name}_logits"] for name in ("start", "end", "relevance")]
-    start_NML, end_NML, relevance_NM = (
-        torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in named
-    )
-    begin_NA, end_NA = (torch.tensor(case[f"{side}_positions"])[:, 0] for side in ("start", "end"))
-    size = start_NML.shape[2]
-    spans_NA = torch.tensor(case["answer_mask"])[:, 0].bool() & (begin_NA < size) & (end_NA < size)
-    clamped = begin_NA.clamp(max=size - 1), end_NA.clamp(max=size - 1)
-    loss, _ = reader_loss(start_NML[:, 0], end_NML[:, 0], relevance_NM, *clamped, spans_NA)
-    loss.backward()
-    return loss.detach(), start_NML.grad, end_NML.grad, relevance_NM.grad
-
-
 def test_loss_and_gradients_equal_dpr():
     """All golden cases in float64, a question without any span included; of the odd ones the closed form."""
     cases = golden_file("reader_loss")["cases"]
     assert len(cases) == 13 and sum(case.get("reference_quirk", False) for case in cases) == 4
     for case in cases:
-        loss, *gradients = golden_loss(case)
-        wanted = torch.tensor(case.get("closed_form_loss", case["loss"]), dtype=torch.float64)
-        assert torch.isclose(loss, wanted, rtol=1e-8, atol=1e-8)
-        if "closed_form_loss" not in case:
-            for name, got in zip(("start", "end", "relevance"), gradients, strict=True):
-                wanted = torch.tensor(case[f"grad_{name}"], dtype=torch.float64)
-                assert torch.allclose(got, wanted, rtol=1e-8, atol=1e-8), name
-
-
-def test_loss_by_hand_and_without_padding():
-    """
-    Two even tokens, one span over both ends, two even passages: 2 log 2 for the span, log 2 for the passage.
-    A -inf column is no token and no passage; a logit of 0 in its place is one, and costs.
-    """
-    span = torch.tensor([[0]]), torch.tensor([[1]]), torch.tensor([[True]])
-    for extra, cost in ((-torch.inf, 0.0), (0.0, 3 * np.log(3 / 2))):
-        logits = [torch.tensor([[0.0, 0.0, extra]], requires_grad=True) for _ in range(3)]
-        loss, correct = reader_loss(*logits, *span)
+        logits = {}
+        for name in ("start", "end", "relevance"):
+            logits[name] = torch.tensor(case[f"{name}_logits"], dtype=torch.float64, requires_grad=True)
+        begin_NA, end_NA = (torch.tensor(case[f"{side}_positions"])[:, 0] for side in ("start", "end"))
+        size = logits["start"].shape[2]
+        spans_NA = torch.tensor(case["answer_mask"])[:, 0].bool() & (begin_NA < size) & (end_NA < size)
+        spans = begin_NA.clamp(max=size - 1), end_NA.clamp(max=size - 1), spans_NA
+        loss, _ = reader_loss(logits["start"][:, 0], logits["end"][:, 0], logits["relevance"], *spans)
         loss.backward()
-        assert abs(loss.item() - 3 * np.log(2) - cost) < 1e-6 and correct == 1
-        assert all(torch.isfinite(x.grad).all() for x in logits)
+        wanted = torch.tensor(case.get("closed_form_loss", case["loss"]), dtype=torch.float64)
+        assert torch.isclose(loss.detach(), wanted, rtol=1e-8, atol=1e-8)
+        for name in logits if "closed_form_loss" not in case else ():
+            wanted = torch.tensor(case[f"grad_{name}"], dtype=torch.float64)
+            assert torch.allclose(logits[name].grad, wanted, rtol=1e-8, atol=1e-8), name
 
 
 # ---------------------------------------------------------------- spans and texts, against DPR
@@ -124,8 +102,8 @@ def golden(tmp_path_factory):
     path.write_text("\n".join(spans["vocab"]), encoding="utf-8")
     words = BertTokenizer(vocab=str(path), do_lower_case=True)
     continues_V = np.array([word.startswith("##") for word in spans["vocab"]])
-    inputs = {"reader_tokens": 350}
-    return spans["cases"], SimpleNamespace(tokenizer=words, continues_V=continues_V, inputs=inputs), path
+    stub = SimpleNamespace(tokenizer=words, continues_V=continues_V, inputs={"reader_tokens": 350})
+    return spans["cases"], stub, path
 
 
 def text_of(stub, tokens):
@@ -144,12 +122,10 @@ def test_the_answer_is_dprs_in_the_passages_own_letters(golden, monkeypatch):
         if None in texts:
             odd += 1
             continue
-        ids = [stub.tokenizer.convert_tokens_to_ids(p["tokens"]) for p in case["passages"]]
-        question = {
-            "question": "q",
-            "passages": [Passage("", "", text) for text in texts],
-            "sequences": [(ids, p["offset"]) for ids, p in zip(ids, case["passages"], strict=True)],
-        }
+        passages = [Passage("", "", text) for text in texts]
+        ids_of = stub.tokenizer.convert_tokens_to_ids
+        sequences = [(ids_of(p["tokens"]), p["offset"]) for p in case["passages"]]
+        question = {"question": "q", "passages": passages, "sequences": sequences}
         logits = [
             (np.float32(p["start_logits"]), np.float32(p["end_logits"]), relevance)
             for p, relevance in zip(case["passages"], case["relevance_logits"], strict=False)
@@ -228,20 +204,18 @@ def test_spans_are_those_of_the_passage(world):
     """Every mention up to the last token, none in the question or the title, none of an empty answer."""
     reader = open_reader(world / "bert")
     passage = Passage("", "red tower", "red and blue and new red")
-    [(ids, first)] = tokenize_rows(reader, "is red or new red right", [passage])
-    begin = first
+    [(ids, begin)] = tokenize_rows(reader, "is red or new red right", [passage])
     assert ids[begin:] == word_pieces(reader, [passage.text])[0] and begin > 8
     answers = word_pieces(reader, ["red", "new red", "blue"])
     wanted = [(begin, begin), (begin + 5, begin + 5), (begin + 4, begin + 5), (begin + 2, begin + 2)]
-    assert find_spans(ids, first, answers) == wanted and find_spans(ids, first, [[]]) == []
+    assert find_spans(ids, begin, answers) == wanted and find_spans(ids, begin, [[]]) == []
 
 
 def test_what_is_learned_and_what_is_dropped_and_why(world, tmp_path):
     """One question of each fate; the comments and the statuses name them."""
     reader = open_reader(world / "bert")
     beyond = "the old river of rome is new and it stands in rome " * 3 + " red"
-    texts = ["red and blue and red .", beyond, "nothing here", "", "“café” — red’s", "the old tower"]
-    texts.append("at 5°C")
+    texts = ["red and blue and red .", beyond, "nothing here", "", "“café” — red’s", "old tower", "at 5°C"]
     corpus = corpus_of(tmp_path / "edge.jsonl", [("", text) for text in texts])
 
     def fate(answers, rows, length=40, question="which"):
@@ -312,13 +286,12 @@ def test_rankings_of_other_questions_and_patterns_are_refused(world, tmp_path):
         assert examples[0]["rows"].tolist() == [0] and "fewer than the 9 asked for" in note
     with pytest.raises(UserError, match="passages for none of the questions"):
         read_ranking(path, tmp_path / "other.run", corpus, 9)
-    path.write_text(json.dumps(question | {"answers": [r"1,?490\s?(km|kilometers)"]}))
-    with pytest.raises(UserError, match="regular expression.*490"):
-        read_ranking(path, tmp_path / "q.run", corpus, 9)
-    rows = [question | {"qid": qid, "answers": [r"1,?490\s?(km|kilometers)"]} for qid in ("q1", "q2")]
-    write_lines(path, rows)
-    with pytest.raises(UserError, match="490.*regular expressions.*a reader needs plain answers"):
-        read_ranking(path, tmp_path / "q.run", corpus, 9)
+    question["answers"] = [r"1,?490\s?(km|kilometers)"]
+    several = "490.*regular expressions.*a reader needs plain answers"
+    for qids, message in ((["q1"], "regular expression.*490"), (["q1", "q2"], several)):
+        write_lines(path, [question | {"qid": qid} for qid in qids])
+        with pytest.raises(UserError, match=message):
+            read_ranking(path, tmp_path / "q.run", corpus, 9)
 
 
 # ---------------------------------------------------------------- batches and gradients
@@ -346,18 +319,19 @@ def test_a_batch_is_a_function_of_seed_and_step(world):
 
 
 def one_graph(chunks, reader):
-    """The oracle: every question by itself, plain autograd."""
+    """The oracle, every question by itself: (loss, how many positives are the most relevant, gradient)."""
     reader.zero_grad()
-    losses = []
+    losses, correct = [], 0
     for question in (question for chunk in chunks for question in chunk):
         start_ML, end_ML, relevance_M = reader(**collate(reader, question["ids"]))
         size = len(question["ids"][0])
         start_L, end_L = start_ML[0, :size].log_softmax(0), end_ML[0, :size].log_softmax(0)
         spans = torch.stack([start_L[a] + end_L[b] for a, b in question["spans"]])
         losses.append(-spans.exp().sum().log() - relevance_M.log_softmax(0)[0])
+        correct += relevance_M.argmax().item() == 0
     loss = torch.stack(losses).mean()
     loss.backward()
-    return loss.item(), flat_gradient(reader)
+    return loss.item(), correct, flat_gradient(reader)
 
 
 def test_the_gradient_is_that_of_one_graph(world):
@@ -369,9 +343,9 @@ def test_the_gradient_is_that_of_one_graph(world):
         chunks[0][0]["ids"] = chunks[0][0]["ids"][:4]
         loss, correct = add_gradient(chunks, reader, ACCELERATOR, cfg, 0).tolist()
         got = flat_gradient(reader)
-        wanted_loss, wanted = one_graph(chunks, reader)
+        wanted_loss, wanted_correct, wanted = one_graph(chunks, reader)
         assert close(got, wanted)
-        assert abs(loss - wanted_loss) < 1e-5 and 0 <= correct <= 8
+        assert abs(loss - wanted_loss) < 1e-5 and correct == wanted_correct
 
 
 def test_dropout_is_a_function_of_seed_and_step(world):
@@ -388,7 +362,6 @@ def test_dropout_is_a_function_of_seed_and_step(world):
     assert torch.equal(*gradients[:2]) and not torch.allclose(*gradients[1:])
 
 
-# ---------------------------------------------------------------- evaluation
 def test_logits_that_are_no_numbers_name_the_question(world):
     """A NaN in either output: one line with the question, before an answer is chosen by it."""
     for part in ("qa_outputs", "qa_classifier"):
@@ -446,23 +419,17 @@ def test_other_models_are_refused(world, tmp_path):
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
     (tmp_path / "old.cp").write_text("")
     small = {"reader_tokens": 40}
-    for folder, head, inputs, words in (
-        (tmp_path / "ernie", True, small, "a reader starts from a BERT, this is a ernie"),
-        (tmp_path / "tower", True, small, "holds a DPRContextEncoder"),
-        (
-            tmp_path / "old.cp",
-            True,
-            small,
-            "if it is a checkpoint of the original DPR, first: python -m prepare",
-        ),
-        (world / "nowhere", True, small, "no such reader folder"),
-        (world / "bert", True, {}, "350 tokens a passage, but only 256"),
+    for folder, inputs, words in (
+        (tmp_path / "ernie", small, "a reader starts from a BERT, this is a ernie"),
+        (tmp_path / "tower", small, "holds a DPRContextEncoder"),
+        (tmp_path / "old.cp", small, "if it is a checkpoint of the original DPR, first: python -m prepare"),
+        (world / "nowhere", small, "no such reader folder"),
+        (world / "bert", {}, "350 tokens a passage, but only 256"),
     ):
         with pytest.raises(UserError, match=words):
-            load_reader(folder, inputs, new_head=head)
+            load_reader(folder, inputs, new_head=True)
 
 
-# ---------------------------------------------------------------- the command, as its user meets it
 def test_a_run_learns(world, tmp_path):
     """The loss falls, dev EM rises, the best checkpoint is that of the highest dev EM, the log tells all."""
     main("train_reader.py", keys(world, tmp_path / "run"))

@@ -31,7 +31,7 @@ def both(monkeypatch):
 
 
 def test_two_nodes_train_to_the_same_loss(world, tmp_path, both):
-    """Every number of every step has the bits of one node's; so have the weights. One process: to 1e-4."""
+    """Every number of every step has the bits of one node's; so have the weights."""
     keys = test_train_dpr.keys(world, tmp_path, dropout=0.0, grad_cache=True, stop_after=5)
     assert "2 x cpu" in both("train_dpr.py", keys, "run_dir")
     node, two = (rows(tmp_path / name) for name in ("node", "nodes"))
@@ -39,9 +39,6 @@ def test_two_nodes_train_to_the_same_loss(world, tmp_path, both):
     for name in ("query_encoder", "doc_encoder"):
         file = f"{name}/model.safetensors"
         assert sha256(tmp_path / "node" / file) == sha256(tmp_path / "nodes" / file)
-    processes.main("train_dpr.py", keys | {"run_dir": tmp_path / "alone"})
-    alone, two = ([row["loss"] for row in part if "loss" in row] for part in (rows(tmp_path / "alone"), two))
-    assert two == pytest.approx(alone, rel=1e-4)
 
 
 def test_two_nodes_encode_the_same_shards(world, tmp_path, both):
