@@ -64,29 +64,17 @@ def test_the_page_of_the_question(world, tmp_path, monkeypatch, capsys):
     """Beside the run, or beside its ladder: the address of a question that stands in it; else no line."""
     questions = [{"qid": "test 3/ä", "text": "Which colour has the tower of Oslo?"}]
     html = f'<script type="application/json" id="data">{json.dumps({"questions": questions})}</script>'
-    for page in (tmp_path / "ladder" / "page.html", tmp_path / "ladder" / "d 0" / "page.html"):
-        run = tmp_path / "ladder" / "d 0"
-        if not run.exists():
-            shutil.copytree(world, run)
+    run = tmp_path / "ladder" / "d 0"
+    shutil.copytree(world, run)
+    for page in (run.parent / "page.html", run / "page.html"):
         page.write_text(html + "<p></p>", encoding="utf-8")
         say(world, monkeypatch, QUESTION, run=run)
         link = f"all systems on this question: {page.as_uri()}#q=test%203%2F%C3%A4\n"
         assert link in capsys.readouterr().out
     say(world, monkeypatch, "which colour has the tower", run=run)
-    assert "all systems" not in capsys.readouterr().out
     page.write_text("<p>another page</p>", encoding="utf-8")
     say(world, monkeypatch, QUESTION, run=run)
     assert "all systems" not in capsys.readouterr().out
-
-
-def test_damaged_vectors_are_not_searched(world, tmp_path, monkeypatch):
-    """One flipped bit: the shard is named, as in test_dpr.py."""
-    shutil.copytree(world, tmp_path / "run")
-    content = bytearray((tmp_path / "run/embeddings/00000.npy").read_bytes())
-    content[-1] ^= 1
-    (tmp_path / "run/embeddings/00000.npy").write_bytes(content)
-    with pytest.raises(UserError, match="00000.npy has another sha256"):
-        say(tmp_path / "run", monkeypatch, QUESTION)
 
 
 def test_the_readers_answer_stands_first(world, tmp_path, monkeypatch, capsys):
@@ -147,7 +135,7 @@ def test_typing_questions_until_ctrl_d(world, monkeypatch, capsys):
 
 def test_the_question_on_the_command_line():
     """The words after the last flag and its value are the question."""
-    for flags_given, words, question in (
+    for flags, words, question in (
         ([], ["who is it"], "who is it"),
         ([], ["who", "is", "it"], "who is it"),
         (["--k", "3"], [], None),
@@ -157,7 +145,7 @@ def test_the_question_on_the_command_line():
         (["--k", "3"], [""], ""),
         ([], [], None),
     ):
-        assert ask.split_question(flags_given + words) == (flags_given, question)
+        assert ask.split_question(flags + words) == (flags, question)
 
 
 def test_bold_words_and_no_commands_to_the_terminal():
@@ -169,7 +157,7 @@ def test_bold_words_and_no_commands_to_the_terminal():
 
 
 def test_what_would_give_nonsense_is_refused(world, tmp_path, monkeypatch):
-    """An empty question, vectors of another corpus, a question encoder of another run."""
+    """An empty question, vectors of another corpus, a question encoder of another run, a flipped bit."""
     with pytest.raises(UserError, match="the question is empty"):
         say(world, monkeypatch, " ")
     (tmp_path / "c.tsv").write_text("1\tthe old river\tparis\n", encoding="utf-8")
@@ -178,8 +166,16 @@ def test_what_would_give_nonsense_is_refused(world, tmp_path, monkeypatch):
     for part in ("embeddings", "query_encoder"):
         shutil.copytree(world / part, tmp_path / "run" / part)
     stored = tmp_path / "run/query_encoder/encoder_inputs.json"
-    stored.write_text(stored.read_text().replace('"toy"', '"another"'))
+    inputs = stored.read_text()
+    stored.write_text(inputs.replace('"toy"', '"another"'))
     with pytest.raises(UserError, match="pair another.*pair toy"):
+        say(world, monkeypatch, QUESTION, run=tmp_path / "run")
+    stored.write_text(inputs)
+    shard = tmp_path / "run/embeddings/00000.npy"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match="00000.npy has another sha256"):
         say(world, monkeypatch, QUESTION, run=tmp_path / "run")
 
 

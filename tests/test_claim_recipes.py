@@ -11,8 +11,8 @@ from recipes.claim_data import choose
 from recipes.false_negatives import is_copy, negatives_of, shares
 from tests.processes import ENVIRONMENT
 from tests.test_recipes import changes_nothing, lines, run_and_count, snapshot, stopped_by_the_gate
-from tests.toy import make_world, write_lines
-from utils.data import Corpus, read_run, write_run
+from tests.toy import make_world, write_lines, write_ranking
+from utils.data import Corpus, read_run
 from utils.plumbing.config import UserError, read_yaml
 from utils.plumbing.files import read_json, write_json
 
@@ -163,13 +163,6 @@ def corpus(tmp_path):
     return Corpus(tmp_path / "corpus.tsv")
 
 
-def ranking(path, **pids):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    hits = {qid: [(pid, -float(i)) for i, pid in enumerate(ids)] for qid, ids in pids.items()}
-    write_run(path, hits.items())
-    return path
-
-
 def test_choose():
     """Positives, then the first of every ranking, then the second; then at random, never twice."""
     rankings = [["a", "x", "y"], ["b", "a"], []]
@@ -202,10 +195,10 @@ def test_a_copy_shares_more_than_a_fifth():
 
 def test_by_answer(corpus, tmp_path):
     """The first passages with an answer have the ranks 3 and 1; nobody labelled them."""
-    values = forgetting.by_answer(ranking(tmp_path / "x.run", r="245", b="314"), QUESTIONS, corpus)
-    assert {name: numbers.tolist() for name, numbers in values.items()} == {
-        "top-1": [0, 1], "MRR@10": [1 / 3, 1],
-    }  # fmt: skip
+    path = write_ranking(tmp_path / "x.run", {"r": "245", "b": "314"})
+    values = forgetting.by_answer(path, QUESTIONS, corpus)
+    found = {name: numbers.tolist() for name, numbers in values.items()}
+    assert found == {"top-1": [0, 1], "MRR@10": [1 / 3, 1]}
 
 
 def test_forgetting(corpus, tmp_path):
@@ -213,25 +206,22 @@ def test_forgetting(corpus, tmp_path):
     One of two questions is forgotten; then it is learned again, and the other is forgotten. The twenty-first
     place is not known any more.
     """
-    far = [str(pid) for pid in range(10, 30)]
-    path = ranking(tmp_path / "x.run", r=[*far[:19], "1"], b=[*far, "2"])
+    path = write_ranking(tmp_path / "x.run", {"r": [*range(10, 29), 1], "b": [*range(10, 30), 2]})
     assert forgetting.known(path, QUESTIONS).tolist() == [True, False]
     both, forgets_r, forgets_b = {"r": "1", "b": "2"}, {"r": "4", "b": "2"}, {"r": "1", "b": "4"}
     arms = {}
     for arm, rankings in {"ann_seed1": (both, forgets_r, forgets_b), "all_seed1": (both, both)}.items():
         for number, pids in enumerate(rankings):
             for name in ("ann", "test"):
-                ranking(tmp_path / arm / f"m{number}" / f"{name}.run", **pids)
+                write_ranking(tmp_path / arm / f"m{number}" / f"{name}.run", pids)
         arms[arm] = forgetting.episodes_of(tmp_path / arm, QUESTIONS, QUESTIONS, corpus)
     ann = [{name: numbers.tolist() for name, numbers in values.items()} for values in arms["ann_seed1"]]
     assert "forgotten" not in ann[0] and [values["known"] for values in ann] == [[1, 1], [0, 1], [1, 0]]
-    assert [(values["forgotten"], values["learned"]) for values in ann[1:]] == [
-        ([1, 0], [0, 0]), ([0, 1], [1, 0]),
-    ]  # fmt: skip
+    changes = [(values["forgotten"], values["learned"]) for values in ann[1:]]
+    assert changes == [([1, 0], [0, 0]), ([0, 1], [1, 0])]
     table = forgetting.table(arms)
-    assert [row["row"] for row in table["rows"]] == [
-        "ann_seed1 m0", "ann_seed1 m1", "ann_seed1 m2", "all_seed1 m0", "all_seed1 m1",
-    ]  # fmt: skip
+    episodes = "ann_seed1 m0, ann_seed1 m1, ann_seed1 m2, all_seed1 m0, all_seed1 m1"
+    assert [row["row"] for row in table["rows"]] == episodes.split(", ")
     assert table["rows"][1]["metrics"]["forgotten"]["value"] == 0.5
     gains = {(gain["row"], gain["over"]): gain["metrics"]["forgotten"]["value"] for gain in table["gains"]}
     assert gains == {("all_seed1 m1", "ann_seed1 m1"): -0.5, ("ann_seed1 m1", "all_seed1 m1"): 0.5}
@@ -242,12 +232,10 @@ def test_forgetting(corpus, tmp_path):
 
 def test_unequal_steps_are_said(tmp_path, capsys):
     """One arm has lost a question and with it a step."""
-    for arm, steps in {"ann_seed1": 61, "all_seed1": 62}.items():
-        write_json(tmp_path / arm / "m2" / "metrics.json", {"step": steps})
-    forgetting.say_steps([tmp_path / "ann_seed1", tmp_path / "all_seed1"])
-    assert (
-        "m2: the arms took unequally many steps: {'ann_seed1': 61, 'all_seed1': 62}"
-        in capsys.readouterr().out
-    )
+    steps = {"ann_seed1": 61, "all_seed1": 62}
+    for arm, step in steps.items():
+        write_json(tmp_path / arm / "m2" / "metrics.json", {"step": step})
+    forgetting.say_steps([tmp_path / arm for arm in steps])
+    assert f"m2: the arms took unequally many steps: {steps}" in capsys.readouterr().out
     forgetting.say_steps([tmp_path / "ann_seed1"])
     assert not capsys.readouterr().out

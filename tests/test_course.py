@@ -187,12 +187,6 @@ def answer(rng, double):
 """
 
 
-def run(body, seconds=20):
-    files = {"mine.py": f"def double(x):\n{body}\n".encode(), "a.py": DRIVERS.encode()}
-    found, fault, _ = child.outputs(files, "a", "mine.py:double", [5], seconds)
-    return found.get((5, "answer")), fault
-
-
 @pytest.mark.parametrize(
     ("body", "words"),
     [
@@ -205,19 +199,18 @@ def run(body, seconds=20):
         ("    import subprocess; return subprocess.run('ls')", "PermissionError"),
         ("    open('../out.npz', 'w').write('x'); import os; os._exit(0)", "ended without an answer"),
         ("    print(70); return type('E', (), {'__eq__': lambda *a: True})()", "TypeError"),
+        ("    print('hello'); return 2 * x", ""),
     ],
 )
 def test_a_hostile_function_gets_a_sentence(monkeypatch, body, words):
-    """And the next child works as before; what is printed goes nowhere."""
+    """And the next child, whose function is right, sends its arrays; what is printed goes nowhere."""
     monkeypatch.setattr(child, "MEMORY", 800_000_000)
-    got, fault = run(body, 2 if "while" in body else 60)
-    assert words in kit.verdict(got, {"twice": np.zeros(3), "list": np.array("[1, 2]")}, fault, aloud=False)
-
-
-def test_a_child_sends_arrays():
-    got, _ = run("    print('hello')\n    return 2 * x")
-    rng = np.random.default_rng([5, child.zlib.crc32(b"answer")])
-    assert np.array_equal(got["twice"], 2 * rng.standard_normal(3)) and got["list"] == "[1, 2]"
+    files = {"mine.py": f"def double(x):\n{body}\n".encode(), "a.py": DRIVERS.encode()}
+    found, fault, _ = child.outputs(files, "a", "mine.py:double", [5], 2 if "while" in body else 60)
+    rng = np.random.default_rng([5, zlib.crc32(b"answer")])
+    wanted = {"twice": 2 * rng.standard_normal(3), "list": np.array("[1, 2]")}
+    seen = kit.verdict(found.get((5, "answer")), wanted, fault, aloud=False)
+    assert bool(seen) == bool(words) and words in seen
 
 
 # ---------------------------------------------------------------- prove and grade

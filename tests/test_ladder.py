@@ -15,9 +15,9 @@ from recipes.ladder import page
 from tests.processes import ENVIRONMENT
 from tests.test_page import data_of
 from tests.test_recipes import add_sentence, changes_nothing, lines, run_and_count, stopped_by_the_gate
-from tests.toy import make_world
+from tests.toy import make_world, write_ranking
 from tests.toy_t5 import t5
-from utils.data import Corpus, read_questions, write_run
+from utils.data import Corpus, read_questions
 from utils.metrics import bootstrap_interval
 from utils.plumbing.config import ROOT, read_yaml
 from utils.plumbing.files import read_json, write_json
@@ -135,11 +135,17 @@ def test_the_table_is_what_the_stages_wrote(run):
 def test_the_page(run):
     """Every system that was run, three encoders, all trainings, the momentum of the second episode."""
     data = data_of(run / "page.html")
+    names = {row["key"]: row["name"] for row in data["rows"]}
+    assert data["rows"] == [*rows_of(run).values()]
     assert [name for name, ran in data["systems"] if not ran] == ["ANCE-Tele, episode 3"]
-    assert all(ran for _, ran in data["readers"])
+    assert data["readers"] == [[names[key], True] for key in ("reading", "fid", "emdr2")]
+    steps = [(data["systems"][a][0], data["systems"][b][0]) for a, b in data["pairs"]]
+    assert steps[0] == (names["d0"], names["bm25"]) and (names["m1"], names["d0"]) in steps
     beliefs = {belief["qid"] for belief in read_json(run / "emdr2" / "belief.json")}
     assert beliefs and beliefs == {row["qid"] for row in data["questions"] if row["belief"]}
-    assert data["pictures"]["encoders"] == ["untrained", "cloze", "d0"] and data["pictures"]["questions"]
+    pictures = data["pictures"]
+    assert pictures["encoders"] == ["untrained", "cloze", "d0"] and not pictures["missing"]
+    assert pictures["questions"]
     names = [name for name, ran in data["lessons"]["files"] if ran]
     assert names[1:3] == ["ANCE-Tele, episode 1", "ANCE-Tele, episode 2"] and "RocketQA, new labels" in names
     sources = {group[0] for row in data["lessons"]["questions"] for group in row["files"][2]}
@@ -180,9 +186,7 @@ def made(tmp_path):
     qids = [question["qid"] for question in read_questions(data / "test.jsonl")]
     rng = np.random.default_rng(0)
     for path in ("data/bm25_test.run", "d0/test.run", "d1/test.run"):
-        orders = [rng.permutation(60)[:20] + 1 for _ in qids]
-        rankings = [[(str(pid), -i) for i, pid in enumerate(order)] for order in orders]
-        write_run(run / path, zip(qids, rankings, strict=True))
+        write_ranking(run / path, {qid: rng.permutation(60)[:20] + 1 for qid in qids})
     for name, steps in (("cloze", 2), ("d0", 7), ("c", 4), ("d1", 6)):
         write_json(run / name / "metrics.json", {"step": steps, "best_step": steps})
     for path in ("data/train.jsonl", "d1.jsonl"):

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from recipes.demo.table import write_table
-from recipes.ladder import main as ladder
-from recipes.page import Shelf, groups_of, lessons_of
+from recipes.page import Shelf, groups_of, lessons_of, training_files
 from recipes.page import main as page
 from recipes.page_table import main as page_table
 from recipes.page_vectors import plane_of
@@ -110,60 +109,8 @@ def test_the_table_and_the_curves(made):
     assert curve["lines"]["acc"][0] == pytest.approx([2, 0.02, 2 / 300], rel=1e-3), "the mean of three steps"
 
 
-def test_a_ladder(made, tmp_path):
-    """Its systems, with those that were not run; three encoders; episodes side by side; the prior by hand."""
-    world, run = made[0].parent / "data", tmp_path / "run"
-    questions, train = read_questions(world / "test.jsonl"), read_questions(world / "train.jsonl")[:5]
-    systems = "data/bm25_test.run untrained/test.run cloze/test.run d0/test.run m1/test.run emdr2/test.run"
-    for path in systems.split():
-        write_ranking(run / path, {question["qid"]: range(1, 31) for question in questions})
-    for path, pids in (("cloze/ann.run", "567"), ("cloze/lookahead.run", "79"), ("m1/ann.run", "98")):
-        write_ranking(run / path, {question["qid"]: pids for question in train})
-    for path, pids in (("data/train", "5"), ("m1", "69"), ("m2", "869"), ("d1", "4")):
-        write_lines(run / f"{path}.jsonl", [question | {"negatives": [*pids]} for question in train])
-    scores = [("20", 0.9), ("4", 0.1)]
-    write_run(run / "d0" / "train_ce.run", [(question["qid"], scores) for question in train])
-    for name in ("corpus.tsv", "test.jsonl"):
-        (run / "data" / name).symlink_to(world / name)
-    for name in ("untrained", "cloze", "d0"):
-        for tower in ("query_encoder", "doc_encoder"):
-            (run / name / tower).symlink_to(world / tower)
-    (run / "m0").symlink_to("cloze")
-    (run / "gate.txt").write_text("0.2 0.8\n")
-    told = {"qid": questions[3]["qid"], "passages": ["1", "2"]}
-    told |= {"before": {"prior": [0.6, 0.4], "posterior": [0.9, 0.1]}}
-    told |= {"after": {"prior": [0.8, 0.2], "posterior": [0.7, 0.3]}}
-    write_json(run / "emdr2" / "belief.json", [told])
-    write_lines(run / "d0" / "metrics.jsonl", [{"step": 1, "loss": 1.0, "seconds": 1}])
-    write_json(run / "emdr2" / "answers.answers.json", {question["qid"]: "red" for question in questions})
-    ladder(run, run / "data")
-
-    data = page_of(run, tmp_path / "ladder.html")
-    rows = read_json(run / "table.json")["rows"]
-    assert data["rows"] == rows
-    names = [row["name"] for row in rows]
-    assert [name for name, run in data["systems"] if run] == [names[n] for n in (0, 1, 2, 4, 7, 16)]
-    assert ["ANCE-Tele, episode 3", False] in data["systems"] and data["readers"][2][0] == names[16]
-    steps = [(data["systems"][a][0], data["systems"][b][0]) for a, b in data["pairs"]]
-    assert steps[0] == (names[4], "BM25") and (names[7], names[4]) in steps
-    assert data["pictures"]["encoders"] == ["untrained", "cloze", "d0"] and not data["pictures"]["missing"]
-    missing = [name for name, run in data["lessons"]["files"] if not run]
-    assert missing == ["ANCE-Tele, episode 3", "RocketQA, new labels"]
-    for row in data["lessons"]["questions"]:
-        _, m1, m2, m3, _, new = row["files"]
-        assert [group[:2] for group in m1] == [["ANN", 1], ["look-ahead", 1]]
-        assert [group[:2] for group in m2] == [["ANN", 1], ["momentum", 2]]
-        assert m3 == new == []
-    assert [curve["name"] for curve in data["curves"]] == ["d0"]
-    # prior and posterior before, then after, of the question that has them
-    (first, *one), (second, *two) = next(row["belief"] for row in data["questions"] if row["belief"])
-    assert [data["passages"][n][0] for n in (first, second)] == ["1", "2"]
-    assert (one, two) == ([0.6, 0.9, 0.8, 0.7], [0.4, 0.1, 0.2, 0.3])
-    assert [row["qid"] for row in data["questions"] if row["belief"]] == [questions[3]["qid"]]
-
-
 def test_a_run_without_a_table(made, tmp_path):
-    """Rankings and answers by name: metrics by hand, pairs against the first, no BM25, no training files."""
+    """Rankings and answers by name: metrics, beliefs, pairs against the first; no training files."""
     world, run = made[0].parent / "data", tmp_path / "run"
     run.mkdir()
     (run / "start").symlink_to(made[0] / "untrained")
@@ -176,7 +123,16 @@ def test_a_run_without_a_table(made, tmp_path):
     assert table["start"] == table["later"] and {*table["reader"]} == {"EM", "F1"}
     assert table["later"]["MRR@10"]["value"] == pytest.approx(0.9 / 2)
     assert table["reader"]["EM"]["value"] == 0.9
+    told = {"qid": "q53", "passages": ["1", "2"]}
+    told |= {"before": {"prior": [0.6, 0.4], "posterior": [0.9, 0.1]}}
+    told |= {"after": {"prior": [0.8, 0.2], "posterior": [0.7, 0.3]}}
+    write_json(run / "emdr2" / "belief.json", [told])
     data = page_of(run, tmp_path / "a.html", "--data", world)
+    # prior and posterior before, then after
+    (row,) = [row for row in data["questions"] if row["belief"]]
+    (first, *one), (second, *two) = row["belief"]
+    assert [row["qid"], data["passages"][first][0], data["passages"][second][0]] == ["q53", "1", "2"]
+    assert (one, two) == ([0.6, 0.9, 0.8, 0.7], [0.4, 0.1, 0.2, 0.3])
     assert data["systems"] == [["start", False], ["later", True]] and data["readers"] == [["reader", True]]
     assert data["pairs"] == [] and data["pictures"]["encoders"] == ["start"]
     assert {*data["pictures"]["questions"][0]["kinds"]} == {"gold"}
@@ -215,7 +171,7 @@ def test_a_plane_keeps_what_lies_in_it():
 
 
 def test_where_a_negative_comes_from(tmp_path):
-    """ANCE-Tele's sources by rank, momentum last; what the cross-encoder threw out, and what not."""
+    """ANCE-Tele's sources and episodes, momentum last; what the cross-encoder threw out, and what not."""
     world = make_world(tmp_path / "data")
     shelf = Shelf(Corpus(world / "corpus.tsv"))
     ranked = {"ANN": ["5", "6", "7"], "look-ahead": ["9", "7"]}
@@ -230,18 +186,26 @@ def test_where_a_negative_comes_from(tmp_path):
     ]
     # passage 1 is red, 2 blue, 3 green, 6 blue: the positive and what holds the answer are not thrown out
     run = tmp_path / "run"
-    line = {"qid": "q", "question": "?", "answers": ["blue"], "positives": ["1"], "negatives": ["4"]}
+    line = {"qid": "q", "question": "?", "answers": ["blue"], "positives": ["1"]}
     scores = [("1", 0.99), ("2", 0.9), ("3", 0.8), ("4", 0.1)]
     write_run(run / "d0" / "train_ce.run", [("q", scores)])
+    for path, pids in (("m0/ann.run", "567"), ("m0/lookahead.run", "79"), ("m1/ann.run", "98")):
+        write_ranking(run / path, {"q": pids})
     (run / "data").mkdir()
-    for name in ("data/train.jsonl", "d1.jsonl"):
-        write_lines(run / name, [line])
+    for name, pids in (("data/train", "4"), ("m1", "69"), ("m2", "869"), ("d1", "4")):
+        write_lines(run / f"{name}.jsonl", [line | {"negatives": [*pids]}])
     (run / "gate.txt").write_text("0.2 0.8\n")
-    files = [("BM25", "data/train.jsonl", {}, ""), ("M_D1", "d1.jsonl", {}, "")]
-    lessons = lessons_of(run, files, shelf)
+    rows = [{"system": system, "ranking": "bm25/test.run"} for system in ("BM25", "ANCE-Tele", "RocketQA")]
+    lessons = lessons_of(run, training_files(rows), shelf)
+    missing = [name for name, there in lessons["files"] if not there]
+    assert missing == ["ANCE-Tele, episode 3", "RocketQA, new labels"]
     (row,) = lessons["questions"]
-    assert [source for source, *_ in row["files"][0]] == ["elsewhere"]
-    ((_, _, kept), (source, count, refused)) = row["files"][1]
+    bm25, m1, m2, m3, d1, new = row["files"]
+    assert [group[:2] for group in bm25] == [["elsewhere", 1]]
+    assert [group[:2] for group in m1] == [["ANN", 1], ["look-ahead", 1]]
+    assert [group[:2] for group in m2] == [["ANN", 1], ["momentum", 2]]
+    assert m3 == new == []
+    (_, _, kept), (source, count, refused) = d1
     assert (source, count, [shelf.rows[n][0] for n, _ in refused]) == ("thrown out", 1, ["3"])
     assert row["scores"][kept[0][0]] == 0.1 and lessons["below"] == 0.2
 
