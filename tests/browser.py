@@ -103,7 +103,6 @@ class Browser:
             time.sleep(0.05)
 
     def js(self, expression):
-        """Return the value of a JavaScript expression."""
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, json.dumps(result["exceptionDetails"])[:500]
         return result["result"].get("value")
@@ -137,7 +136,6 @@ class Browser:
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
 
     def screenshot(self, path):
-        """Write a picture of the whole page."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
         image = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)

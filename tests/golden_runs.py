@@ -112,7 +112,6 @@ def without(value):
 
 
 def content(path):
-    """What is compared of a file, as bytes."""
     if path.suffix == ".jsonl":
         return json.dumps([without(json.loads(line)) for line in path.read_text().splitlines()]).encode()
     if path.suffix == ".json":

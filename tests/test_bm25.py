@@ -116,7 +116,6 @@ def test_an_index_that_cannot_be_read_now_is_kept(corpus, tmp_path, monkeypatch)
 
 
 def test_bm25_command(corpus, tmp_path, capsys):
-    """The command writes a .run of passage ids, one question after the other."""
     questions = [{"qid": "a", "question": "capital of Norway"}, {"qid": "b", "question": "xyzzy"}]
     write_lines(tmp_path / "q.jsonl", questions)
 

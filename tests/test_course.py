@@ -98,7 +98,6 @@ def test_a_leak_is_found():
 
 
 def test_a_part_of_a_function_is_cut():
-    """The statements of the region are gone; those above and below it stay."""
     source = built("a6")[1]["train_emdr2.py"].decode()
     body = ast.unparse(trees.find(source, "retriever_gradient"))
     assert "einsum" not in body and "log_prior_BK =" not in body
@@ -490,7 +489,6 @@ def test_the_board(tmp_path, monkeypatch, capsys):
 
 
 def test_what_a_child_left_does_not_stop_the_grading(tmp_path):
-    """A link to the key, a second name of it, a pipe, a header that asks for all memory: no answer."""
     key = tmp_path / "key.npz"
     np.savez(key, **{"1|value|x": np.ones(2)})
     assert child.read_outputs(key)[1, "value"]["x"].tolist() == [1, 1]

@@ -32,7 +32,6 @@ def test_the_check_against_the_corpus():
 
 
 def test_the_check_finds_every_kind_of_fault():
-    """One bad question of each kind, each named by file and line."""
     passages = {"Otter": "An otter is a small animal that swims.", "Owl": "The owl flies at night."}
     rows = [
         {"title": "Otter", "question": "what swims and is not a fish", "answers": ["otter"]},

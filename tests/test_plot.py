@@ -91,7 +91,6 @@ def test_the_ladder_shows_every_row_that_was_run(draw, tmp_path):
 
 
 def test_mistakes(draw, tmp_path):
-    """What cannot be drawn is said in one line."""
     rows = [{"step": 1, "loss": 2.0, "text": "x"}]
     a = tmp_path / "a"
     (tmp_path / "table.json").write_text(json.dumps({"rows": [{"metrics": {}}]}))

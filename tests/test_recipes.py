@@ -74,7 +74,6 @@ def add_sentence(corpus, sentence):
 
 
 def shell(*command, cwd=ROOT, **variables):
-    """Run `bash COMMAND` with these variables."""
     environment = ENVIRONMENT | {key: str(value) for key, value in variables.items()}
     return subprocess.run(["bash", *command], cwd=cwd, env=environment, capture_output=True, text=True)
 
@@ -163,9 +162,7 @@ def run_and_count(command, stages, variables, cwd=ROOT):
     done = shell(*command, cwd=cwd, **variables, STAGES=stages)
     names = begun.read_text().splitlines()
     assert len(names) == len(plan) or done.returncode, done.stderr[-2000:]
-    for name, (wanted, _) in zip(names, plan, strict=False):
-        # of the ladder's best encoder the name comes later
-        assert wanted in (name, f"best/{name.rpartition('/')[2]}"), names
+    assert names == [name for name, _ in plan[: len(names)]]
     counts = [(int(n), int(total)) for n, total in re.findall(r"^== (\d+) of (\d+) \|", done.stdout, re.M)]
     assert counts == sorted(counts) and all(n <= total == len(plan) for n, total in counts)
     done.plan = plan
@@ -543,19 +540,16 @@ def test_claim_emdr2(rehearsal):
 def test_claim_dpr(rehearsal):
     """As many updates as inbatch, or as many questions as gc: 16 x 2 are 8 x 4."""
     _, run, _ = rehearsal("claim_dpr")
-    for name, (steps, batch, negatives) in {
-        "inbatch": (2, 8, 0), "hard": (2, 8, 1), "gc": (2, 16, 0), "more": (4, 8, 0),
-    }.items():  # fmt: skip
+    arms = {"inbatch": (2, 8, 0), "hard": (2, 8, 1), "gc": (2, 16, 0), "more": (4, 8, 0)}
+    assert "top-20" in metrics_of(run, *(f"{name}_seed1" for name in arms))
+    for name, (steps, batch, negatives) in arms.items():
         config = read_yaml(run / f"{name}_seed1" / "config.yaml")
         assert (config["batch_size"], config["negatives"], config["keep"]) == (batch, negatives, "last")
         assert read_json(run / f"{name}_seed1" / "metrics.json")["step"] == steps
-        assert config["init"] == f"{run}/start/query_encoder" and {"top-20"} <= metrics_of(
-            run, f"{name}_seed1"
-        )
+        assert config["init"] == f"{run}/start/query_encoder"
 
 
 def test_dpr_nq(rehearsal):
-    """From the official files to exact match."""
     _, run, output = rehearsal("dpr_nq")
     assert len(read_json(run / "test" / "reader.json")) == 10
     assert read_json(run / "test" / "reader.metrics.json")["EM@100"]["n"] == 10 and "test.run" in output
