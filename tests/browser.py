@@ -14,40 +14,30 @@ import shutil
 import subprocess
 import time
 
+SECONDS = 60  # for an answer
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 # why no sandbox: as root, which a container's user is, Chromium starts without one only
 FLAGS = "--headless=new --no-sandbox --no-zygote --disable-gpu --in-process-gpu --disable-dev-shm-usage"
 FLAGS += " --disable-extensions --disable-background-networking --no-first-run --hide-scrollbars"
 FLAGS += " --disable-crash-reporter --remote-debugging-pipe --force-device-scale-factor=1"
-KEYS = {
-    "ArrowDown": 40,
-    "ArrowUp": 38,
-    "ArrowLeft": 37,
-    "ArrowRight": 39,
-    "Escape": 27,
-    "Enter": 13,
-    "Tab": 9,
-}
+KEYS = {"ArrowDown": 40, "ArrowRight": 39, "Escape": 27, "Enter": 13}
 
 
 class Browser:
     """One page. What it writes to the console as an error, and what it throws, is kept in `errors`."""
 
-    def __init__(self, profile, seconds=60):
-        self.errors, self.requests, self.seconds = [], [], seconds
+    def __init__(self, profile):
+        self.errors, self.requests = [], []
         self.numbers, self.buffer = itertools.count(1), b""
         to_browser, self.writing = os.pipe()
         self.reading, from_browser = os.pipe()
         # the shell gives both pipes the numbers that Chromium expects
         command = f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}'
         argv = [CHROMIUM, *FLAGS.split(), f"--user-data-dir={profile}", "about:blank"]
-        self.process = subprocess.Popen(
-            ["bash", "-c", command, *argv],
-            pass_fds=(to_browser, from_browser),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        pipes = (to_browser, from_browser)
+        self.process = subprocess.Popen(["bash", "-c", command, *argv], pass_fds=pipes, **silent)
         os.close(to_browser)
         os.close(from_browser)
         self.session = None
@@ -72,10 +62,10 @@ class Browser:
             self._note(answer)
 
     def _receive(self, method):
-        end = time.monotonic() + self.seconds
+        end = time.monotonic() + SECONDS
         while b"\0" not in self.buffer:
             ready, _, _ = select.select([self.reading], [], [], max(0, end - time.monotonic()))
-            assert ready, f"{method}: no answer of Chromium within {self.seconds} s"
+            assert ready, f"{method}: no answer of Chromium within {SECONDS} s"
             piece = os.read(self.reading, 1 << 20)
             assert piece, f"{method}: Chromium ended with {self.process.poll()}"
             self.buffer += piece
@@ -94,13 +84,8 @@ class Browser:
             self.requests.append(parameters["request"]["url"])
 
     def size(self, width, height, dark=False):
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=height,
-            deviceScaleFactor=1,
-            mobile=width < 600,
-        )
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         # why: a page that still scrolls smoothly moves away under a click
         still = {"name": "prefers-reduced-motion", "value": "reduce"}
@@ -112,13 +97,12 @@ class Browser:
         self.wait(ready)
 
     def wait(self, expression):
-        end = time.monotonic() + self.seconds
+        end = time.monotonic() + SECONDS
         while not self.js(expression):
-            assert time.monotonic() < end, f"not true within {self.seconds} s: {expression}; {self.errors}"
+            assert time.monotonic() < end, f"not true within {SECONDS} s: {expression}; {self.errors}"
             time.sleep(0.05)
 
     def js(self, expression):
-        """Return the value of a JavaScript expression."""
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, json.dumps(result["exceptionDetails"])[:500]
         return result["result"].get("value")
@@ -143,7 +127,6 @@ class Browser:
         self.call("Input.insertText", text=text)
 
     def press(self, key):
-        """Press a key, such as "j" or "ArrowDown"."""
         parameters = {"key": key, "windowsVirtualKeyCode": KEYS.get(key, 0)}
         if key not in KEYS:
             parameters["text"] = key
@@ -152,19 +135,11 @@ class Browser:
         self.call("Input.dispatchKeyEvent", type="keyDown", **parameters)
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
 
-    def screenshot(self, path, whole=False):
-        image = self.call(
-            "Page.captureScreenshot",
-            format="png",
-            captureBeyondViewport=whole,
-            **({"clip": self._whole()} if whole else {}),
-        )
-        with open(path, "wb") as file:
-            file.write(base64.b64decode(image["data"]))
-
-    def _whole(self):
+    def screenshot(self, path):
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        return {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+        image = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
+        path.write_bytes(base64.b64decode(image["data"]))
 
     def close(self):
         self.process.kill()

@@ -1,13 +1,10 @@
 """
-The bits of every script: toy runs of all stages with 1 and 2 processes, and one sha256 for each thing they
-wrote.
+The bits of every script: toy runs of all stages with 1 and 2 processes, a sha256 of each thing they wrote.
 
-Run: python -m tests.golden_runs runs/golden/new.json
-     python -m tests.golden_runs runs/golden/old.json --tree ../another_checkout --against
-     runs/golden/new.json
-A refactoring is right when two checkouts give the same file on the same machine. It compares weights,
-vectors, rankings, training files, answers, and metrics.jsonl; not seconds, and not the `pair` ids, which name
-the settings.
+Run: python -m tests.golden_runs new.json
+     python -m tests.golden_runs old.json --tree ../another_checkout --against new.json
+A refactoring is right when two checkouts give the same file on the same machine. Seconds are not compared,
+nor the `pair` ids, which name the settings.
 """
 
 import argparse
@@ -49,8 +46,8 @@ def stages(world):
     emdr2 |= {"refresh_every": 4, "encoding_batch_size": 7, "eval_batch_size": 8, "eval_every": 7}
     emdr2 |= {"gradient_checkpointing": "false", "epochs": 3}
     search = {"query_encoder": world / "query_encoder", "embeddings": world / "vectors", "k": 30}
-    mine = {"questions": sets["train"], "run": world / "found_train.run", "negatives": 3, "depth": 20}
-    mine |= corpus
+    mine = corpus | {"questions": sets["train"], "run": world / "found_train.run"}
+    mine |= {"negatives": 3, "depth": 20}
     scores, ahead = world / "scores.run", world / "lookahead.run"
 
     yield "bm25", 1, "-m utils.bm25", test | {"out": world / "bm25.run", "k": 30}
@@ -99,10 +96,9 @@ def stages(world):
         yield f"{name}_answers", 1, "answer.py", answer | who
 
 
-def run(tree, world, processes, script, keys):
+def run(tree, processes, script, keys):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    argv = [sys.executable, *(launcher if processes > 1 else []), *script.split()]
-    argv += flags(keys)
+    argv = [sys.executable, *(launcher if processes > 1 else []), *script.split(), *flags(keys)]
     done = subprocess.run(argv, cwd=tree, env=ENVIRONMENT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(argv)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -116,7 +112,6 @@ def without(value):
 
 
 def content(path):
-    """What is compared of a file, as bytes."""
     if path.suffix == ".jsonl":
         return json.dumps([without(json.loads(line)) for line in path.read_text().splitlines()]).encode()
     if path.suffix == ".json":
@@ -138,9 +133,7 @@ def hashes(world):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("out")
     parser.add_argument("--tree", default=".", help="the checkout whose scripts are run")
     parser.add_argument("--against", default="", help="an earlier output; exit code 1 where it differs")
@@ -151,7 +144,7 @@ def main():
     t5(world)
     for name, processes, script, keys in stages(world):
         print(name, flush=True)
-        run(tree, world, processes, script, keys)
+        run(tree, processes, script, keys)
     found = hashes(world)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
@@ -159,10 +152,11 @@ def main():
         shutil.rmtree(folder)
     if args.against:
         other = json.loads(Path(args.against).read_text())
-        differ = [name for name in sorted({*found, *other}) if found.get(name) != other.get(name)]
+        names = sorted({*found, *other})
+        differ = [name for name in names if found.get(name) != other.get(name)]
         for name in differ:
             print(f"differs: {name}", "" if name in found and name in other else "(only in one)")
-        print(f"{len({*found, *other}) - len(differ)} of {len({*found, *other})} the same")
+        print(f"{len(names) - len(differ)} of {len(names)} the same")
         sys.exit(bool(differ))
 
 

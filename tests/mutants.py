@@ -1,10 +1,7 @@
 """
-Does a test notice every wrong answer that the course knows?
+Does a test notice every wrong answer in course/answers/? In a copy of the tree with it, a test must fail.
 
-course/answers/ has wrong answers to functions of this repository. Each one is put into a copy of the tree,
-and a test of its module must fail there. The exit code is 1 if one passes.
-
-Run: python -m tests.mutants              all of them, about 15 seconds each
+Run: python -m tests.mutants         all of them, about 15 seconds each; exit code 1 if one is not noticed
      python -m tests.mutants utils/search.py:fetch mine_negatives.py:topk
 """
 

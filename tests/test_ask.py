@@ -36,22 +36,27 @@ def world(tmp_path_factory):
     return folder
 
 
-def say(world, monkeypatch, *question, stdin="", **keys):
-    """Run ask.py in this process on the toy run."""
-    keys = {"run": world, "corpus": world / "corpus.tsv", "k": 4} | keys
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
-    main("ask.py", keys, *question)
+@pytest.fixture
+def say(world, monkeypatch, capsys):
+    """A function that runs ask.py in this process on the toy run, and returns what it prints."""
+
+    def run(*question, stdin="", **keys):
+        keys = {"run": world, "corpus": world / "corpus.tsv", "k": 4} | keys
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        main("ask.py", keys, *question)
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_what_it_prints_is_what_search_finds(world, monkeypatch, capsys):
+def test_what_it_prints_is_what_search_finds(world, say):
     """Ids and scores are the largest inner products by brute force; BM25 ranks are those of utils/bm25.py."""
-    say(world, monkeypatch, QUESTION)
+    printed = say(QUESTION)
     encoder, corpus = load_encoder(world / "query_encoder", "question"), Corpus(world / "corpus.tsv")
     q_D = embed(encoder, tokenize_questions(encoder, [QUESTION]), 1)[0]
     scores_N = np.concatenate(open_embeddings(world / "embeddings")[0]).astype(np.float64) @ q_D
     ranked = search_bm25(build_bm25(corpus, world / "bm25"), [QUESTION], 1000)[0]
     bm25 = {row: str(rank) for rank, (row, _) in enumerate(ranked, 1)}
-    printed = capsys.readouterr().out
     wanted = []
     for rank, row in enumerate(np.argsort(-scores_N)[:4], 1):
         pid, title, text = corpus[row]
@@ -60,41 +65,26 @@ def test_what_it_prints_is_what_search_finds(world, monkeypatch, capsys):
     assert re.search(r"\nencode \d+ ms \| search \d+ ms \| BM25 \d+ ms\n\n$", printed)
 
 
-def test_the_page_of_the_question(world, tmp_path, monkeypatch, capsys):
+def test_the_page_of_the_question(world, tmp_path, say):
     """Beside the run, or beside its ladder: the address of a question that stands in it; else no line."""
     questions = [{"qid": "test 3/ä", "text": "Which colour has the tower of Oslo?"}]
     html = f'<script type="application/json" id="data">{json.dumps({"questions": questions})}</script>'
-    for page in (tmp_path / "ladder" / "page.html", tmp_path / "ladder" / "d 0" / "page.html"):
-        run = tmp_path / "ladder" / "d 0"
-        if not run.exists():
-            shutil.copytree(world, run)
+    run = tmp_path / "ladder" / "d 0"
+    shutil.copytree(world, run)
+    for page in (run.parent / "page.html", run / "page.html"):
         page.write_text(html + "<p></p>", encoding="utf-8")
-        say(world, monkeypatch, QUESTION, run=run)
         link = f"all systems on this question: {page.as_uri()}#q=test%203%2F%C3%A4\n"
-        assert link in capsys.readouterr().out
-    say(world, monkeypatch, "which colour has the tower", run=run)
-    assert "all systems" not in capsys.readouterr().out
+        assert link in say(QUESTION, run=run)
+    assert "all systems" not in say("which colour has the tower", run=run)
     page.write_text("<p>another page</p>", encoding="utf-8")
-    say(world, monkeypatch, QUESTION, run=run)
-    assert "all systems" not in capsys.readouterr().out
+    assert "all systems" not in say(QUESTION, run=run)
 
 
-def test_damaged_vectors_are_not_searched(world, tmp_path, monkeypatch):
-    """One flipped bit: the shard is named, as in test_dpr.py."""
-    shutil.copytree(world, tmp_path / "run")
-    content = bytearray((tmp_path / "run/embeddings/00000.npy").read_bytes())
-    content[-1] ^= 1
-    (tmp_path / "run/embeddings/00000.npy").write_bytes(content)
-    with pytest.raises(UserError, match="00000.npy has another sha256"):
-        say(tmp_path / "run", monkeypatch, QUESTION)
-
-
-def test_the_readers_answer_stands_first(world, tmp_path, monkeypatch, capsys):
+def test_the_readers_answer_stands_first(world, tmp_path, say):
     """--reader: the best span of the most relevant of the k passages, both scores, and where it stands."""
     reader, corpus = open_reader(world / "bert"), Corpus(world / "corpus.tsv")
     save_encoder(reader, tmp_path / "reader")
-    say(world, monkeypatch, QUESTION, reader=tmp_path / "reader")
-    printed = capsys.readouterr().out
+    printed = say(QUESTION, reader=tmp_path / "reader")
     pids = [hit[3] for hit in re.findall(PASSAGE, printed, re.M)]
     passages = [corpus.passage(pid) for pid in pids]
     wanted = predict(reader, [to_read(reader, QUESTION, passages)], [4], 1)[0][0]
@@ -104,41 +94,39 @@ def test_the_readers_answer_stands_first(world, tmp_path, monkeypatch, capsys):
     assert re.search(r"\| read \d+ ms\n", printed)
     scores = [float(x) for x in re.findall(r"(?:span|relevance) (\S+)", printed)]
     assert np.allclose(scores, [wanted["score"], wanted["relevance_score"]], atol=2e-3)
-    say(world, monkeypatch, "oslo " * 99, reader=tmp_path / "reader")
-    assert capsys.readouterr().out.startswith("answer: none, no text of a passage fits")
+    long = say("oslo " * 99, reader=tmp_path / "reader")
+    assert long.startswith("answer: none, no text of a passage fits")
     with pytest.raises(UserError, match="this is a question encoder; a reader is needed"):
-        say(world, monkeypatch, QUESTION, reader=world / "query_encoder")
+        say(QUESTION, reader=world / "query_encoder")
 
 
-def test_fid_writes_its_answer_from_all_passages(world, tmp_path, monkeypatch, capsys):
+def test_fid_writes_its_answer_from_all_passages(world, tmp_path, say):
     """--reader with role fid: what it generates from the k passages shown, or that it wrote nothing."""
     fid, corpus, written = talkative_fid(tmp_path), Corpus(world / "corpus.tsv"), set()
     save_encoder(fid, tmp_path / "fid")
     for question in (QUESTION, "green market", "who is it ?"):
-        say(world, monkeypatch, question, reader=tmp_path / "fid")
-        printed = capsys.readouterr().out
+        printed = say(question, reader=tmp_path / "fid")
         passages = [corpus[corpus.row(hit[3])] for hit in re.findall(PASSAGE, printed, re.M)]
         wanted = answer(fid, [tokenize_contexts(fid, question, passages)], 1)[0]
         assert len(passages) == 4 and printed.startswith(f"answer: {wanted} | FiD over 4 passages\n")
         assert re.search(r"\| read \d+ ms\n", printed)
         written.add(wanted)
     assert len(written - {""}) > 1
-    say(world, monkeypatch, "oslo " * 99, reader=tmp_path / "fid")
-    assert capsys.readouterr().out.startswith("answer: none, no text of a passage fits")
+    long = say("oslo " * 99, reader=tmp_path / "fid")
+    assert long.startswith("answer: none, no text of a passage fits")
     fid.model.lm_head.weight.data.zero_()
     fid.model.lm_head.weight.data[0], fid.model.lm_head.weight.data[1] = 1, -1  # <pad> or </s> is likeliest
     save_encoder(fid, tmp_path / "mute")
-    say(world, monkeypatch, QUESTION, reader=tmp_path / "mute")
-    assert capsys.readouterr().out.startswith("answer: none, the reader wrote an empty text | FiD over 4")
+    mute = say(QUESTION, reader=tmp_path / "mute")
+    assert mute.startswith("answer: none, the reader wrote an empty text | FiD over 4")
 
 
-def test_typing_questions_until_ctrl_d(world, monkeypatch, capsys):
+def test_typing_questions_until_ctrl_d(world, say):
     """
     An empty line gets a hint; code, an emoji and 10,000 letters are questions; what the file knows is marked.
     """
     odd = ["", "  ", "rm -rf / `id` $(id) {0} %s", "?", "🦜 שלום", "oslo" * 2500, "the bridge , MINSK?"]
-    say(world, monkeypatch, stdin="\n".join(odd), questions=world / "test.jsonl", k=60)
-    printed = capsys.readouterr().out
+    printed = say(stdin="\n".join(odd), questions=world / "test.jsonl", k=60)
     assert printed.startswith("60 passages. Type") and printed.endswith("question> \n")
     assert printed.count("that was empty") == 2 and printed.count("dense 1 |") == 5
     assert "| the question fills all 16 tokens, its end may be cut\n" in printed
@@ -147,7 +135,7 @@ def test_typing_questions_until_ctrl_d(world, monkeypatch, capsys):
 
 def test_the_question_on_the_command_line():
     """The words after the last flag and its value are the question."""
-    for flags_given, words, question in (
+    for flags, words, question in (
         ([], ["who is it"], "who is it"),
         ([], ["who", "is", "it"], "who is it"),
         (["--k", "3"], [], None),
@@ -157,7 +145,7 @@ def test_the_question_on_the_command_line():
         (["--k", "3"], [""], ""),
         ([], [], None),
     ):
-        assert ask.split_question(flags_given + words) == (flags_given, question)
+        assert ask.split_question(flags + words) == (flags, question)
 
 
 def test_bold_words_and_no_commands_to_the_terminal():
@@ -168,19 +156,27 @@ def test_bold_words_and_no_commands_to_the_terminal():
     assert ask.plain("a\033[2Jb\nc\u202e") == "a [2Jb c"
 
 
-def test_what_would_give_nonsense_is_refused(world, tmp_path, monkeypatch):
-    """An empty question, vectors of another corpus, a question encoder of another run."""
+def test_what_would_give_nonsense_is_refused(world, tmp_path, say):
+    """An empty question, vectors of another corpus, a question encoder of another run, a flipped bit."""
     with pytest.raises(UserError, match="the question is empty"):
-        say(world, monkeypatch, " ")
+        say(" ")
     (tmp_path / "c.tsv").write_text("1\tthe old river\tparis\n", encoding="utf-8")
     with pytest.raises(UserError, match="another corpus"):
-        say(world, monkeypatch, QUESTION, corpus=tmp_path / "c.tsv")
+        say(QUESTION, corpus=tmp_path / "c.tsv")
     for part in ("embeddings", "query_encoder"):
         shutil.copytree(world / part, tmp_path / "run" / part)
     stored = tmp_path / "run/query_encoder/encoder_inputs.json"
-    stored.write_text(stored.read_text().replace('"toy"', '"another"'))
+    inputs = stored.read_text()
+    stored.write_text(inputs.replace('"toy"', '"another"'))
     with pytest.raises(UserError, match="pair another.*pair toy"):
-        say(world, monkeypatch, QUESTION, run=tmp_path / "run")
+        say(QUESTION, run=tmp_path / "run")
+    stored.write_text(inputs)
+    shard = tmp_path / "run/embeddings/00000.npy"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match="00000.npy has another sha256"):
+        say(QUESTION, run=tmp_path / "run")
 
 
 def test_a_terminal_without_utf8_and_a_quick_refusal(world):

@@ -29,11 +29,11 @@ def corpus(tmp_path):
 
 def formula(question, k1=0.9, b=0.4):
     """Robertson's BM25 with Lucene's idf, word by word, over title + text without stop words."""
-    documents = []
+    documents, scores = [], []
     for _, text, title in ROWS:
         words = f"{title} {text}".lower().replace(".", "").split()
         documents.append([word for word in words if word not in ("is", "the", "of", "in", "a")])
-    mean, scores = sum(map(len, documents)) / len(documents), []
+    mean = sum(map(len, documents)) / len(documents)
     for words in documents:
         score = 0.0
         for word in question.lower().split():
@@ -116,18 +116,14 @@ def test_an_index_that_cannot_be_read_now_is_kept(corpus, tmp_path, monkeypatch)
 
 
 def test_bm25_command(corpus, tmp_path, capsys):
-    """The command writes a .run of passage ids, one question after the other."""
     questions = [{"qid": "a", "question": "capital of Norway"}, {"qid": "b", "question": "xyzzy"}]
     write_lines(tmp_path / "q.jsonl", questions)
 
-    def run(out):
-        keys = {"corpus": corpus.path, "questions": tmp_path / "q.jsonl", "out": tmp_path / out, "k": 3}
-        main("utils.bm25", keys)
-
-    run("x.run")
+    keys = {"corpus": corpus.path, "questions": tmp_path / "q.jsonl", "k": 3}
+    main("utils.bm25", keys | {"out": tmp_path / "x.run"})
     assert [pid for pid, _ in read_run(tmp_path / "x.run")["a"]] == ["1"]
     output = capsys.readouterr().out
     assert "1 of them without a passage" in output and "top-1" not in output  # no answers, no accuracy
     for out, message in (("q.jsonl", "an input too .questions."), (".", "is a folder; name a file")):
         with pytest.raises(UserError, match=message):
-            run(out)
+            main("utils.bm25", keys | {"out": tmp_path / out})

@@ -2,8 +2,7 @@
 
 import gzip
 import random
-import re
-import subprocess
+from functools import partial
 
 import pytest
 
@@ -11,10 +10,10 @@ from recipes import false_negatives, forgetting
 from recipes.claim_data import choose
 from recipes.false_negatives import is_copy, negatives_of, shares
 from tests.processes import ENVIRONMENT
-from tests.test_recipes import FAKE, lines, run_and_count, snapshot, write_lines
-from tests.toy import make_world
-from utils.data import Corpus, iter_run, read_run, write_run
-from utils.plumbing.config import ROOT, UserError, read_yaml
+from tests.test_recipes import changes_nothing, lines, run_and_count, snapshot, stopped_by_the_gate
+from tests.toy import make_world, write_lines, write_ranking
+from utils.data import Corpus, read_run
+from utils.plumbing.config import UserError, read_yaml
 from utils.plumbing.files import read_json, write_json
 
 FILES = ("ann_seed1/m1.jsonl", "ann_seed1/m2.jsonl", "momentum_seed1/m2.jsonl")
@@ -40,9 +39,7 @@ def recipe(tmp_path_factory, python):
     stages = tmp_path_factory.mktemp("stages") / "claims"
 
     def bash(name, **changes):
-        environment = ENVIRONMENT | {key: str(value) for key, value in (variables | changes).items()}
-        command = ["bash", f"recipes/claim_{name}.sh"]
-        return run_and_count(command, stages, cwd=ROOT, env=environment)[0]
+        return run_and_count([f"recipes/claim_{name}.sh"], stages, variables | changes)
 
     return world, folder / "run", bash
 
@@ -51,58 +48,14 @@ def recipe(tmp_path_factory, python):
 def rocketqa(recipe):
     """(RUN, the gate) after a run that the gate stopped, one that went on, and one that had nothing to do."""
     _, run, bash = recipe
-    stopped = bash("rocketqa", BELOW=0)
-    assert stopped.returncode == 2 and "no question is left" in stopped.stderr, stopped.stderr[-2000:]
-    scores = sorted(score for _, hits in iter_run(run / "d0" / "train_ce.run") for _, score in hits)
-    below = scores[len(scores) // 2]  # a toy teacher is sure of nothing
-    done = bash("rocketqa", BELOW=below)
+    bash = partial(bash, "rocketqa")
+    below = stopped_by_the_gate(bash, run / "d0/train_ce.run", 0.5)
+    bash = partial(bash, BELOW=below)
+    done = bash()
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "train_cross_encoder.py" not in done.stdout, "it goes on"
-    trained = snapshot(run)
-    again = bash("rocketqa", BELOW=below)
-    assert again.returncode == 0 and "==" not in again.stdout, again.stdout + again.stderr
-    assert snapshot(run) == trained
+    changes_nothing(bash, run)
     return run, below
-
-
-@pytest.mark.parametrize(
-    ("name", "variables", "message"),
-    [
-        ("claim_dpr", {"ARMS": "inbatch hart"}, "ARMS: hart is none of inbatch hard gc more"),
-        ("claim_emdr2", {"ARMS": "tokens"}, "ARMS: tokens is none of"),
-        ("claim_rocketqa", {"ARMS": "ann"}, "ARMS: ann is none of"),
-        ("claim_rocketqa", {"PARTS": "share"}, "PARTS: share is none of"),
-        ("claim_ance_tele", {"ARMS": "an"}, "ARMS: an is none of"),
-        ("claim_ance_tele", {"FLOOR": "everything"}, "FLOOR: everything is none of"),
-        ("ladder", {"RUNGS": "dpr rocketqa"}, "RUNGS: rocketqa is none of"),
-    ],
-)
-def test_a_misspelt_part_is_told_at_once(tmp_path, name, variables, message):
-    """Before anything is made."""
-    places = {"DATA": str(tmp_path / "data"), "RUN": str(tmp_path / "run")}
-    command = ["bash", f"recipes/{name}.sh"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT | places | variables, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout) == (2, "") and message in done.stderr
-    assert not any(path.is_file() for path in tmp_path.rglob("*"))
-
-
-def test_the_plan_of_an_arm_with_a_worker(tmp_path):
-    """The dry pass of `async` leaves the file that it counts in, and plans its stages."""
-    stages = tmp_path / "stages"
-    stages.touch()
-    places = {"DATA": str(tmp_path), "RUN": str(tmp_path / "run"), "STAGES": str(stages), "DRY": "1"}
-    command = ["bash", "recipes/claim_emdr2.sh"]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=ENVIRONMENT | places | {"ARMS": "async", "SEEDS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "async_seed1/metrics.json\topen" in stages.read_text()
 
 
 def test_rocketqa(recipe, rocketqa):
@@ -118,7 +71,6 @@ def test_rocketqa(recipe, rocketqa):
     # the negatives
     ranked, scores = read_run(run / "d0" / "train.run"), read_run(run / "d0" / "train_ce.run")
     files = {name: negatives_of(run / f"{name}.jsonl") for name in ("mined", "gated", "filtered", "checked")}
-    below = float(below)
     for row in answers:
         qid = row["qid"]
         others = [pid for pid, _ in ranked[qid] if pid not in row["positives"]]
@@ -165,14 +117,8 @@ def test_unequal_files_are_refused(rocketqa, tmp_path):
 def test_ance_tele(recipe, rocketqa):
     """Two arms from M_D0, of which the first episode is one; momentum adds the last episode's negatives."""
     run, bash = rocketqa[0], recipe[2]
-    variables = {
-        "ARMS": "ann momentum",
-        "FLOOR": "",
-        "EPISODES": "1 2",
-        "SAMPLE": 4,
-        "NEGATIVES": 2,
-        "DEPTH": 20,
-    }
+    variables = {"ARMS": "ann momentum", "FLOOR": "", "EPISODES": "1 2"}
+    variables |= {"SAMPLE": 4, "NEGATIVES": 2, "DEPTH": 20}
     done = bash("ance_tele", **variables)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     trained = snapshot(run)
@@ -202,42 +148,6 @@ def test_ance_tele(recipe, rocketqa):
     assert {row["metrics"]["top-20"]["n"] for row in result["rows"]} == {10}
 
 
-def test_the_arms_of_ance_tele(tmp_path):
-    """Four arms, a second seed of one, three episodes: what each mines from; what is trained once only."""
-    run, log, fake = tmp_path / "run", tmp_path / "log", tmp_path / "bin" / "python"
-    (run / "data").mkdir(parents=True)
-    for name in ("source.tsv", "corpus.tsv", "bm25_train.run", "bm25_test.run"):
-        (run / "data" / name).touch()
-    fake.parent.mkdir()
-    fake.write_text(FAKE)
-    fake.chmod(0o755)
-    variables = {"RUN": str(run), "LOG": str(log), "START": "bert", "MEASURE": ""}
-    variables |= {"PATH": f"{fake.parent}:{ENVIRONMENT['PATH']}"}
-    command = ["bash", ROOT / "recipes" / "claim_ance_tele.sh"]
-    done = subprocess.run(command, env=ENVIRONMENT | variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    commands = log.read_text().splitlines()
-    trained = [
-        re.search(r"ance/(\w+/m\d) .* --seed (\d)", line) for line in commands if "train_dpr.py" in line
-    ]
-    trained = [match.groups() for match in trained if match]  # without M_D0
-    expected = [f"{arm}_seed1/m{i}" for arm in ("ann", "lookahead") for i in (1, 2, 3)]
-    expected += [f"{arm}_seed1/m{i}" for arm in ("momentum", "all") for i in (2, 3)]
-    assert trained == [(name, "1") for name in expected] + [(f"all_seed2/m{i}", "2") for i in (1, 2, 3)]
-    for line in commands:
-        if line.startswith("mine_negatives.py"):
-            arm, episode = re.search(r"--out \S+/ance/(\w+)_seed\d/m(\d).jsonl", line).groups()
-            assert ("--lookahead_run" in line) == (arm in ("lookahead", "all")), line
-            assert ("--momentum" in line) == (arm in ("momentum", "all") and episode != "1"), line
-            assert (
-                f"--questions {run}/data/train_answers.jsonl" in line and "--negatives 10 --depth 20" in line
-            )
-    for arm in ("ann_seed1", "lookahead_seed1", "momentum_seed1", "all_seed1", "all_seed2"):
-        for episode in range(4):
-            for name in ("ann", "test"):
-                assert (run / "ance" / arm / f"m{episode}" / f"{name}.run").is_file(), (arm, episode)
-
-
 # ---------------------------------------------------------------- figures by hand
 TEXTS = ["it is red", "it is blue", "red and blue", "green", "now it is red"]
 QUESTIONS = [
@@ -251,13 +161,6 @@ def corpus(tmp_path):
     rows = "".join(f"{pid}\t{text}\t\n" for pid, text in enumerate(TEXTS, 1))
     (tmp_path / "corpus.tsv").write_text("id\ttext\ttitle\n" + rows)
     return Corpus(tmp_path / "corpus.tsv")
-
-
-def ranking(path, **pids):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    hits = {qid: [(pid, -float(i)) for i, pid in enumerate(ids)] for qid, ids in pids.items()}
-    write_run(path, hits.items())
-    return path
 
 
 def test_choose():
@@ -292,10 +195,10 @@ def test_a_copy_shares_more_than_a_fifth():
 
 def test_by_answer(corpus, tmp_path):
     """The first passages with an answer have the ranks 3 and 1; nobody labelled them."""
-    values = forgetting.by_answer(ranking(tmp_path / "x.run", r="245", b="314"), QUESTIONS, corpus)
-    assert {name: numbers.tolist() for name, numbers in values.items()} == {
-        "top-1": [0, 1], "MRR@10": [1 / 3, 1],
-    }  # fmt: skip
+    path = write_ranking(tmp_path / "x.run", {"r": "245", "b": "314"})
+    values = forgetting.by_answer(path, QUESTIONS, corpus)
+    found = {name: numbers.tolist() for name, numbers in values.items()}
+    assert found == {"top-1": [0, 1], "MRR@10": [1 / 3, 1]}
 
 
 def test_forgetting(corpus, tmp_path):
@@ -303,25 +206,22 @@ def test_forgetting(corpus, tmp_path):
     One of two questions is forgotten; then it is learned again, and the other is forgotten. The twenty-first
     place is not known any more.
     """
-    far = [str(pid) for pid in range(10, 30)]
-    path = ranking(tmp_path / "x.run", r=[*far[:19], "1"], b=[*far, "2"])
+    path = write_ranking(tmp_path / "x.run", {"r": [*range(10, 29), 1], "b": [*range(10, 30), 2]})
     assert forgetting.known(path, QUESTIONS).tolist() == [True, False]
     both, forgets_r, forgets_b = {"r": "1", "b": "2"}, {"r": "4", "b": "2"}, {"r": "1", "b": "4"}
     arms = {}
     for arm, rankings in {"ann_seed1": (both, forgets_r, forgets_b), "all_seed1": (both, both)}.items():
         for number, pids in enumerate(rankings):
             for name in ("ann", "test"):
-                ranking(tmp_path / arm / f"m{number}" / f"{name}.run", **pids)
+                write_ranking(tmp_path / arm / f"m{number}" / f"{name}.run", pids)
         arms[arm] = forgetting.episodes_of(tmp_path / arm, QUESTIONS, QUESTIONS, corpus)
     ann = [{name: numbers.tolist() for name, numbers in values.items()} for values in arms["ann_seed1"]]
     assert "forgotten" not in ann[0] and [values["known"] for values in ann] == [[1, 1], [0, 1], [1, 0]]
-    assert [(values["forgotten"], values["learned"]) for values in ann[1:]] == [
-        ([1, 0], [0, 0]), ([0, 1], [1, 0]),
-    ]  # fmt: skip
+    changes = [(values["forgotten"], values["learned"]) for values in ann[1:]]
+    assert changes == [([1, 0], [0, 0]), ([0, 1], [1, 0])]
     table = forgetting.table(arms)
-    assert [row["row"] for row in table["rows"]] == [
-        "ann_seed1 m0", "ann_seed1 m1", "ann_seed1 m2", "all_seed1 m0", "all_seed1 m1",
-    ]  # fmt: skip
+    episodes = "ann_seed1 m0, ann_seed1 m1, ann_seed1 m2, all_seed1 m0, all_seed1 m1"
+    assert [row["row"] for row in table["rows"]] == episodes.split(", ")
     assert table["rows"][1]["metrics"]["forgotten"]["value"] == 0.5
     gains = {(gain["row"], gain["over"]): gain["metrics"]["forgotten"]["value"] for gain in table["gains"]}
     assert gains == {("all_seed1 m1", "ann_seed1 m1"): -0.5, ("ann_seed1 m1", "all_seed1 m1"): 0.5}
@@ -332,12 +232,10 @@ def test_forgetting(corpus, tmp_path):
 
 def test_unequal_steps_are_said(tmp_path, capsys):
     """One arm has lost a question and with it a step."""
-    for arm, steps in {"ann_seed1": 61, "all_seed1": 62}.items():
-        write_json(tmp_path / arm / "m2" / "metrics.json", {"step": steps})
-    forgetting.say_steps([tmp_path / "ann_seed1", tmp_path / "all_seed1"])
-    assert (
-        "m2: the arms took unequally many steps: {'ann_seed1': 61, 'all_seed1': 62}"
-        in capsys.readouterr().out
-    )
+    steps = {"ann_seed1": 61, "all_seed1": 62}
+    for arm, step in steps.items():
+        write_json(tmp_path / arm / "m2" / "metrics.json", {"step": step})
+    forgetting.say_steps([tmp_path / arm for arm in steps])
+    assert f"m2: the arms took unequally many steps: {steps}" in capsys.readouterr().out
     forgetting.say_steps([tmp_path / "ann_seed1"])
     assert not capsys.readouterr().out

@@ -8,6 +8,7 @@ import yaml
 
 from recipes import claims, reader_signal
 from recipes.reader_signal import shares
+from tests.toy import write_lines
 from utils.data import write_run
 from utils.plumbing.config import ROOT, UserError
 
@@ -36,18 +37,15 @@ def test_gains_are_paired_and_averaged_over_seeds(house):
     """By hand: at 20 the start finds 2 of 4, one seed 3 (it loses one, gains two), the other all 4."""
     one = claims.row_of(ENTRY | {"arm": ["one"], "over": ["start"]})
     assert (one["gain"], one["n"], one["seeds"]) == (0.25, 4, 1) and one["low"] < 0 < one["high"]
-    both = claims.row_of(ENTRY | {"arm": ["one", "two"], "over": ["start"]})
+    seeds = ENTRY | {"arm": ["one", "two"], "over": ["start"]}
+    both = claims.row_of(seeds)
     assert both["gain"] == pytest.approx((0.25 + 0.5) / 2) and both["range"] == [0.25, 0.5]
+    smaller = claims.row_of(seeds | {"smaller": True})
+    assert smaller["gain"] == -both["gain"], "less may be better"
     mrr = claims.row_of(ENTRY | {"arm": ["one"], "over": ["start"], "metric": "MRR@10"})
     assert mrr["gain"] == pytest.approx((0.25 + 0 + 0.5 + 0.5) / 4)
     by_answer = claims.row_of(ENTRY | {"arm": ["two"], "over": ["start"], "metric": "answer MRR@10"})
     assert by_answer["gain"] == pytest.approx((1 / 9 + 1 + 2 / 3 + 0) / 4)
-
-
-def test_less_may_be_better(house):
-    """What the arm has less is its gain."""
-    entry = ENTRY | {"arm": ["one", "two"], "over": ["start"], "smaller": True}
-    assert claims.row_of(entry)["gain"] == pytest.approx(-(0.25 + 0.5) / 2)
 
 
 def test_the_gain_is_that_of_its_own_ranking(house):
@@ -56,10 +54,9 @@ def test_the_gain_is_that_of_its_own_ranking(house):
     text += "          +1.0 (-0.5 to 2.5)\ntwo\n    top-1  1.0 (0.0 to 2.0) +0.5 (0.0 to 1.0)\n"
     text += "three\n    MRR@10  +2.0 (1.0 to 3.0)\n"
     (house / "results" / "toy" / "compare.txt").write_text(text)
-    figures = [(0.01, -0.005, 0.025), (0.02, 0.01, 0.03)]
-    for name, (gain, low, high) in zip(("one", "three"), figures, strict=True):
+    for name, *figures in (("one", 0.01, -0.005, 0.025), ("three", 0.02, 0.01, 0.03)):
         row = claims.row_of(ENTRY | {"metric": "MRR@10", "text": ["compare.txt", name]})
-        assert (row["gain"], row["low"], row["high"], row["n"]) == (gain, low, high, 8)
+        assert [row["gain"], row["low"], row["high"], row["n"]] == [*figures, 8]
     with pytest.raises(UserError, match="no gain in MRR@10 of two"):
         claims.row_of(ENTRY | {"metric": "MRR@10", "text": ["compare.txt", "two"]})
 
@@ -86,8 +83,8 @@ def test_a_verdict_says_no_more_than_the_figure(house):
 def test_store_keeps_what_compare_computes(house, tmp_path):
     """The ranks of a ranking: 1 and 2 for the first question, none for the second, which finds nothing."""
     (tmp_path / "corpus.tsv").write_text("id\ttext\ttitle\n1\tIt is red.\tA\n2\tIt is blue.\tB\n")
-    questions = [{"qid": q, "question": "?", "answers": ["red"], "positives": ["2"]} for q in "ab"]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    question = {"question": "?", "answers": ["red"], "positives": ["2"]}
+    write_lines(tmp_path / "q.jsonl", [question | {"qid": qid} for qid in "ab"])
     (tmp_path / "x.run").write_text("a\t1\t1\t9\na\t2\t2\t8\n")
     out = house / "results" / "toy" / "ranks.json"
     claims.store(tmp_path / "corpus.tsv", tmp_path / "q.jsonl", out, [f"x={tmp_path / 'x.run'}"])
@@ -113,15 +110,8 @@ def test_the_share_of_belief_on_passages_with_an_answer():
     """By hand: two tokens, 0.9 each with the right passage and 0.1 with the other; an even prior."""
     log_KT = torch.tensor([[0.1, 0.1], [0.9, 0.9]]).log()
     found = shares(torch.tensor([0.5, 0.5]).log(), log_KT, [False, True])
-    wanted = {
-        "prior": 0.5,
-        "token": 0.9,
-        "sequence": 0.81 / 0.82,
-        "kl": 0.9,
-        "likeliest": 1.0,
-        "by_chance": 0.5,
-    }
-    assert found == pytest.approx(wanted)
+    wanted = {"prior": 0.5, "token": 0.9, "sequence": 0.81 / 0.82, "kl": 0.9}
+    assert found == pytest.approx(wanted | {"likeliest": 1.0, "by_chance": 0.5})
 
 
 def test_the_beliefs_of_a_batch_by_hand(tmp_path, monkeypatch):
@@ -129,15 +119,13 @@ def test_the_beliefs_of_a_batch_by_hand(tmp_path, monkeypatch):
     Three passages: prior and posterior before and after, of the passages that the first ranking found; not of
     a question of which all passages hold an answer, nor of one that lost a passage.
     """
-    texts = {"a": "a red car", "b": "a blue car", "c": "a green car"}
-    rows = "".join(f"{pid}\t{text}\tt\n" for pid, text in texts.items())
-    (tmp_path / "corpus.tsv").write_text(f"id\ttext\ttitle\n{rows}")
+    texts = "a\ta red car\tt\nb\ta blue car\tt\nc\ta green car\tt\n"
+    (tmp_path / "corpus.tsv").write_text(f"id\ttext\ttitle\n{texts}")
     answers = {"one": "blue", "all": "car", "lost": "red"}
-    questions = [
-        {"qid": qid, "question": "which ?", "answers": [text], "positives": []}
-        for qid, text in answers.items()
-    ]
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    questions = []
+    for qid, text in answers.items():
+        questions.append({"qid": qid, "question": "which ?", "answers": [text], "positives": []})
+    write_lines(tmp_path / "test.jsonl", questions)
     before = [("a", 2.0), ("b", 1.0), ("c", 1.0)]
     after = [("b", 3.0), ("a", 1.0), ("c", 0.0)]
     write_run(tmp_path / "before.run", [(qid, before) for qid in answers])
@@ -149,10 +137,8 @@ def test_the_beliefs_of_a_batch_by_hand(tmp_path, monkeypatch):
         return torch.tensor([[p, p] for p in likelihoods]).log()
 
     monkeypatch.setattr(reader_signal, "read", read)
-    places = [
-        str(tmp_path / name) for name in ("corpus.tsv", "test.jsonl", "before.run", "after.run", "o.json")
-    ]
-    reader_signal.batch(*places[:3], "3", places[3], "9", places[4])
+    files = (tmp_path / name for name in ("corpus.tsv", "test.jsonl", "before.run"))
+    reader_signal.batch(*files, "3", tmp_path / "after.run", "9", tmp_path / "o.json")
     (row,) = json.loads((tmp_path / "o.json").read_text())
     assert (row["qid"], row["passages"]) == ("one", ["a", "b", "c"])
     for name, scores, factor in (("before", [2, 1, 1], 3), ("after", [1, 3, 0], 9)):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from recipes.compare import main, per_question
-from tests.toy import write_lines
-from utils.data import Corpus, read_questions, write_run
+from tests.toy import write_lines, write_ranking
+from utils.data import Corpus, read_questions
 from utils.plumbing.config import UserError
 
 QUESTIONS = [
@@ -17,11 +17,8 @@ QUESTIONS = [
     {"qid": "c", "question": "who sang it", "answers": ["Bo"], "positives": ["3"]},
 ]
 RUNS = {"x": {"a": "12", "b": "12", "c": "12"}, "y": {"a": "12", "b": "21", "c": "32"}}
-ANSWERS = {
-    "x": {"a": "red", "b": "Mrs Ann Lee"},
-    "y": {"a": "Blue.", "b": "lee", "c": "Bo"},
-    "z": {"q": "Bo"},
-}
+ANSWERS = {"x": {"a": "red", "b": "Mrs Ann Lee"}, "y": {"a": "Blue.", "b": "lee", "c": "Bo"}}
+ANSWERS["z"] = {"q": "Bo"}
 
 
 @pytest.fixture
@@ -30,8 +27,7 @@ def world(tmp_path):
     (tmp_path / "corpus.tsv").write_text("\n".join(texts) + "\n")
     write_lines(tmp_path / "q.jsonl", QUESTIONS)
     for name, ranks in RUNS.items():
-        hits = {qid: [(pid, 8.0 - i) for i, pid in enumerate(pids)] for qid, pids in ranks.items()}
-        write_run(tmp_path / f"{name}.run", hits.items())
+        write_ranking(tmp_path / f"{name}.run", ranks)
     for name, answers in ANSWERS.items():
         (tmp_path / f"{name}.answers.json").write_text(json.dumps(answers))
     return tmp_path
@@ -40,9 +36,8 @@ def world(tmp_path):
 def test_rankings_by_hand(world, capsys):
     """Two passages deep: top-1 and MRR@10 alone; the gain is of pairs."""
     x = per_question(world / "x.run", read_questions(world / "q.jsonl"), Corpus(world / "corpus.tsv"))
-    assert {name: value.tolist() for name, value in x.items()} == {
-        "top-1": [1, 0, 0], "MRR@10": [1, 0.5, 0], "hit@1": [1, 0, 0],
-    }  # fmt: skip
+    values = {name: value.tolist() for name, value in x.items()}
+    assert values == {"top-1": [1, 0, 0], "MRR@10": [1, 0.5, 0], "hit@1": [1, 0, 0]}
     main(world / "corpus.tsv", world / "q.jsonl", world / "x.run", world / "y.run")
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[2][:2] == ["top-1", "33.3"] and len(lines[2]) == 5

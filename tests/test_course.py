@@ -1,8 +1,4 @@
-"""
-The course kit in seconds: what is cut, what is grafted, what a child may do, and a proof of small functions.
-
-The whole proof of an assignment is a command: python course/kit.py prove 1
-"""
+"""The course kit: cut, graft, child, grade. The whole proof of an assignment: python course/kit.py prove 1"""
 
 import ast
 import base64
@@ -22,6 +18,7 @@ import numpy as np
 import pytest
 
 import tests.test_commands as commands
+from tests.toy import write_lines
 from utils.plumbing.config import ROOT
 
 sys.path.insert(0, str(ROOT / "course"))
@@ -101,11 +98,8 @@ def test_a_leak_is_found():
 
 
 def test_a_part_of_a_function_is_cut():
-    """The statements of the region are gone; those above and below it stay."""
-    task = "train_emdr2.py:retriever_gradient ... q_BD = ... log_prior_BK ="
     source = built("a6")[1]["train_emdr2.py"].decode()
     body = ast.unparse(trees.find(source, "retriever_gradient"))
-    assert child.parts(task) == ("train_emdr2.py", "retriever_gradient", "q_BD =", "log_prior_BK =")
     assert "einsum" not in body and "log_prior_BK =" not in body
     assert "query, doc = " in body and "agree_B = " in body
 
@@ -134,8 +128,8 @@ def test_a_graft_takes_the_function_and_what_it_brings():
     source, fault = trees.graft(OURS, theirs, "double")
     names = {}
     exec(source, names)
-    assert not fault and names["double"](4) == 8 and names["other"](5) == 5 and names["LIMIT"] == 3
-    assert "cmath" in names
+    assert not fault and names["double"](4) == 8 and names["other"](5) == 5
+    assert names["LIMIT"] == 3 and "cmath" in names
 
 
 @pytest.mark.parametrize(
@@ -154,47 +148,34 @@ def test_what_cannot_be_grafted_is_said(theirs, words):
 
 # ---------------------------------------------------------------- compare
 @pytest.mark.parametrize(
-    ("got", "wanted", "words"),
+    ("got", "wanted", "sealed", "own"),
     [
-        ([1.0, 2.0], [1.0, 2.0 + 1e-12], ""),
-        ([3.0, 6.0, 9.0], [1.0, 2.0, 3.0], "3 times what is asked for"),
-        ([2.0, 1.0, 7.0], [1.0, 2.0, 7.0], "another order"),
-        ([1.0, np.nan], [1.0, 2.0], "NaN"),
-        ([1.0, 2.0], [1.0, np.inf], "in the place of an infinite one"),
-        ([1.0, np.inf], [1.0, np.inf], ""),
-        ([1.0], [1.0, 2.0], "shape [1], asked for [2]"),
-        ([0.0, 0.0], [1.0, 2.0], "off by 1 of the largest entry"),
-        ([6.0], [2.0], "off by 2 of what is asked for"),
-        ([True, 3.0], [1, 3], ""),
-        ([1, 4], [1, 3], "1 of 2 entries differ"),
-        ("[1]", "[1]", ""),
-        ("[1]", "[2]", "other entries"),
-        ("[1]", [1.0], "other entries"),
+        ([1.0, 2.0], [1.0, 2.0 + 1e-12], "", ""),
+        ([3.0, 6.0, 9.0], [1.0, 2.0, 3.0], "3 times what is asked for", ""),
+        ([2.0, 1.0, 7.0], [1.0, 2.0, 7.0], "the same numbers in another order", ""),
+        ([1.0, np.nan], [1.0, 2.0], "NaN or infinity", ""),
+        ([1.0, 2.0], [1.0, np.inf], "a finite number in the place of an infinite one", ""),
+        ([1.0, np.inf], [1.0, np.inf], "", ""),
+        ([1.0], [1.0, 2.0], "shape [1], asked for [2]", ""),
+        ([0.0, 0.0], [1.0, 2.0], "off by 1 of the largest entry", ""),
+        (6.0, 2.0, "off by 2 of what is asked for", "got 6.0, asked for 2.0"),
+        (True, False, "1 of 1 entries differ", "got True, asked for False"),
+        (3, 4, "1 of 1 entries differ", "got 3, asked for 4"),
+        ([True, 3.0], [1, 3], "", ""),
+        ([1, 4], [1, 3], "1 of 2 entries differ", "[1] got 4, asked for 3"),
+        ("[1]", "[1]", "", ""),
+        ("[[1, 2], [true]]", "[[1, 2], [false]]", "other entries", "[1][0] got True, asked for False"),
+        ("[1]", "[1, 2]", "other entries", "got [1], asked for [1, 2]"),
+        ("[1]", [1], "other entries", ""),
+        ("[1]", [1.0], "other entries", ""),
+        ("no json", "[1]", "other entries", ""),
     ],
 )
-def test_a_difference_is_named_without_the_wanted_number(got, wanted, words):
-    seen = kit.difference(np.array(got), np.array(wanted))
-    assert bool(seen) == bool(words) and words in seen
-
-
-@pytest.mark.parametrize(
-    ("got", "wanted", "words"),
-    [
-        (True, False, "got True, asked for False"),
-        (3, 4, "got 3, asked for 4"),
-        (6.0, 2.0, "got 6.0, asked for 2.0"),
-        ([1, 4], [1, 3], "[1] got 4, asked for 3"),
-        ("[[1, 2], [true]]", "[[1, 2], [false]]", "[1][0] got True, asked for False"),
-        ("[1]", "[1, 2]", "got [1], asked for [1, 2]"),
-        ("[1]", [1], "other entries"),
-        ("no json", "[1]", "other entries"),
-        ([3.0, 6.0], [1.0, 2.0], "3 times what is asked for"),
-    ],
-)
-def test_the_own_numbers_are_told_the_sealed_ones_are_not(got, wanted, words):
+def test_a_difference_is_named(got, wanted, sealed, own):
+    """The wanted number is told for a student's own numbers alone. own: "" where both read the same."""
     arrays = {"x": np.array(got)}, {"x": np.array(wanted)}
-    assert kit.verdict(*arrays, "", aloud=True) == f"x: {words}"
-    assert "asked for " not in kit.verdict(*arrays, "", aloud=False).replace("what is asked for", "")
+    for aloud, words in ((False, sealed), (True, own or sealed)):
+        assert kit.verdict(*arrays, "", aloud) == (words and f"x: {words}")
 
 
 # ---------------------------------------------------------------- the child
@@ -203,12 +184,6 @@ TASKS = {"mine.py:double": ["answer"]}
 def answer(rng, double):
     return {"twice": double(rng.standard_normal(3)), "list": [1, 2]}
 """
-
-
-def run(body, seconds=20):
-    files = {"mine.py": f"def double(x):\n{body}\n".encode(), "a.py": DRIVERS.encode()}
-    found, fault, _ = child.outputs(files, "a", "mine.py:double", [5], seconds)
-    return found.get((5, "answer")), fault
 
 
 @pytest.mark.parametrize(
@@ -223,19 +198,18 @@ def run(body, seconds=20):
         ("    import subprocess; return subprocess.run('ls')", "PermissionError"),
         ("    open('../out.npz', 'w').write('x'); import os; os._exit(0)", "ended without an answer"),
         ("    print(70); return type('E', (), {'__eq__': lambda *a: True})()", "TypeError"),
+        ("    print('hello'); return 2 * x", ""),
     ],
 )
 def test_a_hostile_function_gets_a_sentence(monkeypatch, body, words):
-    """And the next child works as before; what is printed goes nowhere."""
+    """And the next child, whose function is right, sends its arrays; what is printed goes nowhere."""
     monkeypatch.setattr(child, "MEMORY", 800_000_000)
-    got, fault = run(body, 2 if "while" in body else 60)
-    assert words in kit.verdict(got, {"twice": np.zeros(3), "list": np.array("[1, 2]")}, fault, aloud=False)
-
-
-def test_a_child_sends_arrays():
-    got, _ = run("    print('hello')\n    return 2 * x")
-    rng = np.random.default_rng([5, child.zlib.crc32(b"answer")])
-    assert np.array_equal(got["twice"], 2 * rng.standard_normal(3)) and got["list"] == "[1, 2]"
+    files = {"mine.py": f"def double(x):\n{body}\n".encode(), "a.py": DRIVERS.encode()}
+    found, fault, _ = child.outputs(files, "a", "mine.py:double", [5], 2 if "while" in body else 60)
+    rng = np.random.default_rng([5, zlib.crc32(b"answer")])
+    wanted = {"twice": 2 * rng.standard_normal(3), "list": np.array("[1, 2]")}
+    seen = kit.verdict(found.get((5, "answer")), wanted, fault, aloud=False)
+    assert bool(seen) == bool(words) and words in seen
 
 
 # ---------------------------------------------------------------- prove and grade
@@ -267,20 +241,13 @@ def ran(table, task, source, seed=1):
     return found
 
 
-@pytest.fixture
-def frozen():
-    """A driver collects garbage: what torch made at import is left out, as in a child."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_wrong_and_right_answers(name, frozen):
+def test_wrong_and_right_answers(name):
     """
     Every wrong answer to a quick function loses the checks named for it and no other, a constant all, right
     ones none. No check has the same answer at two seeds.
     """
+    gc.freeze()  # a driver collects garbage: what torch made at import is left out, as in a child
     table = TABLES[name]
     solution, _ = built(name)
     for task, path, function in trees.tasks_of(table):
@@ -290,18 +257,17 @@ def test_wrong_and_right_answers(name, frozen):
         key = ran(table, task, source)
         other = ran(table, task, source, seed=2)
         assert prove.alike({(s, c): f[c] for s, f in enumerate((key, other)) for c in f}) == []
-        cases = [
-            (what, files[path], loses)
-            for what, files, loses in trees.wrong_submissions(solution, table, task)
-        ]
+        cases = [("a constant", trees.replace_body(source, function, ["return 0"]), key)]
+        for what, files, loses in trees.wrong_submissions(solution, table, task):
+            cases.append((what, files[path], loses))
         for what, text in wrong.RIGHT[task]:
             grafted, fault = trees.graft(source, text, function)
             cases.append((what, grafted or fault, []))
-        cases.append(("a constant", trees.replace_body(source, function, ["return 0"]), key))
         for what, text, loses in cases:
             found = ran(table, task, text)
             lost = [check for check in key if kit.verdict(found[check], key[check], "", True)]
             assert {*lost} == {*loses}, (task, what)
+    gc.unfreeze()
 
 
 def test_a_small_function_is_proved():
@@ -331,36 +297,36 @@ def small(monkeypatch):
     return table
 
 
-def make(out, **changes):
-    keys = {
-        "assignment": "a3",
-        "student": "s1",
-        "out": str(out),
-        "hints": False,
-        "open": False,
-        "variant": "",
-    }
-    staff.make(SimpleNamespace(**keys | changes))
+def make(out, hints=False, open=False, variant=""):
+    keys = {"assignment": "a3", "student": "s1", "out": str(out)}
+    staff.make(SimpleNamespace(**keys, hints=hints, open=open, variant=variant))
 
 
-def write(folder, old, new):
-    """Write mrr into a student's folder: the solution's body with a piece replaced."""
-    source = (ROOT / "utils/metrics.py").read_text()
-    assert source.count(old) == 1
-    (folder / "utils/metrics.py").write_text(source.replace(old, new))
+def hand_in(folder, student, files):
+    """Write {path: text} as a student's folder."""
+    files = {"kit.json": json.dumps({"student": student})} | files
+    child.write_tree({path: text.encode() for path, text in files.items()}, folder / student)
+
+
+def grade(folder, sealed, variant=""):
+    """Grade folder/in; return the rows of folder/grades."""
+    keys = {"folder": str(folder / "in"), "sealed": str(sealed), "out": str(folder / "grades")}
+    staff.grade(SimpleNamespace(assignment="a3", variant=variant, **keys))
+    return json.loads((folder / "grades/grades.json").read_text())
 
 
 def test_a_term(small, tmp_path, monkeypatch, capsys):
     """seal, make, check, pack and grade: a wrong function costs its own points, and the mistake is named."""
-    prove.seal(SimpleNamespace(assignment="a3", count=1, out=str(tmp_path / "new" / "a3.json")))
-    made = tmp_path / "s1"
+    sealed, made = tmp_path / "new" / "a3.json", tmp_path / "s1"
+    prove.seal(SimpleNamespace(assignment="a3", count=1, out=str(sealed)))
     make(made, hints=True, open=True)
+    solution = (made / "solution/utils/metrics.py").read_text()
     assert "0 < rank <= cutoff" not in (made / "utils/metrics.py").read_text()
-    assert "0 < rank <= cutoff" in (made / "solution/utils/metrics.py").read_text()
     assert "Do not" in (made / "AGENTS.md").read_text()
 
     # the student
-    write(made, "0 < rank <= cutoff else", "0 < rank < cutoff else")
+    wrong_one = solution.replace("0 < rank <= cutoff else", "0 < rank < cutoff else")
+    (made / "utils/metrics.py").write_text(wrong_one)
     monkeypatch.setattr(kit, "HERE", made)
     kit.check(SimpleNamespace(name="mrr", classroom=True))
     out, seen = capsys.readouterr()
@@ -379,20 +345,14 @@ def test_a_term(small, tmp_path, monkeypatch, capsys):
     (tmp_path / "in").mkdir()
     (made / "a3_s1.zip").rename(tmp_path / "in" / "s1.zip")
     (tmp_path / "in" / "broken.zip").write_text("no zip")
-    grades = tmp_path / "grades"
-    keys = {"folder": str(tmp_path / "in"), "sealed": str(tmp_path / "new" / "a3.json"), "out": str(grades)}
-    staff.grade(SimpleNamespace(assignment="a3", variant="", **keys))
-    rows = {(row["file"], row["check"]): row for row in json.loads((grades / "grades.json").read_text())}
-    points = {place: (row["points"], row["of"]) for place, row in rows.items() if place[0] == "s1"}
-    assert points == {
-        ("s1", "mrr_cut"): (0, 2),
-        ("s1", "mrr_miss"): (1, 1),
-        ("s1", "answers.json"): (7.5, 10),
-    }
-    assert rows["s1", "mrr_cut"]["cause"] == "the cutoff itself does not count"
-    assert "asked for 0." in rows["s1", "mrr_cut"]["seen"]
-    assert rows["s1", "mrr_cut"]["sealed"].startswith("mrr: off by")
+    rows = {(row["file"], row["check"]): row for row in grade(tmp_path, sealed)}
+    points = {check: (row["points"], row["of"]) for (file, check), row in rows.items() if file == "s1"}
+    assert points == {"mrr_cut": (0, 2), "mrr_miss": (1, 1), "answers.json": (7.5, 10)}
+    cut = rows["s1", "mrr_cut"]
+    assert cut["cause"] == "the cutoff itself does not count"
+    assert "asked for 0." in cut["seen"] and cut["sealed"].startswith("mrr: off by")
     assert rows["broken", "mrr_miss"]["seen"] == "utils/metrics.py was not handed in"
+    grades = tmp_path / "grades"
     assert "8.5 of 80" in (grades / "feedback" / "s1.txt").read_text()
     assert len((grades / "grades.csv").read_text().splitlines()) == 7
     tests = json.loads((grades / "gradescope" / "s1.json").read_text())["tests"]
@@ -409,12 +369,11 @@ def test_a_grading_that_is_cut_short_leaves_all_rows(small, tmp_path, monkeypatc
         raise TimeoutError
 
     monkeypatch.setattr(staff, "grade_one", first_row)
-    handed_in(tmp_path / "in", "s1")
+    hand_in(tmp_path / "in", "s1", {})
     (tmp_path / "sealed.json").write_text('{"seeds": [7]}')
-    keys = {"folder": str(tmp_path / "in"), "sealed": str(tmp_path / "sealed.json"), "out": str(tmp_path)}
     with pytest.raises(TimeoutError):
-        staff.grade(SimpleNamespace(assignment="a3", variant="", **keys))
-    tests = json.loads((tmp_path / "gradescope" / "s1.json").read_text())["tests"]
+        grade(tmp_path, tmp_path / "sealed.json")
+    tests = json.loads((tmp_path / "grades/gradescope/s1.json").read_text())["tests"]
     assert [(test["score"], test["max_score"]) for test in tests] == [
         (graded * 0.67, 0.67), (graded * 1.33, 1.33), (0, 0.33), (0, 0.67), (0, 10)
     ]  # fmt: skip
@@ -427,16 +386,13 @@ def test_a_variant_is_made_and_graded(small, tmp_path):
     theirs = trees.find((ROOT / "course/variants/a3.py").read_text(), "mrr")
     shown = trees.find((tmp_path / "s1/utils/metrics.py").read_text(), "mrr")
     assert ast.get_docstring(shown) == ast.get_docstring(theirs)
-    public = (tmp_path / "s1/kit.json", ROOT / "utils/metrics.py")
-    for name, source in (("public", public[1].read_text()), ("own", ast.unparse(theirs))):
-        (tmp_path / "in" / name / "utils").mkdir(parents=True)
-        (tmp_path / "in" / name / "kit.json").write_text(public[0].read_text())
-        (tmp_path / "in" / name / "utils/metrics.py").write_text(source)
+    kit_json = (tmp_path / "s1/kit.json").read_text()
+    public = (ROOT / "utils/metrics.py").read_text()
+    for name, source in (("public", public), ("own", ast.unparse(theirs))):
+        hand_in(tmp_path / "in", name, {"kit.json": kit_json, "utils/metrics.py": source})
     (tmp_path / "sealed.json").write_text('{"seeds": [7]}')
-    keys = {"folder": str(tmp_path / "in"), "sealed": str(tmp_path / "sealed.json"), "out": str(tmp_path)}
-    staff.grade(SimpleNamespace(assignment="a3", variant=variant, **keys))
     points = {"own": 0, "public": 0}
-    for row in json.loads((tmp_path / "grades.json").read_text()):
+    for row in grade(tmp_path, tmp_path / "sealed.json", variant):
         points[row["file"]] += row["points"]
     assert points["own"] == 3 and points["public"] <= 0.4 * 3
 
@@ -451,46 +407,18 @@ def test_a_seed_that_hides_a_wrong_answer_is_not_sealed(small, monkeypatch):
 
 def test_the_outputs_of_other_systems():
     """A recorded example of Gradescope's results.json, and of what GitHub Classroom's reporter reads."""
-    row = {
-        "task": "f.py:g",
-        "check": "c",
-        "points": 1.0,
-        "of": 3,
-        "seen": "",
-        "sealed": "off by 2",
-        "cause": "",
-    }
-    assert staff.gradescope([row]) == {
-        "tests": [
-            {
-                "name": "f.py:g c", "number": "1.1", "score": 1.0, "max_score": 1.0, "status": "passed",
-                "output": "", "visibility": "visible",
-            },
-            {
-                "name": "f.py:g c, other seeds", "number": "1.2", "score": 0.0, "max_score": 2.0,
-                "status": "failed", "output": "off by 2", "visibility": "after_due_date",
-            },
-        ],
-        "visibility": "visible",
-        "stdout_visibility": "hidden",
-    }  # fmt: skip
+    row = {"task": "f.py:g", "check": "c", "points": 1.0, "of": 3}
+    row |= {"seen": "", "sealed": "off by 2", "cause": ""}
+    seen = {"name": "f.py:g c", "number": "1.1", "score": 1.0, "max_score": 1.0}
+    seen |= {"status": "passed", "output": "", "visibility": "visible"}
+    sealed = {"name": "f.py:g c, other seeds", "number": "1.2", "score": 0.0, "max_score": 2.0}
+    sealed |= {"status": "failed", "output": "off by 2", "visibility": "after_due_date"}
+    whole = {"tests": [seen, sealed], "visibility": "visible", "stdout_visibility": "hidden"}
+    assert staff.gradescope([row]) == whole
     text = kit.classroom([("f.py:g", "c", 0.0, 1 / 3, "off by 2", "")])
-    assert json.loads(base64.b64decode(text)) == {
-        "version": 1,
-        "status": "fail",
-        "max_score": 0.33,
-        "tests": [
-            {"name": "f.py:g c", "status": "fail", "message": "off by 2", "score": 0.0, "max_score": 0.33}
-        ],
-    }
-
-
-def handed_in(folder, student, **files):
-    """A folder of a student's files; a dot in a name is written as __."""
-    (folder / student).mkdir(parents=True)
-    (folder / student / "kit.json").write_text(json.dumps({"student": student}))
-    for name, text in files.items():
-        (folder / student / name.replace("__", ".")).write_text(text)
+    test = {"name": "f.py:g c", "status": "fail", "message": "off by 2", "score": 0.0, "max_score": 0.33}
+    whole = {"version": 1, "status": "fail", "max_score": 0.33, "tests": [test]}
+    assert json.loads(base64.b64decode(text)) == whole
 
 
 def corpus_of(folder, count=30):
@@ -506,49 +434,50 @@ def asked(**changes):
 
 def test_students_questions_are_checked(tmp_path, capsys):
     """A question with a fault is said and left out; the board's file has no answers."""
-    good, spelled = asked(), asked(question="is it word4", answers=["word4"], title="title4")
-    handed_in(tmp_path / "in", "s1", questions__jsonl=good + spelled)
-    handed_in(tmp_path / "in", "s2", questions__jsonl=asked(answers=["word9"], title="title5"))
-    handed_in(tmp_path / "in", "s3", questions__jsonl=asked(answers=[]))
+    spelled = asked(question="is it word4", answers=["word4"], title="title4")
+    elsewhere = asked(answers=["word9"], title="title5")
+    for student, text in (("s1", asked() + spelled), ("s2", elsewhere), ("s3", asked(answers=[]))):
+        hand_in(tmp_path / "in", student, {"questions.jsonl": text})
     keys = {"folder": str(tmp_path / "in"), "corpus": corpus_of(tmp_path), "out": str(tmp_path / "out")}
     board.questions(SimpleNamespace(**keys))
     said = capsys.readouterr().out
     assert "s1.jsonl:2: an answer stands in the question" in said and "s3: not a question" in said
     assert "s2.jsonl:1" in said and "1 questions of 2 students; 2 have a fault" in said
-    shown, kept = (
-        json.loads((tmp_path / "out" / f"{name}.jsonl").read_text()) for name in ("board", "sealed")
-    )
+    shown = json.loads((tmp_path / "out/board.jsonl").read_text())
     assert shown == {"qid": "s1-1", "question": "what is it"}
-    assert kept == shown | {"answers": ["word3"], "positives": ["3"]}
+    sealed = json.loads((tmp_path / "out/sealed.jsonl").read_text())
+    assert sealed == shown | {"answers": ["word3"], "positives": ["3"]}
 
 
 def test_the_board(tmp_path, monkeypatch, capsys):
     """An entry has the board's questions alone. It gets 5 points if it gains on the questions of others."""
-    questions = []
-    for i in range(24):
-        question = {"qid": f"s{i % 6}-{i}", "question": "x", "answers": [f"word{i}"], "positives": [str(i)]}
-        questions.append(question)
-    (tmp_path / "sealed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
-    qids = [row["qid"] for row in questions]
+    qids = [f"s{i % 6}-{i}" for i in range(24)]
+    rows = []
+    for i, qid in enumerate(qids):
+        rows.append({"qid": qid, "question": "x", "answers": [f"word{i}"], "positives": [str(i)]})
+    write_lines(tmp_path / "sealed.jsonl", rows)
 
     def ranked(shift):
         return "".join(f"{qid}\t{(i + shift) % 30}\t1\t2.0\n" for i, qid in enumerate(qids))
 
     # a student's folder
     made = tmp_path / "made"
-    handed_in(tmp_path, "made", good__run=ranked(0) + "other\t1\t1\t2.0\n", a1__py="")
-    (made / "kit.json").write_text('{"assignment": "a1", "student": "s1"}')
-    (made / "board.jsonl").write_text("".join(json.dumps({"qid": qid}) + "\n" for qid in qids))
+    files = {"good.run": ranked(0) + "other\t1\t1\t2.0\n", "a1.py": ""}
+    hand_in(tmp_path, "made", files | {"kit.json": '{"assignment": "a1", "student": "s1"}'})
+    write_lines(made / "board.jsonl", [{"qid": qid} for qid in qids])
     monkeypatch.setattr(kit, "HERE", made)
     kit.board(SimpleNamespace(file=str(made / "good.run")))
     assert "24 of 24" in capsys.readouterr().out and (made / "board.run").read_text() == ranked(0)
 
     # the staff's table
-    handed_in(tmp_path / "in", "s1", board__run=(made / "board.run").read_text())
-    answers = {row["qid"]: row["answers"][0] for row in questions}
-    handed_in(tmp_path / "in", "s2", board__answers__json=json.dumps(answers))
-    handed_in(tmp_path / "in", "s3", board__run="nonsense", board__answers__json=json.dumps({qids[0]: 5}))
-    handed_in(tmp_path / "in", "s4", board__run=ranked(7))
+    answers = json.dumps({qid: f"word{i}" for i, qid in enumerate(qids)})
+    for student, files in {
+        "s1": {"board.run": (made / "board.run").read_text()},
+        "s2": {"board.answers.json": answers},
+        "s3": {"board.run": "nonsense", "board.answers.json": json.dumps({qids[0]: 5})},
+        "s4": {"board.run": ranked(7)},
+    }.items():
+        hand_in(tmp_path / "in", student, files)
     (tmp_path / "base.run").write_text(ranked(7))
     files = {"questions": str(tmp_path / "sealed.jsonl"), "corpus": corpus_of(tmp_path)}
     board.table(SimpleNamespace(table=str(tmp_path / "in"), baseline=str(tmp_path / "base.run"), **files))
@@ -560,18 +489,16 @@ def test_the_board(tmp_path, monkeypatch, capsys):
 
 
 def test_what_a_child_left_does_not_stop_the_grading(tmp_path):
-    """A link to the key, a second name of it, a pipe, a header that asks for all memory: no answer."""
     key = tmp_path / "key.npz"
     np.savez(key, **{"1|value|x": np.ones(2)})
     assert child.read_outputs(key)[1, "value"]["x"].tolist() == [1, 1]
     (tmp_path / "link.npz").symlink_to(key)
-    assert child.read_outputs(tmp_path / "link.npz") == {}
     os.mkfifo(tmp_path / "pipe.npz")
-    assert child.read_outputs(tmp_path / "pipe.npz") == {}
     with zipfile.ZipFile(tmp_path / "large.npz", "w") as file:
         header = "{'descr': '<f8', 'fortran_order': False, 'shape': (10000000000000000,), }"
         header = (header.ljust(117) + "\n").encode()
         file.writestr("1|value|x.npy", b"\x93NUMPY\x01\x00" + bytes([len(header), 0]) + header)
-    assert child.read_outputs(tmp_path / "large.npz") == {}
+    for name in ("link", "pipe", "large"):
+        assert child.read_outputs(tmp_path / f"{name}.npz") == {}, name
     os.link(key, tmp_path / "second.npz")
     assert child.read_outputs(tmp_path / "second.npz") == {}

@@ -1,7 +1,5 @@
 """The demo's own pieces: its questions hold what they promise, its weights are converted right, its table."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -34,7 +32,6 @@ def test_the_check_against_the_corpus():
 
 
 def test_the_check_finds_every_kind_of_fault():
-    """One bad question of each kind, each named by file and line."""
     passages = {"Otter": "An otter is a small animal that swims.", "Owl": "The owl flies at night."}
     rows = [
         {"title": "Otter", "question": "what swims and is not a fish", "answers": ["otter"]},
@@ -61,7 +58,7 @@ def test_inverse_cloze_takes_the_sentence_out(tmp_path):
     text = f"id\ttext\ttitle\n1\t{' '.join(sentences)}\tA\n2\tOne.\tB\n"
     (tmp_path / "corpus.tsv").write_text(text)
     inverse_cloze(tmp_path / "corpus.tsv", tmp_path / "out.jsonl")
-    (row,) = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    ((_, row),) = iter_jsonl(tmp_path / "out.jsonl")
     sentences.remove(row["question"])
     assert row["positives"] == [{"title": "A", "text": " ".join(sentences)}] and row["qid"] == "cloze-1"
 
@@ -74,7 +71,7 @@ SCRIPTS += ["القاهرة كبيرة. هل هي قديمة؟ نعم."]
 def test_sentences_of_other_scripts(tmp_path, text):
     (tmp_path / "corpus.tsv").write_text(f"id\ttext\ttitle\n1\t{text}\t\n", encoding="utf-8")
     inverse_cloze(tmp_path / "corpus.tsv", tmp_path / "out.jsonl")
-    (row,) = [row for _, row in iter_jsonl(tmp_path / "out.jsonl")]
+    ((_, row),) = iter_jsonl(tmp_path / "out.jsonl")
     assert row["question"] in text and 0 < len(row["positives"][0]["text"]) < len(text)
 
 

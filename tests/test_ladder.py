@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,10 +14,10 @@ from recipes.ladder import main as ladder
 from recipes.ladder import page
 from tests.processes import ENVIRONMENT
 from tests.test_page import data_of
-from tests.test_recipes import add_sentence, lines, run_and_count, snapshot
-from tests.toy import make_world
+from tests.test_recipes import add_sentence, changes_nothing, lines, run_and_count, stopped_by_the_gate
+from tests.toy import make_world, write_ranking
 from tests.toy_t5 import t5
-from utils.data import Corpus, iter_run, read_questions, write_run
+from utils.data import Corpus, read_questions
 from utils.metrics import bootstrap_interval
 from utils.plumbing.config import ROOT, read_yaml
 from utils.plumbing.files import read_json, write_json
@@ -52,8 +53,7 @@ def recipe(tmp_path_factory, python):
     stages = tmp_path_factory.mktemp("stages") / "ladder"
 
     def bash(**changes):
-        environment = ENVIRONMENT | {key: str(value) for key, value in (variables | changes).items()}
-        return run_and_count(["bash", "recipes/ladder.sh"], stages, cwd=ROOT, env=environment)[0]
+        return run_and_count(["recipes/ladder.sh"], stages, variables | changes)
 
     return world, folder, bash
 
@@ -63,20 +63,18 @@ def run(recipe):
     """RUN after four runs: one stops in RocketQA's step 3, one has no T5, one has, one has nothing to do."""
     world, folder, bash = recipe
     run = folder / "run"
-    stopped = bash(RUN=run, BELOW=0)
-    assert stopped.returncode == 2 and "no question is left" in stopped.stderr, stopped.stderr[-2000:]
-    scores = sorted(score for _, hits in iter_run(run / "d0" / "train_ce.run") for _, score in hits)
-    below = scores[int(0.75 * len(scores))]  # a toy teacher is sure of nothing
-    done = bash(RUN=run, BELOW=below)
+    bash = partial(bash, RUN=run)
+    bash = partial(bash, BELOW=stopped_by_the_gate(bash, run / "d0/train_ce.run"))
+    done = bash()
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "--run_dir" in done.stdout and "train_cross_encoder.py" not in done.stdout, "it goes on"
     without = rows_of(run)
     assert without["fid"]["metrics"] == without["emdr2"]["metrics"] == {} != without["d2"]["metrics"]
-    more = bash(RUN=run, BELOW=below, T5=world / "t5")
+    bash = partial(bash, T5=world / "t5")
+    more = bash()
     assert more.returncode == 0, more.stdout[-2000:] + more.stderr[-2000:]
-    before, again = snapshot(folder), bash(RUN=run, BELOW=below, T5=world / "t5")
-    assert again.returncode == 0 and "==" not in again.stdout, again.stdout + again.stderr
-    assert again.stdout.endswith((run / "table.md").read_text()) and snapshot(folder) == before
+    again = changes_nothing(bash, folder)
+    assert again.stdout.endswith((run / "table.md").read_text())
     assert (run / "ladder.png").read_bytes().startswith(b"\x89PNG")
     return run
 
@@ -137,11 +135,17 @@ def test_the_table_is_what_the_stages_wrote(run):
 def test_the_page(run):
     """Every system that was run, three encoders, all trainings, the momentum of the second episode."""
     data = data_of(run / "page.html")
+    names = {row["key"]: row["name"] for row in data["rows"]}
+    assert data["rows"] == [*rows_of(run).values()]
     assert [name for name, ran in data["systems"] if not ran] == ["ANCE-Tele, episode 3"]
-    assert all(ran for _, ran in data["readers"])
+    assert data["readers"] == [[names[key], True] for key in ("reading", "fid", "emdr2")]
+    steps = [(data["systems"][a][0], data["systems"][b][0]) for a, b in data["pairs"]]
+    assert steps[0] == (names["d0"], names["bm25"]) and (names["m1"], names["d0"]) in steps
     beliefs = {belief["qid"] for belief in read_json(run / "emdr2" / "belief.json")}
     assert beliefs and beliefs == {row["qid"] for row in data["questions"] if row["belief"]}
-    assert data["pictures"]["encoders"] == ["untrained", "cloze", "d0"] and data["pictures"]["questions"]
+    pictures = data["pictures"]
+    assert pictures["encoders"] == ["untrained", "cloze", "d0"] and not pictures["missing"]
+    assert pictures["questions"]
     names = [name for name, ran in data["lessons"]["files"] if ran]
     assert names[1:3] == ["ANCE-Tele, episode 1", "ANCE-Tele, episode 2"] and "RocketQA, new labels" in names
     sources = {group[0] for row in data["lessons"]["questions"] for group in row["files"][2]}
@@ -160,7 +164,7 @@ def test_the_full_size_from_the_weights_themselves(recipe):
     titled, blank = Corpus(world / "corpus.tsv"), Corpus(run / "data" / "corpus.tsv")
     assert [passage._replace(title="") for passage in titled] == list(blank)
     config = read_yaml(run / "d0" / "config.yaml")
-    assert (config["init"], config["seed"]) == (str(world / "bert"), 2)
+    assert config["init"] == str(world / "bert") and config["seed"] == 2
     assert os.readlink(run / "m0") == "untrained" and not (run / "cloze").exists()
     rows = rows_of(run)
     assert read_json(run / "table.json")["notes"][0].endswith("All titles are blank.")
@@ -182,9 +186,7 @@ def made(tmp_path):
     qids = [question["qid"] for question in read_questions(data / "test.jsonl")]
     rng = np.random.default_rng(0)
     for path in ("data/bm25_test.run", "d0/test.run", "d1/test.run"):
-        orders = [rng.permutation(60)[:20] + 1 for _ in qids]
-        rankings = [[(str(pid), -i) for i, pid in enumerate(order)] for order in orders]
-        write_run(run / path, zip(qids, rankings, strict=True))
+        write_ranking(run / path, {qid: rng.permutation(60)[:20] + 1 for qid in qids})
     for name, steps in (("cloze", 2), ("d0", 7), ("c", 4), ("d1", 6)):
         write_json(run / name / "metrics.json", {"step": steps, "best_step": steps})
     for path in ("data/train.jsonl", "d1.jsonl"):
@@ -202,9 +204,8 @@ def test_the_columns(made, capsys):
     ladder(run, data)
     rows, questions, corpus = rows_of(run), read_questions(data / "test.jsonl"), Corpus(data / "corpus.tsv")
     d0, d1 = (per_question(run / name / "test.run", questions, corpus) for name in ("d0", "d1"))
-    assert {m: cell["value"] for m, cell in rows["d1"]["metrics"].items()} == {
-        m: v.mean() for m, v in d1.items()
-    }
+    means = {metric: values.mean() for metric, values in d1.items()}
+    assert {metric: cell["value"] for metric, cell in rows["d1"]["metrics"].items()} == means
     assert [rows[key]["updates"] for key in ("d0", "d1", "bm25")] == [7, 6, None]
     for key, minutes, in_all, peak in (("d0", 2, 2 + 1 + 0.1, 0.4), ("d1", 2.2, 2.2 + 0.5 + 3.1, 0.7)):
         measured = [rows[key][column] for column in ("minutes", "minutes_in_all", "peak_gb")]

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 
 from recipes.demo.table import write_table
-from recipes.ladder import main as ladder
-from recipes.page import Shelf, groups_of, lessons_of
+from recipes.page import Shelf, groups_of, lessons_of, training_files
 from recipes.page import main as page
 from recipes.page_table import main as page_table
 from recipes.page_vectors import plane_of
 from tests.browser import CHROMIUM, Browser
-from tests.toy import make_world
+from tests.toy import make_world, write_lines, write_ranking
 from utils.data import Corpus, read_questions, write_run
 from utils.plumbing.config import ROOT, UserError
 from utils.plumbing.files import read_json, write_json
@@ -23,15 +22,14 @@ EVIL = "</script><script>document.title = 'broken'</script><img src=x onerror=al
 
 def data_of(path):
     """The JSON of a page."""
-    text = re.search(
-        r'<script type="application/json" id="data">(.*?)</script>', path.read_text("utf-8"), re.S
-    )[1]
-    return json.loads(text)
+    element = r'<script type="application/json" id="data">(.*?)</script>'
+    return json.loads(re.search(element, path.read_text("utf-8"), re.S)[1])
 
 
-def write_lines(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def page_of(run, out, *words):
+    """Make the page of a run; return its JSON."""
+    page([str(run), "--out", str(out), *map(str, words)])
+    return data_of(out)
 
 
 @pytest.fixture(scope="module")
@@ -47,45 +45,42 @@ def made(tmp_path_factory):
     (world / "corpus.tsv").write_text("\n".join(corpus), "utf-8")
     (run / "data").mkdir(parents=True)
     (run / "config.yaml").write_text(f"corpus: {world / 'corpus.tsv'}\n")
-    questions = read_questions(world / "test.jsonl")
-    found = {"bm25_runs/test.run": [], "test/test.run": []}
-    for n, question in enumerate(questions):
-        gold = question["positives"][0]
-        others = [str(pid) for pid in range(1, 30)]
-        found["bm25_runs/test.run"].append([gold, *others])
-        found["test/test.run"].append(others if n == 0 else [others[0], gold, *others[1:]])
-    for path, rankings in found.items():
-        qids = [question["qid"] for question in questions]
-        hits = [[(pid, -float(rank)) for rank, pid in enumerate(pids)] for pids in rankings]
-        write_run(run / path, zip(qids, hits, strict=True))
-    answers = {
-        question["qid"]: question["answers"][0] if n else "wrong" for n, question in enumerate(questions)
-    }
+    bm25, dense, answers = {}, {}, {}
+    for question in read_questions(world / "test.jsonl"):
+        qid, gold = question["qid"], question["positives"][0]
+        first = not bm25
+        bm25[qid] = [gold, *range(1, 30)]
+        dense[qid] = range(1, 30) if first else [1, gold, *range(2, 30)]
+        answers[qid] = "wrong" if first else question["answers"][0]
+    write_ranking(run / "bm25_runs" / "test.run", bm25)
+    write_ranking(run / "test" / "test.run", dense)
     write_json(run / "test" / "reader.answers.json", answers)
     cell = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 10}
     table = {"BM25": {"top-20": cell, "MRR@10": cell}, "trained encoder": {"top-20": cell}}
     answers = {"title of passage 1": {"EM": cell}, "reader, best of 1": {"EM": cell}}
     write_table(run, table, answers, {"bm25_test": 30, "train": 90, "test": 6, "read_train": 60})
-    write_lines(run / "data" / "train.jsonl", [json.loads(line) for line in open(world / "train.jsonl")])
+    (run / "data" / "train.jsonl").symlink_to(world / "train.jsonl")
     steps = [{"step": n, "loss": 1 / n, "acc": n / 300, "seconds": 0.6} for n in range(1, 301)]
     write_lines(run / "metrics.jsonl", [*steps, {"step": 300, "mrr": 0.5, "average_rank": 3.0}])
     for place in (run, run / "untrained"):
         place.mkdir(exist_ok=True)
         for name in ("query_encoder", "doc_encoder"):
             (place / name).symlink_to(world / name)
-    page([str(run), "--out", str(run / "page.html")])
+    page_of(run, run / "page.html")
     return run, run / "page.html"
 
 
 # ---------------------------------------------------------------- what it says
 def test_a_question_by_hand(made):
-    """Ranks of gold and answer, the reader's verdict; every passage once."""
+    """Ranks of gold and answer, the reader's verdict; every passage once, its html as text in the JSON."""
     data = data_of(made[1])
     assert len(data["questions"]) == data["questionsInAll"] == 10 and data["passagesInAll"] == 60
     names = [name for name, run in data["systems"] if run]
     assert names == ["BM25", "trained encoder"] and data["pairs"] == [[3, 0]]
     ids = [pid for pid, _, _ in data["passages"]]
-    assert len({*ids}) == len(ids)
+    assert len({*ids}) == len(ids) and ["2", EVIL, f"{EVIL} green"] in data["passages"]
+    html = made[1].read_text("utf-8")
+    assert html.count("</script>") == 2 and "<img" not in html
     questions = read_questions(made[0].parent / "data" / "test.jsonl")
     for n, (row, question) in enumerate(zip(data["questions"], questions, strict=True)):
         assert (row["qid"], row["text"]) == (question["qid"], question["question"])
@@ -110,122 +105,51 @@ def test_the_table_and_the_curves(made):
     assert rows["inverse cloze alone"]["metrics"] == rows["untrained encoder"]["metrics"] == {}
     assert data["readers"] == [["reader, best of 1", True]]
     (curve,) = data["curves"]
-    assert curve["name"] == "trained encoder" and list(curve["lines"]) == [
-        "loss",
-        "acc",
-        "average_rank",
-        "mrr",
-    ]
+    assert curve["name"] == "trained encoder"
+    assert [*curve["lines"]] == ["loss", "acc", "average_rank", "mrr"]
     assert len(curve["lines"]["loss"]) == 120 and curve["lines"]["mrr"] == [[300, 3, 0.5]]
     assert curve["lines"]["acc"][0] == pytest.approx([2, 0.02, 2 / 300], rel=1e-3), "the mean of three steps"
 
 
-def test_a_ladder(made, tmp_path):
-    """Its systems, with those that were not run; three encoders; episodes side by side; the prior by hand."""
-    world, run = made[0].parent / "data", tmp_path / "run"
-    questions, train = read_questions(world / "test.jsonl"), read_questions(world / "train.jsonl")[:5]
-    systems = "data/bm25_test.run untrained/test.run cloze/test.run d0/test.run m1/test.run emdr2/test.run"
-    for n, path in enumerate(systems.split()):
-        pids = [str(pid) for pid in range(1, 31)]
-        hits = [(pid, -float(rank) / (1 + n)) for rank, pid in enumerate(pids)]
-        write_run(run / path, [(question["qid"], hits) for question in questions])
-    for path, pids in (("cloze/ann.run", "5 6 7"), ("cloze/lookahead.run", "7 9"), ("m1/ann.run", "9 8")):
-        hits = [(pid, -float(rank)) for rank, pid in enumerate(pids.split())]
-        write_run(run / path, [(question["qid"], hits) for question in train])
-    for path, pids in (("data/train", "5"), ("m1", "6 9"), ("m2", "8 6 9"), ("d1", "4")):
-        write_lines(run / f"{path}.jsonl", [question | {"negatives": pids.split()} for question in train])
-    write_run(
-        run / "d0" / "train_ce.run", [(question["qid"], [("20", 0.9), ("4", 0.1)]) for question in train]
-    )
-    for name in ("corpus.tsv", "test.jsonl"):
-        (run / "data" / name).symlink_to(world / name)
-    for name in ("untrained", "cloze", "d0"):
-        for tower in ("query_encoder", "doc_encoder"):
-            (run / name / tower).symlink_to(world / tower)
-    (run / "m0").symlink_to("cloze")
-    (run / "gate.txt").write_text("0.2 0.8\n")
-    told = {"qid": questions[3]["qid"], "passages": ["1", "2"]}
-    told |= {"before": {"prior": [0.6, 0.4], "posterior": [0.9, 0.1]}}
-    told |= {"after": {"prior": [0.8, 0.2], "posterior": [0.7, 0.3]}}
-    write_json(run / "emdr2" / "belief.json", [told])
-    write_lines(run / "d0" / "metrics.jsonl", [{"step": 1, "loss": 1.0, "seconds": 1}])
-    write_json(run / "emdr2" / "answers.answers.json", {question["qid"]: "red" for question in questions})
-    ladder(run, run / "data")
-    page([str(run), "--out", str(tmp_path / "ladder.html")])
-
-    data = data_of(tmp_path / "ladder.html")
-    rows = read_json(run / "table.json")["rows"]
-    assert data["rows"] == rows
-    names = [row["name"] for row in rows]
-    assert [name for name, run in data["systems"] if run] == [names[n] for n in (0, 1, 2, 4, 7, 16)]
-    assert ["ANCE-Tele, episode 3", False] in data["systems"] and [name for name, _ in data["readers"]][
-        2
-    ] == names[16]
-    steps = [(data["systems"][a][0], data["systems"][b][0]) for a, b in data["pairs"]]
-    assert steps[0] == (names[4], "BM25") and (names[7], names[4]) in steps
-    assert data["pictures"]["encoders"] == ["untrained", "cloze", "d0"] and not data["pictures"]["missing"]
-    assert [name for name, run in data["lessons"]["files"] if not run] == [
-        "ANCE-Tele, episode 3",
-        "RocketQA, new labels",
-    ]
-    for row in data["lessons"]["questions"]:
-        bm25, m1, m2, m3, d1, new = [
-            [(source, count) for source, count, _ in groups] for groups in row["files"]
-        ]
-        assert (
-            m1 == [("ANN", 1), ("look-ahead", 1)] and m2 == [("ANN", 1), ("momentum", 2)] and m3 == new == []
-        )
-    assert [curve["name"] for curve in data["curves"]] == ["d0"]
-    # prior and posterior before, then after, of the question that has them
-    (first, *one), (second, *two) = next(row["belief"] for row in data["questions"] if row["belief"])
-    assert [data["passages"][n][0] for n in (first, second)] == ["1", "2"]
-    assert (one, two) == ([0.6, 0.9, 0.8, 0.7], [0.4, 0.1, 0.2, 0.3])
-    assert [row["qid"] for row in data["questions"] if row["belief"]] == [questions[3]["qid"]]
-
-
 def test_a_run_without_a_table(made, tmp_path):
-    """Rankings and answers by name: metrics by hand, pairs against the first, no BM25, no training files."""
+    """Rankings and answers by name: metrics, beliefs, pairs against the first; no training files."""
     world, run = made[0].parent / "data", tmp_path / "run"
     run.mkdir()
     (run / "start").symlink_to(made[0] / "untrained")
     for name in ("test.run", "reader.answers.json"):
         (run / name).write_text((made[0] / "test" / name).read_text())
-    with pytest.raises(UserError, match="run/table.json: no such file"):
-        page([str(run), "--out", str(tmp_path / "a.html")])
     (made[0] / "untrained" / "test.run").write_text((run / "test.run").read_text())
     page_table(run, world, "start=start/test.run", "later=test.run", "reader=reader.answers.json")
     (made[0] / "untrained" / "test.run").unlink()
     table = {row["key"]: row["metrics"] for row in read_json(run / "table.json")["rows"]}
     assert table["start"] == table["later"] and {*table["reader"]} == {"EM", "F1"}
-    assert (
-        table["later"]["MRR@10"]["value"] == pytest.approx(0.9 / 2) and table["reader"]["EM"]["value"] == 0.9
-    )
-    page([str(run), "--data", str(world), "--out", str(tmp_path / "a.html")])
-    data = data_of(tmp_path / "a.html")
+    assert table["later"]["MRR@10"]["value"] == pytest.approx(0.9 / 2)
+    assert table["reader"]["EM"]["value"] == 0.9
+    told = {"qid": "q53", "passages": ["1", "2"]}
+    told |= {"before": {"prior": [0.6, 0.4], "posterior": [0.9, 0.1]}}
+    told |= {"after": {"prior": [0.8, 0.2], "posterior": [0.7, 0.3]}}
+    write_json(run / "emdr2" / "belief.json", [told])
+    data = page_of(run, tmp_path / "a.html", "--data", world)
+    # prior and posterior before, then after
+    (row,) = [row for row in data["questions"] if row["belief"]]
+    (first, *one), (second, *two) = row["belief"]
+    assert [row["qid"], data["passages"][first][0], data["passages"][second][0]] == ["q53", "1", "2"]
+    assert (one, two) == ([0.6, 0.9, 0.8, 0.7], [0.4, 0.1, 0.2, 0.3])
     assert data["systems"] == [["start", False], ["later", True]] and data["readers"] == [["reader", True]]
     assert data["pairs"] == [] and data["pictures"]["encoders"] == ["start"]
     assert {*data["pictures"]["questions"][0]["kinds"]} == {"gold"}
     assert data["lessons"]["questions"] == [] and data["curves"] == []
 
 
-def test_texts_cannot_leave_the_json(made):
-    """A passage with </script> stands in the data as it is, and nowhere in the html as html."""
-    html = made[1].read_text("utf-8")
-    assert html.count("</script>") == 2 and "<img" not in html
-    assert [EVIL, f"{EVIL} green"] in [row[1:] for row in data_of(made[1])["passages"]]
-
-
 def test_a_small_page_has_fewer_questions(made, tmp_path):
     """--megabytes holds; the table still speaks of all questions; no passage is there for nothing."""
     whole = data_of(made[1])
     size = made[1].stat().st_size / 1e6 - 0.001
-    page([str(made[0]), "--out", str(tmp_path / "small.html"), "--megabytes", str(size)])
-    data = data_of(tmp_path / "small.html")
+    data = page_of(made[0], tmp_path / "small.html", "--megabytes", size)
     assert (tmp_path / "small.html").stat().st_size <= 1e6 * size
     assert 0 < len(data["questions"]) < 10 and data["questionsInAll"] == 10 and data["rows"] == whole["rows"]
-    assert all(
-        number < len(data["passages"]) for row in data["questions"] for number in sum(row["ranks"], [])
-    )
+    for row in data["questions"]:
+        assert max(sum(row["ranks"], [])) < len(data["passages"])
 
 
 def test_a_plane_keeps_what_lies_in_it():
@@ -242,7 +166,7 @@ def test_a_plane_keeps_what_lies_in_it():
 
 
 def test_where_a_negative_comes_from(tmp_path):
-    """ANCE-Tele's sources by rank, momentum last; what the cross-encoder threw out, and what not."""
+    """ANCE-Tele's sources and episodes, momentum last; what the cross-encoder threw out, and what not."""
     world = make_world(tmp_path / "data")
     shelf = Shelf(Corpus(world / "corpus.tsv"))
     ranked = {"ANN": ["5", "6", "7"], "look-ahead": ["9", "7"]}
@@ -257,17 +181,26 @@ def test_where_a_negative_comes_from(tmp_path):
     ]
     # passage 1 is red, 2 blue, 3 green, 6 blue: the positive and what holds the answer are not thrown out
     run = tmp_path / "run"
-    line = {"qid": "q", "question": "?", "answers": ["blue"], "positives": ["1"], "negatives": ["4"]}
-    for name in ("data/train.jsonl", "d1.jsonl"):
-        write_lines(run / name, [line])
+    line = {"qid": "q", "question": "?", "answers": ["blue"], "positives": ["1"]}
     scores = [("1", 0.99), ("2", 0.9), ("3", 0.8), ("4", 0.1)]
     write_run(run / "d0" / "train_ce.run", [("q", scores)])
+    for path, pids in (("m0/ann.run", "567"), ("m0/lookahead.run", "79"), ("m1/ann.run", "98")):
+        write_ranking(run / path, {"q": pids})
+    (run / "data").mkdir()
+    for name, pids in (("data/train", "4"), ("m1", "69"), ("m2", "869"), ("d1", "4")):
+        write_lines(run / f"{name}.jsonl", [line | {"negatives": [*pids]}])
     (run / "gate.txt").write_text("0.2 0.8\n")
-    files = [("BM25", "data/train.jsonl", {}, ""), ("M_D1", "d1.jsonl", {}, "")]
-    lessons = lessons_of(run, files, shelf)
+    rows = [{"system": system, "ranking": "bm25/test.run"} for system in ("BM25", "ANCE-Tele", "RocketQA")]
+    lessons = lessons_of(run, training_files(rows), shelf)
+    missing = [name for name, there in lessons["files"] if not there]
+    assert missing == ["ANCE-Tele, episode 3", "RocketQA, new labels"]
     (row,) = lessons["questions"]
-    assert [source for source, *_ in row["files"][0]] == ["elsewhere"]
-    ((_, _, kept), (source, count, refused)) = row["files"][1]
+    bm25, m1, m2, m3, d1, new = row["files"]
+    assert [group[:2] for group in bm25] == [["elsewhere", 1]]
+    assert [group[:2] for group in m1] == [["ANN", 1], ["look-ahead", 1]]
+    assert [group[:2] for group in m2] == [["ANN", 1], ["momentum", 2]]
+    assert m3 == new == []
+    (_, _, kept), (source, count, refused) = d1
     assert (source, count, [shelf.rows[n][0] for n, _ in refused]) == ("thrown out", 1, ["3"])
     assert row["scores"][kept[0][0]] == 0.1 and lessons["below"] == 0.2
 
@@ -275,17 +208,14 @@ def test_where_a_negative_comes_from(tmp_path):
 def test_mistakes(tmp_path):
     write_json(tmp_path / "old" / "table.json", {"rows": []})
     write_table(tmp_path, {}, {}, {})
-    for arguments, message in (
-        ([str(tmp_path / "none"), "--out", str(tmp_path / "a.html")], "none/table.json: no such file"),
-        ([str(tmp_path / "old"), "--out", str(tmp_path / "a.html")], "does not say where the encoders are"),
-        ([str(tmp_path), "--out", str(tmp_path / "a.png")], "path of an .html file"),
-        (
-            [str(tmp_path), "--data", str(tmp_path), "--out", str(tmp_path / "a.html")],
-            "--data names the folder",
-        ),
+    for run, out, words, message in (
+        ("none", "a.html", (), "none/table.json: no such file"),
+        ("old", "a.html", (), "does not say where the encoders are"),
+        (".", "a.png", (), "path of an .html file"),
+        (".", "a.html", ("--data", tmp_path), "--data names the folder"),
     ):
         with pytest.raises(UserError, match=message):
-            page(arguments)
+            page_of(tmp_path / run, tmp_path / out, *words)
 
 
 def test_the_committed_pages(made):
@@ -354,9 +284,8 @@ def test_in_the_browser(browser, made, tmp_path):
     # a click on a question, j and k, the passages of one, and where they stood
     browser.click("#q-list li:nth-child(3) button")
     assert text_of(browser, "#question-detail h3") == [lost[2]]
-    assert browser.js("location.hash") == "#q=" + next(
-        r["qid"] for r in data["questions"] if r["text"] == lost[2]
-    )
+    (shown,) = [row for row in data["questions"] if row["text"] == lost[2]]
+    assert browser.js("location.hash") == f"#q={shown['qid']}"
     browser.press("j")
     assert text_of(browser, "#question-detail h3") == [lost[3]]
     browser.press("k")
@@ -370,18 +299,17 @@ def test_in_the_browser(browser, made, tmp_path):
     browser.press("ArrowRight")
     browser.press("Enter")
     browser.wait("document.querySelector('#passage').open")
-    trained = next(row["ranks"][3] for row in data["questions"] if row["text"] == lost[2])
-    assert text_of(browser, "#passage h3") == [data["passages"][trained[1]][1]], "rank 2 of the second column"
+    second = shown["ranks"][3][1]
+    assert text_of(browser, "#passage h3") == [data["passages"][second][1]], "rank 2 of the second column"
     assert text_of(browser, "#passage mark")
     browser.press("Escape")
     browser.wait("!document.querySelector('#passage').open")
 
     # the address of another question opens it
-    browser.js("location.hash = '#q=' + encodeURIComponent(" + json.dumps(data["questions"][6]["qid"]) + ")")
-    browser.wait(
-        "document.querySelector('#question-detail h3').innerText === "
-        + json.dumps(data["questions"][6]["text"])
-    )
+    other = data["questions"][6]
+    browser.js(f"location.hash = '#q=' + encodeURIComponent({json.dumps(other['qid'])})")
+    heading = "document.querySelector('#question-detail h3').innerText"
+    browser.wait(f"{heading} === {json.dumps(other['text'])}")
 
     # a text with html in it is a text
     row = next(i for i, row in enumerate(data["passages"]) if row[1] == EVIL)
@@ -400,14 +328,12 @@ def test_it_fits(browser, made, tmp_path, width, dark):
     assert text_of(browser, "#question-detail h3") == [wanted["text"]]
     top = browser.js("document.querySelector('#question').getBoundingClientRect().top")
     assert -5 < top < 100 and browser.js("document.documentElement.scrollWidth") == width
-    browser.screenshot(tmp_path / "page.png", whole=True)
+    browser.screenshot(tmp_path / "page.png")
     assert (tmp_path / "page.png").stat().st_size > 50_000
     for name in ("ink", "muted", "accent"):
         assert contrast(browser, name) >= 4.5, name
-    assert (
-        len(text_of(browser, "#planes h4")) == 2
-        and "inverse cloze: not run" in text_of(browser, "#vectors p")[0]
-    )
+    assert len(text_of(browser, "#planes h4")) == 2
+    assert "inverse cloze: not run" in text_of(browser, "#vectors p")[0]
     assert browser.errors == []
 
 
@@ -415,9 +341,8 @@ def contrast(browser, name):
     """WCAG's contrast of a colour of the page with its ground."""
     lights = []
     for variable in (name, "page"):
-        colour = browser.js(
-            f"getComputedStyle(document.documentElement).getPropertyValue('--{variable}').trim()"
-        )
+        style = "getComputedStyle(document.documentElement)"
+        colour = browser.js(f"{style}.getPropertyValue('--{variable}').trim()")
         channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
         lights.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
@@ -426,10 +351,8 @@ def contrast(browser, name):
 
 def test_an_empty_folder(browser, made, tmp_path):
     """A run that has just begun: every part says so, and nothing breaks."""
-    (tmp_path / "run").mkdir()
     write_table(tmp_path / "run", {}, {}, {})
-    data = str(made[0].parent / "data")
-    page([str(tmp_path / "run"), "--data", data, "--out", str(tmp_path / "empty.html")])
+    page_of(tmp_path / "run", tmp_path / "empty.html", "--data", made[0].parent / "data")
     open_page(browser, tmp_path / "empty.html")
     for section in ("results", "question", "lessons", "training", "vectors"):
         assert "not run" in text_of(browser, f"#{section}")[0], section

@@ -82,18 +82,15 @@ def test_the_ladder_shows_every_row_that_was_run(draw, tmp_path):
         points = [container[0].get_xdata()[0] for container in axes.containers]
         assert points == pytest.approx([100 * row["metrics"][metric]["value"] for row in shown])
         (low, _), (high, _) = axes.containers[0][2][0].get_segments()[0]
-        assert [low, high] == pytest.approx(
-            [100 * shown[0]["metrics"][metric][end] for end in ("low", "high")]
-        )
-    assert [bar.get_width() for bar in minutes.patches] == pytest.approx(
-        [row["minutes_in_all"] for row in rows]
-    )
+        first = shown[0]["metrics"][metric]
+        assert [low, high] == pytest.approx([100 * first["low"], 100 * first["high"]])
+    widths = [bar.get_width() for bar in minutes.patches]
+    assert widths == pytest.approx([row["minutes_in_all"] for row in rows])
     colours = {(row["system"], bar.get_facecolor()) for row, bar in zip(rows, minutes.patches, strict=True)}
     assert len(colours) == len({system for system, _ in colours}), "one colour a system"
 
 
 def test_mistakes(draw, tmp_path):
-    """What cannot be drawn is said in one line."""
     rows = [{"step": 1, "loss": 2.0, "text": "x"}]
     a = tmp_path / "a"
     (tmp_path / "table.json").write_text(json.dumps({"rows": [{"metrics": {}}]}))

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
+from utils.data import write_run
 from utils.encoder import Encoder
 from utils.plumbing.weights import save_encoder
 
@@ -33,6 +34,15 @@ def golden_file(name):
 def write_lines(path, rows):
     """One row of json a line; returns the path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_ranking(path, rankings):
+    """Write {qid: passage ids, the best first} as a .run; returns the path."""
+    hits = []
+    for qid, pids in rankings.items():
+        hits.append((qid, [(str(pid), -float(place)) for place, pid in enumerate(pids)]))
+    write_run(path, hits)
     return path
 
 
