@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 
-import faiss as plain_faiss
 import numpy as np
 import pytest
 import torch
@@ -46,18 +45,9 @@ def embeddings_folder(folder, x_ND, size=40, **changes):
     folder.mkdir()
     for i, part in enumerate(cut(x_ND, size)):
         np.save(folder / f"{i:05d}.npy", part)
-    manifest = {
-        "rows": len(x_ND),
-        "dim": x_ND.shape[1],
-        "dtype": str(x_ND.dtype),
-        "shard_size": size,
-        "encoder": "e",
-        "pair": "p",
-        "role": "passage",
-        "corpus": "c" * 64,
-        "shards": {file.name: sha256(file) for file in sorted(folder.glob("*.npy"))},
-        "complete": True,
-    }
+    manifest = {"rows": len(x_ND), "dim": x_ND.shape[1], "dtype": str(x_ND.dtype), "shard_size": size}
+    manifest |= {"encoder": "e", "pair": "p", "role": "passage", "corpus": "c" * 64, "complete": True}
+    manifest["shards"] = {file.name: sha256(file) for file in sorted(folder.glob("*.npy"))}
     write_json(folder / "manifest.json", manifest | changes)
     return folder
 
@@ -91,9 +81,7 @@ def test_the_same_bits_for_every_sharding_block_and_device(questions, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("questions", [3, 300])
 def test_twins_stay_in_corpus_order_also_across_the_boundary_of_k(questions, device):
-    """
-    10 vectors, 30 copies each: rounding differs by place in a block; the answer must not (k = 10 of 30).
-    """
+    """10 vectors, 30 copies each: rounding differs by place in a block; the answer must not (10 of 30)."""
     q_QD, x_ND = vectors(2, questions, 96), np.repeat(vectors(3, 10, 96, np.float16), 30, 0)
     x_ND = x_ND[np.random.default_rng(4).permutation(len(x_ND))]
     expected = plain_sort(q_QD, x_ND, 10)
@@ -106,9 +94,7 @@ def test_twins_stay_in_corpus_order_also_across_the_boundary_of_k(questions, dev
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_memory_is_that_of_a_block(device):
-    """
-    Scores that rise along the corpus: every passage is among the best so far, and still few stay in memory.
-    """
+    """Scores rise along the corpus, so every passage is among the best so far: still few stay in memory."""
     q_QD, x_ND = np.eye(24, dtype=np.float32)[:6], np.abs(vectors(23, 20000))
     x_ND[:, :3] = np.sort(x_ND[:, :3], axis=0)
     x_ND[:, 3:6] = np.sort(x_ND[:, 3:6], axis=0)[::-1]
@@ -143,9 +129,8 @@ def test_no_index_takes_a_passage_that_it_could_not_find(factory, value, tmp_pat
 def test_vectors_that_do_not_differ_are_said(tmp_path, capsys):
     """Twelve vectors for sixty passages, one vector and noise, no length at all; equal scores of a search."""
     good_ND = vectors(31, 60)
-    for i, x_ND in enumerate(
-        (good_ND[np.arange(60) % 12], 5 + good_ND / 1000, np.zeros_like(good_ND), good_ND, good_ND[:1])
-    ):
+    alike = [good_ND[np.arange(60) % 12], 5 + good_ND / 1000, np.zeros_like(good_ND)]
+    for i, x_ND in enumerate([*alike, good_ND, good_ND[:1]]):
         open_embeddings(embeddings_folder(tmp_path / str(i), x_ND))
         assert ("does not tell passages apart" in capsys.readouterr().err) == (i < 3), i
     for scores_Qk, warned in (([[2, 2], [1, 1]], 1), ([[2, 2], [1, 0]], 0), ([[3], [3]], 0)):
@@ -163,17 +148,6 @@ def test_row_0_is_a_passage_and_minus_1_is_none():
     assert half_ND.dtype == np.float16 and half_ND.tolist() == [[10, 11]]
 
 
-def test_a_plain_faiss_index_finds_the_same_passages():
-    """The oracle that everyone trusts: IndexFlatIP, on vectors without ties."""
-    q_QD, x_ND = vectors(7, 50, 64), vectors(8, 4000, 64)
-    index = plain_faiss.IndexFlatIP(64)
-    index.add(x_ND)
-    scores_Qk, rows_Qk = index.search(q_QD, 20)
-    found = exact_topk(q_QD, cut(x_ND, 900), 20, block=512)
-    np.testing.assert_array_equal(found[1], rows_Qk)
-    np.testing.assert_allclose(found[0], scores_Qk, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("device", DEVICES)
 def test_k_larger_than_the_corpus_and_no_questions(device):
     """k is min(k, N): FAISS would fill up with -1, which Python reads as the last passage."""
@@ -185,7 +159,6 @@ def test_k_larger_than_the_corpus_and_no_questions(device):
 
 
 def test_what_cannot_be_searched_is_named():
-    """NaN in question 2, dimensions 24 and 23, k = 0: one sentence each."""
     q_QD, x_ND = vectors(11, 4), vectors(12, 50)
     q_QD[2, 3] = np.nan
     with pytest.raises(UserError, match="question 2 .*NaN"):
@@ -260,21 +233,6 @@ def test_an_index_that_cannot_be_built_says_why(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_embeddings_open_in_the_order_of_the_manifest(tmp_path):
-    """100 rows in shards of 40 come back as they went in, memory-mapped."""
-    x_ND = vectors(19, 100, dtype=np.float16)
-    shards, manifest = open_embeddings(embeddings_folder(tmp_path / "e", x_ND), "c" * 64)
-    np.testing.assert_array_equal(np.concatenate(shards), x_ND)
-    assert [len(s) for s in shards] == [40, 40, 20] and isinstance(shards[0], np.memmap)
-    assert manifest["dim"] == 24
-
-
-def flip(folder):
-    content = bytearray((folder / "00001.npy").read_bytes())
-    content[-9] ^= 4
-    (folder / "00001.npy").write_bytes(content)
-
-
 def swap(folder):
     (folder / "00000.npy").rename(folder / "x")
     (folder / "00001.npy").rename(folder / "00000.npy")
@@ -289,7 +247,6 @@ def swap(folder):
         ({"role": "question"}, None, "question encoder"),
         ({"rows": 99}, None, "00002.npy holds"),
         ({"rows": 130}, None, "00002.npy holds"),
-        ({"rows": 120, "shard_size": 40}, None, "00002.npy holds"),
         ({"dim": 25}, None, r"40, 24.*40, 25"),
         ({"dtype": "float32"}, None, "float16.*float32"),
         ({"shards": {"00001.npy": "", "00000.npy": "", "00002.npy": ""}}, None, "out of order"),
@@ -298,7 +255,7 @@ def swap(folder):
         ({}, lambda folder: (folder / "00001.npy").unlink(), "00001.npy is missing"),
         ({}, lambda folder: os.truncate(folder / "00001.npy", 900), "not a whole .npy"),
         ({}, lambda folder: shutil.copy(folder / "00000.npy", folder / "00010.npy"), "00010.npy is not in"),
-        ({}, flip, "00001.npy has another sha256"),
+        ({}, lambda folder: shutil.copy(folder / "00000.npy", folder / "00001.npy"), "00001.npy has another"),
         ({}, swap, "00000.npy has another sha256"),
     ],
 )
