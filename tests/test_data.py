@@ -12,18 +12,8 @@ import numpy as np
 import pytest
 
 from utils import corpus as corpus_module
-from utils.data import (
-    Corpus,
-    Passage,
-    aligned_reader,
-    iter_jsonl,
-    iter_run,
-    passage_of,
-    read_questions,
-    read_run,
-    read_training,
-    write_run,
-)
+from utils import data
+from utils.data import Corpus, Passage, passage_of, read_questions, read_run, read_training, write_run
 from utils.plumbing.config import UserError
 
 
@@ -165,10 +155,8 @@ def test_numbers_and_nulls_are_what_they_stand_for(tmp_path):
     path = save(tmp_path / "q.jsonl", json.dumps(row | {"negatives": None}) + "\n\n \n")
     (question,) = read_questions(path)
     assert question["qid"] == "0" and question["answers"] == ["1990", "y"] and question["negatives"] == []
-    passages = save(
-        tmp_path / "c.jsonl", '{"_id": 0, "title": null, "text": "a"}\n{"_id": 1, "text": null}\n\n'
-    )
-    corpus = Corpus(passages)
+    lines = '{"_id": 0, "title": null, "text": "a"}\n{"_id": 1, "text": null}\n\n'
+    corpus = Corpus(save(tmp_path / "c.jsonl", lines))
     assert list(corpus) == [Passage("0", "", "a"), Passage("1", "", "")] and corpus.empty_texts == 1
     assert [passage_of(entry, corpus) for entry in question["positives"]] == [corpus[0], Passage("", "", "t")]
 
@@ -206,14 +194,11 @@ def test_marco_and_beir(tmp_path):
         ("1\ta\tT\n2\tb\0\tT\n", [":2:", "no utf-8 text"]),
         (b"1\ta\tT\n2\tb\xff\tT\n", [":2:", "no utf-8 text; convert it (iconv)"]),
         ("1\ta\tT\n2\tb\tT\n1\tc\tT\n", ["'1'", "passages 1 and 3"]),
-        ("x\ta\tT\ny\tb\tT\nx\tc\tT\n", ["'x'", "passages 1 and 3"]),
         ("\ta\tT\n", [":1:", "id"]),
         ("id\ttitle\ttext\n1\tT\ta\n", [":1:", "id, title, text"]),
         ("text\ttitle\tid\na\tT\t1\n", [":1:", "the columns are text, title, id; write them as id, text"]),
-        ("PID\tTitle\tText\n1\tT\ta\n", [":1:", "pid, title, text"]),
         ("id\ttext\ttitle\n", ["0 passages"]),
         ("", ["0 passages"]),
-        (b"\x1f\x8b\x08\x00rest", ["gunzip"]),
         ('{"_id": 1.5, "text": "x"}\n', [":1:", "_id"]),
         ('{"_id": "1", "body": "x"}\n', [":1:", "_id"]),
         ("1,a,T\n2,b,T\n", [":1:", "a csv with commas?"]),
@@ -223,7 +208,6 @@ def test_marco_and_beir(tmp_path):
     ],
 )
 def test_broken_corpora(tmp_path, content, words):
-    """Every broken corpus is one sentence with file and line, and leaves no index behind."""
     path = save(tmp_path / "psgs.tsv", content)
     fails(lambda: Corpus(path, "beir" if "_id" in str(content) else "dpr"), "psgs.tsv", *words)
     assert [p.name for p in tmp_path.iterdir()] == ["psgs.tsv"]
@@ -272,8 +256,8 @@ def test_index_that_cannot_be_made(tmp_path, monkeypatch):
 def test_corpus_travels_to_another_process(tmp_path):
     """A pickled corpus is its path: a data loader's worker opens the same index."""
     corpus = Corpus(save(tmp_path / "c.tsv", "1\ta\tT\n2\tb\tT\n"))
-    data = pickle.dumps(corpus)
-    assert len(data) < 500 and pickle.loads(data)[1] == corpus[1]
+    pickled = pickle.dumps(corpus)
+    assert len(pickled) < 500 and pickle.loads(pickled)[1] == corpus[1]
 
 
 # ---------------------------------------------------------------- question files
@@ -287,7 +271,7 @@ def test_questions_are_read(tmp_path, capsys):
     first, second = read_questions(path)
     assert first == dict(qid="1", question="who?", answers=["Ann"], note=5, positives=[], negatives=[])
     assert second["question"] == "a\u2028b" and second["answers"] == [] and len(second["positives"]) == 2
-    assert [line for line, _ in iter_jsonl(path)] == [1, 3]
+    assert [line for line, _ in data.iter_jsonl(path)] == [1, 3]
     assert capsys.readouterr().err == f"warning: {path}: 3 blank answers left out\n"
 
 
@@ -303,7 +287,6 @@ def test_questions_are_read(tmp_path, capsys):
         ('{"qid": "1", "question": "x"}\n\n{"qid": "1", "question": "y"}', [":3:", "'1'", "line 1"]),
         ('{"qid": "1", "question": "x"}\n{"qid": "2", "ques', [":2:", "json"]),
         ('{"qid": "1", "question": "x", "score": NaN}', [":1:", "NaN"]),
-        ('[{"qid": "1", "question": "x"}]', ["python -m prepare.convert dpr_json"]),
         ("5", [":1:", "object"]),
         ('{"qid": "1", "question": "x\\ud83d\\ude00 \\uD800"}', [":1:", "surrogates not allowed"]),
         ('{"qid": "1", "question": "x", "positives": [7.5]}', [":1:", "positives", "corpus ids"]),
@@ -312,7 +295,6 @@ def test_questions_are_read(tmp_path, capsys):
     ],
 )
 def test_broken_questions(tmp_path, content, words):
-    """Every broken question file is one sentence with file and line."""
     path = save(tmp_path / "q.jsonl", content + "\n")
     fails(lambda: read_questions(path), "q.jsonl", *words)
 
@@ -342,18 +324,16 @@ def test_passages_of_questions(tmp_path):
     fails(lambda: passage_of("9", corpus), "'9'")
     fails(lambda: passage_of("1", None), "'1'", "corpus")
 
-    lines = (
-        '{"qid": "1", "question": "x"}\n{"qid": "1", "question": "x", "positives": ["1"], "negatives": ["9"]}'
-    )
-    path = save(tmp_path / "q.jsonl", lines.replace("9", "1"))
+    bare = '{"qid": "1", "question": "x"}\n'
+    full = '{"qid": "1", "question": "x", "positives": ["1"], "negatives": ["1"]}\n'
+    path = save(tmp_path / "q.jsonl", bare + full)
     (example,), note = read_training(path, corpus)
     assert example["positives"] == ["1"]
     assert note.endswith("1 questions, 1 without a positive left out, 0 have no negative of their own")
     fails(lambda: read_training(path, None), "q.jsonl: question 1 names passage '1', but corpus is empty")
-    fails(lambda: read_training(save(path, lines), corpus), "c.tsv: no passage has the id '9'")
-    fails(
-        lambda: read_training(save(path, lines.split("\n")[0]), corpus), "none of its 1 questions has a pos"
-    )
+    save(path, full.replace('["1"]}', '["9"]}'))
+    fails(lambda: read_training(path, corpus), "c.tsv: no passage has the id '9'")
+    fails(lambda: read_training(save(path, bare), corpus), "none of its 1 questions has a positive")
 
 
 # ---------------------------------------------------------------- rankings
@@ -377,7 +357,6 @@ def test_run_round_trip_is_exact(tmp_path):
         ("q\ta\t1\t2.0\nq\tb\t2\t3.0\n", [":2:", "3.0", "order"]),
         ("q\ta\t1\t2.0\nr\ta\t1\t2.0\nq\tb\t1\t3.0\n", [":3:", "'q'"]),
         ("q Q0 a 1 2.0 tag\n", [":1:", "expected"]),
-        ("q\ta\t1\n", [":1:", "expected"]),
         ("q\ta\tone\t2.0\n", [":1:", "expected"]),
         ("q\ta\t1\tnan\n", [":1:", "nan"]),
         ("", ["no ranking"]),
@@ -397,7 +376,7 @@ def test_run_with_crlf_and_exponents(tmp_path):
 def test_aligned_reader(tmp_path):
     """A ranking next to its questions: one that it skips is None; one that nobody asked for is not lost."""
     path = save(tmp_path / "a.run", "q1\ta\t1\t2.0\nq3\tb\t1\t2.0\n")
-    take, check = aligned_reader("a.run", iter_run(path), "q.jsonl")
+    take, check = data.aligned_reader("a.run", data.iter_run(path), "q.jsonl")
     assert [take(qid) for qid in ("q1", "q2")] == [[("a", 2.0)], None]
     fails(check, "a.run: question 'q3' is not in q.jsonl, or not in its order")
     assert take("q3") == [("b", 2.0)] and take("q4") is None
