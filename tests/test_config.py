@@ -35,7 +35,6 @@ def test_the_yaml_is_the_default_a_variant_changes_it_and_a_flag_wins(tmp_path):
 
 @pytest.mark.parametrize("path", VARIANTS, ids=lambda path: path.stem)
 def test_a_variant_holds_only_what_differs_and_says_why(path):
-    """Every key of it differs from the full yaml of its script; all but paths have a comment."""
     text = path.read_text(encoding="utf-8")
     full = next((name for name in FULLS if path.stem.startswith(Path(name).stem.removesuffix("_nq"))), FULL)
     base = yaml.safe_load((ROOT / full).read_text(encoding="utf-8"))
@@ -55,7 +54,6 @@ def test_gc_dpr_is_nine_lines_and_every_full_yaml_has_a_comment_a_key():
 
 
 def test_help_shows_the_docstring_and_every_key(capsys):
-    """--help prints both with their comments, and leaves."""
     with pytest.raises(SystemExit) as leave:
         load_config("What it does.", FULL, ["--help"])
     shown = capsys.readouterr().out
@@ -111,7 +109,6 @@ def test_mistakes_are_named(tmp_path, argv, words):
 
 
 def test_paths_that_cannot_be(tmp_path, monkeypatch):
-    """A folder for a file, a file for a folder, a run for its model: each is named with its key."""
     for name in ("query_encoder", "doc_encoder"):
         (tmp_path / "run" / name).mkdir(parents=True)
         (tmp_path / "run" / name / "config.json").write_text("{}")

@@ -52,7 +52,6 @@ def alone_ND(world):
 
 @pytest.mark.parametrize("shard_size, batch_size", [(16, 4), (7, 64), (100, 3)])
 def test_row_i_is_the_vector_of_passage_i(world, encode, alone_ND, shard_size, batch_size):
-    """Any shard and batch size: row i is passage i as encoded alone, to 1e-5."""
     folder = encode(shard_size=shard_size, batch_size=batch_size, dtype="float32")
     shards, manifest = open_embeddings(folder, Corpus(world / "corpus.tsv").sha256)
     assert [len(s) for s in shards] == [min(shard_size, 60 - k) for k in range(0, 60, shard_size)]
@@ -70,7 +69,6 @@ def test_bf16_is_that_of_the_weights(encode, alone_ND):
 
 
 def test_processes_tokenise_as_a_thread_does(world):
-    """Windows of 7 rows of 60, for a GPU by two processes: the same ids in the same order."""
     corpus, encoder = Corpus(world / "corpus.tsv"), load_encoder(world / "doc_encoder", "passage")
     windows = doc2embedding.cut(range(60), 7)
     wanted = list(doc2embedding.tokenize_windows(windows, corpus, encoder, 0))
@@ -115,7 +113,6 @@ def test_servers_that_do_not_know_of_each_other(encode, tmp_path, capsys):
 
 
 def test_odd_texts_are_encoded_and_counted(encode, tmp_path, capsys):
-    """Empty texts, emoji, right-to-left letters, one passage too long: a vector each, and a count."""
     rows = ["1\t\tparis", "2\t😀 🏳️‍🌈\t", "3\tשלום עולם\toslo", f"4\t{'red ' * 9999}\triga", "5\t \t "]
     (tmp_path / "odd.tsv").write_text("id\ttext\ttitle\n" + "\n".join(rows) + "\n", encoding="utf-8")
     folder = encode(corpus=tmp_path / "odd.tsv")

@@ -133,7 +133,6 @@ def test_pooling_by_hand(world, pooling):
 
 
 def test_vectors_do_not_depend_on_batch_order_or_padding(world):
-    """Batches of 1 and of 3, turned round, with a graph: the same vectors, in the given order."""
     encoder = load_encoder(world / "doc_encoder", "passage")
     ids = tokenize_passages(encoder, PASSAGES)
     wanted = embed(encoder, ids, 3)
@@ -193,11 +192,11 @@ def malicious(folder):
 
 @pytest.mark.parametrize("damage", [pointer, wider, malicious])
 def test_damaged_weights_are_named(world, tmp_path, damage):
-    """A git-lfs pointer, another shape, a pickle with a program in it: one sentence."""
     folder = shutil.copytree(world / "doc_encoder", tmp_path / "e")
     damage(folder)
-    fault = "e: its weights are damaged, or of another shape than in config.json"
-    with pytest.raises(UserError, match=fault):
+    with pytest.raises(
+        UserError, match="e: its weights are damaged, or of another shape than in config.json"
+    ):
         load_encoder(folder, "passage")
     assert not (folder / "owned").exists()
 
@@ -261,7 +260,6 @@ def test_inputs_written_by_hand_are_checked(world, tmp_path, change, words):
 
 # ---------------------------------------------------------------- identity
 def test_the_hash_knows_weights_and_inputs(world):
-    """One changed weight or one changed length is another encoder; loading again is the same."""
     encoder = load_encoder(world / "doc_encoder", "passage")
     first = encoder_hash(encoder)
     longer = INPUTS | {"passage_tokens": 30}

@@ -61,22 +61,19 @@ def test_nq_eval_golden():
         assert list(ours.values()) == pytest.approx([expected[f"R@{k}"] for k in ours], abs=1e-9)
 
 
-def test_positive_ranks_golden():
+def test_positive_ranks_golden_and_pessimistic():
     """nanoDPR's ranks; where scores tie, its rank depends on the sort, and ours is the worst possible."""
     for case in golden_file("avg_rank")["cases"]:
         ranks = positive_ranks(np.array(case["scores"]), np.array(case["labels"]))
         assert ranks.tolist() == case.get("rank_max", case["ranks_1based"])
         if "ties" not in case:
             assert ranks.mean() == pytest.approx(case["average_rank_1based"], abs=1e-8)
-
-
-# ---------------------------------------------------------------- by hand
-def test_positive_ranks_are_pessimistic():
-    """A collapsed encoder (all scores equal) and a broken one (NaN) rank last, where a sort may say first."""
+    # a collapsed encoder (all scores equal) and a broken one (NaN) rank last, where a sort may say first
     assert positive_ranks(np.zeros((2, 5), np.float32), [0, 4]).tolist() == [5, 5]
     assert positive_ranks(np.array([[np.nan, 1, 2], [np.nan, 1, 0]]), [0, 1]).tolist() == [3, 2]
 
 
+# ---------------------------------------------------------------- by hand
 def test_ndcg_by_hand():
     """DCG over the best DCG that the relevant passages allow, those not retrieved included."""
     assert ndcg([[1, 1, 0]], [[1, 1]], 10) == 1.0

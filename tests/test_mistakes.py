@@ -23,25 +23,18 @@ TRAINERS = {
     "train_dpr": test_train_dpr,
     "train_reader": test_train_reader,
 }
+ASKED = {"questions": "test.jsonl"}
+VECTORS = {"embeddings": "embeddings", "query_encoder": "query_encoder"}
+TOWERS = VECTORS | {"doc_encoder": "doc_encoder"}
 CORRECT = {
-    "answer": {
-        "questions": "test.jsonl", "ranking": "test.run", "reader": "bert", "out": "new.json", "depth": 2
-    },
+    "answer": ASKED | {"ranking": "test.run", "reader": "bert", "out": "new.json", "depth": 2},
     "ask": {"run": "."},
     "doc2embedding": {"doc_encoder": "doc_encoder", "out": "new", "shard_size": 25},
-    "mine_negatives": {"questions": "test.jsonl", "run": "test.run", "out": "new/x.jsonl", "negatives": 2},
-    "rerank": {
-        "questions": "test.jsonl", "ranking": "test.run", "cross_encoder": "cross_encoder", "out": "new/x.run"
-    },
-    "test_dpr": {
-        "questions": "test.jsonl", "embeddings": "embeddings", "query_encoder": "query_encoder",
-        "out": "new/x.run"
-    },
-    "train_emdr2": {
-        "train": "train.jsonl", "dev": "", "embeddings": "embeddings", "run_dir": "new",
-        "query_encoder": "query_encoder", "doc_encoder": "doc_encoder"
-    },
-}  # fmt: skip
+    "mine_negatives": ASKED | {"run": "test.run", "out": "new/x.jsonl", "negatives": 2},
+    "rerank": ASKED | {"ranking": "test.run", "cross_encoder": "cross_encoder", "out": "new/x.run"},
+    "test_dpr": ASKED | VECTORS | {"out": "new/x.run"},
+    "train_emdr2": TOWERS | {"train": "train.jsonl", "dev": "", "run_dir": "new"},
+}
 MISTAKES = [
     *(
         ("answer", {"out": "o.json", key: f"o{suffix}"}, f"is an input too ({key})")

@@ -186,7 +186,6 @@ def test_hybrid_by_hand(world, test, tmp_path, capsys):
 
 # ---------------------------------------------------------------- what is counted and said
 def test_the_metrics_are_those_of_the_run(world, test):
-    """They are stored under the depths up to k, which is 20, with their intervals."""
     ranking, metrics = test()
     questions = read_questions(world / "test.jsonl")
     ranked = [(q, [pid for pid, _ in ranking[q["qid"]]]) for q in questions]
@@ -212,7 +211,6 @@ def test_a_question_whose_vector_is_nan_is_reported_and_the_others_answered(test
 
 
 def test_the_leak_count(world, test, tmp_path, capsys):
-    """Two of the ten test questions are put into a training file, in capitals and with a question mark."""
     questions = read_questions(world / "test.jsonl")[:2]
     lines = [{"qid": q["qid"], "question": q["question"].upper() + " ?"} for q in questions]
     test(check_leak=write_lines(tmp_path / "train.jsonl", lines))

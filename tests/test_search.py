@@ -118,7 +118,6 @@ def test_a_passage_that_could_not_be_found_is_named(value, questions):
 @pytest.mark.parametrize("factory", ["Flat", "HNSW8", "IVF4,Flat", "PQ4x4"])
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 def test_no_index_takes_a_passage_that_it_could_not_find(factory, value, tmp_path):
-    """Training and adding: the row is named, and no index is written."""
     x_ND = vectors(30, 500, 16)
     x_ND[433, 0] = value
     with pytest.raises(UserError, match="passage row 433"):
@@ -218,7 +217,6 @@ def test_an_index_that_finds_too_little_gives_a_shorter_list_and_says_so(tmp_pat
 
 
 def test_an_index_that_cannot_be_built_says_why(tmp_path):
-    """Fewer vectors than centroids, an unknown name, an index that has no inner product."""
     for factory, why in (
         ("IVF400,Flat", "at least 400 vectors"),
         ("Bogus", "Bogus"),
