@@ -141,11 +141,10 @@ def test_a_link_to_nowhere_is_named_wherever_it_stands(tmp_path, capsys):
     """A run on a disk that is not mounted: as a folder, above one, as a file to read or to write."""
     (tmp_path / "runs").symlink_to("/mnt/not-there/runs")
     (tmp_path / "x.run").symlink_to("/mnt/not-there/x.run")
+    lost = "a link to /mnt/not-there/.*, which is not there; is its disk"
     for need in (config.need_folder, config.need_file, config.need_out):
         for path in ("runs", "runs/x/y", "runs/x.tsv", "x.run"):
-            with pytest.raises(
-                UserError, match="a link to /mnt/not-there/.*, which is not there; is its disk"
-            ):
+            with pytest.raises(UserError, match=lost):
                 need(SimpleNamespace(key=str(tmp_path / path)), "key")
     with pytest.raises(SystemExit), friendly_errors():  # in a script without any check
         (tmp_path / "runs" / "x").mkdir(parents=True)

@@ -58,6 +58,8 @@ MISTAKES = [
     ("doc2embedding", {"corpus": "none.tsv"}, "corpus: none.tsv: no such file"),
     ("doc2embedding", {"out": "test.run/e"}, "test.run is a file, not a folder"),
     ("doc2embedding", {"mixed_precision": "fp16"}, "mixed_precision fp16 needs a GPU"),
+    ("doc2embedding", {"compile": "true"}, "compile: a CPU gains too little"),
+    ("doc2embedding", {"server": 3, "servers": 3}, "server must be one of 0 to 2, got 3"),
     ("doc2embedding", {"out": "embeddings", "dtype": "float32"}, "dtype was 'float16' there and is"),
     ("doc2embedding", {"out": "embeddings", "shard_size": 8}, "shard_size was 25 there and is 8 now"),
     ("doc2embedding", {"out": "embeddings", "mixed_precision": "bf16"}, "mixed_precision was 'no' there"),

@@ -73,14 +73,6 @@ def test_flat_writes_the_bytes_that_stream_writes(test, tmp_path, monkeypatch):
     assert np.mean([len(dict(hnsw[qid]).keys() & dict(exact[qid]).keys()) for qid in exact]) > 19
 
 
-def test_k_above_the_corpus_lists_every_passage_once(test):
-    """min(k, passages) lines a question; DPR and nanoDPR repeat the last passage instead."""
-    for index in ("Flat", "stream", "HNSW32"):
-        ranking, _ = test(k=1000, index=index)
-        assert all(len({pid for pid, _ in hits}) == len(hits) <= 60 for hits in ranking.values())
-        assert index == "HNSW32" or all(len(hits) == 60 for hits in ranking.values())
-
-
 def test_question_vectors_are_kept_and_read(world, test, tmp_path, capsys):
     """Written once, read the next time without an encoding; foreign ones need the right size alone."""
     path = tmp_path / "vectors/test.npy"
