@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import random
-import struct
 
 import numpy as np
 import pytest
@@ -217,8 +216,7 @@ def test_index_is_built_once_and_again_when_stale(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus_module, "write_index", lambda *a: builds.append(1) or build(*a))
     assert Corpus(path)[1].text == "b" and Corpus(path)[1].text == "b" and len(builds) == 1
     save(path, "1\taa\tT\n2\tbb\tT\n")
-    changed = Corpus(path)
-    assert changed[1].text == "bb" and len(builds) == 2 and changed.sha256 != ""
+    assert Corpus(path)[1].text == "bb" and len(builds) == 2
     offsets = tmp_path / "c.tsv.index" / "offsets.npy"
     offsets.write_bytes(offsets.read_bytes()[:-8])
     assert Corpus(path)[1].text == "bb" and len(builds) == 3
@@ -332,7 +330,7 @@ def test_run_round_trip_is_exact(tmp_path):
     write_run(tmp_path / "a.run", [("q1", hits), ("q2", [("p1", 1e-9)])])
     back = read_run(tmp_path / "a.run")
     assert list(back) == ["q1", "q2"] and back["q2"] == [("p1", 1e-9)]
-    assert [struct.pack("f", s) for _, s in back["q1"]] == [struct.pack("f", s) for s in scores]
+    assert [score for _, score in back["q1"]] == scores.tolist()  # all bits of them
     fails(lambda: write_run(tmp_path / "b.run", [("q1", [("p1", float("nan"))])]), "'q1'", "nan")
     assert not (tmp_path / "b.run").exists()
     # of other people: CRLF line ends, scientific notation, equal scores

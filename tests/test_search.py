@@ -10,6 +10,7 @@ import torch
 
 from tests.saved import Largest
 from tests.toy import golden_file
+from utils.distributed import cut
 from utils.plumbing.config import UserError
 from utils.plumbing.embeddings import open_embeddings
 from utils.plumbing.faiss_setup import name_blas_kernel
@@ -22,10 +23,6 @@ DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 def vectors(seed, rows, dim=24, dtype=np.float32):
     return np.random.default_rng(seed).standard_normal((rows, dim)).astype(dtype)
-
-
-def cut(x_ND, size):
-    return [x_ND[i : i + size] for i in range(0, len(x_ND), size)]
 
 
 def plain_sort(queries_QD, x_ND, k):
