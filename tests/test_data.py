@@ -6,24 +6,13 @@ import json
 import os
 import pickle
 import random
-import struct
 
 import numpy as np
 import pytest
 
 from utils import corpus as corpus_module
-from utils.data import (
-    Corpus,
-    Passage,
-    aligned_reader,
-    iter_jsonl,
-    iter_run,
-    passage_of,
-    read_questions,
-    read_run,
-    read_training,
-    write_run,
-)
+from utils import data
+from utils.data import Corpus, Passage, passage_of, read_questions, read_run, read_training, write_run
 from utils.plumbing.config import UserError
 
 
@@ -58,6 +47,8 @@ def test_random_access_equals_csv(tmp_path):
     assert len(corpus) == 300 and list(corpus) == expected
     for i in chance.sample(range(300), 50):
         assert corpus[i] == expected[i] == corpus.passage(f"p{i}") and corpus.row(f"p{i}") == i
+    pickled = pickle.dumps(corpus)  # for a data loader's worker: the path, not the passages
+    assert len(pickled) < 500 and list(pickle.loads(pickled)) == expected
 
 
 @pytest.mark.parametrize("ids", ["1 2 3", "0 1 2", "1 2 9", "b a c", "7 8 9", "1 02 3"])
@@ -86,14 +77,17 @@ def test_the_index_on_disk(tmp_path):
     assert np.load(folder / "rows.npy").tolist() == [1, 0]
 
 
-def test_tolerated_files(tmp_path):
-    """A byte-order mark, CRLF, no header, no last line end, blank lines, empty titles: all are fine."""
+def test_headers_are_not_passages_and_what_is_tolerated(tmp_path):
     plain = Corpus(save(tmp_path / "a.tsv", "id\ttext\ttitle\n1\tx\tA\n2\ty\t\n\n"))
     bom = Corpus(save(tmp_path / "b.tsv", "\ufeffid\ttext\ttitle\r\n1\tx\tA\r\n2\ty\t\r\n"))
     bare = Corpus(save(tmp_path / "c.tsv", "\ufeff1\tx\tA\n2\ty\t"))
     assert list(plain) == list(bom) == list(bare) == [Passage("1", "A", "x"), Passage("2", "", "y")]
     named_id = Corpus(save(tmp_path / "d.tsv", "1\tx\tA\nid\ty\tB\n"))
     assert [p.id for p in named_id] == ["1", "id"]  # a header stands on line 1 or nowhere
+    headers = "docid contents title, pid passage title, _id text title, DocID Body Heading, ID Text Title"
+    for i, header in enumerate(headers.split(", ")):
+        path = save(tmp_path / f"{i}.tsv", "\t".join(header.split()) + "\n7\tx\tA\n")
+        assert list(Corpus(path)) == [Passage("7", "A", "x")], header
 
 
 @pytest.mark.parametrize(
@@ -114,13 +108,6 @@ def test_one_line_is_one_passage(tmp_path, column, text):
     lines = ["id\ttext\ttitle", f"Albert Einstein\t{column}\tPhysics", 'x\tas "b\tB', "Ada L.\tc\tC"]
     rows = list(Corpus(save(tmp_path / "c.tsv", "\n".join(lines) + "\n")))[::2]
     assert rows == [Passage("Albert Einstein", "Physics", text), Passage("Ada L.", "C", "c")]
-
-
-def test_headers_are_not_passages(tmp_path):
-    headers = "docid contents title, pid passage title, _id text title, DocID Body Heading, ID Text Title"
-    for i, header in enumerate(headers.split(", ")):
-        path = save(tmp_path / f"{i}.tsv", "\t".join(header.split()) + "\n7\tx\tA\n")
-        assert list(Corpus(path)) == [Passage("7", "A", "x")], header
 
 
 def test_text_and_title_in_each_others_place(tmp_path):
@@ -160,15 +147,12 @@ def test_other_peoples_files_are_named_with_their_cure(tmp_path, content, words)
 
 
 def test_numbers_and_nulls_are_what_they_stand_for(tmp_path):
-    """Ids and answers written as whole numbers; null lists, titles and texts; a blank last line."""
     row = {"qid": 0, "question": "x", "answers": [1990, "y"], "positives": [0, {"title": None, "text": "t"}]}
     path = save(tmp_path / "q.jsonl", json.dumps(row | {"negatives": None}) + "\n\n \n")
     (question,) = read_questions(path)
     assert question["qid"] == "0" and question["answers"] == ["1990", "y"] and question["negatives"] == []
-    passages = save(
-        tmp_path / "c.jsonl", '{"_id": 0, "title": null, "text": "a"}\n{"_id": 1, "text": null}\n\n'
-    )
-    corpus = Corpus(passages)
+    lines = '{"_id": 0, "title": null, "text": "a"}\n{"_id": 1, "text": null}\n\n'
+    corpus = Corpus(save(tmp_path / "c.jsonl", lines))
     assert list(corpus) == [Passage("0", "", "a"), Passage("1", "", "")] and corpus.empty_texts == 1
     assert [passage_of(entry, corpus) for entry in question["positives"]] == [corpus[0], Passage("", "", "t")]
 
@@ -206,14 +190,11 @@ def test_marco_and_beir(tmp_path):
         ("1\ta\tT\n2\tb\0\tT\n", [":2:", "no utf-8 text"]),
         (b"1\ta\tT\n2\tb\xff\tT\n", [":2:", "no utf-8 text; convert it (iconv)"]),
         ("1\ta\tT\n2\tb\tT\n1\tc\tT\n", ["'1'", "passages 1 and 3"]),
-        ("x\ta\tT\ny\tb\tT\nx\tc\tT\n", ["'x'", "passages 1 and 3"]),
         ("\ta\tT\n", [":1:", "id"]),
         ("id\ttitle\ttext\n1\tT\ta\n", [":1:", "id, title, text"]),
         ("text\ttitle\tid\na\tT\t1\n", [":1:", "the columns are text, title, id; write them as id, text"]),
-        ("PID\tTitle\tText\n1\tT\ta\n", [":1:", "pid, title, text"]),
         ("id\ttext\ttitle\n", ["0 passages"]),
         ("", ["0 passages"]),
-        (b"\x1f\x8b\x08\x00rest", ["gunzip"]),
         ('{"_id": 1.5, "text": "x"}\n', [":1:", "_id"]),
         ('{"_id": "1", "body": "x"}\n', [":1:", "_id"]),
         ("1,a,T\n2,b,T\n", [":1:", "a csv with commas?"]),
@@ -223,7 +204,6 @@ def test_marco_and_beir(tmp_path):
     ],
 )
 def test_broken_corpora(tmp_path, content, words):
-    """Every broken corpus is one sentence with file and line, and leaves no index behind."""
     path = save(tmp_path / "psgs.tsv", content)
     fails(lambda: Corpus(path, "beir" if "_id" in str(content) else "dpr"), "psgs.tsv", *words)
     assert [p.name for p in tmp_path.iterdir()] == ["psgs.tsv"]
@@ -236,8 +216,7 @@ def test_index_is_built_once_and_again_when_stale(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus_module, "write_index", lambda *a: builds.append(1) or build(*a))
     assert Corpus(path)[1].text == "b" and Corpus(path)[1].text == "b" and len(builds) == 1
     save(path, "1\taa\tT\n2\tbb\tT\n")
-    changed = Corpus(path)
-    assert changed[1].text == "bb" and len(builds) == 2 and changed.sha256 != ""
+    assert Corpus(path)[1].text == "bb" and len(builds) == 2
     offsets = tmp_path / "c.tsv.index" / "offsets.npy"
     offsets.write_bytes(offsets.read_bytes()[:-8])
     assert Corpus(path)[1].text == "bb" and len(builds) == 3
@@ -269,13 +248,6 @@ def test_index_that_cannot_be_made(tmp_path, monkeypatch):
     assert len(Corpus(path)) == 2
 
 
-def test_corpus_travels_to_another_process(tmp_path):
-    """A pickled corpus is its path: a data loader's worker opens the same index."""
-    corpus = Corpus(save(tmp_path / "c.tsv", "1\ta\tT\n2\tb\tT\n"))
-    data = pickle.dumps(corpus)
-    assert len(data) < 500 and pickle.loads(data)[1] == corpus[1]
-
-
 # ---------------------------------------------------------------- question files
 def test_questions_are_read(tmp_path, capsys):
     """Absent lists become empty, blank answers (also zero-width ones) are left out, own keys stay."""
@@ -287,7 +259,7 @@ def test_questions_are_read(tmp_path, capsys):
     first, second = read_questions(path)
     assert first == dict(qid="1", question="who?", answers=["Ann"], note=5, positives=[], negatives=[])
     assert second["question"] == "a\u2028b" and second["answers"] == [] and len(second["positives"]) == 2
-    assert [line for line, _ in iter_jsonl(path)] == [1, 3]
+    assert [line for line, _ in data.iter_jsonl(path)] == [1, 3]
     assert capsys.readouterr().err == f"warning: {path}: 3 blank answers left out\n"
 
 
@@ -303,7 +275,6 @@ def test_questions_are_read(tmp_path, capsys):
         ('{"qid": "1", "question": "x"}\n\n{"qid": "1", "question": "y"}', [":3:", "'1'", "line 1"]),
         ('{"qid": "1", "question": "x"}\n{"qid": "2", "ques', [":2:", "json"]),
         ('{"qid": "1", "question": "x", "score": NaN}', [":1:", "NaN"]),
-        ('[{"qid": "1", "question": "x"}]', ["python -m prepare.convert dpr_json"]),
         ("5", [":1:", "object"]),
         ('{"qid": "1", "question": "x\\ud83d\\ude00 \\uD800"}', [":1:", "surrogates not allowed"]),
         ('{"qid": "1", "question": "x", "positives": [7.5]}', [":1:", "positives", "corpus ids"]),
@@ -312,13 +283,11 @@ def test_questions_are_read(tmp_path, capsys):
     ],
 )
 def test_broken_questions(tmp_path, content, words):
-    """Every broken question file is one sentence with file and line."""
     path = save(tmp_path / "q.jsonl", content + "\n")
     fails(lambda: read_questions(path), "q.jsonl", *words)
 
 
 def test_what_is_no_file(tmp_path):
-    """A folder and a missing file are told apart."""
     for read in (read_questions, read_run, Corpus):
         fails(lambda read=read: read(tmp_path), "is a folder; name a file")
         fails(lambda read=read: read(tmp_path / "no.tsv"), "no.tsv: no such file")
@@ -342,31 +311,31 @@ def test_passages_of_questions(tmp_path):
     fails(lambda: passage_of("9", corpus), "'9'")
     fails(lambda: passage_of("1", None), "'1'", "corpus")
 
-    lines = (
-        '{"qid": "1", "question": "x"}\n{"qid": "1", "question": "x", "positives": ["1"], "negatives": ["9"]}'
-    )
-    path = save(tmp_path / "q.jsonl", lines.replace("9", "1"))
+    bare = '{"qid": "1", "question": "x"}\n'
+    full = '{"qid": "1", "question": "x", "positives": ["1"], "negatives": ["1"]}\n'
+    path = save(tmp_path / "q.jsonl", bare + full)
     (example,), note = read_training(path, corpus)
     assert example["positives"] == ["1"]
     assert note.endswith("1 questions, 1 without a positive left out, 0 have no negative of their own")
     fails(lambda: read_training(path, None), "q.jsonl: question 1 names passage '1', but corpus is empty")
-    fails(lambda: read_training(save(path, lines), corpus), "c.tsv: no passage has the id '9'")
-    fails(
-        lambda: read_training(save(path, lines.split("\n")[0]), corpus), "none of its 1 questions has a pos"
-    )
+    save(path, full.replace('["1"]}', '["9"]}'))
+    fails(lambda: read_training(path, corpus), "c.tsv: no passage has the id '9'")
+    fails(lambda: read_training(save(path, bare), corpus), "none of its 1 questions has a positive")
 
 
 # ---------------------------------------------------------------- rankings
 def test_run_round_trip_is_exact(tmp_path):
-    """Scores keep all their bits: float32 -> text -> the same float32."""
     scores = np.sort(np.random.default_rng(0).normal(50, 30, 100).astype(np.float32))[::-1]
     hits = [(f"p{i}", score) for i, score in enumerate(scores)]
     write_run(tmp_path / "a.run", [("q1", hits), ("q2", [("p1", 1e-9)])])
     back = read_run(tmp_path / "a.run")
     assert list(back) == ["q1", "q2"] and back["q2"] == [("p1", 1e-9)]
-    assert [struct.pack("f", s) for _, s in back["q1"]] == [struct.pack("f", s) for s in scores]
+    assert [score for _, score in back["q1"]] == scores.tolist()  # all bits of them
     fails(lambda: write_run(tmp_path / "b.run", [("q1", [("p1", float("nan"))])]), "'q1'", "nan")
     assert not (tmp_path / "b.run").exists()
+    # of other people: CRLF line ends, scientific notation, equal scores
+    path = save(tmp_path / "a.run", "q\ta\t1\t1.5e2\r\nq\tb\t2\t1e-3\r\nq\tc\t3\t1e-3\r\n")
+    assert read_run(path) == {"q": [("a", 150.0), ("b", 0.001), ("c", 0.001)]}
 
 
 @pytest.mark.parametrize(
@@ -377,7 +346,6 @@ def test_run_round_trip_is_exact(tmp_path):
         ("q\ta\t1\t2.0\nq\tb\t2\t3.0\n", [":2:", "3.0", "order"]),
         ("q\ta\t1\t2.0\nr\ta\t1\t2.0\nq\tb\t1\t3.0\n", [":3:", "'q'"]),
         ("q Q0 a 1 2.0 tag\n", [":1:", "expected"]),
-        ("q\ta\t1\n", [":1:", "expected"]),
         ("q\ta\tone\t2.0\n", [":1:", "expected"]),
         ("q\ta\t1\tnan\n", [":1:", "nan"]),
         ("", ["no ranking"]),
@@ -388,16 +356,10 @@ def test_broken_runs(tmp_path, content, words):
     fails(lambda: read_run(save(tmp_path / "a.run", content)), "a.run", *words)
 
 
-def test_run_with_crlf_and_exponents(tmp_path):
-    """Other people's runs: CRLF line ends, scientific notation, equal scores."""
-    path = save(tmp_path / "a.run", "q\ta\t1\t1.5e2\r\nq\tb\t2\t1e-3\r\nq\tc\t3\t1e-3\r\n")
-    assert read_run(path) == {"q": [("a", 150.0), ("b", 0.001), ("c", 0.001)]}
-
-
 def test_aligned_reader(tmp_path):
     """A ranking next to its questions: one that it skips is None; one that nobody asked for is not lost."""
     path = save(tmp_path / "a.run", "q1\ta\t1\t2.0\nq3\tb\t1\t2.0\n")
-    take, check = aligned_reader("a.run", iter_run(path), "q.jsonl")
+    take, check = data.aligned_reader("a.run", data.iter_run(path), "q.jsonl")
     assert [take(qid) for qid in ("q1", "q2")] == [[("a", 2.0)], None]
     fails(check, "a.run: question 'q3' is not in q.jsonl, or not in its order")
     assert take("q3") == [("b", 2.0)] and take("q4") is None

@@ -37,7 +37,7 @@ def encode(keys, tmp_path):
 
 
 def hashes(folder):
-    return {file.name: sha256(file) for file in sorted(folder.glob("*.npy"))}
+    return {file.name: sha256(file) for file in folder.iterdir()}
 
 
 # ---------------------------------------------------------------- the vectors
@@ -52,12 +52,13 @@ def alone_ND(world):
 
 @pytest.mark.parametrize("shard_size, batch_size", [(16, 4), (7, 64), (100, 3)])
 def test_row_i_is_the_vector_of_passage_i(world, encode, alone_ND, shard_size, batch_size):
-    """Any shard and batch size: row i is passage i as encoded alone, to 1e-5."""
     folder = encode(shard_size=shard_size, batch_size=batch_size, dtype="float32")
     shards, manifest = open_embeddings(folder, Corpus(world / "corpus.tsv").sha256)
     assert [len(s) for s in shards] == [min(shard_size, 60 - k) for k in range(0, 60, shard_size)]
+    assert all(isinstance(shard, np.memmap) for shard in shards)
     assert manifest["pair"] == "toy" and manifest["role"] == "passage"
     assert np.abs(np.concatenate(shards) - alone_ND).max() < 1e-5
+    assert (folder / "ids.txt").read_text() == "".join(f"{i}\n" for i in range(1, 61))
 
 
 def test_bf16_is_that_of_the_weights(encode, alone_ND):
@@ -68,7 +69,6 @@ def test_bf16_is_that_of_the_weights(encode, alone_ND):
 
 
 def test_processes_tokenise_as_a_thread_does(world):
-    """Windows of 7 rows of 60, for a GPU by two processes: the same ids in the same order."""
     corpus, encoder = Corpus(world / "corpus.tsv"), load_encoder(world / "doc_encoder", "passage")
     windows = doc2embedding.cut(range(60), 7)
     wanted = list(doc2embedding.tokenize_windows(windows, corpus, encoder, 0))
@@ -76,14 +76,12 @@ def test_processes_tokenise_as_a_thread_does(world):
     assert [len(ids) for ids in wanted] == [7] * 8 + [4]
 
 
-def test_compiled_lengths(world, encode):
-    """Multiples of 32 and the longest: few shapes. A CPU does not compile."""
+def test_compiled_lengths(world):
+    """Multiples of 32 and the longest: few shapes."""
     encoder = load_encoder(world / "doc_encoder", "passage", {"passage_tokens": 100})
     cfg = SimpleNamespace(compile=True, batch_size=5)
     sizes = doc2embedding.batch_sizes(cfg, encoder, {}, torch.device("cpu"))
     assert sizes == {"size": 5, "tokens": 0, "lengths": [32, 64, 96, 100]}
-    with pytest.raises(UserError, match="compile: a CPU gains too little"):
-        encode(compile=True)
 
 
 def test_two_processes_write_the_same_bits_as_one(keys, encode, tmp_path):
@@ -92,10 +90,7 @@ def test_two_processes_write_the_same_bits_as_one(keys, encode, tmp_path):
     assert done.returncode == 0, done.stderr
     # the first encodes shards 0 and 2 only
     assert "32/32" in done.stderr and "60 passages encoded" in done.stdout
-    one = encode("one")
-    assert hashes(tmp_path / "two") == hashes(one)
-    for name in ("manifest.json", "00003.json"):
-        assert (tmp_path / "two" / name).read_text() == (one / name).read_text()
+    assert hashes(tmp_path / "two") == hashes(encode("one"))
 
 
 def test_servers_that_do_not_know_of_each_other(encode, tmp_path, capsys):
@@ -110,21 +105,10 @@ def test_servers_that_do_not_know_of_each_other(encode, tmp_path, capsys):
         shutil.copytree(tmp_path / f"disk_{server}", tmp_path / "together", dirs_exist_ok=True)
     encode("together")
     assert "0 passages encoded" in capsys.readouterr().out
-    for name in ("same_disk", "together"):
-        for file in sorted(one.iterdir()):
-            assert sha256(tmp_path / name / file.name) == sha256(file), file.name
-    with pytest.raises(UserError, match="server must be one of 0 to 2, got 3"):
-        encode("wrong", server=3, servers=3)
-
-
-def test_row_i_is_line_i_of_ids_txt(world, encode):
-    """Users of numpy and FAISS need to know what a row is."""
-    ids = (encode() / "ids.txt").read_text().splitlines()
-    assert ids == [passage.id for passage in Corpus(world / "corpus.tsv")]
+    assert hashes(tmp_path / "same_disk") == hashes(tmp_path / "together") == hashes(one)
 
 
 def test_odd_texts_are_encoded_and_counted(encode, tmp_path, capsys):
-    """Empty texts, emoji, right-to-left letters, one passage too long: a vector each, and a count."""
     rows = ["1\t\tparis", "2\t😀 🏳️‍🌈\t", "3\tשלום עולם\toslo", f"4\t{'red ' * 9999}\triga", "5\t \t "]
     (tmp_path / "odd.tsv").write_text("id\ttext\ttitle\n" + "\n".join(rows) + "\n", encoding="utf-8")
     folder = encode(corpus=tmp_path / "odd.tsv")
@@ -181,7 +165,7 @@ def test_killed_while_writing_a_shard(keys, encode, tmp_path, capsys):
     assert sorted(before) == ["00000.npy", "00001.npy"]
     folder = encode("e")
     assert "32 of them done before" in capsys.readouterr().out
-    assert hashes(folder) == hashes(encode("whole")) and not list(folder.glob(".*.tmp"))
+    assert hashes(folder) == hashes(encode("whole"))
     assert all(os.stat(folder / name).st_mtime_ns == when for name, when in before.items())
 
 

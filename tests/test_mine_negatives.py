@@ -11,7 +11,7 @@ from tests.processes import main
 from tests.toy import golden_file, write_lines
 from utils import bm25
 from utils.data import Corpus, read_questions, write_run
-from utils.plumbing.config import UserError
+from utils.plumbing.config import UserError, load_config
 
 ROCKETQA = golden_file("rocketqa_mining")["cases"]
 ANCE_TELE = golden_file("ance_tele_mining")["cases"]
@@ -40,13 +40,9 @@ def corpus(tmp_path):
 
 def config(folder, **keys):
     """The keys of config/mine_negatives.yaml, as small as these tests."""
-    values = dict(
-        mode="topk", run=folder / "x.run", negatives=2, depth=5, match="string", match_title=False,
-        positives="given", keep_without_positives=False, exclude="", scores="", negative_below=0.1,
-        positive_above=0.9, fill=False, lookahead_run="", momentum="", seed=111,
-        ignore_identical_ids=False, questions=folder / "q.jsonl",
-    )  # fmt: skip
-    return SimpleNamespace(**(values | keys))
+    values = vars(load_config("", "config/mine_negatives.yaml", []))
+    small = {"run": folder / "x.run", "questions": folder / "q.jsonl", "negatives": 2, "depth": 5}
+    return SimpleNamespace(**(values | small | keys))
 
 
 def question(qid, positives, answers=()):
@@ -98,9 +94,8 @@ def rocketqa(case, folder):
 @pytest.mark.parametrize("case", ROCKETQA, ids=lambda case: case["script"])
 def test_rocketqa_golden(case, tmp_path):
     """
-    The rows of the original scripts, to the very draws of Random(111). Of NQ's cross-encoder file, which is
-    drawn without a seed: its positives, and negatives out of its pool. Quirks not kept: on NQ parts of words
-    are answers; an unlabelled question skips ids that are a part of the positive's id.
+    The rows of the original scripts, to the very draws of Random(111). NQ's cross-encoder file is drawn
+    without a seed. Not kept: on NQ parts of words are answers, and parts of the positive's id are skipped.
     """
     lines = rocketqa(case, tmp_path)
     wanted = case.get("with_token_match", case)
@@ -124,9 +119,7 @@ def test_rocketqa_golden(case, tmp_path):
 
 
 def test_thresholds_are_strict_and_a_false_negative_is_stopped(corpus, tmp_path):
-    """
-    By hand: 0.1 is not below 0.1; a passage that the cross-encoder likes is no negative whatever its rank.
-    """
+    """0.1 is not below 0.1; a passage that the cross-encoder likes is no negative whatever its rank."""
     write_run(tmp_path / "x.run", [("q", ALL)])
     scored = [("2", 0.95), ("3", 0.1), ("4", 0.0999999), ("1", 0.05), ("5", 0.01)]
     write_run(tmp_path / "s.run", [("q", scored)])
@@ -163,9 +156,7 @@ def test_scores_that_are_not_of_this_ranking_are_refused(corpus, tmp_path, score
 
 
 def test_draw_ends_and_is_fair():
-    """
-    Where fewer are allowed than wanted the original loops for ever; all of them come out, equally often.
-    """
+    """Where fewer are allowed than wanted the original loops for ever; all come out, equally often."""
     rng, letters = random.Random(0), list("abcdef")
     draw, allowed = mine_negatives.draw_at_random, "ace".__contains__
     assert sorted(draw(letters, allowed, 4, rng)) == ["a", "c", "e"] and draw([], allowed, 2, rng) == []
@@ -176,10 +167,7 @@ def test_draw_ends_and_is_fair():
 # ---------------------------------------------------------------- ANCE-Tele
 @pytest.mark.parametrize("case", ANCE_TELE, ids=lambda case: f"{case['style']}-{case['n_sample']}")
 def test_ance_tele_golden(case, tmp_path):
-    """
-    ANN, look-ahead, both and with momentum: drop the positives, cut, shuffle, cut, one generator a file.
-    Quirks not kept: questions of equal text change negatives; MARCO's drops one that momentum lacks.
-    """
+    """Quirks not kept: questions of equal text change negatives; MARCO's drops one that momentum lacks."""
     nq, runs = case["style"] == "nq", (case["ann_run"], case["lookahead_run"])
     bare = {pid: {"title": "", "text": f"text {pid}"} for run in runs for ids in run.values() for pid in ids}
     passages = case.get("passages", bare)
@@ -222,36 +210,27 @@ def test_ance_tele_golden(case, tmp_path):
         assert new is None or (new + old if nq else old + new) == wanted
 
 
-def test_teleport_joins_its_three_sources_through_files(tmp_path):
-    """
-    The command's way: one generator a file, momentum last, a question without ANN negatives left out, and the
-    two runs of a golden case give its lists when both are in one order.
-    """
-    case = ANCE_TELE[0]
-    order, gold = list(case["ann_run"]), case["qrels"]
-    runs = {name: case[name] for name in ("ann_run", "lookahead_run")}
-    ids = sorted({pid for run in runs.values() for pids in run.values() for pid in pids}, key=int)
-    corpus = write_corpus(tmp_path / "c.tsv", {pid: ("", f"text {pid}") for pid in ids})
-    for name, run in runs.items():
-        ranked = [(q, [(p, float(-i)) for i, p in enumerate(run[q])]) for q in order]
-        write_run(tmp_path / f"{name}.run", ranked)
-    last = [{"qid": q, "negatives": case["momentum"][q]} for q in order if q in case["momentum"]]
-    keys = {"run": tmp_path / "ann_run.run", "lookahead_run": tmp_path / "lookahead_run.run"}
-    keys |= {"momentum": write_lines(tmp_path / "last.jsonl", last), "seed": case["seed"]}
-    cfg = config(tmp_path, mode="teleport", depth=30, negatives=5, **keys)
-    questions = [question(qid, gold[qid]) for qid in order]
-    lines, _ = mined(questions, corpus, cfg)
-    assert [line["qid"] for line in lines] == order
-    rng = random.Random(case["seed"])  # look-ahead has a generator of its own, which starts anew
-    for line in lines:
-        qid, negatives = line["qid"], line["negatives"]
-        pool = [pid for pid in case["lookahead_run"][qid] if pid not in gold[qid]][:30]
-        rng.shuffle(pool)
-        assert negatives[:5] == case["expected"]["ann"][qid] and negatives[5:10] == pool[:5]
-        assert negatives[10:] == case["momentum"].get(qid, [])
-    questions[0]["positives"] = case["ann_run"][order[0]]
-    lines, counts = mined(questions, corpus, cfg)
-    assert [line["qid"] for line in lines] == order[1:] and counts["questions dropped, no negative"] == 1
+def test_teleport_joins_its_three_sources_through_files(corpus, tmp_path):
+    """One generator a file, momentum last, a question without ANN negatives left out."""
+    gold = {"a": ["1"], "b": ["3"], "c": list(ROWS)}
+    rankings = {"x": list(ROWS), "look": list(ROWS)[::-1]}
+    for name, pids in rankings.items():
+        hits = [(pid, -float(place)) for place, pid in enumerate(pids)]
+        write_run(tmp_path / f"{name}.run", [(qid, hits) for qid in gold])
+    last = write_lines(tmp_path / "last.jsonl", [{"qid": "b", "negatives": ["6", "5"]}])
+    cfg = config(tmp_path, mode="teleport", lookahead_run=tmp_path / "look.run", momentum=last)
+    lines, counts = mined([question(qid, pids) for qid, pids in gold.items()], corpus, cfg)
+
+    wanted = {"a": [], "b": []}
+    for pids in rankings.values():
+        rng = random.Random(cfg.seed)  # of its own, so that neither file changes the other's draws
+        for qid, negatives in wanted.items():
+            pool = [pid for pid in pids if pid not in gold[qid]]
+            rng.shuffle(pool)
+            negatives += pool[:2]
+    wanted["b"] += ["6", "5"]
+    assert {line["qid"]: line["negatives"] for line in lines} == wanted
+    assert counts["questions dropped, no negative"] == 1
 
 
 def test_a_file_in_another_order_is_refused(corpus, tmp_path):

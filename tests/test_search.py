@@ -4,13 +4,13 @@ import json
 import os
 import shutil
 
-import faiss as plain_faiss
 import numpy as np
 import pytest
 import torch
 
 from tests.saved import Largest
 from tests.toy import golden_file
+from utils.distributed import cut
 from utils.plumbing.config import UserError
 from utils.plumbing.embeddings import open_embeddings
 from utils.plumbing.faiss_setup import name_blas_kernel
@@ -23,10 +23,6 @@ DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 def vectors(seed, rows, dim=24, dtype=np.float32):
     return np.random.default_rng(seed).standard_normal((rows, dim)).astype(dtype)
-
-
-def cut(x_ND, size):
-    return [x_ND[i : i + size] for i in range(0, len(x_ND), size)]
 
 
 def plain_sort(queries_QD, x_ND, k):
@@ -46,18 +42,9 @@ def embeddings_folder(folder, x_ND, size=40, **changes):
     folder.mkdir()
     for i, part in enumerate(cut(x_ND, size)):
         np.save(folder / f"{i:05d}.npy", part)
-    manifest = {
-        "rows": len(x_ND),
-        "dim": x_ND.shape[1],
-        "dtype": str(x_ND.dtype),
-        "shard_size": size,
-        "encoder": "e",
-        "pair": "p",
-        "role": "passage",
-        "corpus": "c" * 64,
-        "shards": {file.name: sha256(file) for file in sorted(folder.glob("*.npy"))},
-        "complete": True,
-    }
+    manifest = {"rows": len(x_ND), "dim": x_ND.shape[1], "dtype": str(x_ND.dtype), "shard_size": size}
+    manifest |= {"encoder": "e", "pair": "p", "role": "passage", "corpus": "c" * 64, "complete": True}
+    manifest["shards"] = {file.name: sha256(file) for file in sorted(folder.glob("*.npy"))}
     write_json(folder / "manifest.json", manifest | changes)
     return folder
 
@@ -91,9 +78,7 @@ def test_the_same_bits_for_every_sharding_block_and_device(questions, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("questions", [3, 300])
 def test_twins_stay_in_corpus_order_also_across_the_boundary_of_k(questions, device):
-    """
-    10 vectors, 30 copies each: rounding differs by place in a block; the answer must not (k = 10 of 30).
-    """
+    """10 vectors, 30 copies each: rounding differs by place in a block; the answer must not (10 of 30)."""
     q_QD, x_ND = vectors(2, questions, 96), np.repeat(vectors(3, 10, 96, np.float16), 30, 0)
     x_ND = x_ND[np.random.default_rng(4).permutation(len(x_ND))]
     expected = plain_sort(q_QD, x_ND, 10)
@@ -106,9 +91,7 @@ def test_twins_stay_in_corpus_order_also_across_the_boundary_of_k(questions, dev
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_memory_is_that_of_a_block(device):
-    """
-    Scores that rise along the corpus: every passage is among the best so far, and still few stay in memory.
-    """
+    """Scores rise along the corpus, so every passage is among the best so far: still few stay in memory."""
     q_QD, x_ND = np.eye(24, dtype=np.float32)[:6], np.abs(vectors(23, 20000))
     x_ND[:, :3] = np.sort(x_ND[:, :3], axis=0)
     x_ND[:, 3:6] = np.sort(x_ND[:, 3:6], axis=0)[::-1]
@@ -132,7 +115,6 @@ def test_a_passage_that_could_not_be_found_is_named(value, questions):
 @pytest.mark.parametrize("factory", ["Flat", "HNSW8", "IVF4,Flat", "PQ4x4"])
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 def test_no_index_takes_a_passage_that_it_could_not_find(factory, value, tmp_path):
-    """Training and adding: the row is named, and no index is written."""
     x_ND = vectors(30, 500, 16)
     x_ND[433, 0] = value
     with pytest.raises(UserError, match="passage row 433"):
@@ -143,9 +125,8 @@ def test_no_index_takes_a_passage_that_it_could_not_find(factory, value, tmp_pat
 def test_vectors_that_do_not_differ_are_said(tmp_path, capsys):
     """Twelve vectors for sixty passages, one vector and noise, no length at all; equal scores of a search."""
     good_ND = vectors(31, 60)
-    for i, x_ND in enumerate(
-        (good_ND[np.arange(60) % 12], 5 + good_ND / 1000, np.zeros_like(good_ND), good_ND, good_ND[:1])
-    ):
+    alike = [good_ND[np.arange(60) % 12], 5 + good_ND / 1000, np.zeros_like(good_ND)]
+    for i, x_ND in enumerate([*alike, good_ND, good_ND[:1]]):
         open_embeddings(embeddings_folder(tmp_path / str(i), x_ND))
         assert ("does not tell passages apart" in capsys.readouterr().err) == (i < 3), i
     for scores_Qk, warned in (([[2, 2], [1, 1]], 1), ([[2, 2], [1, 0]], 0), ([[3], [3]], 0)):
@@ -163,29 +144,19 @@ def test_row_0_is_a_passage_and_minus_1_is_none():
     assert half_ND.dtype == np.float16 and half_ND.tolist() == [[10, 11]]
 
 
-def test_a_plain_faiss_index_finds_the_same_passages():
-    """The oracle that everyone trusts: IndexFlatIP, on vectors without ties."""
-    q_QD, x_ND = vectors(7, 50, 64), vectors(8, 4000, 64)
-    index = plain_faiss.IndexFlatIP(64)
-    index.add(x_ND)
-    scores_Qk, rows_Qk = index.search(q_QD, 20)
-    found = exact_topk(q_QD, cut(x_ND, 900), 20, block=512)
-    np.testing.assert_array_equal(found[1], rows_Qk)
-    np.testing.assert_allclose(found[0], scores_Qk, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("device", DEVICES)
 def test_k_larger_than_the_corpus_and_no_questions(device):
     """k is min(k, N): FAISS would fill up with -1, which Python reads as the last passage."""
     x_ND = vectors(9, 6)
     scores_Qk, rows_Qk = exact_topk(vectors(10, 4), [x_ND], 100, device=device)
     assert rows_Qk.shape == (4, 6) and (np.sort(rows_Qk) == np.arange(6)).all()
+    flat = build_index("Flat", [x_ND], "", "")
+    assert search_index(flat, vectors(10, 4), [x_ND], 100) == as_lists(scores_Qk, rows_Qk)
     scores_Qk, rows_Qk = exact_topk(np.zeros((0, 24)), [x_ND], 3, device=device)
     assert scores_Qk.shape == rows_Qk.shape == (0, 3)
 
 
 def test_what_cannot_be_searched_is_named():
-    """NaN in question 2, dimensions 24 and 23, k = 0: one sentence each."""
     q_QD, x_ND = vectors(11, 4), vectors(12, 50)
     q_QD[2, 3] = np.nan
     with pytest.raises(UserError, match="question 2 .*NaN"):
@@ -245,7 +216,6 @@ def test_an_index_that_finds_too_little_gives_a_shorter_list_and_says_so(tmp_pat
 
 
 def test_an_index_that_cannot_be_built_says_why(tmp_path):
-    """Fewer vectors than centroids, an unknown name, an index that has no inner product."""
     for factory, why in (
         ("IVF400,Flat", "at least 400 vectors"),
         ("Bogus", "Bogus"),
@@ -258,21 +228,6 @@ def test_an_index_that_cannot_be_built_says_why(tmp_path):
         with pytest.raises(UserError, match=why):
             build_index(factory, [vectors(18, 300, 16)], tmp_path, "e")
     assert not list(tmp_path.iterdir())
-
-
-def test_embeddings_open_in_the_order_of_the_manifest(tmp_path):
-    """100 rows in shards of 40 come back as they went in, memory-mapped."""
-    x_ND = vectors(19, 100, dtype=np.float16)
-    shards, manifest = open_embeddings(embeddings_folder(tmp_path / "e", x_ND), "c" * 64)
-    np.testing.assert_array_equal(np.concatenate(shards), x_ND)
-    assert [len(s) for s in shards] == [40, 40, 20] and isinstance(shards[0], np.memmap)
-    assert manifest["dim"] == 24
-
-
-def flip(folder):
-    content = bytearray((folder / "00001.npy").read_bytes())
-    content[-9] ^= 4
-    (folder / "00001.npy").write_bytes(content)
 
 
 def swap(folder):
@@ -289,7 +244,6 @@ def swap(folder):
         ({"role": "question"}, None, "question encoder"),
         ({"rows": 99}, None, "00002.npy holds"),
         ({"rows": 130}, None, "00002.npy holds"),
-        ({"rows": 120, "shard_size": 40}, None, "00002.npy holds"),
         ({"dim": 25}, None, r"40, 24.*40, 25"),
         ({"dtype": "float32"}, None, "float16.*float32"),
         ({"shards": {"00001.npy": "", "00000.npy": "", "00002.npy": ""}}, None, "out of order"),
@@ -298,7 +252,7 @@ def swap(folder):
         ({}, lambda folder: (folder / "00001.npy").unlink(), "00001.npy is missing"),
         ({}, lambda folder: os.truncate(folder / "00001.npy", 900), "not a whole .npy"),
         ({}, lambda folder: shutil.copy(folder / "00000.npy", folder / "00010.npy"), "00010.npy is not in"),
-        ({}, flip, "00001.npy has another sha256"),
+        ({}, lambda folder: shutil.copy(folder / "00000.npy", folder / "00001.npy"), "00001.npy has another"),
         ({}, swap, "00000.npy has another sha256"),
     ],
 )
