@@ -86,6 +86,15 @@ def test_one_passage_is_plain_t5(fid, chunk):
     assert all(grad.abs().max() > 0 for grad in ours.values()), "a weight that learns nothing"
 
 
+def test_the_order_of_the_passages_does_not_matter(fid):
+    """Turned round, the same likelihood; with another passage in one's place, another."""
+    labels_BT, rows = tokenize_answers(fid, ANSWERS), contexts(fid)
+    log_BT = fused_log_likelihood(fid, *states(fid, rows), labels_BT)
+    turned_BT = fused_log_likelihood(fid, *states(fid, [row[::-1] for row in rows]), labels_BT)
+    other_BT = fused_log_likelihood(fid, *states(fid, [[row[0]] * 3 for row in rows]), labels_BT)
+    assert torch.allclose(log_BT, turned_BT, atol=1e-5) and not torch.allclose(log_BT, other_BT, atol=1e-3)
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 6, 100])
 def test_each_passage_alone_is_plain_t5_without_padding(fid, chunk):
     """log_BKT, read and scored in chunks of any size: T5 on that context; 0 at PAD; no gradient."""

@@ -111,6 +111,25 @@ def test_has_answer_is_the_plain_definition():
     assert 0.2 < sum(verdicts) / len(verdicts) < 0.8  # why: a test of one verdict only could not fail
 
 
+@pytest.mark.parametrize(
+    "passage, answer, expected",
+    [
+        ("born in the U. S.A.", "u.s.a.", True),  # white space between tokens does not count
+        ("a category of", "cat", False),  # only whole words
+        ("x_y", "x", True),  # an underscore is a sign, not a letter
+        ("at the Cafe\u0301", "CAFÉ", True),  # two ways to write é
+        ("at the cafe\u0301", "cafe", False),  # and it is not e
+        ("200 \u212a", "200 k", True),  # Kelvin's sign is a K
+        ("a ≠ b", "=", True),  # NFD takes the stroke off the equals sign
+        ("ΟΔΟΣ's", "οδος", True),  # Σ at the end of a token is ς, though the text goes on
+        ("a' Σ", "ς", False),  # alone it is σ
+    ],
+)
+def test_has_answer_by_hand(passage, answer, expected):
+    """What counts as the same token."""
+    assert has_answer(passage, ["nothing", answer]) is expected
+
+
 @pytest.mark.parametrize("blank", ["", " \t", "\u200b", "\u00ad\u00a0"])
 def test_a_blank_answer_matches_nothing(blank):
     """In the reference codes a blank answer is a free hit for every passage."""
