@@ -96,6 +96,10 @@ def test_graded_ndcg_is_that_of_ir_measures(corpus):
         ranked.append((question, [str(pid) for pid in rng.permutation(np.arange(1, 41))[:20]]))
     table = metrics.retrieval_metrics(ranked, corpus, [20])
     assert table["nDCG@10"]["value"] == pytest.approx(IR_MEASURES, abs=1e-7)
+    for question, _ in ranked:
+        del question["grades"]
+    table = metrics.retrieval_metrics(ranked, corpus, [20])
+    assert table["nDCG@10"]["value"] != pytest.approx(IR_MEASURES)
 
 
 @pytest.mark.parametrize("kind", ["hits", "reciprocal ranks", "all different"])

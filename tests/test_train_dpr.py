@@ -12,7 +12,15 @@ from transformers import AutoModel
 from tests.processes import flags, main, on_devices, rows
 from tests.saved import Saved
 from tests.toy import ACCELERATOR, close, flat_gradient, golden_file
-from train_dpr import add_gradient, draw_batch, draw_passages, in_batch_loss, learning_rate_factor, make_batch
+from train_dpr import (
+    add_gradient,
+    draw_batch,
+    draw_passages,
+    in_batch_loss,
+    learning_rate_factor,
+    make_batch,
+    rotating_negatives,
+)
 from utils.data import Corpus, count_negatives, passage_of, read_questions
 from utils.distributed import chunk_seed
 from utils.encoder import collate, tokenize_passages, tokenize_questions
@@ -192,6 +200,21 @@ def test_rotating_negatives_equal_ance_teles():
             assert negatives == case["negatives"], case
             exact += 1
     assert (exact, short) == (95, 6)
+
+
+def test_no_negative_comes_back_before_all_were_seen():
+    """
+    MS MARCO, episode 3: in 3 epochs a question meets 93 different ones of its 180 negatives; drawn anew each
+    epoch, as DPR does, some would be met twice. Five epochs of 2 of 5 show each exactly twice.
+    """
+    seen = [i for epoch in range(3) for i in rotating_negatives(180, 31, 42, epoch)]
+    assert len(set(seen)) == len(seen) == 93
+    fresh = SimpleNamespace(seed=42, negatives=31, shuffle_positives=False, rotate_negatives=False)
+    pool = {"positives": ["gold"], "negatives": [*range(180)]}
+    assert len({i for epoch in range(3) for i in draw_passages(pool, 0, epoch, fresh)[1:]}) < 93
+    counts = np.bincount([i for epoch in range(5) for i in rotating_negatives(5, 2, 42, epoch)])
+    assert counts.tolist() == [2] * 5
+    assert rotating_negatives(0, 3, 42, 1) == rotating_negatives(3, 0, 42, 1) == []
 
 
 # ---------------------------------------------------------------- gradients

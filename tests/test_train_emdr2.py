@@ -1,4 +1,4 @@
-"""EMDR2 against its golden numbers, one question as a text book has it, and plain T5."""
+"""EMDR2 against its golden numbers, plain enumeration, Hugging Face's RAG and plain T5."""
 
 import itertools
 import math
@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
+from transformers import RagSequenceForGeneration, RagTokenForGeneration
 
 from tests.processes import ENVIRONMENT, begin, flags, kill_tree, main, on_devices
 from tests.processes import rows as rows_of
@@ -127,16 +129,22 @@ def parts(world, **changes):
 
 
 # ---------------------------------------------------------------- the loss
-def random_case(seed=0):
-    """(scores_BK with a gradient, log_likelihood_BKT, mask_BT) of 3 questions and 4 passages, in float64."""
+def random_case(seed=0, B=3, K=4, T=3, V=2):
+    """(scores_BK with a gradient, log-probabilities_BKTV, labels_BT, mask_BT), float64; some tokens pads."""
     torch.manual_seed(seed)
-    scores_BK = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    log_BKT = torch.rand(3, 4, 3, dtype=torch.float64).log()
-    mask_BT = torch.arange(3) < torch.tensor([3, 1, 2])[:, None]
-    return scores_BK, log_BKT, mask_BT
+    scores_BK = torch.randn(B, K, dtype=torch.float64, requires_grad=True)
+    log_BKTV = (2 * torch.randn(B, K, T, V, dtype=torch.float64)).log_softmax(3)
+    labels_BT = torch.randint(V, (B, T))
+    mask_BT = torch.arange(T) < torch.tensor([T, 1, 2])[:B, None]
+    return scores_BK, log_BKTV, labels_BT, mask_BT
 
 
-def test_the_marginals_and_their_gradients_equal_the_reference():
+def of_labels(log_BKTV, labels_BT):
+    """log p of the labels, log_BKT."""
+    return log_BKTV.gather(3, labels_BT[:, None, :, None].expand(-1, log_BKTV.shape[1], -1, -1))[..., 0]
+
+
+def test_losses_and_gradients_equal_the_reference():
     """All golden cases: token (released code), sequence (the paper), kl; pads hold what they like."""
     cases = golden_file("emdr2_loss")["cases"]
     assert len(cases) == 6
@@ -158,11 +166,42 @@ def test_the_marginals_and_their_gradients_equal_the_reference():
             assert torch.allclose(scores_BK.grad, wanted_BK, atol=1e-5), name
 
 
+@pytest.mark.parametrize("marginal", ["token", "sequence"])
+def test_the_marginal_is_the_probability_of_the_answer(marginal):
+    """
+    Plain loops over passages and tokens; and summed over all answers that there are, the probabilities are 1.
+    """
+    scores_BK, log_BKTV, labels_BT, mask_BT = random_case()
+    prior_BK, p_BKTV, log_prior_BK = scores_BK.softmax(1), log_BKTV.exp(), scores_BK.log_softmax(1)
+
+    def probability(b, answer):
+        if marginal == "sequence":
+            by_passage = []
+            for k in range(4):
+                by_token = [p_BKTV[b, k, t, a] for t, a in enumerate(answer)]
+                by_passage.append(prior_BK[b, k] * math.prod(by_token))
+            return sum(by_passage)
+        tokens = [sum(prior_BK[b, k] * p_BKTV[b, k, t, a] for k in range(4)) for t, a in enumerate(answer)]
+        return math.prod(tokens)
+
+    answers = [labels_BT[b, : mask_BT[b].sum()].tolist() for b in range(3)]
+    wanted = -sum(math.log(float(probability(b, answer).detach())) for b, answer in enumerate(answers))
+    wanted /= 6 if marginal == "token" else 3
+    got = retriever_loss(log_prior_BK, of_labels(log_BKTV, labels_BT), mask_BT, marginal)
+    assert abs(got.item() - wanted) < 1e-9
+    total = 0.0
+    for answer in itertools.product(range(2), repeat=3):
+        log_BKT = of_labels(log_BKTV[:1], torch.tensor([answer]))
+        cost = retriever_loss(log_prior_BK[:1], log_BKT, torch.ones(1, 3), marginal).item()
+        total += math.exp(-cost * (3 if marginal == "token" else 1))
+    assert abs(total - 1) < 1e-9
+
+
 def test_the_gradient_is_prior_minus_posterior():
     """The identity that the method is about; the token form averages the posteriors of the tokens."""
     for seed in range(20):
-        scores_BK, log_BKT, mask_BT = random_case(seed)
-        log_BKT = log_BKT * mask_BT[:, None]
+        scores_BK, log_BKTV, labels_BT, mask_BT = random_case(seed)
+        log_BKT = of_labels(log_BKTV, labels_BT) * mask_BT[:, None]
         prior_BK, log_prior_BK = scores_BK.softmax(1).detach(), scores_BK.log_softmax(1)
         by_token_BKT = (log_prior_BK[:, :, None] + log_BKT).softmax(1)
         means_BK = (by_token_BKT * mask_BT[:, None]).sum(2) / mask_BT.sum(1, keepdim=True)
@@ -174,9 +213,32 @@ def test_the_gradient_is_prior_minus_posterior():
             assert torch.allclose(got_BK, (prior_BK - posterior_BK) * shares[marginal], atol=1e-12)
 
 
+def test_the_marginals_are_those_of_hugging_faces_rag():
+    """RagTokenForGeneration.marginalize and RagSequenceForGeneration.get_nll, called on the same logits."""
+    scores_BK, log_BKTV, labels_BT, _ = random_case(5, B=2, V=7)
+    labels_BT, pad = labels_BT % 5 + 1, 0
+    mask_BT = torch.tensor([[True] * 3, [True, True, False]])  # get_nll scores documents at the second target
+    flat_NTV = log_BKTV.flatten(0, 1)
+    generator = SimpleNamespace(pad_token_id=pad, bos_token_id=None)
+    rag = SimpleNamespace(config=SimpleNamespace(n_docs=4, bos_token_id=None, generator=generator))
+    log_BKT, log_prior_BK = of_labels(log_BKTV, labels_BT), scores_BK.log_softmax(1)
+
+    log_BTV = RagTokenForGeneration.marginalize(rag, flat_NTV, scores_BK)
+    wanted = -log_BTV.gather(2, labels_BT[:, :, None])[..., 0][mask_BT].mean()
+    assert torch.isclose(retriever_loss(log_prior_BK, log_BKT, mask_BT, "token"), wanted, atol=1e-9)
+
+    # get_nll shifts the targets by one (decoder inputs start with a start token) and knows pads by their id
+    targets_BT = torch.cat([torch.full((2, 1), 9), labels_BT.masked_fill(~mask_BT, pad)], 1)
+    with_end_NTV = torch.cat([flat_NTV, flat_NTV[:, :1]], 1)  # a fourth token, a pad for every answer
+    nll_B = RagSequenceForGeneration.get_nll(rag, with_end_NTV, scores_BK, targets_BT)
+    got = retriever_loss(log_prior_BK, log_BKT, mask_BT, "sequence")
+    assert torch.isclose(got, nll_B.mean(), atol=1e-9)
+
+
 def test_impossible_passages_and_pads_leave_the_loss_finite():
     """A passage by which the answer cannot be (-inf), and NaN at a pad: finite loss, finite gradient."""
-    scores_BK, log_BKT, mask_BT = random_case()
+    scores_BK, log_BKTV, labels_BT, mask_BT = random_case()
+    log_BKT = of_labels(log_BKTV, labels_BT)
     log_BKT[0, 1] = -torch.inf
     log_BKT[1, :, 2] = torch.nan
     for form in ("token", "sequence", "kl"):
