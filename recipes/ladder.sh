@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The ladder: BM25, DPR, GC-DPR, ANCE-Tele, RocketQA, a reader, FiD and EMDR2 on one corpus, from the same weights. It
 # ends with one table, one picture and one page (recipes/ladder.py, plot.py, page.py). A ladder that was stopped continues
-# where it was. Time: two and a half hours on two CPU cores, beside other programs (results/ladder_small).
+# where it was. Time: two and a half hours on two CPU cores, beside other programs and without `more` (results/ladder_small).
 #
 # Every third training question loses its label. All encoders learn from the others. RocketQA gives the third
 # pseudo-labels. Readers need only answers and learn from all questions. Nothing is chosen: the weights of the last
