@@ -16,7 +16,6 @@ from pathlib import Path
 
 from utils import fid, reader
 from utils.data import Corpus
-from utils.distributed import start
 from utils.metrics import answer_scores, print_table, with_intervals
 from utils.plumbing.config import (
     at_least,
@@ -27,6 +26,7 @@ from utils.plumbing.config import (
     need_model,
     need_out,
 )
+from utils.plumbing.devices import start
 from utils.plumbing.files import write_json
 from utils.plumbing.weights import read_inputs
 

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils.data import Corpus
-from utils.distributed import cut, prefetch, rows_that_fit, start
+from utils.distributed import cut, prefetch
 from utils.encoder import embed, tokenize_passages
 from utils.plumbing.config import (
     UserError,
@@ -37,6 +37,7 @@ from utils.plumbing.config import (
     need_folder,
     need_model,
 )
+from utils.plumbing.devices import rows_that_fit, start
 from utils.plumbing.embeddings import (
     check_storable,
     open_embeddings,

@@ -24,20 +24,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from utils.data import (
-    Corpus,
-    aligned_reader,
-    check_ids,
-    check_scores,
-    find_themselves,
-    is_itself,
-    iter_lists,
-    iter_run,
-    passage_of,
-    read_questions,
-    refuse_strange_answers,
-)
+from utils.data import Corpus, aligned_reader, is_itself, iter_lists, iter_run, passage_of, read_questions
 from utils.metrics import gold_ids
+from utils.plumbing.checks import check_ids, check_scores, note_on_own_ids, refuse_strange_answers
 from utils.plumbing.config import (
     UserError,
     at_least,
@@ -223,7 +212,7 @@ def read_found(questions, cfg, counts):
         yield question, Found(ranked, dict(scores), neighbours, *momentum, never.get(qid, frozenset()))
     for question in waiting.values():
         yield question, Found([])
-    share = find_themselves(counts["questions that find their own id first"], len(questions))
+    share = note_on_own_ids(counts["questions that find their own id first"], len(questions))
     if share and not cfg.ignore_identical_ids:
         raise UserError(f"{cfg.run}: {share}, it is the question itself; add --ignore_identical_ids true")
     if len(waiting) == len(questions):

@@ -21,9 +21,10 @@ import torch
 from tqdm import tqdm
 
 from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pairs
-from utils.data import Corpus, check_ids, iter_rankings, iter_run, read_questions, write_run
-from utils.distributed import prefetch, rows_that_fit, start
+from utils.data import Corpus, iter_rankings, iter_run, read_questions, write_run
+from utils.distributed import prefetch
 from utils.metrics import measure, report
+from utils.plumbing.checks import check_ids
 from utils.plumbing.config import (
     UserError,
     at_least,
@@ -34,6 +35,7 @@ from utils.plumbing.config import (
     need_model,
     need_out,
 )
+from utils.plumbing.devices import rows_that_fit, start
 from utils.plumbing.embeddings import refuse_other_job, wait_for
 from utils.plumbing.files import folder_hash, lock, need_space, read_json, sha256, write_json
 

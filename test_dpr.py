@@ -25,18 +25,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.data import (
-    Corpus,
-    check_ids,
-    iter_jsonl,
-    iter_run,
-    named_hits,
-    question_key,
-    read_questions,
-    write_run,
-)
+from utils.data import Corpus, iter_jsonl, iter_run, named_hits, question_key, read_questions, write_run
 from utils.encoder import embed, tokenize_questions
 from utils.metrics import measure, report
+from utils.plumbing.checks import check_ids
 from utils.plumbing.config import (
     UserError,
     at_least,

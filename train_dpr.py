@@ -30,10 +30,11 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from utils import encoder as encoding
-from utils.data import count_negatives, items_of_step, passage_key, passage_of, read_training
+from utils.data import items_of_step, passage_key, passage_of, read_training
 from utils.distributed import gather_rows, own_share, sum_gradients
 from utils.grad_cache import grad_cache_step
 from utils.metrics import positive_ranks
+from utils.plumbing.checks import notes_on_negatives
 from utils.plumbing.config import at_least, friendly_errors, load_config, need_file
 from utils.plumbing.run import NO_DEV, Run
 from utils.plumbing.weights import TOWERS, given_inputs, load_towers
@@ -296,7 +297,7 @@ def main():
     dev, dev_note = NO_DEV
     if cfg.dev:
         dev, dev_note = read_training(cfg.dev, corpus)
-    run.notes += [train_note, *count_negatives(cfg, train), dev_note]
+    run.notes += [train_note, *notes_on_negatives(cfg, train), dev_note]
 
     # models
     sources = {name: run.source(name, cfg.init) for name in TOWERS}

@@ -13,10 +13,12 @@ from functools import partial
 from pathlib import Path
 
 from prepare.reading import answer_list, at_tabs, at_tabs_or_spaces, iter_entries, iter_table, not_of, number
-from utils.corpus import read_lines, unquote
-from utils.data import Corpus, check_passage, iter_jsonl, passage_of, read_questions, whole_number
+from utils.corpus import unquote
+from utils.data import Corpus, iter_jsonl, passage_of, read_questions
+from utils.plumbing.checks import as_text, is_passage
 from utils.plumbing.config import UserError
 from utils.plumbing.files import atomic_file
+from utils.plumbing.lines import read_lines
 
 # the keys of a training entry: id, question, positives, its hard negatives or else the others
 DPR_KEYS = ("qid", "question", "positive_ctxs", ("hard_negative_ctxs", "negative_ctxs"))
@@ -67,7 +69,7 @@ def from_training(path, *, counts, ids=False, names=DPR_KEYS, keep=False):
         answers = answer_list(entry.get("answers") or [], place)
         result = {"question": question, "answers": answers, "positives": positives, "negatives": negatives}
         if id_key in entry:
-            result["qid"] = whole_number(entry[id_key])
+            result["qid"] = as_text(entry[id_key])
         yield result
 
 
@@ -118,7 +120,7 @@ def from_ance_tele_hn(*paths, counts):
             except (KeyError, TypeError, ValueError) as error:
                 raise not_of(f"{path}:{line}", entry, error, path, ("query", "negatives")) from None
             if "qid" in entry:  # NQ's and TriviaQA's have it, MS MARCO's do not
-                result["qid"] = whole_number(entry["qid"])
+                result["qid"] = as_text(entry["qid"])
             yield result
 
 
@@ -221,7 +223,7 @@ def from_msmarco(path, qrels=None, *, counts):
 
 
 def from_beir(path, qrels=None, *, counts):
-    queries = ((whole_number(entry.get("_id")), entry.get("text")) for _, entry in iter_jsonl(path))
+    queries = ((as_text(entry.get("_id")), entry.get("text")) for _, entry in iter_jsonl(path))
     return judged(queries, qrels, counts)
 
 
@@ -235,7 +237,7 @@ def write_questions(out, source, entries, counts):
             entry = {"qid": f"{stem}-{i}"} | entry
             if not all(isinstance(entry[key], str) and entry[key].strip() for key in ("qid", "question")):
                 raise UserError(f"{source}: question {i} is empty or not text: {reprlib.repr(entry)[:80]}")
-            if not all(map(check_passage, entry.get("positives", []) + entry.get("negatives", []))):
+            if not all(map(is_passage, entry.get("positives", []) + entry.get("negatives", []))):
                 raise UserError(f"{source}: question {i} has a passage whose title or text is not text")
             if entry["qid"] in qids:
                 raise UserError(f"{source}: question id {entry['qid']!r} is there twice")

@@ -1,10 +1,14 @@
 """
 Does a test notice every wrong answer in course/answers/? In a copy of the tree with it, a test must fail.
 
-Run: python -m tests.mutants         all of them, about 15 seconds each; exit code 1 if one is not noticed
+First all tests run once on the right code: they must pass, and their seconds say which of them are quick.
+
+Run: python -m tests.mutants         all of them; exit code 1 if one is not noticed
      python -m tests.mutants utils/search.py:fetch mine_negatives.py:topk
 """
 
+import collections
+import json
 import os
 import shutil
 import subprocess
@@ -19,7 +23,7 @@ sys.path.append(str(ROOT / "course"))
 from trees import wrong_submissions  # noqa: E402
 from wrong import WRONG  # noqa: E402
 
-# the tests of a module, the quick ones first
+# the tests of a module
 TESTS = {
     "train_dpr.py": "train_dpr grad_cache trainers",
     "train_reader.py": "train_reader",
@@ -38,8 +42,25 @@ TESTS = {
 }
 
 
-def is_noticed(tree, names):
-    """Return whether a test of test_NAME.py fails in a copy of the tree."""
+class QuickFirst:
+    """Sorts tests by the seconds of an earlier run, {test: seconds}, and writes those of this run."""
+
+    def __init__(self, seconds, out):
+        self.seconds, self.out = seconds, out
+        self.now = collections.Counter()
+
+    def pytest_collection_modifyitems(self, items):
+        items.sort(key=lambda item: self.seconds.get(item.nodeid, 0))
+
+    def pytest_runtest_logreport(self, report):
+        self.now[report.nodeid] += report.duration
+
+    def pytest_sessionfinish(self):
+        self.out.write_text(json.dumps(self.now))
+
+
+def is_noticed(tree, names, seconds):
+    """Return whether a test of test_NAME.py fails in a copy of the tree, and write tree/seconds.json."""
     process = os.fork()  # why not a new python: this one has torch loaded
     if process == 0:
         os.chdir(tree)
@@ -49,7 +70,8 @@ def is_noticed(tree, names):
         os.dup2(sink, 1)
         os.dup2(sink, 2)
         files = [f"tests/test_{name}.py" for name in names]
-        os._exit(pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *files]))
+        plugin = QuickFirst(seconds, tree / "seconds.json")
+        os._exit(pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *files], [plugin]))
     _, status = os.waitpid(process, 0)
     code = os.waitstatus_to_exitcode(status)
     assert code in (0, 1), f"pytest ended with {code}"  # 1: a test failed; 2 and more: no test ran
@@ -70,12 +92,15 @@ def main():
         for name in files:
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tree / name)
-        for task in tasks:
-            path = task.partition(":")[0]
+        paths = {task: task.partition(":")[0] for task in tasks}
+        names = {name: None for path in paths.values() for name in TESTS[path].split()}
+        assert not is_noticed(tree, names, {}), "a test fails on the right code"
+        seconds = json.loads((tree / "seconds.json").read_text())
+        for task, path in paths.items():
             source = (ROOT / path).read_bytes()
             for what, files, _ in wrong_submissions({path: source}, None, task):
                 (tree / path).write_bytes(files[path])
-                noticed = is_noticed(tree, TESTS[path].split())
+                noticed = is_noticed(tree, TESTS[path].split(), seconds)
                 print(f"{'red ' if noticed else 'GREEN'} {task}: {what}", flush=True)
                 missed += not noticed
                 count += 1

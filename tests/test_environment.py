@@ -6,8 +6,8 @@ import sys
 import pytest
 from accelerate.state import AcceleratorState
 
-from utils.distributed import LAUNCHED, PLAIN, start
 from utils.plumbing.config import ROOT, UserError
+from utils.plumbing.devices import LAUNCHED, PLAIN, start
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def environment(monkeypatch):
     """Set variables, `NAME=value NAME=value`, for a process that no launcher started."""
     for name in (*PLAIN, *LAUNCHED, "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("utils.distributed.default_config_file", "none")
+    monkeypatch.setattr("utils.plumbing.devices.default_config_file", "none")
     AcceleratorState._reset_state(True)
 
     def set_all(variables):
@@ -67,7 +67,7 @@ def test_what_is_not_used_is_said(environment, capsys, variables, words):
 def test_a_config_file_of_accelerate_is_not_read_by_python(environment, capsys, monkeypatch, tmp_path):
     """Only `accelerate launch` reads it, so its precision and its processes would be missed in silence."""
     (tmp_path / "default_config.yaml").write_text("mixed_precision: bf16\nnum_processes: 2\n")
-    monkeypatch.setattr("utils.distributed.default_config_file", str(tmp_path / "default_config.yaml"))
+    monkeypatch.setattr("utils.plumbing.devices.default_config_file", str(tmp_path / "default_config.yaml"))
     start()
     assert "default_config.yaml is not used: only `accelerate launch`" in capsys.readouterr().err
 

@@ -8,13 +8,13 @@ import torch
 import yaml
 
 import doc2embedding
-import utils.distributed
+import utils.plumbing.devices
 import utils.plumbing.run
 from tests import test_train_dpr
 from tests.processes import main, rows
 from tests.toy_t5 import t5
-from utils.distributed import rows_that_fit
 from utils.plumbing.config import UserError
+from utils.plumbing.devices import rows_that_fit
 from utils.plumbing.files import read_json
 from utils.plumbing.weights import width_of
 
@@ -39,7 +39,7 @@ def test_what_fits_a_gpu(free, length, width, wanted, monkeypatch):
     assert rows_that_fit(64, length, width, GPU) == wanted
     assert rows_that_fit(64, length, width, CPU) == 64
     # or the settings, and so the name of a run, would be others on each
-    monkeypatch.setattr(utils.distributed, "gather_items", lambda mine: mine | {1: 7})
+    monkeypatch.setattr(utils.plumbing.devices, "gather_items", lambda mine: mine | {1: 7})
     assert rows_that_fit(64, length, width, GPU) == min(7, wanted)
 
 

@@ -21,9 +21,10 @@ from train_dpr import (
     make_batch,
     rotating_negatives,
 )
-from utils.data import Corpus, count_negatives, passage_of, read_questions
+from utils.data import Corpus, passage_of, read_questions
 from utils.distributed import chunk_seed
 from utils.encoder import collate, tokenize_passages, tokenize_questions
+from utils.plumbing.checks import notes_on_negatives
 from utils.plumbing.config import UserError, load_config
 from utils.plumbing.run import make_optimizer
 from utils.plumbing.weights import TOWERS, load_encoder, load_towers, save_encoder
@@ -140,9 +141,9 @@ def test_negatives_are_counted_and_none_at_all_is_refused(world, batch_size, neg
     train = [example | own for example in read_questions(cfg.train)]
     if words == "refused":
         with pytest.raises(UserError, match="no question meets a wrong passage.* nothing to tell apart"):
-            count_negatives(cfg, train)
+            notes_on_negatives(cfg, train)
     else:
-        assert re.search(words, "\n".join(count_negatives(cfg, train)))
+        assert re.search(words, "\n".join(notes_on_negatives(cfg, train)))
 
 
 def test_padding_and_duplicates_are_excluded_and_counted(world):

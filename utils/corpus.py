@@ -9,7 +9,6 @@ trap: of several processes one must be the first: `with accelerator.main_process
 import contextlib
 import csv
 import hashlib
-import json
 import os
 import re
 import tempfile
@@ -19,11 +18,10 @@ from statistics import median
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from prepare.hints import kind_of
 from utils.plumbing.config import UserError, file_fault
 from utils.plumbing.files import atomic_folder, read_json, temporary_name, write_json
+from utils.plumbing.lines import load_json, read_lines
 
 csv.field_size_limit(2**31 - 1)  # trap: csv refuses fields of more than 131,072 characters
 # how people name the columns of a passage or question file, small letters alone
@@ -35,52 +33,6 @@ COLUMN_NAMES += " name page corpus url query question answer answers score relev
 COLUMN_NAMES = frozenset(COLUMN_NAMES.split())
 
 
-# ---------------------------------------------------------------- a line
-def read_lines(path, digest=None):
-    """
-    Yield (number, byte offset, text with its line end) of every line of a utf-8 file, in constant memory.
-
-    A line ends at \\n only: U+2028 is text. A byte-order mark is skipped. `digest` is fed every byte.
-    """
-    if fault := file_fault(path):
-        raise UserError(f"{path}: {fault}")
-    size = os.path.getsize(path)
-    bar = tqdm(desc=f"reading {path}", total=size, unit="B", unit_scale=True, delay=5, disable=None)
-    end = 0
-    with bar, open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if number == 1 and (fault := kind_of(line, path)):
-                raise UserError(f"{path}: {fault}")
-            if digest:
-                digest.update(line)
-            bar.update(len(line))
-            begin = end
-            end += len(line)
-            if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-                begin = 3
-                line = line[3:]
-            try:
-                text = line.decode()
-            except UnicodeDecodeError:
-                text = "\0"
-            if "\0" in text:
-                raise UserError(f"{path}:{number}: is no utf-8 text; convert it (iconv), or get it again")
-            yield number, begin, text
-
-
-def not_json(constant):
-    raise ValueError(f"{constant} is not json")
-
-
-def load_json(text):
-    """Return the value in a line of json. ValueError says what is wrong."""
-    value = json.loads(text, parse_constant=not_json)  # trap: python's json accepts NaN
-    # trap: it also accepts half of a character that is written as two; every tokenizer fails at it
-    if re.search(r"\\u[dD][89a-fA-F]", text):
-        json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
-    return value
-
-
 # ---------------------------------------------------------------- a passage
 class Passage(NamedTuple):
     """One passage. `id` is "" when the passage came inline in a training file."""
@@ -88,6 +40,22 @@ class Passage(NamedTuple):
     id: str
     title: str
     text: str
+
+
+def passage_key(entry):
+    """Return what makes two entries the same passage: the corpus id, or title and text of an inline one."""
+    if isinstance(entry, str):
+        return entry
+    return entry.get("title") or "", entry["text"]
+
+
+def passage_of(entry, corpus):
+    """Return the Passage that an entry of `positives` or `negatives` names. An inline one gets the id ""."""
+    if isinstance(entry, dict):
+        return Passage("", entry.get("title") or "", entry["text"])
+    if corpus is None:
+        raise UserError(f"passage {entry!r} is named by its id: give the corpus too")
+    return corpus.passage(entry)
 
 
 def split_fields(line):

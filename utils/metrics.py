@@ -10,7 +10,8 @@ Q questions · N passages
 import numpy as np
 from tqdm import tqdm
 
-from utils.data import aligned_reader, find_themselves, is_itself, iter_rankings
+from utils.data import aligned_reader, is_itself, iter_rankings
+from utils.plumbing.checks import note_on_own_ids
 from utils.text import exact_match, f1, has_answer, report_regex_failures
 
 # DPR counts 20 and 100; MS MARCO's R@50 and R@1000 are hit@50 and hit@1000
@@ -183,7 +184,7 @@ def retrieval_metrics(ranked, corpus, ks, regex=False):
             values.setdefault(name, []).append(value)
         questions += 1
         themselves += bool(pids) and is_itself(question, pids[0])
-    if share := find_themselves(themselves, questions):
+    if share := note_on_own_ids(themselves, questions):
         print(f"warning: {share}; where that is the question itself, search with --ignore_identical_ids true")
     return with_intervals(values)
 

@@ -66,9 +66,9 @@ from utils import fid, reader  # noqa: E402
 from utils.corpus import Corpus  # noqa: E402
 from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pairs  # noqa: E402
 from utils.data import read_questions  # noqa: E402
-from utils.distributed import rows_that_fit  # noqa: E402
 from utils.encoder import collate, embed, tokenize_passages, tokenize_questions  # noqa: E402
 from utils.plumbing.config import load_config  # noqa: E402
+from utils.plumbing.devices import rows_that_fit  # noqa: E402
 from utils.plumbing.files import write_json  # noqa: E402
 from utils.plumbing.weights import TOWERS, load_encoder  # noqa: E402
 

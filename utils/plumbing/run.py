@@ -25,9 +25,10 @@ import torch
 import yaml
 
 from utils.corpus import Corpus
-from utils.distributed import any_device, peak_memory, prefetch, rows_that_fit, start
+from utils.distributed import any_device, prefetch
 from utils.plumbing.checkpoint import load_moments, newest_checkpoint, publish, save_checkpoint
 from utils.plumbing.config import ROOT, UserError, at_least, must_be_one_of, need_folder, need_model
+from utils.plumbing.devices import peak_memory, rows_that_fit, start
 from utils.plumbing.files import (
     atomic_file,
     folder_hash,
