@@ -2,8 +2,8 @@
 Train a question encoder and a passage encoder with in-batch negatives (DPR, Karpukhin et al. 2020, Sec. 3).
 
 A question and a passage score the inner product of their vectors. Each question comes with its positive
-passage and with hard negatives. In a batch, all passages of the other questions (their hard negatives too)
-are negatives of a question. The loss is the softmax over all of them.
+passage and with hard negatives. Its negatives are its own hard ones and all passages of the other questions
+in the batch, their hard negatives too. The loss is -log of the positive's share in the softmax over these.
 
 In:   a questions file (train, dev) and the corpus that its passage ids point into
 Out:  run_dir/{query_encoder,doc_encoder}/ (best on dev), checkpoints/, log.txt, metrics.jsonl
@@ -17,7 +17,7 @@ ANCE-Tele walks through many mined negatives and stops early (train_dpr_ance_tel
 several rounds (ANCE-Tele: episodes). Each round starts anew from `init`, with a new training file.
 
 B questions, P = B * (1 + negatives) passages of this device · Q, N: those of all devices · D hidden
-item: the number of a line of the training file · entry: a passage, as a corpus id or inline
+item: the place of a question in `train` · entry: a passage, as a corpus id or inline
 """
 
 import itertools
@@ -58,7 +58,7 @@ def rotating_negatives(pool, k, seed, epoch):
 
 
 def draw_passages(example, item, epoch, cfg):
-    """Return the passages of line `item` of the file, as entries: the positive, then the negatives."""
+    """Return the passages of question `item`, as entries: the positive, then the negatives."""
     positives = example["positives"]
     negatives = example["negatives"]
     first = 0
@@ -69,7 +69,9 @@ def draw_passages(example, item, epoch, cfg):
         picked = rotating_negatives(len(negatives), cfg.negatives, seed, epoch)
     else:
         # from: DPR dpr/models/biencoder.py:184 shuffles the pool anew every epoch and takes the first ones
-        rng = np.random.default_rng([cfg.seed, epoch, item, 1])  # 1: item 0 too has a stream of its own
+        # differs: where a question has no hard negative DPR takes another negative; here it is padded
+        # why the 1: numpy takes [a, b, 0] for [a, b], which orders the epoch (items_of_step)
+        rng = np.random.default_rng([cfg.seed, epoch, item, 1])
         if cfg.shuffle_positives:
             first = rng.integers(len(positives))
         picked = rng.permutation(len(negatives))[: cfg.negatives]
@@ -78,7 +80,7 @@ def draw_passages(example, item, epoch, cfg):
 
 def draw_batch(step, train, cfg):
     """
-    Draw the global batch of a step: (its lines of the training file, its passages, padding columns).
+    Draw the global batch of a step: (its items, its passages as entries, the columns of padding).
 
     Passages lie interleaved, [positive, negatives] question by question, so the positive of question i is
     column i * (1 + negatives). A question with too few negatives is padded with its positive.
@@ -104,8 +106,8 @@ def excluded_pairs(items, entries, padding, train, cfg):
     width = 1 + cfg.negatives
     pairs = set(itertools.product(range(len(items)), padding))
 
-    # differs: all four originals keep these duplicates as negatives. why: the same gold passage twice in a
-    # batch of four raises the lowest loss that can be reached from 0 to 0.35, and pushes a right answer away
+    # differs: all four originals keep these duplicates as negatives. why: a gold passage that stands twice in a
+    # batch of four is pushed away from its two questions. They reach a loss of log 2 at best, the mean is 0.35
     columns = {}
     for column, entry in enumerate(entries):
         if cfg.mask_duplicates and column not in padding:
@@ -198,6 +200,7 @@ def add_gradient(batch, encoders, accelerator, cfg, step):
     # (on a CPU; a GPU's attention may add in another order)
     seed = (cfg.seed, step, accelerator.process_index)
     backward = accelerator.backward  # with fp16's loss scaler
+    # plain DPR goes this way too: without the cache all graphs are kept, and it is one loss.backward()
     _, loss, correct = grad_cache_step(encode, chunks, loss_of, seed, backward, cfg.grad_cache)
     sum_gradients(torch.nn.ModuleDict(encoders).parameters())  # each weight of a shared encoder once
     return loss, correct
@@ -239,28 +242,29 @@ def training_step(step, batch, encoders, optimizer, run, cfg):
 
 # ---------------------------------------------------------------- evaluation
 def dev_pool(dev, corpus, encoders, cfg):
-    """Tokenise once: (ids of the questions, ids of their distinct passages, places of the gold passages)."""
-    pool = {}  # passage key -> entry; a dict keeps the order, and each passage once
+    """Tokenise once: (token ids of the questions, of their distinct passages, places of the gold passages)."""
+    passages = {}  # passage key -> entry; a dict keeps the order, and each passage once
     gold_keys = []
     for example in dev:
         gold = example["positives"][0]
         gold_keys.append(passage_key(gold))
         for entry in [gold, *example["negatives"][: cfg.dev_negatives]]:
-            pool.setdefault(passage_key(entry), entry)
-    places = {key: place for place, key in enumerate(pool)}
+            passages.setdefault(passage_key(entry), entry)
+    places = {key: place for place, key in enumerate(passages)}
     gold_Q = np.array([places[key] for key in gold_keys])
 
     questions = [example["question"] for example in dev]
-    passages = [passage_of(entry, corpus) for entry in pool.values()]
+    texts = [passage_of(entry, corpus) for entry in passages.values()]
     question_ids = encoding.tokenize_questions(encoders["query_encoder"], questions)
-    passage_ids = encoding.tokenize_passages(encoders["doc_encoder"], passages)
+    passage_ids = encoding.tokenize_passages(encoders["doc_encoder"], texts)
     return question_ids, passage_ids, gold_Q
 
 
 def evaluate(pool, encoders, accelerator, cfg):
     """Return the average rank (1 is best) and the MRR of the gold passages in the pool of all passages."""
-    # differs: one pool for all devices, from the first epoch on. DPR takes the loss until epoch 30, then the
-    # rank in a pool per device.
+    # differs: one pool for all devices, from the first epoch on; a rank begins at 1, and equal passages count
+    # once. DPR takes the loss until epoch 30. Then its rank begins at 0, in a pool for each device, to which
+    # it adds 30 more negatives of a question.
     question_ids, passage_ids, gold_Q = pool
     size = cfg.eval_batch_size
     q_QD = encoding.embed_on_devices(encoders["query_encoder"], question_ids, size, accelerator)
@@ -282,15 +286,17 @@ def evaluate(pool, encoders, accelerator, cfg):
 def main():
     # settings, checked before anything is loaded
     cfg = load_config(__doc__, "config/train_dpr_nq.yaml")
-    given_inputs(cfg)  # UserError for a value that no encoder knows
+    given_inputs(cfg)  # called here for its UserError: a value that no encoder knows
     at_least(cfg, 4, "question_tokens", "passage_tokens")
     need_file(cfg, "train", optional=("dev", "corpus"))
 
-    # data
-    sizes = {  # rows of a forward pass on a CPU, and their tokens; for a key that is 0
+    # where the key is 0: (rows in one forward pass on a CPU, tokens of a row, of which a GPU takes what fits)
+    sizes = {
         "question_chunk": (64, cfg.question_tokens),
         "passage_chunk": (64, cfg.passage_tokens),
     }
+
+    # data
     run = Run(cfg, files=("train", "dev"), weights=("init",), sizes=sizes)
     corpus = run.corpus
     train, train_note = read_training(cfg.train, corpus)
@@ -315,8 +321,8 @@ def main():
     for step, batch in run.steps(len(train), batch_of, story):
         if step == run.first:
             decode = encoders["query_encoder"].tokenizer.decode
-            run.say(f"example question: {decode(batch['question_chunks'][0][0])}")
-            run.say(f"example passage: {decode(batch['passage_chunks'][0][0])}")
+            run.say(f"shortest question: {decode(batch['question_chunks'][0][0])}")
+            run.say(f"shortest passage: {decode(batch['passage_chunks'][0][0])}")
         shown, hidden = training_step(step, batch, encoders, optimizer, run, cfg)
         run.log(shown, hidden)
         evaluated = bool(dev) and run.time_to_evaluate()
