@@ -11,7 +11,8 @@ Out:  a training file: "positives" and "negatives" (passage ids) for train_dpr.p
 Run:  python mine_negatives.py --config config/mine_negatives.yaml
       python mine_negatives.py --mode teleport --run runs/x/ann.run --lookahead_run runs/x/lookahead.run \
           --out runs/x/train.jsonl    (lookahead.run: test_dpr.py --lookahead true)
-Next: train_dpr.py, train_cross_encoder.py      RQ, AT: files of the RocketQA and ANCE-Tele code
+Next: train_dpr.py, train_cross_encoder.py
+RQ, AT: files of the RocketQA and ANCE-Tele code
 """
 
 import json
@@ -26,16 +27,9 @@ from tqdm import tqdm
 
 from utils.data import Corpus, aligned_reader, is_itself, iter_lists, iter_run, passage_of, read_questions
 from utils.metrics import gold_ids
+from utils.plumbing import config
 from utils.plumbing.checks import check_ids, check_scores, note_on_own_ids, refuse_strange_answers
-from utils.plumbing.config import (
-    UserError,
-    at_least,
-    friendly_errors,
-    load_config,
-    must_be_one_of,
-    need_file,
-    need_out,
-)
+from utils.plumbing.config import UserError
 from utils.plumbing.files import atomic_file
 from utils.text import has_answer, report_regex_failures
 
@@ -136,7 +130,7 @@ def denoise(question, found, corpus, cfg, rngs):
     if cfg.fill:
         unseen = [pid for pid in ranked if pid not in found.scores]
         negatives += draw_at_random(unseen, wrong, wanted - len(negatives), rngs[0])
-    return positives, negatives[::-1]  # from: :46-54 takes them from the end
+    return positives, negatives[::-1]  # last first: RocketQA takes them from the end of its list (:46-54)
 
 
 def pseudo_label(question, found, corpus, cfg, rngs):
@@ -153,7 +147,9 @@ def pseudo_label(question, found, corpus, cfg, rngs):
 def teleport(question, found, corpus, cfg, rngs):
     """
     ANCE-Tele: the neighbours of the question (ANN) and of its positive (look-ahead), and last episode's
-    negatives (momentum). Lists of equal length are the paper's weights alpha = beta = 0.5 of its sources.
+    negatives (momentum). ANN and look-ahead give equally many. Momentum is the whole last file: none of the
+    list in episode 1, half in episode 2, two thirds in episode 3. The paper's weights alpha and beta are not
+    in its code.
     """
     positives = positives_of(question, found.ranked, corpus, cfg)
     wrong = wrong_for(question, positives, found.never, corpus, cfg)
@@ -174,7 +170,7 @@ def teleport(question, found, corpus, cfg, rngs):
     for positive in more + found.momentum_positives:
         if positive not in positives:
             positives.append(positive)
-    # differs: ANCE-Tele has momentum first on MARCO, last on NQ; it drops a question that momentum lacks
+    # differs: on MARCO ANCE-Tele has momentum first, and drops a question that momentum lacks; on NQ as here
     return positives, ann + lookahead + found.momentum
 
 
@@ -184,8 +180,8 @@ MODES = {"topk": topk, "denoise": denoise, "pseudo_label": pseudo_label, "telepo
 # ---------------------------------------------------------------- reading, question by question
 def read_found(questions, cfg, counts):
     """Yield (question, Found): in the order of the run, then the questions that the run does not rank."""
-    excluded = read_questions(cfg.exclude) if cfg.exclude else []
-    never = {question["qid"]: frozenset(gold_ids(question)) for question in excluded}
+    others = read_questions(cfg.exclude) if cfg.exclude else []
+    never = {question["qid"]: frozenset(gold_ids(question)) for question in others}
 
     # differs: the originals keep all rankings in memory; here all files must be in one order
     readers = []
@@ -197,7 +193,7 @@ def read_found(questions, cfg, counts):
     for qid, hits in iter_run(cfg.run):
         scores = take_scores(qid) or []
         neighbours = [pid for pid, _ in take_lookahead(qid) or []]
-        momentum = take_momentum(qid) or ([], [])
+        momentum, momentum_positives = take_momentum(qid) or ([], [])
         question = waiting.pop(qid, None)
         if question is None:
             counts["rankings of other questions, ignored"] += 1
@@ -206,10 +202,11 @@ def read_found(questions, cfg, counts):
         counts["questions that find their own id first"] += is_itself(question, ranked[0])
         if cfg.scores:
             check_scores(qid, scores, set(ranked), cfg)
-        if cfg.ignore_identical_ids and is_itself(question, qid):
+        if cfg.ignore_identical_ids and qid not in question["positives"]:  # so it is the question itself
             ranked = [pid for pid in ranked if pid != qid]
             neighbours = [pid for pid in neighbours if pid != qid]
-        yield question, Found(ranked, dict(scores), neighbours, *momentum, never.get(qid, frozenset()))
+        excluded = never.get(qid, frozenset())
+        yield question, Found(ranked, dict(scores), neighbours, momentum, momentum_positives, excluded)
     for question in waiting.values():
         yield question, Found([])
     share = note_on_own_ids(counts["questions that find their own id first"], len(questions))
@@ -223,7 +220,7 @@ def read_found(questions, cfg, counts):
 
 # ---------------------------------------------------------------- choosing
 def mine(questions, corpus, cfg, counts):
-    """Yield the lines of the training file. `counts` tells what became of the questions."""
+    """Yield the lines of the training file, and count in `counts` what became of the questions."""
     # rngs[0] draws from the ranking, rngs[1] from the look-ahead, so that neither changes the other's draws
     # differs: RocketQA's draw on NQ and ANCE-Tele's have no seed
     rngs = [random.Random(cfg.seed), random.Random(cfg.seed)]
@@ -231,7 +228,8 @@ def mine(questions, corpus, cfg, counts):
     for question, found in read_found(questions, cfg, counts):
         try:
             positives, negatives = MODES[cfg.mode](question, found, corpus, cfg, rngs)
-            for entry in positives + negatives:  # what no mode has read, and main() has not looked up
+            # an id that the corpus lacks must not get into the file; main() has looked up the given positives
+            for entry in positives + negatives:
                 if isinstance(entry, str) and entry not in question["positives"]:
                     corpus.row(entry)
         except UserError as error:
@@ -249,14 +247,20 @@ def mine(questions, corpus, cfg, counts):
             counts["questions dropped, no negative"] += 1
             continue
 
-        # count what is new; asked for: `negatives` per positive with scores, else per ranking
-        lists = len(positives) if cfg.mode == "denoise" and cfg.scores else 1 + bool(cfg.lookahead_run)
-        new = len(negatives) - len(found.momentum)
-        counts["questions with fewer new ones than asked"] += 0 < new < lists * cfg.negatives
-        counts["questions without a negative"] += not negatives
-        counts["negatives"] += len(negatives)
+        count_negatives(found, positives, negatives, cfg, counts)
         question.pop("grades", None)  # why: they grade the positives of before
         yield from training_lines(question | {"positives": positives, "negatives": negatives}, cfg)
+
+
+def count_negatives(found, positives, negatives, cfg, counts):
+    """Count the negatives of a question that is kept, and whether fewer are new than were asked for."""
+    lists = 1 + bool(cfg.lookahead_run)
+    if cfg.mode == "denoise" and cfg.scores:
+        lists = len(positives)
+    new = len(negatives) - len(found.momentum)
+    counts["questions with fewer new ones than asked"] += 0 < new < lists * cfg.negatives
+    counts["questions without a negative"] += not negatives
+    counts["negatives"] += len(negatives)
 
 
 def training_lines(example, cfg):
@@ -275,10 +279,12 @@ def training_lines(example, cfg):
 # ---------------------------------------------------------------- main
 def check_settings(cfg):
     """UserError for every mistake that can be seen without reading a file."""
-    must_be_one_of(cfg, mode=tuple(MODES), match=("string", "regex"), positives=("given", "find", "ranking"))
-    need_file(cfg, "questions", "run", "corpus", optional=("scores", "lookahead_run", "momentum", "exclude"))
-    need_out(cfg, "out")
-    at_least(cfg, 1, "negatives")
+    config.must_be_one_of(cfg, mode=tuple(MODES), match=("string", "regex"))
+    config.must_be_one_of(cfg, positives=("given", "find", "ranking"))
+    config.need_file(cfg, "questions", "run", "corpus")
+    config.need_file(cfg, optional=("scores", "lookahead_run", "momentum", "exclude"))
+    config.need_out(cfg, "out")
+    config.at_least(cfg, 1, "negatives")
     if cfg.depth < cfg.negatives:
         raise UserError(f"negatives ({cfg.negatives}) must be at most depth ({cfg.depth})")
     if cfg.mode == "pseudo_label" and not cfg.scores:
@@ -294,7 +300,7 @@ def check_settings(cfg):
 
 
 def main():
-    cfg = load_config(__doc__, "config/mine_negatives.yaml")
+    cfg = config.load_config(__doc__, "config/mine_negatives.yaml")
     check_settings(cfg)
     match = "" if cfg.mode == "pseudo_label" else cfg.match
     questions = read_questions(cfg.questions, match=match)
@@ -325,5 +331,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with friendly_errors():
+    with config.friendly_errors():
         main()

@@ -106,8 +106,8 @@ def excluded_pairs(items, entries, padding, train, cfg):
     width = 1 + cfg.negatives
     pairs = set(itertools.product(range(len(items)), padding))
 
-    # differs: all four originals keep these duplicates as negatives. why: a gold passage that stands twice in a
-    # batch of four is pushed away from its two questions. They reach a loss of log 2 at best, the mean is 0.35
+    # differs: all four originals keep these duplicates as negatives. why: a gold passage that stands twice in
+    # a batch of four is pushed away from its two questions. Their loss is log 2 at best, the mean then 0.35
     columns = {}
     for column, entry in enumerate(entries):
         if cfg.mask_duplicates and column not in padding:
@@ -242,7 +242,7 @@ def training_step(step, batch, encoders, optimizer, run, cfg):
 
 # ---------------------------------------------------------------- evaluation
 def dev_pool(dev, corpus, encoders, cfg):
-    """Tokenise once: (token ids of the questions, of their distinct passages, places of the gold passages)."""
+    """Tokenise once: (token ids of the questions, of all distinct passages, places of the gold passages)."""
     passages = {}  # passage key -> entry; a dict keeps the order, and each passage once
     gold_keys = []
     for example in dev:

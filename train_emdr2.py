@@ -2,11 +2,12 @@
 Train a reader and its retriever together, from questions and answers alone (EMDR2, Singh et al. 2021).
 
 Nobody says which passages are right: the reader finds out, because they make the answer likelier. A step:
+(0) Every `refresh_every` steps encode the corpus again; never, where the question encoder learns alone.
 (1) Search the K best passages of each question, by vectors that may be some steps old.
 (2) Fusion-in-Decoder (FiD): T5 encodes each passage by itself, reads all at once and learns the answer.
 (3) Ask the reader, kept constant, how likely the answer is from each passage alone.
-(4) The encoders' scores give a prior over the K passages, with (3) Bayes' rule a posterior; they learn it.
-(5) Every `refresh_every` steps encode the corpus again; never, where the question encoder learns alone.
+(4) The encoders' scores give a prior over the K passages. With (3), Bayes' rule makes a posterior of it. The
+    encoders learn to move the prior towards the posterior.
 
 In:   questions with answers, a corpus, two encoders (train_dpr.py), their vectors (doc2embedding.py), any T5
 Out:  run_dir/{query_encoder,doc_encoder,reader}/ (best exact match on dev), checkpoints/, metrics.jsonl
@@ -36,12 +37,14 @@ from utils.plumbing.run import NO_DEV, Run
 from utils.plumbing.weights import TOWERS, load_encoder
 from utils.text import has_answer
 
-SHOWN = ("loss", "has", "ret", "entropy", "agree")  # has: passages with an answer; ret: retriever's loss
+# what a step shows: the reader's loss, the share of passages with an answer, the retriever's loss, and the
+# prior's entropy (log K where no passage is preferred, 0 where one is certain)
+SHOWN = ("loss", "has", "ret", "entropy")
 
 
 # ---------------------------------------------------------------- data: a batch is a function of (seed, step)
 def load_questions(path, corpus):
-    """Return (the questions with answers, a line for the log); "own": rows that one never retrieves."""
+    """Return (the questions with answers, a line for the log); "own": the rows that its search leaves out."""
     questions = read_questions(path, need=("answers",), match="string")
     kept = [question for question in questions if question["answers"]]
     for question in kept:
@@ -55,7 +58,7 @@ def draw_questions(step, train, cfg):
     epoch, items = items_of_step(step, len(train), cfg)
     examples = []
     for item in items:
-        rng = np.random.default_rng([cfg.seed, epoch, item, 1])
+        rng = np.random.default_rng([cfg.seed, epoch, item, 1])  # the 1: see draw_passages in train_dpr.py
         answer = str(rng.choice(train[item]["answers"]))
         examples.append(train[item] | {"answer": answer})
     return examples
@@ -130,7 +133,7 @@ def reader_gradient(batch, reader, tokens, accelerator, cfg):
 
 
 def retriever_gradient(batch, log_likelihood_BKT, models, tokens, accelerator, cfg):
-    """(4) Add the gradient of the retriever's loss to the .grad of both encoders; return numbers to show."""
+    """(4) Add the gradient of the retriever's loss to both encoders' .grad; return [this loss, entropy]."""
     # the prior, by the encoders of now; the scores of the search are old [EM:98-145]
     query, doc = models["query_encoder"], models["doc_encoder"]
     chunk, autocast = cfg.passage_chunk, accelerator.autocast
@@ -141,27 +144,21 @@ def retriever_gradient(batch, log_likelihood_BKT, models, tokens, accelerator, c
     scores_BK = torch.einsum("bd,bkd->bk", q_BD, d_BKD) / temperature
     log_prior_BK = scores_BK.log_softmax(1)
 
-    # the loss [TR:100-178]; the weight of this chunk, and that of a question, in the batch's mean
+    # the loss [TR:100-178], times the weight of this chunk in the batch's mean
     mask_BT = (batch["labels_BT"] != fid.PAD).to(accelerator.device)
     weight_of_chunk = len(mask_BT) / cfg.batch_size
-    weight_B1 = scores_BK.new_full((len(mask_BT), 1), 1 / cfg.batch_size)
     if cfg.retriever_loss == "kl":
         loss = kl_loss(log_prior_BK, log_likelihood_BKT, mask_BT)
     else:
         loss = retriever_loss(log_prior_BK, log_likelihood_BKT, mask_BT, cfg.marginal)
         if cfg.marginal == "token":
             weight_of_chunk = mask_BT.sum() / tokens
-            weight_B1 = mask_BT.sum(1, keepdim=True) / tokens
     loss = loss * weight_of_chunk
-    (slope_BK,) = torch.autograd.grad(loss, scores_BK, retain_graph=True)  # weight * (prior - posterior)
     accelerator.backward(loss)
 
-    # what is shown: the prior's entropy; do prior and posterior (kl: preference) agree on the first passage?
     prior_BK = log_prior_BK.detach().exp()
-    posterior_BK = prior_BK - slope_BK / weight_B1
-    agree_B = prior_BK.argmax(1) == posterior_BK.argmax(1)
     entropy = torch.special.entr(prior_BK).sum()
-    return [loss.detach(), entropy / cfg.batch_size, agree_B.sum() / cfg.batch_size]
+    return [loss.detach(), entropy / cfg.batch_size]
 
 
 def add_gradient(examples, corpus, models, accelerator, cfg, step):
@@ -180,23 +177,23 @@ def add_gradient(examples, corpus, models, accelerator, cfg, step):
     totals = 0.0
     for i, batch in enumerate(prefetch(batch_of, chunks)):
         torch.manual_seed(chunk_seed(seed, i))  # the dropout masks
-        loss, likelihood_BKT = reader_gradient(batch, models["reader"], tokens, accelerator, cfg)
+        loss, log_BKT = reader_gradient(batch, models["reader"], tokens, accelerator, cfg)
         numbers = [loss, batch["with_answer"] / cfg.top_k / cfg.batch_size]
         if cfg.retriever_loss != "none":
-            numbers += retriever_gradient(batch, likelihood_BKT, models, tokens, accelerator, cfg)
+            numbers += retriever_gradient(batch, log_BKT, models, tokens, accelerator, cfg)
         totals = totals + torch.tensor(numbers, device=accelerator.device)
     sum_gradients(torch.nn.ModuleDict(models).parameters())
     totals = sum_over_devices(totals)
-    return dict(zip(SHOWN, totals.tolist(), strict=False))
+    return dict(zip(SHOWN, totals.tolist(), strict=False))  # plain FiD has only the first two
 
 
 def training_step(step, examples, corpus, models, optimizer, run, cfg):
     """Learn from one batch; return (numbers to show, numbers to write)."""
-    # set the learning rate: a linear rise, then a linear fall
-    left = (run.total - step) / max(1, run.total - run.warmup)
-    factor = max(cfg.min_lr_ratio, left)
+    # set the learning rate: a linear rise, then a linear fall, as in train_dpr.py
     if step < run.warmup:
         factor = step / run.warmup
+    else:
+        factor = max(cfg.min_lr_ratio, (run.total - step) / max(1, run.total - run.warmup))
     lr = cfg.learning_rate * factor
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]
@@ -237,9 +234,9 @@ def load_models(run, cfg):
     # differs: any Hugging Face T5 and our own DPR; theirs were pre-trained for this
     lengths = {"reader_tokens": cfg.reader_tokens, "answer_tokens": cfg.answer_tokens}
     models = {"reader": fid.load_fid(run.source("reader", cfg.reader), lengths, cfg.dropout)}
-    learns = cfg.retriever_loss != "none"
+    retriever_learns = cfg.retriever_loss != "none"
     for name, role in TOWERS.items():
-        source = run.source(name, getattr(cfg, name)) if learns else getattr(cfg, name)
+        source = run.source(name, getattr(cfg, name)) if retriever_learns else getattr(cfg, name)
         encoder = load_encoder(source, role, dropout=cfg.dropout)
         encoder.inputs["role"] = role  # a shared encoder becomes two, which part from here on
         models[name] = encoder
@@ -247,8 +244,8 @@ def load_models(run, cfg):
         model.to(run.device).train()
         if cfg.gradient_checkpointing:
             model.model.activation_checkpointing_enable()
-    if learns and not cfg.train_doc_encoder:
-        # why: its vectors stay valid, so the trained question encoder names them
+    if retriever_learns and not cfg.train_doc_encoder:
+        # why: the passage encoder stands still, so the trained question encoder goes with its vectors
         run.pair = models["doc_encoder"].inputs["pair"].partition("+")[0]
         models["doc_encoder"].requires_grad_(False).eval()
     return models
@@ -280,9 +277,9 @@ def main():
     index = LiveIndex(corpus, run, cfg)
 
     # models
-    learns = cfg.retriever_loss != "none"
+    retriever_learns = cfg.retriever_loss != "none"
     models = load_models(run, cfg)
-    trained = models if learns else {"reader": models["reader"]}
+    trained = models if retriever_learns else {"reader": models["reader"]}
     scales = {name: 1.0 if name == "reader" else cfg.retriever_lr_scale for name in trained}
     optimizer = run.optimizer(trained, scales)
 
@@ -292,16 +289,16 @@ def main():
     # the loop
     story = f"{cfg.batch_size} questions a step, {cfg.top_k} of {len(corpus):,} passages each"
     for step, examples in run.steps(len(train), batch_of, story):
-        if learns:
-            index.refresh(step, models["doc_encoder"])  # (5)
+        if retriever_learns:
+            index.refresh(step, models["doc_encoder"])  # (0)
         examples = index.retrieve(examples, models["query_encoder"], cfg.top_k)  # (1)
         if step == run.first:
             context = fid.example_context(models["reader"], examples[0], corpus)
             run.say(f"example context: {context}\nexample answer: {examples[0]['answer']}")
         shown, hidden = training_step(step, examples, corpus, models, optimizer, run, cfg)  # (2) to (4)
-        if learns:
+        if retriever_learns:
             hidden["index_age"] = step - index.step
-        if learns and step == run.first:
+        if retriever_learns and step == run.first:
             even = shown["entropy"] / math.log(max(2, cfg.top_k))
             run.say(f"entropy of the prior: {shown['entropy']:.3f} nats, {even:.2f} of the log of top_k")
             if even > 0.95:

@@ -168,7 +168,7 @@ def add_gradient(chunks, reader, accelerator, cfg, step):
 def training_step(step, chunks, reader, optimizer, run, cfg):
     """Learn from one batch; return (numbers to show, numbers to write)."""
     # set the learning rate
-    # from: DPR's rate hardly falls either (100,000 epochs are planned, about 17 needed)
+    # constant after the warm-up. why: DPR plans 100,000 epochs and needs about 17, so its rate hardly falls
     lr = cfg.learning_rate
     if step < run.warmup:
         lr *= step / run.warmup
@@ -194,7 +194,8 @@ def training_step(step, chunks, reader, optimizer, run, cfg):
 # ---------------------------------------------------------------- evaluation
 def evaluate(dev, corpus, reader, accelerator, cfg):
     """Return {"em", "f1"} of the answers to the dev questions from their first test_depth passages."""
-    # differs: DPR keeps the checkpoint of the lowest exact match, of the first device's questions alone
+    # differs: DPR calls a checkpoint the best if its exact match is below 0, so none is, and keeps them all;
+    # it looks at the questions of the first device alone
     top_docs = [cfg.test_depth]
     size = cfg.eval_batch_size
     answers = reading.answer_all(reader, dev, corpus, top_docs, size, accelerator)

@@ -9,7 +9,7 @@ SHIP = ["test_dpr.py", "doc2embedding.py", "utils/bm25.py", "recipes/untrained.p
 # helpers that would give an answer away
 DROP = ["utils/search.py:best_of_block", "utils/text.py:_probe", "utils/text.py:_token_pattern"]
 DROP += ["utils/text.py:_before", "utils/text.py:answer_position"]
-SHOWN = ["queries_QD = check(queries_QD, shards, k)"]  # search_index and fill_index need these
+SHOWN = ["queries_QD = checked_queries(queries_QD, shards, k)"]  # search_index and fill_index need these
 SHOWN += ["refuse_non_finite(x_nD, range(start, start + len(x_nD)))"]
 TASKS = tasks("""
 utils/search.py:exact_topk

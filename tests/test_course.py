@@ -101,7 +101,7 @@ def test_a_part_of_a_function_is_cut():
     source = built("a6")[1]["train_emdr2.py"].decode()
     body = ast.unparse(trees.find(source, "retriever_gradient"))
     assert "einsum" not in body and "log_prior_BK =" not in body
-    assert "query, doc = " in body and "agree_B = " in body
+    assert "query, doc = " in body and "entropy = " in body
 
 
 OURS = '''import math

@@ -159,10 +159,10 @@ def test_emdr2_keeps_its_vectors_on_the_gpu(world, tmp_path):
     live = make_run(tmp_path / "run", accelerator=accelerator, device=device)
     index = make_index(world, live, embeddings=tmp_path / "x", encoding_batch_size=8)
     encoder = load_encoder(tmp_path / "run" / "doc_encoder", "passage").to(device)
-    before = index.copy_nD.clone()
+    before = index.on_gpu_nD.clone()
     index.make_rows(encoder, 3)
-    assert index.copy_nD.is_cuda and not torch.equal(before, index.copy_nD)
-    assert torch.equal(index.copy_nD.cpu(), torch.from_numpy(np.concatenate(index.shards)))
+    assert index.on_gpu_nD.is_cuda and not torch.equal(before, index.on_gpu_nD)
+    assert torch.equal(index.on_gpu_nD.cpu(), torch.from_numpy(np.concatenate(index.shards)))
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp16"])

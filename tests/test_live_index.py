@@ -143,7 +143,7 @@ def test_the_copy_on_a_gpu_is_searched_as_the_rows_are(world, tmp_path, monkeypa
     q_QD, x_ND = twins()
     index = make_index(world)
     write_vectors(tmp_path / "e", index.corpus, x_ND, 16)
-    index.copy_nD = torch.full((60, 32), torch.nan, dtype=torch.float16)
+    index.on_gpu_nD = torch.full((60, 32), torch.nan, dtype=torch.float16)
     given, real = [], exact_topk
 
     def search(*arguments, resident_ND, **named):
@@ -159,7 +159,7 @@ def test_the_copy_on_a_gpu_is_searched_as_the_rows_are(world, tmp_path, monkeypa
             assert all(map(np.array_equal, index.search(q_QD, k), brute_force(q_QD, x_ND, k)))
     index.make_rows(trained(world), 2)
     assert all(map(np.array_equal, index.search(q_QD, 5), brute_force(q_QD, index.shards[0], 5)))
-    assert len(given) == 7 and all(copy_nD is index.copy_nD for copy_nD in given)
+    assert len(given) == 7 and all(copy_nD is index.on_gpu_nD for copy_nD in given)
 
 
 # ---------------------------------------------------------------- load, check, make

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from utils.distributed import world
-from utils.encoder import batches_by_length, call
+from utils.encoder import batches_by_length, run_model
 from utils.plumbing import weights
 from utils.plumbing.config import UserError
 
@@ -37,7 +37,7 @@ class CrossEncoder(nn.Module):
 
     def forward(self, input_ids, attention_mask, token_type_ids):
         """Turn [B, L] integer tensors into logits_B2 in float32."""
-        logits = call(self.model, input_ids, attention_mask, token_type_ids).logits.float()
+        logits = run_model(self.model, input_ids, attention_mask, token_type_ids).logits.float()
         if logits.shape[1] == 1:  # one label l is [0, l]: its softmax is the sigmoid of l
             logits = nn.functional.pad(logits, (1, 0))
         return logits

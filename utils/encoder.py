@@ -38,15 +38,18 @@ class Encoder(nn.Module):
       question_prefix, passage_prefix   what stands before every text (E5: "query: ", "passage: ")
       passage         pair: title and text with [SEP] between (DPR) | joined: one text, as BEIR gives it to
                       sentence-transformers; its questions are left as they are typed
-      pair            not the value above: the id of the training that made both encoders, or ""
+      pair            the id of the training that made both encoders, "" where unknown. It has nothing to do
+                      with the value `pair` of `passage`
     """
 
     def __init__(self, model, tokenizer, inputs, projection=None):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.inputs, self.projection = inputs, projection
-        linears = [layer for layer in self.modules() if isinstance(layer, nn.Linear)] if projection else []
-        self.dim = linears[-1].out_features if linears else model.config.hidden_size
+        self.dim = model.config.hidden_size
+        for layer in projection.modules() if projection else ():
+            if isinstance(layer, nn.Linear):
+                self.dim = layer.out_features  # of the last one
 
     def how(self, key):
         """Return inputs[key], or what DPR does where `inputs` does not say."""
@@ -54,7 +57,7 @@ class Encoder(nn.Module):
 
     def forward(self, input_ids, attention_mask, token_type_ids):
         """Turn [B, L] integer tensors into vectors_BD in float32. attention_mask: None, where all is text."""
-        hidden_BLD = call(self.model, input_ids, attention_mask, token_type_ids).last_hidden_state
+        hidden_BLD = run_model(self.model, input_ids, attention_mask, token_type_ids).last_hidden_state
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if self.inputs["pooling"] == "cls":
@@ -71,7 +74,7 @@ class Encoder(nn.Module):
         return normalize(vectors_BD, dim=1) if self.how("normalize") else vectors_BD
 
 
-def call(model, input_ids, attention_mask, token_type_ids):
+def run_model(model, input_ids, attention_mask, token_type_ids):
     """Return a model's output; token types are left out where it takes none (DistilBERT, ModernBERT)."""
     batch = {"input_ids": input_ids, "attention_mask": attention_mask}
     if takes_token_types(model):
@@ -90,7 +93,7 @@ def takes_token_types(model):
 def tokenize_questions(encoder, questions):
     """Turn strings into id lists `[CLS] question [SEP]`, cut to question_tokens."""
     # from: DPR dpr/utils/data_utils.py:63 and nanoDPR: the typographic apostrophe is replaced, always
-    # why only pair: other people's encoders (joined) take a question as it is typed
+    # trap: the key `passage` decides this too: joined means another library's encoder, which leaves it
     if encoder.how("passage") == "pair":
         questions = [question.replace("’", "'") for question in questions]
     questions = [encoder.how("question_prefix") + question for question in questions]
@@ -128,14 +131,15 @@ def _ids(encoder, first, second, length):
     """Return the id lists of texts, or of pairs (first, second), cut to `length`."""
     if not first:
         return []
-    cut = {"truncation": True, "max_length": length, "return_attention_mask": False}
-    return encoder.tokenizer(first, second, **cut).input_ids
+    limits = {"truncation": True, "max_length": length, "return_attention_mask": False}
+    return encoder.tokenizer(first, second, **limits).input_ids
 
 
 def collate(encoder, ids, lengths=()):
     """
     Pad id lists to the longest: {"input_ids", "attention_mask", "token_type_ids"}, [B, L] int64 tensors on
-    the encoder's device. lengths: the values that L may have, ascending; () for any.
+    the encoder's device. lengths: the values that L may have, ascending; () for any. Only torch.compile needs
+    some (doc2embedding.py).
     """
     tokenizer = encoder.tokenizer
     padding = tokenizer.pad_token_id or 0  # GPT-2 and Llama have none; what is masked is not read
@@ -210,7 +214,8 @@ def groups_by_length(ids, size, tokens=0, lengths=()):
 
 def batches_by_length(model, ids, size, tokens=0, lengths=()):
     """
-    Yield (places, what `collate` makes of them) of each of groups_by_length, a mask that hides nothing None.
+    Yield (places, what `collate` makes of them) of each of groups_by_length. Where a group has no padding,
+    attention_mask is None.
 
     Half the cost of padding everything to 256 (tests/bench), for the same vectors to 1e-6.
     """
@@ -261,7 +266,7 @@ def embed_on_devices(encoder, ids, batch_size, accelerator):
     """
     rank, devices = world()
     vectors_ND = torch.zeros(len(ids), encoder.dim, device=accelerator.device)
-    for group in cut(by_length(ids), batch_size)[rank::devices]:
+    for group in cut(by_length(ids), batch_size)[rank::devices]:  # `embed` has one batch of each group
         vectors_bD = embed(encoder, [ids[i] for i in group], batch_size, accelerator.autocast)
         vectors_ND[group] = torch.from_numpy(vectors_bD).to(accelerator.device)
     return sum_over_devices(vectors_ND)  # every row is zero on all devices but one

@@ -39,7 +39,7 @@ from utils.plumbing.weights import (
 )
 
 PAD = -100  # the label that counts nowhere (torch's cross_entropy)
-READS_ALL = True  # at once: for answers from fewer passages they are read again
+READS_ALL = True  # all passages at once. answer.py: for answers from fewer of them it reads again
 INPUTS = {
     "role": "fid",
     "pair": "",
@@ -160,8 +160,9 @@ def fused_log_likelihood(fid, hidden_BKLD, mask_BKL, labels_BT, autocast=nullcon
 def document_log_likelihood(fid, hidden_BKLD, mask_BKL, labels_BT, chunk, autocast=nullcontext):
     """Return log_BKT, log p(a_t | a_<t, q, passage k) from each passage alone, without a gradient."""
     # why in chunks, those of like length together: all logits are B*K*T*V numbers, gigabytes at 50 passages
-    # differs: EMDR2 encodes every passage once more for this (megatron/model/emdr2_model.py:187-210). Here
-    # the states that FiD has just made serve again, dropout and all, which halves the cost
+    # differs: EMDR2 encodes every passage once more for this, without its neighbours in the article
+    # (megatron/model/emdr2_model.py:187-210). Here the states that FiD has just made serve again, dropout and
+    # all, which halves the cost
     B, K, _ = mask_BKL.shape
     hidden_NLD = hidden_BKLD.flatten(0, 1)
     mask_NL = mask_BKL.flatten(0, 1)

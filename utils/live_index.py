@@ -50,8 +50,8 @@ def own_rows(question, path, corpus):
 class LiveIndex:
     """
     cfg: names `embeddings`, the first vectors, and `doc_encoder`, which must have made them.
-    step: of training, whose encoder made the vectors (0: the start). encoder: {"index_encoder": that encoder}
-    after the first refresh. A checkpoint keeps it, so that a resumed run has the same vectors.
+    step: the training step whose passage encoder made the vectors (0: the start). encoder: {"index_encoder":
+    that encoder} after the first refresh. A checkpoint keeps it, so that a resumed run has the same vectors.
 
     Device r of W holds the rows [N * r // W, N * (r + 1) // W), in the files until the first refresh, then in
     memory. All devices make the same calls in the same order: a search waits for all of them.
@@ -66,7 +66,7 @@ class LiveIndex:
         rank, devices = world()
         self.corpus, self.run, self.cfg = corpus, run, cfg
         self.rows = range(len(corpus) * rank // devices, len(corpus) * (rank + 1) // devices)
-        self.copy_nD = None
+        self.on_gpu_nD = None
         self.encoder = {}
         # why on one device: every device would hash all 32 GB of Wikipedia
         self.load(cfg.embeddings, 0, verify=rank == 0, query_encoder=cfg.query_encoder)
@@ -78,7 +78,7 @@ class LiveIndex:
                 raise UserError(f"{fault}; repeat doc2embedding.py with this one, or name the other")
 
     def load(self, folder, step, **how):
-        """Take over the embeddings in `folder`, made by the encoder of `step`; no row is copied."""
+        """Take over the embeddings in `folder`, made by the encoder of `step`; on a CPU no row is copied."""
         shards, manifest = open_embeddings(folder, self.corpus.sha256, rows=len(self.corpus), **how)
         self.folder = folder
         self.step = step
@@ -98,18 +98,18 @@ class LiveIndex:
         """Copy the rows to the GPU, where that leaves as much room again for training."""
         # why: to send 32 GB of rows takes seconds, and they are searched at every step
         device = self.run.device
-        if self.copy_nD is None and device.type == "cuda":
+        if self.on_gpu_nD is None and device.type == "cuda":
             size = sum(shard.nbytes for shard in self.shards)
             free, _ = torch.cuda.mem_get_info(device)
             if 0 < size < free / 2:
                 shape = (len(self.rows), self.shards[0].shape[1])
-                self.copy_nD = torch.empty(shape, dtype=getattr(torch, self.dtype), device=device)
-        if self.copy_nD is None:
+                self.on_gpu_nD = torch.empty(shape, dtype=getattr(torch, self.dtype), device=device)
+        if self.on_gpu_nD is None:
             return
         first = 0
         for shard in self.shards:
             for block_nD in np.split(shard, range(BLOCK, len(shard), BLOCK)):
-                self.copy_nD[first : first + len(block_nD)] = torch.from_numpy(block_nD.copy())
+                self.on_gpu_nD[first : first + len(block_nD)] = torch.from_numpy(block_nD.copy())
                 first += len(block_nD)
 
     def tokenize(self, encoder, rows):
@@ -132,7 +132,9 @@ class LiveIndex:
         fresh_nD = encoding.embed(encoder, self.tokenize(encoder, rows), 8, self.run.accelerator.autocast)
         lengths_n = np.linalg.norm(stored_nD, axis=1) * np.linalg.norm(fresh_nD, axis=1)
         cosine_n = (stored_nD * fresh_nD).sum(1) / np.maximum(lengths_n, 1e-12)
-        for i in np.flatnonzero(~(cosine_n > ALIKE))[:1]:  # trap: a comparison with NaN is false
+        strange = np.flatnonzero(~(cosine_n > ALIKE))  # trap: a comparison with NaN is false
+        if len(strange):
+            i = strange[0]
             passage = f"passage {self.corpus[rows[i]].id!r}: cosine {cosine_n[i]:.3f} with what it gives now"
             advice += ", or name the folder that it made"
             raise UserError(f"{fault} are not those of doc_encoder ({passage}); {advice}")
@@ -169,7 +171,7 @@ class LiveIndex:
         rows_Qk = np.zeros((len(q_QD), 0), np.int64)
         if self.shards:  # with fewer passages than devices some hold none
             device = str(self.run.device)
-            scores_Qk, rows_Qk = exact_topk(q_QD, self.shards, k, device=device, resident_ND=self.copy_nD)
+            scores_Qk, rows_Qk = exact_topk(q_QD, self.shards, k, device=device, resident_ND=self.on_gpu_nD)
 
         # the best of all devices
         hits = gather_items({world()[0]: (scores_Qk, rows_Qk + self.rows.start)})

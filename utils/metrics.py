@@ -43,7 +43,7 @@ def mrr(ranks, cutoff):
 
 
 def hit_at(ranks, k):
-    """Return the share of questions whose rank is in 1..k. MS MARCO's script calls it recall@k."""
+    """Return the share of questions whose rank is in 1..k; RocketQA's script for MS MARCO says recall@k."""
     return mean([0 < rank <= k for rank in ranks])
 
 

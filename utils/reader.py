@@ -30,10 +30,15 @@ from utils.text import has_answer
 DPR_READER = {"reader_tokens": 350, "token_types": "zeros"}
 # from: DPR dpr/data/reader_data.py:220-317: positives kept where no gold page is known; ten negatives for
 # each positive, within these bounds
-MAX_POSITIVES, NEGATIVES = 20, (50, 150)
-PATTERN = re.compile(r"\\[sdwb]|\.\*|\(\?:|\w\|\w|\[\^?\w-\w")  # what plain answers hardly ever hold
+MAX_POSITIVES = 20
+FEWEST_NEGATIVES = 50
+MOST_NEGATIVES = 150
+# what no plain answer holds; refuse_patterns also looks for signs that some do, such as )?
+PATTERN = re.compile(r"\\[sdwb]|\.\*|\(\?:|\w\|\w|\[\^?\w-\w")
 BLOCK = 16  # questions that are answered together, so that passages of like length meet
-READS_ALL = False  # each passage by itself: one reading gives the answers from the first 1, 2, 3 ... of them
+READS_ALL = (
+    False  # each passage by itself. answer.py: one reading gives the answers from the first 1, 2 ... of them
+)
 
 
 # ---------------------------------------------------------------- questions and their rankings
@@ -155,8 +160,7 @@ def training_rows(example, corpus, reader, gold):
     page = gold.get(example["question"])
     of_gold = [i for i in positives if passages[i].title.lower() == page]
     positives = of_gold or positives[:MAX_POSITIVES]
-    fewest, most = NEGATIVES
-    limit = min(max(10 * len(positives), fewest), most)
+    limit = min(max(10 * len(positives), FEWEST_NEGATIVES), MOST_NEGATIVES)
     negatives = [i for i in range(len(rows)) if i not in ends][:limit]
 
     # the first reason to drop the question

@@ -1,7 +1,8 @@
 """
 Search: which passages have the largest inner product with a question?
 
-`exact_topk` reads every vector, in the memory of one block. `build_index` and `search_index` use a FAISS
+`exact_topk` reads every vector. Its method is one line of `best_of_block`, a product and a topk; all else
+keeps the order exact and the memory at one block. `build_index` and `search_index` use a FAISS
 index of any factory string: Flat (all vectors), HNSW32 (a graph of neighbours), "IVF4096,PQ48" (a few of 4096
 clusters, a vector in 48 bytes) ... Both only propose candidates, a few more than k. The scores of candidates
 are computed again in float64 from the stored vectors, and rounded to float32; ties go to the earlier row.
@@ -42,11 +43,13 @@ def exact_topk(queries_QD, shards, k, block=0, device="cpu", resident_ND=None):
     int64), numpy, k = min(k, N): the same for any block, sharding and device, if at most SPARE passages have
     equal scores at the cut. UserError for NaN or infinity, or a dimension that does not fit.
     """
-    queries_QD = check(queries_QD, shards, k)
-    N, Q = sum(map(len, shards)), len(queries_QD)
+    queries_QD = checked_queries(queries_QD, shards, k)
+    N = sum(map(len, shards))
+    Q = len(queries_QD)
     if not Q:
         return np.zeros((0, min(k, N)), np.float32), np.zeros((0, min(k, N)), np.int64)
-    k, K = min(k, N), min(k + SPARE, N)
+    K = min(k + SPARE, N)
+    k = min(k, N)
     device = torch.device(device) if resident_ND is None else resident_ND.device
     q_QD = torch.from_numpy(queries_QD).to(device)
     best_QK = q_QD.new_empty(Q, 0)
@@ -68,7 +71,8 @@ def best_of_block(q_QD, x_nD, K):
     if x_nD.device.type == "cpu" and len(q_QD) >= MANY:
         scores_QK, places_QK = faiss.knn(q_QD.numpy(), x_nD.numpy(), K, faiss.METRIC_INNER_PRODUCT)
         return torch.from_numpy(scores_QK), torch.from_numpy(places_QK)
-    scores, places = [], []
+    scores = []
+    places = []
     for q_qD in q_QD.split(1024):  # some questions at a time, to bound the memory of their scores
         scores_qK, places_qK = (q_qD @ x_nD.T).topk(K)
         scores.append(scores_qK)
@@ -91,7 +95,8 @@ def rescore(queries_QD, shards, rows_QK, k):
 
     rows_QK: -1 means "nothing found"; it scores -inf and comes last.
     """
-    K, D = rows_QK.shape[1], queries_QD.shape[1]
+    K = rows_QK.shape[1]
+    D = queries_QD.shape[1]
     rows_QK = np.sort(rows_QK)  # in corpus order, which a stable sort keeps for equal scores
     scores_QK = np.empty(rows_QK.shape, np.float32)
     questions = max(1, 2**18 // max(1, K * D))  # at a time: 2 MB in float64 stay in a core's cache
@@ -119,7 +124,7 @@ def as_lists(scores_Qk, rows_Qk):
     return results
 
 
-def check(queries_QD, shards, k):
+def checked_queries(queries_QD, shards, k):
     """Return the queries as contiguous float32. UserError when they cannot be searched for."""
     queries_QD = np.ascontiguousarray(queries_QD, dtype=np.float32)
     if k < 1:
@@ -129,10 +134,10 @@ def check(queries_QD, shards, k):
             f"the questions have {queries_QD.shape[1]} dimensions, the passages {shards[0].shape[1]}; "
             "encode both with the two encoders of one training run"
         )
-    for i in np.flatnonzero(~np.isfinite(queries_QD).all(1))[:1]:  # the first is named
-        raise UserError(
-            f"the vector of question {i} (from 0) holds NaN or infinity; leave it out, or check it"
-        )
+    strange = np.flatnonzero(~np.isfinite(queries_QD).all(1))
+    if len(strange):
+        fault = f"the vector of question {strange[0]} (from 0) holds NaN or infinity"
+        raise UserError(f"{fault}; leave it out, or check it")
     return queries_QD
 
 
@@ -182,8 +187,10 @@ def build_index(factory, shards, folder, embeddings, nprobe=64, ef_search=128):
 
     nprobe: IVF lists, ef_search: HNSW candidates that a search visits; more is slower and nearer to exact.
     """
-    N, dim = sum(map(len, shards)), shards[0].shape[1]
-    need, free = 4 * N * dim / 1e9, psutil.virtual_memory().available / 1e9
+    N = sum(map(len, shards))
+    dim = shards[0].shape[1]
+    need = 4 * N * dim / 1e9
+    free = psutil.virtual_memory().available / 1e9
     if factory == "Flat" and need > free:
         raise UserError(f"index Flat needs {need:.1f} GB, {free:.1f} GB are free; use index stream")
     path = Path(folder) / (re.sub(r"[^\w,.-]", "_", factory) + ".faiss")
@@ -209,7 +216,8 @@ def build_index(factory, shards, folder, embeddings, nprobe=64, ef_search=128):
 
 def fill_index(factory, shards):
     """Return a new index, trained where it needs that, with every row added."""
-    N, dim = sum(map(len, shards)), shards[0].shape[1]
+    N = sum(map(len, shards))
+    dim = shards[0].shape[1]
     try:
         # trap: without the metric, every factory string means L2
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
@@ -248,7 +256,7 @@ def search_index(index, queries_QD, shards, k):
     Search with candidates from `index`, scores and order from the vectors: a list of (row, score) a question,
     best first. It has min(k, N) entries, fewer where the index found fewer (FAISS's id -1).
     """
-    queries_QD = check(queries_QD, shards, k)
+    queries_QD = checked_queries(queries_QD, shards, k)
     if not len(queries_QD):
         return []
     _, rows_QK = index.search(queries_QD, min(k + SPARE, index.ntotal))

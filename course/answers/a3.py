@@ -6,7 +6,7 @@ Other right answers to the functions of assignment 3 (exact search and metrics):
 
 def exact_topk(queries_QD, shards, k, block=0, device="cpu", resident_ND=None):
     """A plain product, a running list."""
-    queries_QD = check(queries_QD, shards, k)
+    queries_QD = checked_queries(queries_QD, shards, k)
     total = sum(len(shard) for shard in shards)
     k = min(k, total)
     if len(queries_QD) == 0:

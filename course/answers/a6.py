@@ -88,19 +88,14 @@ def retriever_gradient(batch, log_likelihood_BKT, models, tokens, accelerator, c
 
     mask_BT = (batch["labels_BT"] != fid.PAD).to(accelerator.device)
     share = len(mask_BT) / cfg.batch_size
-    weight_B1 = 1 / cfg.batch_size
     if cfg.retriever_loss == "kl":
         loss = kl_loss(log_prior_BK, log_likelihood_BKT, mask_BT)
     else:
         loss = retriever_loss(log_prior_BK, log_likelihood_BKT, mask_BT, cfg.marginal)
         if cfg.marginal == "token":
             share = mask_BT.sum() / tokens
-            weight_B1 = mask_BT.sum(1, keepdim=True) / tokens
     loss = loss * share
-    (slope_BK,) = torch.autograd.grad(loss, scores_BK, retain_graph=True)
     accelerator.backward(loss)
     prior_BK = log_prior_BK.detach().exp()
-    posterior_BK = prior_BK - slope_BK / weight_B1
-    agree_B = prior_BK.argmax(1) == posterior_BK.argmax(1)
     entropy = torch.special.entr(prior_BK).sum()
-    return [loss.detach(), entropy / cfg.batch_size, agree_B.sum() / cfg.batch_size]
+    return [loss.detach(), entropy / cfg.batch_size]

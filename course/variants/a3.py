@@ -16,7 +16,7 @@ def exact_topk(queries_QD, shards, k, block=0, device="cpu", resident_ND=None):
     equal scores at the cut. A passage with NaN or infinity is never found. UserError for questions with NaN,
     or a dimension that does not fit.
     """
-    queries_QD = -check(queries_QD, shards, k)
+    queries_QD = -checked_queries(queries_QD, shards, k)
     N, Q = sum(map(len, shards)), len(queries_QD)
     k, K = min(k, N), min(k + SPARE, N)
     device = torch.device(device) if resident_ND is None else resident_ND.device

@@ -80,17 +80,14 @@ def note_on_own_ids(count, questions):
     return "" if few else f"{count} of {questions} questions find a passage of their own id first"
 
 
-def refuse_patterns(questions, path, most=0.2):
-    """
-    UserError where more than the share `most` of the questions have a regular expression as answer. As a
-    plain string it is in no passage.
-    """
+def refuse_patterns(questions, path):
+    """UserError where the answers look like regular expressions, which as plain strings are in no passage."""
     # why a fifth: many patterns of CuratedTREC are plain words or years
     answered = [question["answers"] for question in questions if question["answers"]]
     patterns = []
     for answers in answered:
         patterns += [answer for answer in answers if REGEX_SYNTAX.search(answer)][:1]
-    if len(patterns) > max(1, most * len(answered)):
+    if len(patterns) > max(1, 0.2 * len(answered)):
         share = f"{len(patterns)} of {len(answered)} questions have answers like {patterns[0]!r}"
         cure = "add --match regex (a recipe: MATCH=regex); a reader needs plain answers"
         raise UserError(f"{path}: {share}, which are regular expressions: {cure}")

@@ -160,8 +160,8 @@ def load_towers(sources, cfg, device):
         if name == "doc_encoder" and cfg.shared_encoder:
             encoders[name] = encoders["query_encoder"]
             continue
-        stored = inputs | {"role": "shared" if cfg.shared_encoder else role}
-        encoder = load_encoder(sources[name], role, stored, cfg.dropout, cfg.layer_norm_epsilon)
+        wanted = inputs | {"role": "shared" if cfg.shared_encoder else role}
+        encoder = load_encoder(sources[name], role, wanted, cfg.dropout, cfg.layer_norm_epsilon)
         encoders[name] = encoder.to(device).train()
     return encoders
 
