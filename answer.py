@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from utils import fid, reader
-from utils.data import Corpus
+from utils.data import Corpus, read_ranking
 from utils.metrics import answer_scores, print_table, with_intervals
 from utils.plumbing.config import (
     at_least,
@@ -30,7 +30,8 @@ from utils.plumbing.devices import start
 from utils.plumbing.files import write_json
 from utils.plumbing.weights import read_inputs
 
-# by the role in encoder_inputs.json; another reader is a module with the same names, and a line here
+# by the role in encoder_inputs.json. Another reader is a module with answer_all, say and READS_ALL, a line here
+# and its role in CHOICES (utils/plumbing/weights.py)
 READERS = {"reader": (reader, reader.load_reader), "fid": (fid, fid.load_fid)}
 SUFFIXES = (".json", ".answers.json", ".metrics.json")  # the three files that stand for `out`
 
@@ -88,7 +89,7 @@ def main():
     # data and reader
     with accelerator.main_process_first():  # the first to open a corpus writes its index
         corpus = Corpus(cfg.corpus, cfg.corpus_format)
-    examples, note = reader.read_ranking(cfg.questions, cfg.ranking, corpus, cfg.depth, need=())
+    examples, note = read_ranking(cfg.questions, cfg.ranking, corpus, cfg.depth, need=())
     kind, model = load_model(cfg.reader)
     model.to(accelerator.device)
     if kind is reader:

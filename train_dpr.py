@@ -16,7 +16,7 @@ in chunks (train_gcdpr_nq.yaml). RocketQA takes 1024 or 4096 questions a batch (
 ANCE-Tele walks through many mined negatives and stops early (train_dpr_ance_tele_nq.yaml). The last two train
 several rounds (ANCE-Tele: episodes). Each round starts anew from `init`, with a new training file.
 
-B questions, P = B * (1 + negatives) passages of this device · Q, N: those of all devices · D hidden
+B questions, P = B * (1 + negatives) passages of this device · Q, N: those of all devices · b of Q · D hidden
 item: the place of a question in `train` · entry: a passage, as a corpus id or inline
 """
 
@@ -314,7 +314,7 @@ def main():
     def batch_of(step):
         return make_batch(step, train, corpus, encoders, cfg)
 
-    # the loop: the next batch is drawn meanwhile; run.save acts only when it is due
+    # the loop: the next batch is drawn meanwhile; run.log counts the step; run.save acts only when it is due
     wrong_passages = cfg.batch_size * (1 + cfg.negatives) - 1
     story = f"{cfg.batch_size} questions a step against {wrong_passages} negatives each"
     story += f" | gradient x {cfg.gradient_scale}"

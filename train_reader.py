@@ -18,7 +18,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from utils import reader as reading
-from utils.data import items_of_step
+from utils.data import items_of_step, read_ranking
 from utils.distributed import chunk_seed, cut, own_share, sum_gradients, sum_over_devices
 from utils.encoder import collate
 from utils.metrics import answer_scores
@@ -222,10 +222,10 @@ def main():
     sizes = {"question_chunk": (1, tokens), "passage_chunk": (24, cfg.reader_tokens)}
     run = Run(cfg, files, weights=("init",), sizes=sizes)
     corpus = run.corpus
-    examples, train_note = reading.read_ranking(cfg.train, cfg.train_run, corpus, cfg.train_depth)
+    examples, train_note = read_ranking(cfg.train, cfg.train_run, corpus, cfg.train_depth)
     dev, dev_note = NO_DEV
     if cfg.dev:
-        dev, dev_note = reading.read_ranking(cfg.dev, cfg.dev_run, corpus, cfg.test_depth)
+        dev, dev_note = read_ranking(cfg.dev, cfg.dev_run, corpus, cfg.test_depth)
     gold = {}
     if cfg.gold:
         gold = reading.read_gold(cfg.gold)

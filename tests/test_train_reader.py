@@ -14,7 +14,7 @@ from tests.processes import flags, main, rows
 from tests.toy import ACCELERATOR, bert, close, flat_gradient, golden_file, write_lines
 from train_reader import add_gradient, best_spans, draw_passages, make_batch, reader_loss
 from utils.corpus import Passage
-from utils.data import Corpus
+from utils.data import Corpus, read_ranking
 from utils.encoder import collate
 from utils.plumbing.config import UserError, load_config
 from utils.plumbing.weights import load_encoder, save_encoder
@@ -25,7 +25,6 @@ from utils.reader import (
     load_reader,
     predict,
     read_gold,
-    read_ranking,
     span_text,
     tokenize_rows,
     training_rows,

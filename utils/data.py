@@ -18,7 +18,14 @@ import numpy as np
 
 from prepare.hints import foreign
 from utils.corpus import Corpus, Passage, passage_key, passage_of  # noqa: F401 (scripts get them from here)
-from utils.plumbing.checks import check_ids, check_question, is_blank, is_passage, refuse_patterns
+from utils.plumbing.checks import (
+    check_ids,
+    check_question,
+    is_blank,
+    is_passage,
+    refuse_patterns,
+    refuse_patterns_to_learn,
+)
 from utils.plumbing.config import UserError
 from utils.plumbing.files import atomic_file
 from utils.plumbing.lines import iter_jsonl, read_lines
@@ -177,6 +184,40 @@ def named_hits(question, hits, corpus, k, ignore_identical_ids):
 
 
 # ---------------------------------------------------------------- two files side by side
+def read_ranking(path, run, corpus, depth, need=("answers",)):
+    """
+    Read a question file and its ranking for a reader: (examples, a note that says how deep the ranking is).
+
+    An example is {"qid", "question", "answers", "rows": those of its first `depth` passages in the corpus}.
+    """
+    examples = {}
+    for question in read_questions(path, need=need, match="string"):
+        example = {key: question[key] for key in ("qid", "question", "answers")}
+        examples[question["qid"]] = example | {"rows": np.zeros(0, dtype=np.int64)}
+    refuse_patterns_to_learn(path, list(examples.values()))
+
+    # the passages of each question, best first
+    for qid, hits in iter_run(run):
+        if qid in examples:
+            rows = [corpus.row(pid, run) for pid, _ in hits[:depth]]
+            examples[qid]["rows"] = np.array(rows)
+    examples = list(examples.values())
+
+    # how many passages the questions have
+    depths = [len(example["rows"]) for example in examples if len(example["rows"])]
+    without = [example["qid"] for example in examples if not len(example["rows"])]
+    if not depths:
+        raise UserError(f"{run}: has passages for none of the questions of {path}")
+    note = f"{path}: {len(examples)} questions"
+    if without:
+        note += f", {len(without)} of them without passages, such as {without[0]}"
+    note += f"; passages each: {min(depths)} or more, median {np.median(depths):g}"
+    short = sum(size < depth for size in depths)
+    if short:
+        note += f"\nwarning: {run}: {short} questions have passages, but fewer than the {depth} asked for"
+    return examples, note
+
+
 def iter_lists(path):
     """Yield (qid, (negatives, positives)) of every line of a training file."""
     for number, example in iter_jsonl(path):

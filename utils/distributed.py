@@ -6,6 +6,8 @@ The rule for gradients across devices, used by every trainer here: each device c
 That is exactly the gradient of the full batch on one device. trap: DistributedDataParallel takes the mean
 instead, which is 1/W of the true gradient on W devices. DPR and nanoDPR train with that factor, GC-DPR always
 with 1/8 (see `gradient_scale` in config/train_dpr_nq.yaml).
+
+B rows of this device · W devices · D dimensions
 """
 
 from concurrent.futures import ThreadPoolExecutor

@@ -14,6 +14,8 @@ By the chain rule the sum over chunks is exactly the gradient of the big batch:
     d loss / d theta  =  sum over chunks c of  (d vectors_c / d theta)^T  (d loss / d vectors_c)
 
 The price is a second forward pass. The gain is that only one chunk's activations are alive at a time.
+
+b rows of a chunk · D dimensions
 """
 
 import torch

@@ -5,10 +5,10 @@ right one, and where in it the answer begins and ends (Karpukhin et al. 2020, Se
 The loss is in train_reader.py. On disk a reader is a Hugging Face DPRReader, the class of
 facebook/dpr-reader-*, with `encoder_inputs.json` next to the weights.
 
-B sequences · L tokens, padded to the longest of the batch · S tokens of one passage · W widths of a span
+B sequences, b of one forward pass · L tokens, padded to the longest of them · S tokens of one passage
+W widths of a span · M passages of a question · V words of the vocabulary · D hidden
 """
 
-import re
 from collections import Counter
 from contextlib import nullcontext
 
@@ -18,7 +18,6 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, DPRConfig, DPRReader
 
-from utils.data import iter_run, read_questions
 from utils.distributed import cut, gather_items, share_out, world
 from utils.encoder import batches_by_length
 from utils.plumbing import weights
@@ -33,54 +32,8 @@ DPR_READER = {"reader_tokens": 350, "token_types": "zeros"}
 MAX_POSITIVES = 20
 FEWEST_NEGATIVES = 50
 MOST_NEGATIVES = 150
-# what no plain answer holds; refuse_patterns also looks for signs that some do, such as )?
-PATTERN = re.compile(r"\\[sdwb]|\.\*|\(\?:|\w\|\w|\[\^?\w-\w")
 BLOCK = 16  # questions that are answered together, so that passages of like length meet
-READS_ALL = (
-    False  # each passage by itself. answer.py: one reading gives the answers from the first 1, 2 ... of them
-)
-
-
-# ---------------------------------------------------------------- questions and their rankings
-def read_ranking(path, run, corpus, depth, need=("answers",)):
-    """
-    Read a question file and its ranking: (examples, a note that says how deep the ranking is).
-
-    An example is {"qid", "question", "answers", "rows": those of its first `depth` passages in the corpus}.
-    """
-    examples = {}
-    patterns = []
-    for question in read_questions(path, need=need, match="string"):
-        example = {key: question[key] for key in ("qid", "question", "answers")}
-        examples[question["qid"]] = example | {"rows": np.zeros(0, dtype=np.int64)}
-        patterns += [answer for answer in question["answers"][:1] if PATTERN.search(answer)]
-    # why fewer than read_questions lets pass: a pattern is a wrong lesson here, not only a missed hit
-    if 20 * len(patterns) > len(examples):
-        raise UserError(
-            f"{path}: {len(patterns)} of {len(examples)} questions have a regular expression as answer, such "
-            f"as {patterns[0]!r} (CuratedTREC?); a reader learns, and is scored on, plain answers only"
-        )
-
-    # the passages of each question, best first
-    for qid, hits in iter_run(run):
-        if qid in examples:
-            rows = [corpus.row(pid, run) for pid, _ in hits[:depth]]
-            examples[qid]["rows"] = np.array(rows)
-    examples = list(examples.values())
-
-    # how many passages the questions have
-    depths = [len(example["rows"]) for example in examples if len(example["rows"])]
-    without = [example["qid"] for example in examples if not len(example["rows"])]
-    if not depths:
-        raise UserError(f"{run}: has passages for none of the questions of {path}")
-    note = f"{path}: {len(examples)} questions"
-    if without:
-        note += f", {len(without)} of them without passages, such as {without[0]}"
-    note += f"; passages each: {min(depths)} or more, median {np.median(depths):g}"
-    short = sum(size < depth for size in depths)
-    if short:
-        note += f"\nwarning: {run}: {short} questions have passages, but fewer than the {depth} asked for"
-    return examples, note
+READS_ALL = False  # each passage by itself: one reading tells answer.py the answers of every depth
 
 
 # ---------------------------------------------------------------- text -> token ids

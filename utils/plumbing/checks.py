@@ -12,6 +12,8 @@ from utils.plumbing.lines import iter_jsonl
 
 # \d, .*, (a|b), a|b, [A-Z], x)?: signs of a regular expression that hardly any plain answer has
 REGEX_SYNTAX = re.compile(r"\\[a-zA-Z.()?+]|\.[*+]|\([^)]*\|[^)]*\)|\w\|\w|\[[^\]]*-[^\]]*\]|\)[?*]|\(\?")
+# what no plain answer holds; REGEX_SYNTAX has signs that some do, such as )?
+PATTERN = re.compile(r"\\[sdwb]|\.\*|\(\?:|\w\|\w|\[\^?\w-\w")
 
 
 # ---------------------------------------------------------------- one question
@@ -91,6 +93,18 @@ def refuse_patterns(questions, path):
         share = f"{len(patterns)} of {len(answered)} questions have answers like {patterns[0]!r}"
         cure = "add --match regex (a recipe: MATCH=regex); a reader needs plain answers"
         raise UserError(f"{path}: {share}, which are regular expressions: {cure}")
+
+
+def refuse_patterns_to_learn(path, questions):
+    """UserError where a twentieth of the first answers are regular expressions; for a reader."""
+    patterns = []
+    for question in questions:
+        patterns += [answer for answer in question["answers"][:1] if PATTERN.search(answer)]
+    # why fewer than refuse_patterns lets pass: a pattern is a wrong lesson here, not only a missed hit
+    if 20 * len(patterns) > len(questions):
+        share = f"{len(patterns)} of {len(questions)} questions have a regular expression as answer"
+        cure = "a reader learns, and is scored on, plain answers only"
+        raise UserError(f"{path}: {share}, such as {patterns[0]!r} (CuratedTREC?); {cure}")
 
 
 def check_ids(path, examples, corpus, *keys):
