@@ -46,10 +46,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.inputs, self.projection = inputs, projection
-        self.dim = model.config.hidden_size
-        for layer in projection.modules() if projection else ():
-            if isinstance(layer, nn.Linear):
-                self.dim = layer.out_features  # of the last one
+        layers = list(projection.modules()) if projection else []
+        linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
+        self.dim = linears[-1].out_features if linears else model.config.hidden_size
 
     def how(self, key):
         """Return inputs[key], or what DPR does where `inputs` does not say."""
