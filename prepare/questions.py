@@ -13,12 +13,11 @@ from functools import partial
 from pathlib import Path
 
 from prepare.reading import answer_list, at_tabs, at_tabs_or_spaces, iter_entries, iter_table, not_of, number
-from utils.corpus import unquote
 from utils.data import Corpus, iter_jsonl, passage_of, read_questions
 from utils.plumbing.checks import as_text, is_passage
 from utils.plumbing.config import UserError
 from utils.plumbing.files import atomic_file
-from utils.plumbing.lines import read_lines
+from utils.plumbing.lines import read_lines, unquote
 
 # the keys of a training entry: id, question, positives, its hard negatives or else the others
 DPR_KEYS = ("qid", "question", "positive_ctxs", ("hard_negative_ctxs", "negative_ctxs"))

@@ -11,11 +11,10 @@ import numpy as np
 
 from prepare.questions import passage_id
 from prepare.reading import answer_list, at_tabs_or_spaces, iter_entries, iter_table, not_of, number
-from utils.corpus import split_contents
 from utils.data import Corpus, aligned_reader, iter_run, read_questions, write_run
 from utils.plumbing.config import UserError
 from utils.plumbing.files import atomic_file
-from utils.plumbing.lines import read_lines
+from utils.plumbing.lines import read_lines, split_contents
 from utils.text import has_answer
 
 

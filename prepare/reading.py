@@ -13,10 +13,9 @@ import ijson
 from tqdm import tqdm
 
 from prepare.hints import foreign, kind_of
-from utils.corpus import names_columns
 from utils.data import iter_jsonl
 from utils.plumbing.config import UserError
-from utils.plumbing.lines import read_lines
+from utils.plumbing.lines import names_columns, read_lines
 
 BOM = b"\xef\xbb\xbf"
 DICT_OF_ENTRIES = re.compile(rb'\{\s*("(\\.|[^"\\])*"\s*:\s*\{|\}?\s*$)')  # {"0": {..., as Pyserini writes
