@@ -184,10 +184,13 @@ def read_found(questions, cfg, counts):
     never = {question["qid"]: frozenset(gold_ids(question)) for question in others}
 
     # differs: the originals keep all rankings in memory; here all files must be in one order
-    readers = []
-    for path, read in (cfg.scores, iter_run), (cfg.lookahead_run, iter_run), (cfg.momentum, iter_lists):
-        readers.append(aligned_reader(path, read(path) if path else iter(()), cfg.run))
-    take_scores, take_lookahead, take_momentum = (take for take, _ in readers)
+    def beside_the_run(path, read):
+        items = read(path) if path else iter(())
+        return aligned_reader(path, items, cfg.run)
+
+    take_scores, end_scores = beside_the_run(cfg.scores, iter_run)
+    take_lookahead, end_lookahead = beside_the_run(cfg.lookahead_run, iter_run)
+    take_momentum, end_momentum = beside_the_run(cfg.momentum, iter_lists)
 
     waiting = {question["qid"]: question for question in questions}
     for qid, hits in iter_run(cfg.run):
@@ -214,8 +217,9 @@ def read_found(questions, cfg, counts):
         raise UserError(f"{cfg.run}: {share}, it is the question itself; add --ignore_identical_ids true")
     if len(waiting) == len(questions):
         raise UserError(f"{cfg.run}: has none of the questions of {cfg.questions}")
-    for _, check_end in readers:
-        check_end()
+    end_scores()
+    end_lookahead()
+    end_momentum()
 
 
 # ---------------------------------------------------------------- choosing
