@@ -385,8 +385,8 @@ def test_it_says_what_it_shows_and_what_was_not_run(browser, made, tmp_path):
         ) == [f"{name}: not run" for name in missing]
     curves = text_of(browser, "#training option")
     assert curves == ["inverse cloze alone: not run to its end", "trained encoder", "steps", "minutes"]
-    assert text_of(browser, ".results thead th")[-2:] == ["in all", "seeds"]
-    assert "minutes of everything that the row is built on" in browser.js("document.body.textContent")
+    assert text_of(browser, ".results thead th")[-2:] == ["minutes in all", "seeds"]
+    assert "of everything that the row is built on, each once" in browser.js("document.body.textContent")
 
 
 def test_a_choice_stays_where_the_hand_is(browser, made):
