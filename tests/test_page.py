@@ -187,8 +187,9 @@ def test_where_a_negative_comes_from(tmp_path):
     for path, pids in (("m0/ann.run", "567"), ("m0/lookahead.run", "79"), ("m1/ann.run", "98")):
         write_ranking(run / path, {"q": pids})
     (run / "data").mkdir()
-    for name, pids in (("data/train", "4"), ("m1", "69"), ("m2", "869"), ("d1", "4")):
+    for name, pids in (("data/train", "4"), ("m1", "69"), ("m2", "869")):
         write_lines(run / f"{name}.jsonl", [line | {"negatives": [*pids]}])
+    write_lines(run / "d1.jsonl", [line | {"negatives": [pid]} for pid in "47"])  # a line for each negative
     (run / "gate.txt").write_text("0.2 0.8\n")
     rows = [{"system": system, "ranking": "bm25/test.run"} for system in ("BM25", "ANCE-Tele", "RocketQA")]
     lessons = lessons_of(run, training_files(rows), shelf)
@@ -200,7 +201,8 @@ def test_where_a_negative_comes_from(tmp_path):
     assert [group[:2] for group in m1] == [["ANN", 1], ["look-ahead", 1]]
     assert [group[:2] for group in m2] == [["ANN", 1], ["momentum", 2]]
     assert m3 == new == []
-    (_, _, kept), (source, count, refused) = d1
+    (_, both, kept), (source, count, refused) = d1
+    assert both == len(kept) == 2
     assert (source, count, [shelf.rows[n][0] for n, _ in refused]) == ("thrown out", 1, ["3"])
     assert row["scores"][kept[0][0]] == 0.1 and lessons["below"] == 0.2
 
