@@ -41,21 +41,16 @@ PANELS = "loss acc average_rank mrr accuracy em f1 hit@1 hit@5 hit@20 ret entrop
 # ---------------------------------------------------------------- the run folder
 def open_run(run, data):
     """Return (its table.json, path of the corpus, path of the test questions)."""
-    if not (run / "table.json").is_file():
-        raise UserError(f"{run}/table.json: no such file; recipes/own_data.sh and ladder.sh write it")
     table = read_json(run / "table.json")
     if "pictures" not in table:
-        again = "make it again by recipes/ladder.py or recipes/demo/table.py"
-        raise UserError(f"{run}/table.json: it does not say where the encoders are; {again}")
+        raise UserError(f"{run}/table.json: it does not say where the encoders are; make it again")
 
     # the ladder has its own data folder; a demo knows the corpus that it was trained on
     if data is None and (run / "data" / "test.jsonl").is_file():
         data = run / "data"
-    if data is None:
-        corpus = ROOT / read_yaml(run / "config.yaml")["corpus"]
-    else:
-        names = [data / "corpus.tsv", data / "corpus.jsonl"]
-        corpus = next((path for path in names if path.is_file()), names[0])
+    corpus = data / "corpus.tsv" if data else ROOT / read_yaml(run / "config.yaml")["corpus"]
+    if not corpus.is_file():
+        corpus = corpus.with_suffix(".jsonl")
     test = corpus.parent / "test.jsonl"
     for path in (corpus, test):
         if not path.is_file():
@@ -106,7 +101,7 @@ def question_row(question, systems, said, beliefs, shelf, regex):
     # the rankings, and which of their passages hold an answer
     hits = {}
     for rankings in systems:
-        pids = list(rankings.get(question["qid"], ()))
+        pids = list(rankings.get(row["qid"], ()))
         for pid in pids[:DEPTH]:
             if pid not in hits:
                 hits[pid] = shelf.holds(pid, answers, regex) if answers else pid in gold
@@ -115,10 +110,9 @@ def question_row(question, systems, said, beliefs, shelf, regex):
         row["goldRanks"].append(first_rank(pid in gold for pid in pids))
 
     # the readers' answers, and how far reader and retriever of EMDR2 believed in a passage
-    texts = [known.get(question["qid"]) for known in said]
+    texts = [known.get(row["qid"]) for known in said]
     row["said"] = [text if text is None else [text, exact_match(text, answers)] for text in texts]
-    belief = beliefs.get(question["qid"])
-    row["belief"] = belief_of(belief, shelf) if belief else []
+    row["belief"] = belief_of(beliefs[row["qid"]], shelf) if row["qid"] in beliefs else []
     shown = [pid for pid, hit in hits.items() if hit and answers and pid in shelf.numbers]
     row["hits"] = [shelf.numbers[pid] for pid in shown]
     return row
@@ -151,27 +145,30 @@ def training_files(rows):
     return files
 
 
+def lines_of(path):
+    """Return {qid: its line} of a training file; RocketQA has a line for each negative, here they are one."""
+    found = {}
+    for _, line in iter_jsonl(path) if path.is_file() else ():
+        kept = found.setdefault(line["qid"], line | {"negatives": []})
+        kept["negatives"] += line["negatives"]
+    return found
+
+
 def lessons_of(run, files, shelf):
     """Return {"files": names, "below": the gate, "questions": rows} of some training questions."""
-    # the lines of every file: {qid: its lines}; RocketQA has one for each negative
-    lines_of = {"": {}}
-    for _, path, *_ in files:
-        lines_of[path] = {}
-        for _, line in iter_jsonl(run / path) if (run / path).is_file() else ():
-            lines_of[path].setdefault(line["qid"], []).append(line)
+    lines = {path: lines_of(run / path) for path in ["", *(path for _, path, *_ in files)]}
 
     # questions of the first file and some of RocketQA's new ones, evenly spaced
     wanted = {}
     for path, count in (("data/train.jsonl", LESSONS), ("pseudo.jsonl", LESSONS // 6)):
-        lines = lines_of.get(path, {})
-        wanted |= {qid: lines[qid][0] for qid in list(lines)[:: max(1, math.ceil(len(lines) / count))]}
+        qids = list(lines.get(path, ()))
+        wanted |= {qid: lines[path][qid] for qid in qids[:: max(1, math.ceil(len(qids) / count))]}
 
     # their rankings, the cross-encoder's scores, and the gate under which a passage may be a negative
     paths = {path for _, _, rankings, _ in files for path in rankings.values()}
     runs = {path: rankings_of(run / path, wanted) for path in paths}
-    scores = {}
-    for path in ("d0/train_ce.run", "d1/unlabelled_ce.run"):
-        scores |= rankings_of(run / path, wanted)
+    scores = rankings_of(run / "d0/train_ce.run", wanted)
+    scores |= rankings_of(run / "d1/unlabelled_ce.run", wanted)
     gate = run / "gate.txt"
     below = float(gate.read_text().split()[0]) if gate.is_file() else 0.0
 
@@ -183,42 +180,36 @@ def lessons_of(run, files, shelf):
         row["gold"] = [shelf.number(entry) for entry in line["positives"]]
         for _, path, rankings, last in files:
             ranked = {name: list(runs[ranking].get(qid, ())) for name, ranking in rankings.items()}
-            groups = groups_of(lines_of[path].get(qid, []), ranked, lines_of[last].get(qid, []), shelf)
+            groups = groups_of(lines[path].get(qid, {}), ranked, lines[last].get(qid, {}), shelf)
             if path == "d1.jsonl" and row["answers"]:
                 groups += thrown_out(line, known, below, shelf)
             row["files"].append(groups)
-        judged = [pid for pid in known if pid in shelf.numbers]
-        rows.append(row | {"scores": {shelf.numbers[pid]: round(known[pid], 3) for pid in judged}})
-    names = [[name, bool(lines_of[path])] for name, path, *_ in files]
+        row["scores"] = {shelf.numbers[pid]: round(known[pid], 3) for pid in known if pid in shelf.numbers}
+        rows.append(row)
+    names = [[name, bool(lines[path])] for name, path, *_ in files]
     return {"files": names, "below": below, "questions": rows}
 
 
-def negatives_of(lines):
-    return [entry for line in lines for entry in line["negatives"]]
-
-
-def groups_of(lines, ranked, last, shelf):
+def groups_of(line, ranked, last, shelf):
     """
     Return [[source, how many, [[passage, where it stood], ...]], ...] of the negatives of a question.
 
-    ranked: {name: ids} of the rankings that they come from. last: the question's lines of the last episode,
+    ranked: {name: ids} of the rankings that they come from. last: the question's line of the last episode,
     whose negatives (momentum) stand at the end.
     """
-    negatives, momentum = negatives_of(lines), len(negatives_of(last))
-    groups = {}
+    negatives, groups = line.get("negatives", []), {}
     for place, entry in enumerate(negatives):
         ranks = {name: pids.index(entry) + 1 for name, pids in ranked.items() if entry in pids}
         source = " and ".join(ranks) or "elsewhere"
-        if place >= len(negatives) - momentum:
+        if place >= len(negatives) - len(last.get("negatives", [])):
             source = "momentum"
-        groups.setdefault(source, []).append(
-            [entry, ", ".join(f"{name} {rank}" for name, rank in ranks.items())]
-        )
-    found = []
-    for source, entries in groups.items():
-        shown = [[shelf.number(entry), note] for entry, note in entries[:NEGATIVES]]
-        found.append([source, len(entries), shown])
-    return found
+        note = ", ".join(f"{name} {rank}" for name, rank in ranks.items())
+        groups.setdefault(source, []).append((entry, note))
+    return [group_of(source, entries, shelf) for source, entries in groups.items()]
+
+
+def group_of(source, entries, shelf):
+    return [source, len(entries), [[shelf.number(entry), note] for entry, note in entries[:NEGATIVES]]]
 
 
 def thrown_out(line, scores, below, shelf):
@@ -227,9 +218,8 @@ def thrown_out(line, scores, below, shelf):
     for pid in sorted(scores, key=scores.get, reverse=True):
         right = pid in line["positives"] or shelf.holds(pid, line["answers"])
         if scores[pid] >= below and not right:
-            refused.append([pid, ""])
-    shown = [[shelf.number(pid), note] for pid, note in refused[:NEGATIVES]]
-    return [["thrown out", len(refused), shown]] if refused else []
+            refused.append((pid, ""))
+    return [group_of("thrown out", refused, shelf)] if refused else []
 
 
 # ---------------------------------------------------------------- training
@@ -279,21 +269,17 @@ def content_of(run, data, regex, megabytes):
     content["pictures"] = pictures_of(encoders, bm25, drawn, shelf, regex)
 
     # the columns: every ranking once, because a reader has the ranking of its retriever; then the readers
-    columns = {}
+    columns = []
     for row in rows:
-        if row["ranking"] and row["ranking"] not in [ranking for _, ranking in columns.values()]:
-            columns[row["key"]] = (row["name"], row["ranking"])
-    systems = [rankings_of(run / ranking, qids) for _, ranking in columns.values()]
-    names = [name for name, _ in columns.values()]
-    content["systems"] = [[name, bool(found)] for name, found in zip(names, systems, strict=True)]
-    number = {key: i for i, key in enumerate(columns) if systems[i]}
+        if row["ranking"] and row["ranking"] not in [other["ranking"] for other in columns]:
+            columns.append(row)
+    systems = [rankings_of(run / row["ranking"], qids) for row in columns]
+    content["systems"] = [[row["name"], bool(found)] for row, found in zip(columns, systems, strict=True)]
+    number = {row["key"]: i for i, row in enumerate(columns) if systems[i]}
     content["pairs"] = [[number[a], number[b]] for a, b in table["pairs"] if a in number and b in number]
-    said, content["readers"] = [], []
-    for row in rows:
-        if row["answers"]:
-            path = run / row["answers"]
-            said.append(read_json(path, {}))
-            content["readers"].append([row["name"], bool(said[-1])])
+    readers = [row for row in rows if row["answers"]]
+    said = [read_json(run / row["answers"], {}) for row in readers]
+    content["readers"] = [[row["name"], bool(answers)] for row, answers in zip(readers, said, strict=True)]
 
     # questions until the page is full
     room = megabytes * 1e6 - TEMPLATE.stat().st_size

@@ -170,7 +170,7 @@ def test_where_a_negative_comes_from(tmp_path):
     world = make_world(tmp_path / "data")
     shelf = Shelf(Corpus(world / "corpus.tsv"))
     ranked = {"ANN": ["5", "6", "7"], "look-ahead": ["9", "7"]}
-    groups = groups_of([{"negatives": ["6", "7", "9", "8", "6"]}], ranked, [{"negatives": ["6"]}], shelf)
+    groups = groups_of({"negatives": ["6", "7", "9", "8", "6"]}, ranked, {"negatives": ["6"]}, shelf)
     shown = [(source, count, [(shelf.rows[n][0], note) for n, note in few]) for source, count, few in groups]
     assert shown == [
         ("ANN", 1, [("6", "ANN 2")]),
@@ -187,8 +187,9 @@ def test_where_a_negative_comes_from(tmp_path):
     for path, pids in (("m0/ann.run", "567"), ("m0/lookahead.run", "79"), ("m1/ann.run", "98")):
         write_ranking(run / path, {"q": pids})
     (run / "data").mkdir()
-    for name, pids in (("data/train", "4"), ("m1", "69"), ("m2", "869"), ("d1", "4")):
+    for name, pids in (("data/train", "4"), ("m1", "69"), ("m2", "869")):
         write_lines(run / f"{name}.jsonl", [line | {"negatives": [*pids]}])
+    write_lines(run / "d1.jsonl", [line | {"negatives": [pid]} for pid in "47"])  # a line for each negative
     (run / "gate.txt").write_text("0.2 0.8\n")
     rows = [{"system": system, "ranking": "bm25/test.run"} for system in ("BM25", "ANCE-Tele", "RocketQA")]
     lessons = lessons_of(run, training_files(rows), shelf)
@@ -200,7 +201,8 @@ def test_where_a_negative_comes_from(tmp_path):
     assert [group[:2] for group in m1] == [["ANN", 1], ["look-ahead", 1]]
     assert [group[:2] for group in m2] == [["ANN", 1], ["momentum", 2]]
     assert m3 == new == []
-    (_, _, kept), (source, count, refused) = d1
+    (_, both, kept), (source, count, refused) = d1
+    assert both == len(kept) == 2
     assert (source, count, [shelf.rows[n][0] for n, _ in refused]) == ("thrown out", 1, ["3"])
     assert row["scores"][kept[0][0]] == 0.1 and lessons["below"] == 0.2
 
@@ -331,16 +333,81 @@ def test_it_fits(browser, made, tmp_path, width, dark):
     browser.screenshot(tmp_path / "page.png")
     assert (tmp_path / "page.png").stat().st_size > 50_000
     for name in ("ink", "muted", "accent"):
-        assert contrast(browser, name) >= 4.5, name
-    assert len(text_of(browser, "#planes h4")) == 2
-    assert "inverse cloze: not run" in text_of(browser, "#vectors p")[0]
+        for ground in ("page", "card", "tint"):
+            assert contrast(browser, name, ground) >= 4.5, (name, ground)
+    assert contrast(browser, "edge", "card") >= 3, "of a button and of a thin line"
+    assert text_of(browser, "#planes h4") == ["1 untrained encoder", "2 trained"]
+    assert "inverse cloze: not run" in " ".join(text_of(browser, "#vectors p"))
     assert browser.errors == []
 
 
-def contrast(browser, name):
-    """WCAG's contrast of a colour of the page with its ground."""
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_finger_and_an_eye_find_all(browser, made, width):
+    """Whatever one presses is 40 pixels high, no text is smaller than 12; two systems fit side by side."""
+    open_page(browser, made[1], width)
+    browser.js("for (const node of document.querySelectorAll('details')) node.open = true")
+    browser.click("#compare")
+    pressed = (
+        "[...document.querySelectorAll('main :is(button, select, summary, a, label, [type=search]), nav a')]"
+    )
+    heights = f"{pressed}.map((node) => [node.getBoundingClientRect().height, node.outerHTML.slice(0, 80)])"
+    heights = browser.js(heights)
+    assert len(heights) > 60 and [row for row in heights if row[0] < 40] == []
+    sizes = browser.js(
+        "[...document.querySelectorAll('body *')].map((n) => parseFloat(getComputedStyle(n).fontSize))"
+    )
+    assert min(sizes) >= 12
+    assert len(text_of(browser, ".ranks thead th")) == 3
+    assert browser.js("document.querySelector('.ranks').parentNode.scrollWidth") <= width
+    assert browser.js("document.documentElement.scrollWidth") == width
+
+
+def test_it_says_what_it_shows_and_what_was_not_run(browser, made, tmp_path):
+    """Which questions are on the page; a row that was not run, in the table, columns, choices and curves."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for path in made[0].iterdir():
+        (run / path.name).symlink_to(path)
+    belief = {time: {"prior": [1.0], "posterior": [1.0]} for time in ("before", "after")}
+    (run / "cloze").mkdir()
+    write_lines(run / "cloze" / "metrics.jsonl", [{"step": 1, "loss": 0.5}])  # its training was begun
+    write_json(run / "belief.json", [{"qid": "q53", "passages": ["1"]} | belief])
+    size = made[1].stat().st_size / 1e6 - 0.001
+    data = page_of(run, tmp_path / "page.html", "--megabytes", size)
+    open_page(browser, tmp_path / "page.html")
+    (about,) = text_of(browser, "#about")
+    shown = f"{len(data['questions'])} of the questions are on this page"
+    assert about.endswith(f" {shown}: the 1 with EMDR2's beliefs, the others drawn at random.")
+    missing = ["untrained encoder", "inverse cloze alone", "trained + BM25"]
+    for section in ("results", "question", "training"):
+        assert f"{', '.join(missing)}: not run." in text_of(browser, f"#{section} p"), section
+    for selector in ("#system-a option:disabled", "#columns label:has(:disabled)"):
+        assert browser.js(
+            f"[...document.querySelectorAll('{selector}')].map((node) => node.textContent)"
+        ) == [f"{name}: not run" for name in missing]
+    curves = text_of(browser, "#training option")
+    assert curves == ["inverse cloze alone: not run to its end", "trained encoder", "steps", "minutes"]
+    assert text_of(browser, ".results thead th")[-2:] == ["minutes in all", "seeds"]
+    assert "of everything that the row is built on, each once" in browser.js("document.body.textContent")
+
+
+def test_a_choice_stays_where_the_hand_is(browser, made):
+    """A button that is drawn anew keeps the focus; another A than that of a pair leaves no pair chosen."""
+    open_page(browser, made[1])
+    for selector in ("#next", "#compare"):
+        browser.js(f"document.querySelector('{selector}').focus()")
+        browser.press("Enter")
+        assert f"#{browser.js('document.activeElement.id')}" == selector
+    assert browser.js("document.querySelector('#pair').value") == "0"
+    browser.js("document.querySelector('#system-a').value = '0'")
+    browser.js("document.querySelector('#system-a').dispatchEvent(new Event('change'))")
+    assert browser.js("document.querySelector('#pair').value") == ""
+
+
+def contrast(browser, name, ground):
+    """WCAG's contrast of a colour of the page with a ground."""
     lights = []
-    for variable in (name, "page"):
+    for variable in (name, ground):
         style = "getComputedStyle(document.documentElement)"
         colour = browser.js(f"{style}.getPropertyValue('--{variable}').trim()")
         channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
