@@ -40,7 +40,8 @@ SUFFIXES = (".json", ".answers.json", ".metrics.json")  # the three files that s
 def load_model(path):
     """Return (the module of a reader, the reader in the folder `path`)."""
     role = read_inputs(path, "reader").get("role")
-    kind, load = READERS.get(role, READERS["reader"])  # whose load refuses a third role
+    # no role: facebook/dpr-reader-*; load_reader refuses any other one
+    kind, load = READERS.get(role, READERS["reader"])
     return kind, load(path)
 
 
@@ -55,17 +56,15 @@ def write_predictions(out, examples, depths, answers):
     """Write the three files, and print the table of EM and F1."""
     # from: DPR train_extractive_reader.py:512-536
     rows = []
+    texts = {}  # the answers from all passages
     for example, predictions in zip(examples, answers, strict=True):
         row = {"question": example["question"], "gold_answers": example["answers"], "predictions": []}
         for depth, prediction in zip(depths, predictions, strict=True):
             if prediction:
                 row["predictions"].append({"top_k": depth, "prediction": prediction})
         rows.append(row)
-
-    # the answers from all passages, and what they are worth
-    texts = {}
-    for example, predictions in zip(examples, answers, strict=True):
-        texts[example["qid"]] = predictions[-1]["text"] if predictions[-1] else ""
+        last = predictions[-1]
+        texts[example["qid"]] = last["text"] if last else ""
     metrics = with_intervals(answer_scores(examples, answers, depths))
 
     paths = [Path(out).with_suffix(suffix) for suffix in SUFFIXES]

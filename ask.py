@@ -39,9 +39,10 @@ def split_question(argv):
     start = len(argv)
     while start and not argv[start - 1].startswith("--"):
         start -= 1
-    flag = argv[start - 1] if start else "--debug"
-    if start < len(argv) and "=" not in flag and flag not in ("--debug", "--help"):
-        start += 1  # the value of the last flag
+    # the first word behind the last flag is its value, unless it takes none or has it behind a `=`
+    flag = argv[start - 1] if start else ""
+    if flag and start < len(argv) and "=" not in flag and flag not in ("--debug", "--help"):
+        start += 1
     question = " ".join(argv[start:]) if start < len(argv) else None
     return argv[:start], question
 
@@ -54,8 +55,10 @@ def check_inputs(cfg, question):
         raise UserError('the question is empty; write python ask.py "who wrote hamlet"')
     if not Path(cfg.run).is_dir():
         raise UserError(f"run: {cfg.run}: no such folder; name the run_dir of train_dpr.py")
-    for part, script in (("query_encoder", "train_dpr.py"), ("embeddings/manifest.json", "doc2embedding.py")):
-        if not (Path(cfg.run) / part).exists() and not (part == "query_encoder" and cfg.query_encoder):
+    parts = {} if cfg.query_encoder else {"query_encoder": "train_dpr.py"}
+    parts["embeddings/manifest.json"] = "doc2embedding.py"
+    for part, script in parts.items():
+        if not (Path(cfg.run) / part).exists():
             raise UserError(f"{cfg.run} has no {part}; {script} writes it")
     if not cfg.corpus and (Path(cfg.run) / "config.yaml").is_file():
         trained = config.read_yaml(Path(cfg.run) / "config.yaml")
@@ -69,12 +72,13 @@ def check_inputs(cfg, question):
 def links_of(run):
     """Return {question_key: address} of the questions of the run's page, or of its ladder's; or {}."""
     pages = [path for path in (run / "page.html", run.parent / "page.html") if path.is_file()]
+    if not pages:
+        return {}
+    _, _, rest = pages[0].read_text(encoding="utf-8").partition('id="data">')
+    data = json.loads(rest.partition("</script>")[0] or '{"questions": []}')
     links = {}
-    for page in pages[:1]:
-        _, _, rest = page.read_text(encoding="utf-8").partition('id="data">')
-        data = json.loads(rest.partition("</script>")[0] or '{"questions": []}')
-        for row in data["questions"]:
-            links[question_key(row["text"])] = f"{page.resolve().as_uri()}#q={quote(row['qid'], safe='')}"
+    for row in data["questions"]:
+        links[question_key(row["text"])] = f"{pages[0].resolve().as_uri()}#q={quote(row['qid'], safe='')}"
     return links
 
 
@@ -136,18 +140,21 @@ def show(question, tools, known, k):
     from utils.search import as_lists, exact_topk
 
     # the best passages by inner product
-    times = [time.perf_counter()]
+    began = time.perf_counter()
+    seconds = {}
     ids = tokenize_questions(tools.encoder, [question])
     q_1D = embed(tools.encoder, ids, 1)
-    times.append(time.perf_counter())
+    seconds["encode"] = time.perf_counter() - began
+    began = time.perf_counter()
     dense = as_lists(*exact_topk(q_1D, tools.shards, k))[0]
-    times.append(time.perf_counter())
+    seconds["search"] = time.perf_counter() - began
 
     # their ranks by BM25
+    began = time.perf_counter()
     ranked = search_bm25(tools.bm25, [question], BM25_DEPTH)[0]
     bm25 = {row: rank for rank, (row, _) in enumerate(ranked, 1)}
     words = tokens([question]).vocab
-    times.append(time.perf_counter())
+    seconds["BM25"] = time.perf_counter() - began
 
     # answers: those known from the question file, and the reader's
     passages = [tools.corpus[row] for row, _ in dense]
@@ -155,8 +162,9 @@ def show(question, tools, known, k):
     if answers:
         print(f"known answers: {', '.join(answers)}")
     if tools.reader:
+        began = time.perf_counter()
         print(f"answer: {plain(tools.reader(question, passages, BATCH)) or NO_TEXT}")
-        times.append(time.perf_counter())
+        seconds["read"] = time.perf_counter() - began
 
     # the passages
     width = max(40, shutil.get_terminal_size().columns)
@@ -170,8 +178,7 @@ def show(question, tools, known, k):
     # what the other systems find for it, and the cost
     if question_key(question) in tools.links:
         print(f"all systems on this question: {tools.links[question_key(question)]}")
-    steps = zip(("encode", "search", "BM25", "read"), times, times[1:], strict=False)
-    costs = [f"{name} {1000 * (end - begin):.0f} ms" for name, begin, end in steps]
+    costs = [f"{name} {1000 * passed:.0f} ms" for name, passed in seconds.items()]
     if len(ids[0]) == tools.encoder.inputs["question_tokens"]:
         costs.append(f"the question fills all {len(ids[0])} tokens, its end may be cut")
     print(" | ".join(costs) + "\n", flush=True)
@@ -185,6 +192,7 @@ def main():
     try:
         cfg = config.load_config(__doc__, "config/ask.yaml", flags)
     except UserError as error:
+        # most often a question stands before a flag
         raise UserError(f"{error} (the question comes last)") from None
     check_inputs(cfg, question)
     rows = read_questions(cfg.questions, repeats=True) if cfg.questions else []

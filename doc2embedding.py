@@ -40,19 +40,20 @@ from utils.plumbing.config import (
 from utils.plumbing.devices import rows_that_fit, start
 from utils.plumbing.embeddings import (
     check_storable,
+    finish_folder,
     open_embeddings,
     refuse_other_job,
     shards_to_encode,
     wait_for,
     write_shard,
 )
-from utils.plumbing.files import atomic_file, need_space, read_json, write_json
+from utils.plumbing.files import need_space, read_json, write_json
 from utils.plumbing.weights import encoder_hash, given_inputs, load_encoder
 
-# Processes that tokenise for a GPU. why: with an H200 a passage took 192 microseconds, 46 of them to be
-# tokenised (results/bench/gpu_h200.txt). A thread would take them from the one that launches the GPU's work.
+# Processes that tokenise for a GPU. why not a thread: Python runs one at a time, and of 192 microseconds a
+# passage (H200, results/bench/gpu_h200.txt) it would take 46 from the code that gives the GPU its work
 WORKERS = 4
-STEP = 32  # compiled code is made for each length of a batch anew; with this step 256 tokens are 8 lengths
+STEP = 32  # torch.compile makes code for each length; in steps of 32, 256 tokens are 8 lengths
 
 
 # ---------------------------------------------------------------- the vectors
@@ -62,12 +63,12 @@ def tokenize_windows(windows, corpus, encoder, workers):
     def tokenize(rows):
         return tokenize_passages(encoder, [corpus[row] for row in rows])
 
-    # in a thread; for a GPU in processes
     if not workers:
-        return prefetch(tokenize, windows)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # in each of them; else the library warns of the fork
-    how = {"num_workers": workers, "multiprocessing_context": "fork"}
-    return iter(DataLoader(windows, batch_size=None, collate_fn=tokenize, **how))
+        return prefetch(tokenize, windows)  # in a thread
+    # for a GPU in processes; each has one thread, else the library warns of the fork
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    loader = {"num_workers": workers, "multiprocessing_context": "fork"}
+    return iter(DataLoader(windows, batch_size=None, collate_fn=tokenize, **loader))
 
 
 def batch_sizes(cfg, encoder, stored, device):
@@ -81,11 +82,12 @@ def batch_sizes(cfg, encoder, stored, device):
         lengths = [*range(STEP, longest, STEP), longest]
     if cfg.batch_size:
         return {"size": cfg.batch_size, "tokens": 0, "lengths": lengths}
+    # rows of one token, so this is a number of tokens; on a CPU 0: there passages are counted
     tokens = rows_that_fit(0, 1, encoder.model.config.hidden_size, device)
     return {"size": 64, "tokens": tokens} | stored.get("batch", {}) | {"lengths": lengths}
 
 
-def encode_shard(rows, tokenized, encoder, corpus, cfg, how, bar):
+def encode_shard(rows, tokenized, encoder, corpus, cfg, batching, bar):
     """Return the vectors [n, D] of the passages `rows`, and how many of these fill all their tokens."""
     vectors_nD = np.empty((len(rows), encoder.dim), cfg.dtype)
     full_length = 0
@@ -93,23 +95,13 @@ def encode_shard(rows, tokenized, encoder, corpus, cfg, how, bar):
     for window in cut(rows, cfg.sort_window):
         # differs: DPR pads to 256 tokens, `embed` to the longest of a batch; the same vectors to 1e-6
         ids = next(tokenized)
-        window_nD = embed(encoder, ids, progress=bar, **how)
+        window_nD = embed(encoder, ids, progress=bar, **batching)
         advice = "the weights are broken" if cfg.mixed_precision == "no" else "use --mixed_precision no"
         check_storable(window_nD, cfg.dtype, corpus, window, advice)
         # differs: DPR and nanoDPR store float32, which takes twice the space of float16
         vectors_nD[window.start - rows.start : window.stop - rows.start] = window_nD
         full_length += sum(len(tokens) == encoder.inputs["passage_tokens"] for tokens in ids)
     return vectors_nD, full_length
-
-
-def complete(folder, manifest, shards, corpus):
-    """Write ids.txt and the manifest of a folder with all its shards. Return how many passages may be cut."""
-    notes = {file.name: read_json(file.with_suffix(".json")) for file in shards}
-    with atomic_file(folder / "ids.txt") as file:
-        file.writelines(f"{passage.id}\n" for passage in corpus)
-    hashes = {name: note["sha256"] for name, note in notes.items()}
-    write_json(folder / "manifest.json", manifest | {"shards": hashes, "complete": True})
-    return sum(note["full_length"] for note in notes.values())
 
 
 # ---------------------------------------------------------------- main
@@ -146,8 +138,8 @@ def main():
     manifest |= {"dim": encoder.dim, "encoder": encoder_hash(encoder), "pair": encoder.inputs["pair"]}
     stored = read_json(folder / "manifest.json", {})
     refuse_other_job(folder, stored, manifest, shards)
-    how = batch_sizes(cfg, encoder, stored, device)
-    manifest["batch"] = {"size": how["size"], "tokens": how["tokens"]}
+    batching = batch_sizes(cfg, encoder, stored, device)
+    manifest["batch"] = {"size": batching["size"], "tokens": batching["tokens"]}
 
     # find the shards that are missing: of this process, and how many passages of all
     # from: DPR's and GC-DPR's --shard_id and --num_shards; there each server writes one file of its own
@@ -166,7 +158,7 @@ def main():
         if corpus.empty_texts:
             print(f"warning: {corpus.empty_texts:,} passages have no text; only their titles are encoded")
         print(f"{len(corpus):,} passages, {len(corpus) - count:,} of them done before | {len(shards)} shards")
-        batch = f"{how['tokens']:,} tokens" if how["tokens"] else f"{how['size']} passages"
+        batch = f"{batching['tokens']:,} tokens" if batching["tokens"] else f"{batching['size']} passages"
         where = f"{accelerator.num_processes} x {device.type}, precision {cfg.mixed_precision}"
         print(f"{encoder.dim} x {cfg.dtype} | {where} | batches of {batch}")
         print(f"inputs: {encoder.inputs}")
@@ -177,13 +169,14 @@ def main():
     accelerator.wait_for_everyone()
 
     # half precision and compiled code
-    how["autocast"] = accelerator.autocast
+    batching["autocast"] = accelerator.autocast
     if cfg.mixed_precision == "bf16":
         # why not autocast: it turns the weights into bf16 anew for every batch, and the GPU waits for that
+        # trap: not before encoder_hash above, which names the float32 weights
         encoder.to(torch.bfloat16)
-        how["autocast"] = contextlib.nullcontext
+        batching["autocast"] = contextlib.nullcontext
     if cfg.compile:
-        torch._dynamo.config.recompile_limit = 2 * len(how["lengths"])  # with a mask and without one
+        torch._dynamo.config.recompile_limit = 2 * len(batching["lengths"])  # with a mask and without one
         encoder.model.compile(dynamic=False)
 
     # encode
@@ -195,7 +188,7 @@ def main():
     often = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines in a log file
     with tqdm(total=int(share), desc="passages", mininterval=often, disable=not main_process) as bar:
         for file, rows in todo.items():
-            vectors_nD, full_length = encode_shard(rows, tokenized, encoder, corpus, cfg, how, bar)
+            vectors_nD, full_length = encode_shard(rows, tokenized, encoder, corpus, cfg, batching, bar)
             write_shard(file, vectors_nD, full_length)
     wait_for(dict(here))
     seconds = time.perf_counter() - began
@@ -208,7 +201,7 @@ def main():
             print(f"{folder}: {len(absent)} shards are due from other servers, such as {absent[0]}")
             print("if they have other disks: bring all files together, then repeat this with --servers 1")
         else:
-            full = complete(folder, manifest, shards, corpus)
+            full = finish_folder(folder, manifest, shards, corpus)
             open_embeddings(folder, verify=False)  # warns where the vectors hardly differ
             length = encoder.inputs["passage_tokens"]
             print(f"{full:,} passages fill all {length} tokens, their end may be cut")

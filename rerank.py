@@ -95,12 +95,14 @@ def read_blocks(todo, questions, corpus, cross, cfg):
 # ---------------------------------------------------------------- model
 def rescore(rankings, ids, cross, cfg, autocast, bar):
     """Return the rankings of a block by descending probability; equal ones stay in the given order."""
-    # differs: RocketQA pads each pair to 160 tokens. It writes 32 bits; 64 keep the order of values near 1
+    # differs: RocketQA pads each pair to 160 tokens, and writes float32; float64 keeps the order near 1
     scores = probabilities(cross, ids, cfg.batch_size, autocast, bar)
     pairs = [(qid, pid) for qid, hits in rankings for pid, _ in hits]
-    for i in np.flatnonzero(np.isnan(scores)):
+    broken = np.flatnonzero(np.isnan(scores))
+    if len(broken):
+        qid, pid = pairs[broken[0]]
         advice = "the weights are broken" if cfg.mixed_precision == "no" else "use --mixed_precision no"
-        raise UserError(f"question {pairs[i][0]!r}, passage {pairs[i][1]!r}: the score is NaN; {advice}")
+        raise UserError(f"question {qid!r}, passage {pid!r}: the score is NaN; {advice}")
 
     # sort each ranking anew
     scores = iter(scores.tolist())
@@ -155,7 +157,7 @@ def main():
     count = int(accelerator.reduce(share, "sum"))  # a barrier too: all processes have read what is there
     if main_process:
         lines = sum(sizes) + count  # in `out`, and in the blocks
-        need_space(out.parent, 100 * lines, "the ranking")
+        need_space(out.parent, 100 * lines, "the ranking")  # about 100 bytes a line
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder / ".lock")
         write_json(folder / "manifest.json", manifest)

@@ -98,7 +98,6 @@ def adversarial_step(chunks, cross, accelerator, cfg):
         loss, _ = chunk_loss(chunk, cross, autocast, cfg.batch_size)
         gradient_VD += torch.autograd.grad(loss, weight_VD)[0]
     cross.train()
-    # differs: Paddle's workers each took the gradient of their own pairs
     sum_over_devices(gradient_VD)
 
     # a step of length epsilon
@@ -108,7 +107,7 @@ def adversarial_step(chunks, cross, accelerator, cfg):
 
 def add_gradient(chunks, cross, accelerator, cfg, step):
     """Add the global batch's gradient to .grad; return the global (loss, correct) as one tensor."""
-    # move the word embeddings. differs: RocketQA's paper does not say so, its code does
+    # move the word embeddings. differs: this step is in RocketQA's code, not in its paper
     weight_VD = cross.model.get_input_embeddings().weight
     if cfg.adversarial_epsilon:
         kept_VD = weight_VD.detach().clone()
@@ -231,9 +230,9 @@ def main():
 
     # the loop
     relevant = sum(label for _, _, label in pairs)
-    story = f"{len(pairs)} pairs, {relevant} of them relevant, {cfg.batch_size} a step"
-    story += f" | adversarial step {cfg.adversarial_epsilon}"
-    for step, chunks in run.steps(len(pairs), batch_of, story, unit="pairs"):
+    summary = f"{len(pairs)} pairs, {relevant} of them relevant, {cfg.batch_size} a step"
+    summary += f" | adversarial step {cfg.adversarial_epsilon}"
+    for step, chunks in run.steps(len(pairs), batch_of, summary, unit="pairs"):
         if step == run.first:
             ids, labels = chunks[0]
             run.say(f"example of label {labels[0]}: {cross.tokenizer.decode(ids[0])}")

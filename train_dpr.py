@@ -316,9 +316,9 @@ def main():
 
     # the loop: the next batch is drawn meanwhile; run.log counts the step; run.save acts only when it is due
     wrong_passages = cfg.batch_size * (1 + cfg.negatives) - 1
-    story = f"{cfg.batch_size} questions a step against {wrong_passages} negatives each"
-    story += f" | gradient x {cfg.gradient_scale}"
-    for step, batch in run.steps(len(train), batch_of, story):
+    summary = f"{cfg.batch_size} questions a step against {wrong_passages} negatives each"
+    summary += f" | gradient x {cfg.gradient_scale}"
+    for step, batch in run.steps(len(train), batch_of, summary):
         if step == run.first:
             decode = encoders["query_encoder"].tokenizer.decode
             run.say(f"shortest question: {decode(batch['question_chunks'][0][0])}")

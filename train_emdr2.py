@@ -287,8 +287,8 @@ def main():
         return draw_questions(step, train, cfg)
 
     # the loop
-    story = f"{cfg.batch_size} questions a step, {cfg.top_k} of {len(corpus):,} passages each"
-    for step, examples in run.steps(len(train), batch_of, story):
+    summary = f"{cfg.batch_size} questions a step, {cfg.top_k} of {len(corpus):,} passages each"
+    for step, examples in run.steps(len(train), batch_of, summary):
         if retriever_learns:
             index.refresh(step, models["doc_encoder"])  # (0)
         examples = index.retrieve(examples, models["query_encoder"], cfg.top_k)  # (1)

@@ -250,8 +250,8 @@ def main():
         return make_batch(step, train, corpus, reader, cfg)
 
     # the loop
-    story = f"{cfg.batch_size} questions a step, {cfg.passages_per_question} passages each"
-    for step, chunks in run.steps(len(train), batch_of, story):
+    summary = f"{cfg.batch_size} questions a step, {cfg.passages_per_question} passages each"
+    for step, chunks in run.steps(len(train), batch_of, summary):
         if step == run.first:
             example = chunks[0][0]
             ids = example["ids"][0]

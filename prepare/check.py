@@ -26,7 +26,7 @@ SPLITS = ("train", "dev", "test")
 LOOK = 5000  # texts of a kind that are tokenised, spread over the file
 
 
-def deal(folder):
+def split_questions(folder):
     """Write train.jsonl, dev.jsonl and test.jsonl from questions.jsonl; a question goes to one of them."""
 
     def draw(question):
@@ -37,13 +37,13 @@ def deal(folder):
     if tenth == 0:
         raise UserError(f"{folder}/questions.jsonl: 10 questions or more are needed, got {len(questions)}")
     parts = {"test": questions[:tenth], "dev": questions[tenth : 2 * tenth], "train": questions[2 * tenth :]}
-    with tempfile.TemporaryDirectory(prefix=".deal.", dir=folder) as place:
+    with tempfile.TemporaryDirectory(prefix=".split.", dir=folder) as place:
         for name, part in parts.items():
             with atomic_file(Path(place, f"{name}.jsonl")) as file:
                 file.writelines(json.dumps(question, ensure_ascii=False) + "\n" for question in part)
         for name in parts:
             Path(place, f"{name}.jsonl").rename(folder / f"{name}.jsonl")
-    print(f"{folder}: questions.jsonl is dealt into train.jsonl, dev.jsonl and test.jsonl")
+    print(f"{folder}: questions.jsonl is split into train.jsonl, dev.jsonl and test.jsonl")
 
 
 def spread(items):
@@ -107,10 +107,10 @@ def main():
     need_model(cfg, "init")
     there = [name for name in SPLITS if (folder / f"{name}.jsonl").exists()]
     if not there and (folder / "questions.jsonl").is_file():
-        deal(folder)
+        split_questions(folder)
     for name in SPLITS:
         if not (folder / f"{name}.jsonl").is_file():
-            cure = "give all three, or questions.jsonl and none of them, to deal them from"
+            cure = "give all three, or questions.jsonl and none of them, to split"
             raise UserError(f"{folder}/{name}.jsonl: no such file; {cure}")
 
     # the passages

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from doc2embedding import complete
 from utils.data import Corpus
 from utils.plumbing.config import UserError
-from utils.plumbing.embeddings import write_shard
+from utils.plumbing.embeddings import finish_folder, write_shard
 from utils.plumbing.files import atomic_folder
 
 SHARD_SIZE = 65536  # passages in one of our files, as in config/doc2embedding.yaml
@@ -110,14 +109,14 @@ def from_vectors(*paths):
     with atomic_folder(folder) as building:
         waiting = []  # arrays that are not yet written
         rows = 0
-        shards = {}
+        shards = []
         form = None
 
         def write(size):
             rest = np.concatenate(waiting)
             file = building / f"{len(shards):05d}.npy"
             write_shard(file, rest[:size], 0)
-            shards[file] = size
+            shards.append(file)
             waiting[:] = [rest[size:]]
 
         # cut what they hold into our shards
@@ -143,4 +142,4 @@ def from_vectors(*paths):
         manifest = {"rows": rows, "dim": dim, "dtype": np.dtype(dtype).name, "shard_size": SHARD_SIZE}
         manifest |= {"role": "passage", "corpus": corpus.sha256, "encoder": "", "pair": ""}
         note = "made by another program, encoder unknown: search with the question encoder of the same model"
-        complete(building, manifest | {"note": note}, shards, corpus)
+        finish_folder(building, manifest | {"note": note}, shards, corpus)

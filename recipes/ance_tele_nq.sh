@@ -8,9 +8,9 @@
 # Ours: not run. Time: not measured. Disk: 13 GB corpus + 33 GB of vectors for each of four models.
 #
 # TriviaQA and MS MARCO: ance_tele_trivia.sh and ance_tele_marco.sh run this file with other variables.
-# Smaller: DATA, RUN, START, TRAIN_FLAGS="--batch_size 32 --mixed_precision no", ENCODE_FLAGS="", LAUNCH=python. Files
-# in DATA: corpus.tsv, train.jsonl (positives as passage ids), test.jsonl. A recipe that was stopped continues where it
-# was.
+# Smaller: DATA, RUN, START, TRAIN_FLAGS="--batch_size 32 --mixed_precision no", ENCODE_FLAGS="", LAUNCH=python. Files in
+# DATA: corpus.tsv, test.jsonl and train_ids.jsonl with positives as passage ids (TRAIN names another). A recipe that was
+# stopped continues where it was.
 #
 # One episode, with the negatives that ANCE-Tele published ("our Epi-3 negatives"; the words are ids of BERT's vocab.txt):
 #   python -m prepare.convert ance_tele_hn split*.hn.json vocab.txt runs/ance_tele_nq/m3.jsonl
@@ -29,7 +29,7 @@ STOP_AFTER=(${STOP_AFTER:-2000 2000 0})            # steps, by episode; 0: none 
 DEPTH=${DEPTH:-200}                                # passages retrieved for a question and for its positive
 SAMPLE=${SAMPLE:-80}                               # drawn from each of the two: 160 negatives, then 320, then 480
 LOOKAHEAD=${LOOKAHEAD:-true} MOMENTUM=${MOMENTUM:-true} # false: without these negatives
-POSITIVES=${POSITIVES:-find}                       # find: where train.jsonl has none, the first passage with the answer
+POSITIVES=${POSITIVES:-find}                       # find: where TRAIN names no positive, the first passage with the answer
 TEST_DEPTH=${TEST_DEPTH:-100}
 TEST_TOKENS=${TEST_TOKENS:-0}                      # length of a test question; 0: as in training
 TRAIN_FLAGS=${TRAIN_FLAGS:-}
@@ -51,11 +51,11 @@ if [[ " $EPISODES " = *" 1 "* ]]; then
     FOR=
 fi
 
-mine() { # the negatives of an episode, found by the model of the last
+mine() { # the negatives of an episode, found by the model of the last; of the loop below: episode last model questions
     local FOR=$model.jsonl
     search $last $TRAIN $DEPTH ann
     if [ $POSITIVES = find ]; then
-        questions=$last/questions.jsonl
+        questions=$last/questions.jsonl        # mined only for the positives that it finds: look-ahead needs them
         stage $questions python mine_negatives.py --mode topk --positives find --negatives 1 --depth $DEPTH \
             --questions $TRAIN --run $last/ann.run $CORPUS --out $questions
     fi

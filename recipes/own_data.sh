@@ -106,8 +106,8 @@ stage hybrid_weight weigh
 search test_hybrid test "$RUN/test/hybrid.run" "$RUN" --bm25_run "$RUN/bm25_runs/test.run" \
     --hybrid_weight "$(tail -n 1 "$RUN/test/hybrid_weight.txt")"
 
-# The reader learns from what this retriever finds, and answers from it. It needs answers in words.
-# In the dry pass questions.jsonl is not yet dealt.
+# The reader learns from what this retriever finds, and answers from it. It needs answers in words: do the files have
+# one? In the dry pass (progress.sh) questions.jsonl is not yet split.
 reader=
 if [ "$MATCH" = string ] && grep -qs '"answers": *\[ *"' "$DATA"/{train,test}.jsonl ${DRY:+"$DATA/questions.jsonl"}; then
     search search_train train "$RUN/test/train.run" "$RUN" --k 50

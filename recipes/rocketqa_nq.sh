@@ -87,7 +87,7 @@ fi
 
 # Step 4. M_D2: what M_C is sure of in M_D1's ranking of unlabelled questions is added to step 3's file.
 if [ $FROM != 4 ] && taught; then pseudo_labels 1; fi
-[ $FROM = 3 ] && ! there $RUN/d2.jsonl || train d2 $RUN/d2.jsonl
+if [ $FROM != 3 ] || there $RUN/d2.jsonl; then train d2 $RUN/d2.jsonl; fi
 
 for model in d0 d1 d2; do
     if there $RUN/$model/metrics.json; then evaluate $model; fi

@@ -1,6 +1,6 @@
-# Sourced by the recipes of RocketQA, ANCE-Tele and EMDR2: how a stage is run once, and the stages that they share.
-# Needs: DATA, RUN, LAUNCH, FORMAT, ENCODE_FLAGS. MEASURE: a command that runs a stage and notes what it cost
-# (recipes/measured.py PEAKS); empty: none.
+# Sourced by most recipes: how a stage is run once, and the stages that they share. Needs: DATA, RUN, LAUNCH, FORMAT,
+# ENCODE_FLAGS; teach_cross_encoder also CROSS_CONFIG, CROSS_START, CROSS_FLAGS; pseudo_labels also UNLABELLED_DEPTH, BELOW,
+# ABOVE. MEASURE: a command that runs a stage and notes what it cost (recipes/measured.py PEAKS); empty: none.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/progress.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -9,7 +9,7 @@ case "$DATA$RUN" in *" "*) echo "DATA and RUN cannot have spaces in them" >&2 &&
 mkdir -p $RUN
 under $RUN
 
-# finished OUTPUT: it is there, complete, or there is what it is FOR
+# finished OUTPUT: it exists and is complete; or the file FOR exists, which OUTPUT would only have led to
 finished() {
     if [ -n "${FOR:-}" ] && [ -e $FOR ]; then return; fi
     if [ "${1##*/}" = manifest.json ]; then grep -qs '"complete": true' $1; else [ -e $1 ]; fi

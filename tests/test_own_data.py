@@ -111,8 +111,8 @@ def test_what_looks_wrong_is_said(look):
         call()
 
 
-def test_questions_are_dealt_once(look):
-    """Eight, one and one of ten, all different; what is there is not dealt again."""
+def test_questions_are_split_once(look):
+    """Eight, one and one of ten, all different; what is there is not split again."""
     world, call = look
     splits = [world / f"{name}.jsonl" for name in ("train", "dev", "test")]
     questions = [row for path in splits for row in read_questions(path)]
@@ -126,11 +126,11 @@ def test_questions_are_dealt_once(look):
         call()
     assert splits[2].read_text() == "my own test questions" and not splits[0].exists()
     splits[2].unlink()
-    assert "is dealt into" in call()
+    assert "is split into" in call()
     parts = [[row["qid"] for row in read_questions(path)] for path in splits]
     assert [len(part) for part in parts] == [48, 6, 6]
     assert sorted(sum(parts, [])) == sorted(row["qid"] for row in questions)
-    assert "is dealt into" not in call()
+    assert "is split into" not in call()
 
 
 def test_answers_that_are_patterns(look):

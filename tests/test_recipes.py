@@ -559,7 +559,7 @@ def test_own_data(rehearsal):
     """corpus.tsv and questions.jsonl in a folder: a report first, a table and the command that asks last."""
     world, run, output = rehearsal("own_data")
     assert [len(lines(world / f"{name}.jsonl")) for name in ("train", "dev", "test")] == [48, 6, 6]
-    assert "questions.jsonl is dealt into" in output and "are cut at 128 tokens" in output
+    assert "questions.jsonl is split into" in output and "are cut at 128 tokens" in output
     table = {row["name"]: row["metrics"] for row in read_json(run / "table.json")["rows"]}
     retrieval = {"BM25", "untrained encoder", "inverse cloze alone", "trained encoder", "trained + BM25"}
     assert set(table) == retrieval | {"title of passage 1", *(f"reader, best of {n}" for n in (1, 2, 3))}

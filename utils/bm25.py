@@ -21,7 +21,8 @@ from utils.plumbing.config import UserError, friendly_errors, need_out
 from utils.plumbing.files import atomic_folder, lock, read_json, sha256, write_json
 from utils.text import words
 
-# from: Karpukhin et al. 2020, Sec. 5.1 (Lucene's b and k1)
+# from: Karpukhin et al. 2020, Sec. 5.1 (b and k1, tuned there on dev sets). words: its value changes when
+# `words` does, so that old indexes are built again
 SETTINGS = {"k1": 0.9, "b": 0.4, "stopwords": "english", "words": "utils/text.py, December 2026"}
 STOPWORDS = frozenset(STOPWORDS_EN)
 

@@ -3,7 +3,8 @@ A corpus of any size, read from disk one passage at a time: 21M passages never b
 
 The first opening reads the file once and writes where each passage begins to `<path>.index/`, 8 bytes each.
 After that `corpus[row]` is one read of the file, and all processes share the index through the page cache.
-trap: of several processes one must be the first: `with accelerator.main_process_first(): Corpus(path)`.
+trap: of several processes one must open it first, alone, because it writes the index:
+`with accelerator.main_process_first(): Corpus(path)`.
 """
 
 import contextlib
@@ -77,6 +78,7 @@ def write_index(path, fmt, folder):
             continue
         if lengths is not None and len(lengths) < 1000:
             lengths.append((len(passage.text), len(passage.title)))
+        # of the two beginnings those that still fit
         first_ids = {first for first in first_ids if passage.id == str(first + len(offsets))}
         hashes.append(id_hash(passage.id))
         offsets.append(offset)
@@ -145,6 +147,7 @@ class Corpus:
 
         # open the index, or build it in the place of one that is broken or of another file
         stat = self.path.stat()
+        # another version: the index of before is built again
         want = {"version": 3, "fmt": fmt, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         folder = Path(f"{path}.index")
         if load_index(folder, want) is None:

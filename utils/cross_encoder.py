@@ -99,7 +99,7 @@ def load_cross_encoder(path, pair_tokens=0, dropout=0.0, new_head=False, layer_n
         fix = 'write one there, such as {"role": "cross", "pair_tokens": 160}'
         raise UserError(f"{path}: {fault}; {fix}")
     missing = report["missing_keys"]
-    if new_head:  # all that lies outside the model that both kinds share, and the pooler within it
+    if new_head:  # only the model below the head must be whole, and of that not the pooler
         body = f"{model.base_model_prefix}."
         missing = [key for key in missing if key.startswith(body) and not key.startswith(f"{body}pooler.")]
     what = "this architecture" if new_head else "a cross-encoder; train_cross_encoder.py makes one"

@@ -33,7 +33,7 @@ NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 # differs: DPR has no limit. A search takes microseconds, but one for `(a|aa)+$` can take years
 TIMEOUT = 1.0  # seconds for an answer and a passage
 
-# the words of BM25: those of bm25s for text without the scripts and signs of PAIRED, else RUN (`words`)
+# the words of BM25: bm25s's pattern, c++ and c#; RUN for text with the scripts and signs of PAIRED (`words`)
 USUAL_WORD = standard_re.compile(r"\b\w\w+\b|\b[a-z](?:\+\+|#)(?!\w)")
 PAIRED = rf"[{UNSPACED}\p{{Hangul}}]"
 PAIRED_OR_MARK = re.compile(rf"{PAIRED}|\p{{M}}")

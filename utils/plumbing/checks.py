@@ -1,5 +1,5 @@
 """
-What is refused in question files and rankings, and what is warned of, before it is learned from.
+Checks of question files and rankings before a training: what is an error, and what a warning.
 """
 
 import math
@@ -149,7 +149,7 @@ def notes_on_negatives(cfg, train):
     positives = {passage_key(entry) for example in train for entry in example["positives"]}
 
     def meets_a_wrong_one(example):
-        own = {passage_key(entry) for entry in example["negatives"] if cfg.negatives}
+        own = {passage_key(entry) for entry in example["negatives"]} if cfg.negatives else set()
         beside = positives | own if cfg.batch_size > 1 else own
         return not beside <= {passage_key(entry) for entry in example["positives"]}
 

@@ -93,6 +93,7 @@ def in_a_sentence(error):
     number = getattr(error, "errno", None)
     if found := re.search(r"os error (\d+)|\[Errno (\d+)\]", str(error)):
         number = number or int(found[1] or found[2])
+    # numpy on a full disk says "4096 requested and 512 written", without a number
     if "requested and" in str(error) and isinstance(error, OSError):
         number = errno.ENOSPC
     if number == errno.EPIPE:

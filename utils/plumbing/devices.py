@@ -45,7 +45,7 @@ def check_environment(mixed_precision):
     # the variables of a launcher: all of them, or none
     numbers = {name for name in LAUNCHED if env.get(name, "").isdigit()}
     launched = "LOCAL_RANK" in env or env.get("WORLD_SIZE", "1") != "1"
-    if launched and (numbers < LAUNCHED or not env.get("MASTER_ADDR")):
+    if launched and (numbers != LAUNCHED or not env.get("MASTER_ADDR")):
         fault = (
             f"the environment has {', '.join(sorted(env.keys() & LAUNCHED))}, but no launcher set them all"
         )
@@ -58,7 +58,7 @@ def check_environment(mixed_precision):
         warnings.append(
             f"accelerate's mixed_precision {precision} is not used, the key says {mixed_precision}"
         )
-    if Path(default_config_file).is_file() and not launched and precision is mixed_precision:
+    if Path(default_config_file).is_file() and not launched and "ACCELERATE_MIXED_PRECISION" not in env:
         warnings.append(f"{default_config_file} is not used: only `accelerate launch` reads it")
     # trap: asked for several processes without a GPU, it starts one and only sets MASTER_ADDR
     if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env and not launched:

@@ -171,6 +171,16 @@ def write_shard(file, vectors_nD, full_length):
         write_json(file.with_suffix(".json"), note)
 
 
+def finish_folder(folder, manifest, shards, corpus):
+    """Write ids.txt and the manifest of a folder with all its shards. Return how many passages may be cut."""
+    notes = {file.name: read_json(file.with_suffix(".json")) for file in shards}
+    with atomic_file(folder / "ids.txt") as file:
+        file.writelines(f"{passage.id}\n" for passage in corpus)
+    hashes = {name: note["sha256"] for name, note in notes.items()}
+    write_json(folder / "manifest.json", manifest | {"shards": hashes, "complete": True})
+    return sum(note["full_length"] for note in notes.values())
+
+
 def wait_for(files):
     """Wait until all processes have written their files."""
     # why not a barrier: it fails after 10 to 30 minutes; another device's last file may take longer

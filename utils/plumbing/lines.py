@@ -16,11 +16,11 @@ from utils.plumbing.config import UserError, file_fault
 
 csv.field_size_limit(2**31 - 1)  # trap: csv refuses fields of more than 131,072 characters
 # how people name the columns of a passage or question file, small letters alone
-COLUMN_NAMES = "id pid qid did docid docno documentid passageid psgid queryid questionid corpusid text title"
-COLUMN_NAMES += (
-    " contents content passage passages body document doc paragraph context abstract heading headline"
-)
-COLUMN_NAMES += " name page corpus url query question answer answers score relevance label iter rel"
+COLUMN_NAMES = """
+id pid qid did docid docno documentid passageid psgid queryid questionid corpusid text title contents content
+passage passages body document doc paragraph context abstract heading headline name page corpus url query
+question answer answers score relevance label iter rel
+"""
 COLUMN_NAMES = frozenset(COLUMN_NAMES.split())
 
 
@@ -51,8 +51,8 @@ def read_lines(path, digest=None):
             try:
                 text = line.decode()
             except UnicodeDecodeError:
-                text = "\0"
-            if "\0" in text:
+                text = None
+            if text is None or "\0" in text:
                 raise UserError(f"{path}:{number}: is no utf-8 text; convert it (iconv), or get it again")
             yield number, begin, text
 
@@ -64,7 +64,7 @@ def not_json(constant):
 def load_json(text):
     """Return the value in a line of json. ValueError says what is wrong."""
     value = json.loads(text, parse_constant=not_json)  # trap: python's json accepts NaN
-    # trap: it also accepts half of a character that is written as two; every tokenizer fails at it
+    # trap: it also accepts half of a surrogate pair, such as \ud83d alone; every tokenizer fails at it
     if re.search(r"\\u[dD][89a-fA-F]", text):
         json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
     return value
@@ -102,7 +102,7 @@ def split_fields(line):
     outside such quotes.
     """
     raw = line.split("\t")
-    if len(raw) > 3 and '\t"' in line:  # a tab may stand inside quotes
+    if len(raw) > 3 and '\t"' in line:  # more than id, text, title: a tab may stand inside quotes
         quoted = next(csv.reader([line + "\n"], delimiter="\t"))
         if len(quoted) == 3:
             return quoted
@@ -137,7 +137,8 @@ def passage_fields(text, fmt):
         # BEIR's names, Tevatron's and Pyserini's
         pid = entry.get("_id", entry.get("docid", entry.get("id")))
         pid = str(pid) if type(pid) is int else pid
-        title, body = entry.get("title") or "", entry.get("text", 0)
+        title = entry.get("title") or ""
+        body = entry.get("text", 0)  # 0: there is no text, which is refused below; null is an empty one
         if isinstance(entry.get("contents"), str):
             title, body = split_contents(entry["contents"])
         columns = [pid, "" if body is None else body, title]
@@ -199,4 +200,5 @@ def is_header(path, fields, fmt):
 def look_swapped(lengths):
     """Return whether texts and titles of these (text, title) lengths stand in each other's place."""
     text, title = (median(numbers) for numbers in zip(*lengths, strict=True))
+    # why 15 characters: a name beside an empty or short text is no sign of a swap
     return title > 15 and title > 2 * text

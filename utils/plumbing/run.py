@@ -56,7 +56,7 @@ class Run:
     run and `resume` is "never", or where settings or files differ and `resume` is "exact".
 
     sizes: {key of cfg: (rows on a CPU, tokens of a row)}, how many rows go through a model together. A key of
-    0 becomes the checkpoint's number, or what fits the device. The last of `weights` is that model.
+    0 becomes the checkpoint's number, or what fits the device. The last of `weights` is this model.
 
     corpus: of cfg.corpus, or None. checkpoint: the folder to resume from, or None. state: stored in every
     checkpoint. notes: lines for the start of the log. first, last, total, warmup: steps, set by steps().
@@ -83,7 +83,10 @@ class Run:
         with self.accelerator.main_process_first():  # the first to open a corpus writes its index
             self.corpus = Corpus(cfg.corpus, cfg.corpus_format) if cfg.corpus else None
 
-        self.notes, self.caught, self.wandb, self.idle = [], [], None, False
+        self.notes = []  # lines for the start of the log
+        self.caught = []  # signals that have arrived
+        self.wandb = None
+        self.idle = False  # whether the last step had loss and gradient 0
         self.checkpoint = newest_checkpoint(self.dir, self.notes.append)
         stored = read_json(self.checkpoint / "state.json") if self.checkpoint else {"settings": {}}
         for key, (rows, length) in sizes.items():
@@ -123,9 +126,9 @@ class Run:
         for key in sorted({*before, *settings}):
             if before.get(key) != settings.get(key):
                 changed[key] = f"{key}: {before.get(key)!r} then, {settings.get(key)!r} now"
-        other_models = "shared_encoder" in changed
-        if changed and (self.cfg.resume == "exact" or other_models):
-            advice = "choose another --run_dir" if other_models else "--resume changed goes on"
+        other_towers = "shared_encoder" in changed
+        if changed and (self.cfg.resume == "exact" or other_towers):
+            advice = "choose another --run_dir" if other_towers else "--resume changed goes on"
             raise UserError(f"{self.checkpoint} has other settings ({'; '.join(changed.values())}); {advice}")
         self.notes += [f"changed since the checkpoint: {change}" for change in changed.values()]
         self.state = stored | {"settings": settings}
@@ -158,18 +161,20 @@ class Run:
         return self.accelerator.prepare(optimizer)
 
     # ------------------------------------------------------------ the loop
-    def steps(self, examples, batch_of, story, unit="questions"):
+    def steps(self, examples, batch_of, summary, unit="questions"):
         """
         Yield (step, batch) from where the run stands to where it ends.
 
         examples: how many there are; every epoch leaves over what does not fill a batch. batch_of(step): the
-        next batch is made in a thread meanwhile. story: what the log's first line says of this trainer.
+        next batch is made in a thread meanwhile. summary: what the log's first line says of this trainer.
         """
         self.unit = unit
         self._schedule(examples)
         size = sum(parameter.numel() for parameter in self.weights)
         if self.main:
-            if not self.checkpoint:  # two, the best, one being written (weights, two moments); the best again
+            if not self.checkpoint:
+                # 4 checkpoints (the newest two, the best, one being written) of 12 bytes a weight: itself and
+                # AdamW's two moments; and the published copy of the best, 4 bytes a weight
                 need_space(self.dir, (4 * 12 + 4) * size, "checkpoints")
             self.dir.mkdir(parents=True, exist_ok=True)
             lock(self.dir / ".lock")
@@ -180,7 +185,7 @@ class Run:
         together = ", ".join(f"{key} {getattr(self.cfg, key)}" for key in self.sizes)
         self.say(
             f"{size / 1e6:.1f} M parameters, {self.accelerator.num_processes} x {self.device.type}, "
-            f"precision {self.accelerator.mixed_precision} | {together} | {story} | "
+            f"precision {self.accelerator.mixed_precision} | {together} | {summary} | "
             f"{self.per_epoch} steps an epoch, "
             f"{examples % self.cfg.batch_size} {unit} left over; {self.last} in all"
         )
@@ -386,7 +391,7 @@ def make_optimizer(named, cfg):
     """
     plain, decayed = [], []
     for _, parameter in named:
-        # why not by name, as DPR does: in every model they are the vectors, but not in all so named
+        # why by shape, not by name as in DPR: biases and layer norms have one dimension in every model
         (plain if parameter.ndim < 2 else decayed).append(parameter)
     groups = [
         {"params": plain, "weight_decay": 0.0},

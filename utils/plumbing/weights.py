@@ -45,26 +45,15 @@ CHOICES = {
 LENGTHS = ("question_tokens", "passage_tokens", "pair_tokens", "reader_tokens", "answer_tokens")
 TEXTS = ("pair", "question_prefix", "passage_prefix")
 KEYS = (*DPR_INPUTS, *DEFAULTS)  # those of an encoder that a script has as keys
+# model types that can be loaded without their pooler
 HAVE_POOLER = ("bert", "ernie", "roberta", "xlm-roberta", "albert", "camembert", "mpnet")
 # heads of other tasks: an encoder has no place for them. Any other weight that finds no place is a fault
-HEADS = (
-    "position_ids",
-    "cls.",
-    "pooler.",
-    "lm_head.",
-    "classifier.",
-    "pre_classifier.",
-    "qa_outputs.",
-    "score.",
-)
-HEADS += ("vocab_transform.", "vocab_layer_norm.", "vocab_projector.", "predictions.", "sop_classifier.")
-HEADS += (
-    "discriminator_predictions.",
-    "generator_",
-    "lm_predictions.",
-    "mask_predictions.",
-    "head.",
-    "decoder.",
+HEADS = tuple(
+    """
+    position_ids cls. pooler. lm_head. classifier. pre_classifier. qa_outputs. score. vocab_transform.
+    vocab_layer_norm. vocab_projector. predictions. sop_classifier. discriminator_predictions. generator_
+    lm_predictions. mask_predictions. head. decoder.
+    """.split()
 )
 # of a hub's folder: the small files, and the weights in one of two formats
 SMALL = ("*.json", "*.txt", "*.model", "*.codes", "*.spm", "*.safetensors")
@@ -208,7 +197,8 @@ def local_folder(path):
         fetch = functools.partial(huggingface_hub.snapshot_download, path, etag_timeout=5)
         folder = Path(fetch(allow_patterns=SMALL, ignore_patterns=OTHER_FORMATS))
         steps = [folder, *folder.glob("*_Dense"), *folder.glob("*_Transformer")]
-        if not all([*step.glob("*.safetensors")] for step in steps if (step / "config.json").is_file()):
+        models_in_it = [step for step in steps if (step / "config.json").is_file()]
+        if any(not list(step.glob("*.safetensors")) for step in models_in_it):
             fetch(allow_patterns="*pytorch_model*.bin")  # of before safetensors
     return str(folder)
 
