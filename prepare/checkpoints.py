@@ -6,7 +6,8 @@ Run: python -m prepare.checkpoints from_cp FILE.cp OUT_FOLDER --role question|pa
      python -m prepare.checkpoints to_cp RUN_FOLDER OUT_FOLDER
 
 from_cp and to_hf_dpr write what facebook/dpr-* is on the hub, and encoder_inputs.json. to_cp writes both
-towers as dpr.cp, and a config and a tokenizer beside it. What a `.cp` does not tell is looked for, in this order:
+towers as dpr.cp, and a config and a tokenizer beside it. What a `.cp` does not tell is looked for in this
+order:
   heads        --heads N, else as the config says; refused where nothing tells them
   config       --config FOLDER_OR_NAME; config.json next to the file; the folder or the hub name that the file
                has as pretrained_model_cfg (bert-base-*, bert-large-* and no name at all are known)
