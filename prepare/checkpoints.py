@@ -28,7 +28,8 @@ import transformers
 from tokenizers import normalizers
 from transformers import AutoTokenizer, DPRConfig, DPRContextEncoder, DPRQuestionEncoder, DPRReader
 
-from utils.plumbing.config import UserError, friendly_errors, memory_is_full
+from utils.encoder import DEFAULTS
+from utils.plumbing.config import UserError, first_line, friendly_errors, memory_is_full
 from utils.plumbing.files import atomic_folder, read_json, write_json
 from utils.plumbing.weights import (
     TOWERS,
@@ -55,8 +56,7 @@ SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"
 SIZES += ("max_position_embeddings", "type_vocab_size")
 LIKE_BERT = ("bert", "dpr", "ernie")  # model types that compute what DPR's BertModel does
 # what the DPR classes and a .cp can hold of an encoder's inputs: nothing but these
-DPR_WAY = {"pooling": "cls", "token_types": "zeros", "normalize": False, "passage": "pair"}
-DPR_WAY |= {"question_prefix": "", "passage_prefix": ""}
+DPR_WAY = {"pooling": "cls", "token_types": "zeros"} | DEFAULTS
 DEAD = ("pooler.", "embeddings.position_ids")  # in every .cp, and of no use
 # a .cp is a pickle, which could run any code; these are the only names in it that are looked up
 SAFE_NAMES = {
@@ -127,10 +127,6 @@ def read_cp(path):
         if memory_is_full(error):
             raise
         raise UserError(f"{path}: not a DPR checkpoint, or truncated: {first_line(error)}") from None
-
-
-def first_line(error):
-    return str(error).strip().partition("\n")[0]
 
 
 # ---------------------------------------------------------------- import

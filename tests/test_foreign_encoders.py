@@ -21,7 +21,7 @@ from utils.encoder import DEFAULTS, collate, embed, tokenize_passages, tokenize_
 from utils.fid import load_fid
 from utils.plumbing import weights
 from utils.plumbing.config import UserError
-from utils.plumbing.run import make_optimizer
+from utils.plumbing.run import parameter_groups
 from utils.plumbing.weights import encoder_hash, load_encoder, load_tokenizer, save_encoder
 from utils.reader import load_reader
 
@@ -473,7 +473,7 @@ def test_only_matrices_are_decayed(kind):
     """Norms and biases of every architecture; for BERT the same parameters, in the same order, as by name."""
     config, sizes, _ = MODELS[kind]
     model = hf.AutoModel.from_config(config(vocab_size=99, pad_token_id=0, **sizes))
-    plain, decayed = make_optimizer(model.named_parameters(), SETTINGS).param_groups
+    plain, decayed = parameter_groups(model.parameters(), SETTINGS)
     norms = [m for m in model.modules() if "norm" in type(m).__name__.lower()]
     vectors = {id(p) for norm in norms for p in norm.parameters(recurse=False)}
     vectors |= {id(p) for name, p in model.named_parameters() if name.endswith("bias")}

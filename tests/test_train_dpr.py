@@ -26,7 +26,7 @@ from utils.distributed import chunk_seed
 from utils.encoder import collate, tokenize_passages, tokenize_questions
 from utils.plumbing.checks import notes_on_negatives
 from utils.plumbing.config import UserError, load_config
-from utils.plumbing.run import make_optimizer
+from utils.plumbing.run import parameter_groups
 from utils.plumbing.weights import TOWERS, load_encoder, load_towers, save_encoder
 
 
@@ -320,7 +320,7 @@ def test_a_big_batch_needs_the_memory_of_one_chunk(world):
 def test_a_shared_encoder_is_optimized_once(world):
     """Two groups, every weight of a shared encoder once; biases and layer norms are not decayed."""
     cfg, _, _, towers = load(world, weight_decay=0.1, shared_encoder=True)
-    groups = make_optimizer(torch.nn.ModuleDict(towers).named_parameters(), cfg).param_groups
+    groups = parameter_groups(torch.nn.ModuleDict(towers).parameters(), cfg)
     sizes = {group["weight_decay"]: len(group["params"]) for group in groups}
     total = len(list(towers["query_encoder"].parameters()))
     assert sizes[0.1] + sizes[0.0] == total and sizes[0.0] > sizes[0.1] > 0

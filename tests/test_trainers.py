@@ -24,7 +24,7 @@ from utils.plumbing.checkpoint import load_moments, save_checkpoint
 from utils.plumbing.config import ROOT, UserError
 from utils.plumbing.files import folder_hash, sha256, weights_hash, write_json
 from utils.plumbing.model_card import model_card
-from utils.plumbing.run import Run, make_optimizer
+from utils.plumbing.run import Run, parameter_groups
 from utils.plumbing.weights import load_encoder, pair_id
 
 
@@ -232,7 +232,7 @@ def test_older_checkpoints_go_and_an_abandoned_future_too(world, tmp_path):
     """After a fall back to step 10, the damaged steps 30 and 40 must not crowd out step 15."""
     cfg = test_train_dpr.settings(world)
     towers = test_train_dpr.towers_of(cfg)
-    optimizer = make_optimizer(torch.nn.ModuleDict(towers).named_parameters(), cfg)
+    optimizer = torch.optim.AdamW(parameter_groups(torch.nn.ModuleDict(towers).parameters(), cfg))
     folder = tmp_path / "checkpoints"
     for step in (10, 30, 40, 15):
         save_checkpoint(tmp_path, step, towers, optimizer, {"step": step}, best_step=10)

@@ -87,7 +87,7 @@ def in_a_sentence(error):
     if memory_is_full(error):
         advice = "lower the chunks, which changes no gradient (train_dpr.py: with --grad_cache true), "
         advice += "or the batch sizes, on a GPU use --mixed_precision bf16"
-        detail = str(error).strip().partition("\n")[0]
+        detail = first_line(error)
         return f"the memory is full: {advice}" + (f" ({detail})" if detail else "")
     # trap: safetensors and shutil give the number of the system's error only in their text; numpy gives none
     number = getattr(error, "errno", None)
@@ -106,6 +106,10 @@ def in_a_sentence(error):
     if number not in CURES or not (place or CURES[number]):
         return ""
     return (f"{place}: " if place else "") + (CURES[number] or os.strerror(number))
+
+
+def first_line(error):
+    return str(error).strip().partition("\n")[0]
 
 
 def memory_is_full(error):

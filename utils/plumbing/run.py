@@ -42,7 +42,7 @@ from utils.plumbing.weights import width_of
 
 # keys that a resume may change: files are compared by content, the others do not change what is learned
 FREE = "config run_dir resume tracker log_every save_every corpus train dev init".split()
-FREE += "train_run dev_run gold workers query_encoder doc_encoder embeddings reader".split()
+FREE += "train_run dev_run gold query_encoder doc_encoder embeddings reader".split()
 NEW = {"keep": "best", "train_doc_encoder": True}  # what checkpoints of before December 2026 do not say
 NO_DEV = [], "no dev set: the last checkpoint is the best"  # the dev questions, and what the log says of them
 PUBLISHED = ("metrics.json", "query_encoder", "doc_encoder", "cross_encoder", "reader")
@@ -144,17 +144,16 @@ class Run:
         scales: {name: number by which a trainer multiplies its learning rate}, the "scale" of their groups.
         """
         # one model under two names (a shared encoder) counts once
-        named = list(torch.nn.ModuleDict(models).named_parameters())
         # trap: clipping sums in this order; the optimizer's own order changes the norm's last bit
-        self.weights = [parameter for _, parameter in named]
+        self.weights = list(torch.nn.ModuleDict(models).parameters())
+        groups = []
         if scales:
-            groups = []
             for name, model in models.items():
-                for group in make_optimizer(model.named_parameters(), self.cfg).param_groups:
-                    groups.append(group | {"scale": scales[name]})
-            optimizer = torch.optim.AdamW(groups)
+                groups += parameter_groups(model.parameters(), self.cfg, scale=scales[name])
         else:
-            optimizer = make_optimizer(named, self.cfg)
+            groups = parameter_groups(self.weights, self.cfg)
+        # differs: torch's AdamW, whose epsilon is outside the bias correction; the originals' is inside
+        optimizer = torch.optim.AdamW(groups, lr=self.cfg.learning_rate, eps=self.cfg.adam_epsilon)
         if self.checkpoint:
             load_moments(self.checkpoint, optimizer)
         # for fp16's loss scaler; the trainers sum gradients themselves
@@ -384,18 +383,18 @@ class Run:
                 self.wandb.log(row, step=row["step"])
 
 
-def make_optimizer(named, cfg):
+def parameter_groups(parameters, cfg, **more):
     """
-    Return AdamW for (name, parameter) pairs. Biases and layer norms are not decayed (DPR
+    Return AdamW's two groups, each with the keys `more`. Biases and layer norms are not decayed (DPR
     dpr/models/hf_models.py:166, RocketQA model/src/optimization.py:102-131).
     """
-    plain, decayed = [], []
-    for _, parameter in named:
+    plain = []
+    decayed = []
+    for parameter in parameters:
         # why by shape, not by name as in DPR: biases and layer norms have one dimension in every model
-        (plain if parameter.ndim < 2 else decayed).append(parameter)
-    groups = [
-        {"params": plain, "weight_decay": 0.0},
-        {"params": decayed, "weight_decay": cfg.weight_decay},
+        group = plain if parameter.ndim < 2 else decayed
+        group.append(parameter)
+    return [
+        {"params": plain, "weight_decay": 0.0, **more},
+        {"params": decayed, "weight_decay": cfg.weight_decay, **more},
     ]
-    # differs: torch's AdamW, whose epsilon is outside the bias correction; the originals' is inside
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, eps=cfg.adam_epsilon)

@@ -26,7 +26,7 @@ from transformers.models.auto import modeling_auto
 from utils.distributed import world
 from utils.encoder import DEFAULTS, PASSAGES, POOLINGS, TOKEN_TYPES, Encoder, takes_token_types
 from utils.plumbing import sentence_transformers
-from utils.plumbing.config import UserError, memory_is_full, model_fault, nearest
+from utils.plumbing.config import UserError, first_line, memory_is_full, model_fault, nearest
 from utils.plumbing.files import atomic_folder, read_json, write_json
 
 # the folders of a dual encoder, and their roles
@@ -335,8 +335,7 @@ def explain_load_errors(path):
         elif isinstance(error, OSError | ValueError):
             fault = "neither a local folder nor reachable on the hub"
             fault += f" (with a network, `hf download {path}` fetches it)"
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{path}: {fault}: {reason}") from error
+        raise UserError(f"{path}: {fault}: {first_line(error)}") from error
 
 
 def check_sizes(path, model, tokenizer, tokens, what):
