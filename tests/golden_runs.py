@@ -124,7 +124,7 @@ def hashes(world):
     found = {}
     for path in sorted(path for path in world.rglob("*") if path.is_file()):
         name = str(path.relative_to(world))
-        notes = path.suffix in (".txt", ".md", ".yaml", ".png", ".cfg")
+        notes = path.suffix in (".txt", ".md", ".yaml", ".png", ".cfg") or path.name.endswith(".lock")
         notes |= path.name in ("state.json", "metrics.json")
         inside_checkpoint = "checkpoints" in name and ("manifest" in name or "index_encoder" in name)
         if not (notes or inside_checkpoint or "refresh" in name or ".index" in name):
