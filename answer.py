@@ -30,8 +30,8 @@ from utils.plumbing.devices import start
 from utils.plumbing.files import write_json
 from utils.plumbing.weights import read_inputs
 
-# by the role in encoder_inputs.json. Another reader is a module with answer_all, say and READS_ALL, a line
-# here, and its role in CHOICES (utils/plumbing/weights.py)
+# by the role in encoder_inputs.json. Another reader is a module with answer_all, answer_line and READS_ALL, a
+# line here, and its role in CHOICES (utils/plumbing/weights.py)
 READERS = {"reader": (reader, reader.load_reader), "fid": (fid, fid.load_fid)}
 SUFFIXES = (".json", ".answers.json", ".metrics.json")  # the three files that stand for `out`
 

@@ -108,7 +108,7 @@ def load(cfg):
     if cfg.reader:
         kind, model = load_model(cfg.reader)
         model.to(device)
-        reader = partial(kind.say, model)
+        reader = partial(kind.answer_line, model)
     links = links_of(run)
     return SimpleNamespace(
         corpus=corpus, shards=shards, bm25=bm25, encoder=encoder, reader=reader, links=links

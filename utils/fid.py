@@ -234,7 +234,7 @@ def answer_all(fid, examples, corpus, depths, chunk, accelerator):
     return [[answers.get(i)] for i in range(len(examples))]
 
 
-def say(fid, question, passages, chunk):
+def answer_line(fid, question, passages, chunk):
     """Return the answer from all passages as ask.py prints it; "" where none has room beside the question."""
     budgets = [text_budget(fid, question, passage.title) for passage in passages]
     if max(budgets) < 1:

@@ -381,7 +381,7 @@ def answer_all(reader, examples, corpus, depths, batch_size, accelerator):
     return [answers[i] for i in places]
 
 
-def say(reader, question, passages, batch_size):
+def answer_line(reader, question, passages, batch_size):
     """Return the best answer as ask.py prints it; "" where no passage has room beside the question."""
     questions = [to_read(reader, question, passages)]
     ((best,),) = predict(reader, questions, [len(passages)], batch_size)
