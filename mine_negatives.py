@@ -147,8 +147,8 @@ def pseudo_label(question, found, corpus, cfg, rngs):
 def teleport(question, found, corpus, cfg, rngs):
     """
     ANCE-Tele: the neighbours of the question (ANN) and of its positive (look-ahead), and last episode's
-    negatives (momentum). ANN and look-ahead give equally many. Momentum is the whole last file: none of the
-    list in episode 1, half in episode 2, two thirds in episode 3. The paper's weights alpha and beta are not
+    negatives (momentum). ANN and look-ahead give up to `negatives` each. Momentum is the whole last file: with
+    full lists half of all in episode 2, two thirds in episode 3. The paper's weights alpha and beta are not
     in its code.
     """
     positives = positives_of(question, found.ranked, corpus, cfg)
@@ -170,7 +170,7 @@ def teleport(question, found, corpus, cfg, rngs):
     for positive in more + found.momentum_positives:
         if positive not in positives:
             positives.append(positive)
-    # differs: on MARCO ANCE-Tele has momentum first, and drops a question that momentum lacks; on NQ as here
+    # differs: on MARCO ANCE-Tele has momentum first; on NQ as here
     return positives, ann + lookahead + found.momentum
 
 

@@ -51,7 +51,7 @@ if [[ " $EPISODES " = *" 1 "* ]]; then
     FOR=
 fi
 
-mine() { # the negatives of an episode, found by the model of the last; of the loop below: episode last model questions
+mine() { # the negatives of an episode, found by the model of the last; it uses the loop's episode, last, model and questions
     local FOR=$model.jsonl
     search $last $TRAIN $DEPTH ann
     if [ $POSITIVES = find ]; then

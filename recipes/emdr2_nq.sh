@@ -10,8 +10,8 @@
 # after, 23 GB of checkpoints. REFRESH=async takes 99 GB more: two finished folders of vectors and one in progress.
 #
 # REFRESH=sync stops the training every 500 steps to encode the passages anew. The paper does that on other devices,
-# while the training goes on, so the vectors are older. (Its code waits where they are late; ours does not.) It takes two commands at the same time, on one
-# node. Start the second once the corpus exists:
+# while the training goes on, so the vectors are older. (Its code waits where they are late; ours does not.) It takes
+# two commands at the same time, on one node. Start the second once the corpus exists:
 #   REFRESH=async CUDA_VISIBLE_DEVICES=0,1,2,3 bash recipes/emdr2_nq.sh
 #   CUDA_VISIBLE_DEVICES=4,5,6,7 bash recipes/emdr2_worker.sh runs/emdr2_nq --corpus data/nq/corpus.tsv \
 #     --mixed_precision fp16

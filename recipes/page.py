@@ -43,13 +43,14 @@ def open_run(run, data):
     """Return (its table.json, path of the corpus, path of the test questions)."""
     table = read_json(run / "table.json")
     if "pictures" not in table:
-        raise UserError(f"{run}/table.json: it does not say where the encoders are; make it again")
+        again = "make it again by recipes/ladder.py or recipes/demo/table.py"
+        raise UserError(f"{run}/table.json: it does not say where the encoders are; {again}")
 
     # the ladder has its own data folder; a demo knows the corpus that it was trained on
     if data is None and (run / "data" / "test.jsonl").is_file():
         data = run / "data"
     corpus = data / "corpus.tsv" if data else ROOT / read_yaml(run / "config.yaml")["corpus"]
-    if not corpus.is_file():
+    if not corpus.is_file() and corpus.with_suffix(".jsonl").is_file():
         corpus = corpus.with_suffix(".jsonl")
     test = corpus.parent / "test.jsonl"
     for path in (corpus, test):

@@ -1,7 +1,7 @@
 """
 Does a test notice every wrong answer in course/answers/? In a copy of the tree with it, a test must fail.
 
-First all tests run once on the right code: they must pass, and their seconds say which of them are quick.
+First all tests run on the right code, in both orders: they must pass, and their seconds say which are quick.
 
 Run: python -m tests.mutants         all of them; exit code 1 if one is not noticed
      python -m tests.mutants utils/search.py:fetch mine_negatives.py:topk
@@ -43,24 +43,27 @@ TESTS = {
 
 
 class QuickFirst:
-    """Sorts tests by the seconds of an earlier run, {test: seconds}, and writes those of this run."""
+    """Sorts tests by the seconds of an earlier run, {test: seconds}; writes those of this run, and what failed."""
 
     def __init__(self, seconds, out):
         self.seconds, self.out = seconds, out
         self.now = collections.Counter()
+        self.failed = ""
 
     def pytest_collection_modifyitems(self, items):
         items.sort(key=lambda item: self.seconds.get(item.nodeid, 0))
 
     def pytest_runtest_logreport(self, report):
         self.now[report.nodeid] += report.duration
+        if report.failed and not self.failed:
+            self.failed = report.nodeid
 
     def pytest_sessionfinish(self):
-        self.out.write_text(json.dumps(self.now))
+        self.out.write_text(json.dumps({"seconds": self.now, "failed": self.failed}))
 
 
-def is_noticed(tree, names, seconds):
-    """Return whether a test of test_NAME.py fails in a copy of the tree, and write tree/seconds.json."""
+def run_tests(tree, names, seconds):
+    """Run test_NAME.py in a copy of the tree; return {"seconds", "failed": the first test that failed, or ""}."""
     process = os.fork()  # why not a new python: this one has torch loaded
     if process == 0:
         os.chdir(tree)
@@ -70,12 +73,14 @@ def is_noticed(tree, names, seconds):
         os.dup2(sink, 1)
         os.dup2(sink, 2)
         files = [f"tests/test_{name}.py" for name in names]
-        plugin = QuickFirst(seconds, tree / "seconds.json")
+        plugin = QuickFirst(seconds, tree / "report.json")
         os._exit(pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *files], [plugin]))
     _, status = os.waitpid(process, 0)
     code = os.waitstatus_to_exitcode(status)
-    assert code in (0, 1), f"pytest ended with {code}"  # 1: a test failed; 2 and more: no test ran
-    return code == 1
+    report = json.loads((tree / "report.json").read_text())
+    # why not the code alone: pytest also ends with 1 where a file cannot be collected
+    assert code == bool(report["failed"]), f"pytest ended with {code}, see {tree}/log.txt"
+    return report
 
 
 def main():
@@ -94,16 +99,18 @@ def main():
             shutil.copy(ROOT / name, tree / name)
         paths = {task: task.partition(":")[0] for task in tasks}
         names = {name: None for path in paths.values() for name in TESTS[path].split()}
-        failed = is_noticed(tree, names, {})
-        assert not failed, f"a test fails on the right code: {(tree / 'log.txt').read_text()[-2000:]}"
-        seconds = json.loads((tree / "seconds.json").read_text())
+        seconds = {}
+        for _ in ("in the given order", "the quick ones first"):
+            right = run_tests(tree, names, seconds)
+            assert not right["failed"], f"fails on the right code: {(tree / 'log.txt').read_text()[-2000:]}"
+            seconds = right["seconds"]
         for task, path in paths.items():
             source = (ROOT / path).read_bytes()
             for what, files, _ in wrong_submissions({path: source}, None, task):
                 (tree / path).write_bytes(files[path])
-                noticed = is_noticed(tree, TESTS[path].split(), seconds)
-                print(f"{'red ' if noticed else 'GREEN'} {task}: {what}", flush=True)
-                missed += not noticed
+                failed = run_tests(tree, TESTS[path].split(), seconds)["failed"]
+                print(f"{'red ' if failed else 'GREEN'} {task}: {what} | {failed}", flush=True)
+                missed += not failed
                 count += 1
             (tree / path).write_bytes(source)
     print(f"{count - missed} of {count} wrong answers are noticed")

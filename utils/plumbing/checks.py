@@ -84,11 +84,11 @@ def note_on_own_ids(count, questions):
 
 def refuse_patterns(questions, path):
     """UserError where the answers look like regular expressions, which as plain strings are in no passage."""
-    # why a fifth: many patterns of CuratedTREC are plain words or years
     answered = [question["answers"] for question in questions if question["answers"]]
     patterns = []
     for answers in answered:
         patterns += [answer for answer in answers if REGEX_SYNTAX.search(answer)][:1]
+    # why a fifth: many patterns of CuratedTREC are plain words or years
     if len(patterns) > max(1, 0.2 * len(answered)):
         share = f"{len(patterns)} of {len(answered)} questions have answers like {patterns[0]!r}"
         cure = "add --match regex (a recipe: MATCH=regex); a reader needs plain answers"
@@ -96,7 +96,7 @@ def refuse_patterns(questions, path):
 
 
 def refuse_patterns_to_learn(path, questions):
-    """UserError where a twentieth of the first answers are regular expressions; for a reader."""
+    """UserError where more than a twentieth of the questions have a pattern as first answer; for a reader."""
     patterns = []
     for question in questions:
         patterns += [answer for answer in question["answers"][:1] if PATTERN.search(answer)]

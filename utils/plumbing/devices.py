@@ -29,8 +29,8 @@ LAUNCHED = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"}  # numbers that t
 # 64 passages, and 670 in chunks of 256, which are 64k tokens. More was not measured
 # (results/bench/gpu_h200.txt).
 TOKENS_A_PASS = 2**16
-# Bytes that are kept until the backward pass, for each token, layer and hidden number. That file has 66 for
-# BERT-base in float32, 47 under bf16's autocast.
+# Bytes that are kept until the backward pass, for each token, layer and hidden number. An H200 had 66 for
+# BERT-base in float32, 47 under bf16's autocast (docs/log.md, "Sizes fit the device").
 BYTES_A_NUMBER = 70
 
 
