@@ -50,8 +50,8 @@ from utils.plumbing.embeddings import (
 from utils.plumbing.files import need_space, read_json, write_json
 from utils.plumbing.weights import encoder_hash, given_inputs, load_encoder
 
-# Processes that tokenise for a GPU. why not a thread: it shares Python's lock with the code that gives the GPU
-# its work. Of 192 microseconds a passage 46 are tokenising (H200, results/bench/gpu_h200.txt)
+# Processes that tokenise for a GPU. why not a thread: it shares Python's lock with the code that gives the
+# GPU its work. Of 192 microseconds a passage 46 are tokenising (H200, results/bench/gpu_h200.txt)
 WORKERS = 4
 STEP = 32  # torch.compile makes code for each length; in steps of 32, 256 tokens are 8 lengths
 

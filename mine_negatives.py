@@ -147,9 +147,9 @@ def pseudo_label(question, found, corpus, cfg, rngs):
 def teleport(question, found, corpus, cfg, rngs):
     """
     ANCE-Tele: the neighbours of the question (ANN) and of its positive (look-ahead), and last episode's
-    negatives (momentum). ANN and look-ahead give up to `negatives` each. Momentum is the whole last file: with
-    full lists half of all in episode 2, two thirds in episode 3. The paper's weights alpha and beta are not
-    in its code.
+    negatives (momentum). ANN and look-ahead give up to `negatives` each. Momentum is the whole last file:
+    with full lists half of all in episode 2, two thirds in episode 3. The paper's weights alpha and beta are
+    not in its code.
     """
     positives = positives_of(question, found.ranked, corpus, cfg)
     wrong = wrong_for(question, positives, found.never, corpus, cfg)

@@ -43,7 +43,7 @@ TESTS = {
 
 
 class QuickFirst:
-    """Sorts tests by the seconds of an earlier run, {test: seconds}; writes those of this run, and what failed."""
+    """Sorts tests by the seconds of an earlier run, {test: seconds}; writes this run's, and what failed."""
 
     def __init__(self, seconds, out):
         self.seconds, self.out = seconds, out
@@ -63,7 +63,7 @@ class QuickFirst:
 
 
 def run_tests(tree, names, seconds):
-    """Run test_NAME.py in a copy of the tree; return {"seconds", "failed": the first test that failed, or ""}."""
+    """Run test_NAME.py in a copy of the tree; return {"seconds", "failed": the first that failed, or ""}."""
     process = os.fork()  # why not a new python: this one has torch loaded
     if process == 0:
         os.chdir(tree)
