@@ -142,14 +142,21 @@ def student_folder():
     return made, load(HERE / f"{made['assignment']}.py")
 
 
+def tasks_named(table, names):
+    """Return the tasks that have one of `names` in their name."""
+    for name in names:
+        if not any(name in task for task in table.TASKS):
+            sys.exit(f"error: no task has {name!r} in its name: {', '.join(table.TASKS)}")
+    return [task for task in table.TASKS if any(name in task for name in names)]
+
+
 def public_results(made, table, name=""):
     """Yield (task, check, points, of, what was seen, the cause if it is known) at the student's own seed."""
     key = read_outputs(HERE / "public.npz")
     wrong = read_causes(HERE / "causes.npz", made["seed"])
     files = {path: (HERE / path).read_bytes() for path in made["files"] if (HERE / path).is_file()}
-    for task, checks in table.TASKS.items():
-        if name not in task:
-            continue
+    for task in tasks_named(table, [name]):
+        checks = table.TASKS[task]
         limit = 60 + 30 * made["seconds"][task]
         got, fault, _ = outputs(files, made["assignment"], task, [made["seed"]], limit)
         cause = explain(task, made["seed"], got, made["causes"].get(task, []), wrong)

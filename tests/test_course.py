@@ -277,6 +277,8 @@ def test_a_small_function_is_proved():
     kinds = ("wrong", "right", "variant", "the stub")
     counts = [sum(f": {kind}" in what for what, _ in lines) for kind in kinds]
     assert counts == [len(wrong.WRONG[MRR]), 1, 1, 3]
+    with pytest.raises(SystemExit, match="no task has 'mmr' in its name: .*:mrr, "):
+        list(prove.prove("a3", tasks=["mmr"]))
 
 
 def test_an_answer_that_is_the_same_at_two_seeds_is_a_fault(monkeypatch):
