@@ -120,6 +120,8 @@ def test_bootstrap_by_hand():
     values = [0, 0, 1, 0.5, 0, 1]
     interval = bootstrap_interval(values)
     assert bootstrap_interval(values[::-1]) == interval != bootstrap_interval(values, seed=1)
+    # of 20 drawn from 19 zeros and a one, none is the one in 36 % of the draws, and 4 or more are in 1.6 %
+    assert bootstrap_interval([0] * 19 + [1]) == (0, 0.15)
     # 0.5 +- 1.96 * sqrt(0.25 / 400)
     assert bootstrap_interval([0, 1] * 200) == pytest.approx((0.451, 0.549), abs=0.004)
 

@@ -231,6 +231,8 @@ def test_teleport_joins_its_three_sources_through_files(corpus, tmp_path):
     wanted["b"] += ["6", "5"]
     assert {line["qid"]: line["negatives"] for line in lines} == wanted
     assert counts["questions dropped, no negative"] == 1
+    alone = Found(["1"], lookahead=["1", "3"], momentum=["6"])
+    assert teleport(question("a", ["1"]), alone, corpus, cfg, [random.Random(1)] * 2) == (["1"], [])
 
 
 def test_a_file_in_another_order_is_refused(corpus, tmp_path):
@@ -266,6 +268,14 @@ def test_topk(corpus, tmp_path, answers, given, keys, positives, negatives):
     found, cfg = Found(list(ROWS)), config(tmp_path, **keys)
     chosen = mine_negatives.topk(question("q", given, answers), found, corpus, cfg, None)
     assert chosen == (positives, negatives)
+
+
+def test_a_positive_of_another_file_and_a_pseudo_label_are_no_negatives(corpus, tmp_path):
+    cfg = config(tmp_path, positive_above=0.2, negative_below=0.9)
+    known = Found(list(ROWS), never=frozenset("2"))
+    assert mine_negatives.topk(question("q", ["1"]), known, corpus, cfg, None) == (["1"], ["3", "4"])
+    scored = Found(list(ROWS), scores={"1": 0.1, "2": 0.3, "3": 0.2})
+    assert mine_negatives.pseudo_label(question("q", []), scored, corpus, cfg, None) == (["2"], ["1", "3"])
 
 
 def test_nothing_is_dropped_silently(corpus, tmp_path):

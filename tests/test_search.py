@@ -152,8 +152,9 @@ def test_k_larger_than_the_corpus_and_no_questions(device):
     assert rows_Qk.shape == (4, 6) and (np.sort(rows_Qk) == np.arange(6)).all()
     flat = build_index("Flat", [x_ND], "", "")
     assert search_index(flat, vectors(10, 4), [x_ND], 100) == as_lists(scores_Qk, rows_Qk)
-    scores_Qk, rows_Qk = exact_topk(np.zeros((0, 24)), [x_ND], 3, device=device)
-    assert scores_Qk.shape == rows_Qk.shape == (0, 3)
+    for k, width in ((3, 3), (100, 6)):
+        scores_Qk, rows_Qk = exact_topk(np.zeros((0, 24)), [x_ND], k, device=device)
+        assert scores_Qk.shape == rows_Qk.shape == (0, width)
 
 
 def test_what_cannot_be_searched_is_named():

@@ -205,7 +205,7 @@ def test_spans_are_those_of_the_passage(world):
     passage = Passage("", "red tower", "red and blue and new red")
     [(ids, begin)] = tokenize_rows(reader, "is red or new red right", [passage])
     assert ids[begin:] == word_pieces(reader, [passage.text])[0] and begin > 8
-    answers = word_pieces(reader, ["red", "new red", "blue"])
+    answers = word_pieces(reader, ["red", "new red", "blue", "red new"])
     wanted = [(begin, begin), (begin + 5, begin + 5), (begin + 4, begin + 5), (begin + 2, begin + 2)]
     assert find_spans(ids, begin, answers) == wanted and find_spans(ids, begin, [[]]) == []
 
