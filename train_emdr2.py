@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from train_dpr import learning_rate_factor
 from utils import encoder as encoding
 from utils import fid
 from utils.data import items_of_step, read_questions
@@ -189,11 +190,8 @@ def add_gradient(examples, corpus, models, accelerator, cfg, step):
 
 def training_step(step, examples, corpus, models, optimizer, run, cfg):
     """Learn from one batch; return (numbers to show, numbers to write)."""
-    # set the learning rate: a linear rise, then a linear fall, as in train_dpr.py
-    if step < run.warmup:
-        factor = step / run.warmup
-    else:
-        factor = max(cfg.min_lr_ratio, (run.total - step) / max(1, run.total - run.warmup))
+    # set the learning rate
+    factor = learning_rate_factor(step, run.warmup, run.total, cfg.min_lr_ratio)
     lr = cfg.learning_rate * factor
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]

@@ -41,6 +41,8 @@ PANELS = "loss acc average_rank mrr accuracy em f1 hit@1 hit@5 hit@20 ret entrop
 # ---------------------------------------------------------------- the run folder
 def open_run(run, data):
     """Return (its table.json, path of the corpus, path of the test questions)."""
+    if not (run / "table.json").is_file():
+        raise UserError(f"{run}/table.json: no such file; recipes/own_data.sh and ladder.sh write it")
     table = read_json(run / "table.json")
     if "pictures" not in table:
         again = "make it again by recipes/ladder.py or recipes/demo/table.py"

@@ -63,7 +63,8 @@ class QuickFirst:
 
 
 def run_tests(tree, names, seconds):
-    """Run test_NAME.py in a copy of the tree; return {"seconds", "failed": the first that failed, or ""}."""
+    """Run test_NAME.py in a copy of the tree: {"seconds", "failed": the first that failed, or "", "log"}."""
+    (tree / "report.json").unlink(missing_ok=True)
     process = os.fork()  # why not a new python: this one has torch loaded
     if process == 0:
         os.chdir(tree)
@@ -77,10 +78,12 @@ def run_tests(tree, names, seconds):
         os._exit(pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *files], [plugin]))
     _, status = os.waitpid(process, 0)
     code = os.waitstatus_to_exitcode(status)
+    log = (tree / "log.txt").read_text()[-2000:]
+    assert (tree / "report.json").is_file(), log
     report = json.loads((tree / "report.json").read_text())
     # why not the code alone: pytest also ends with 1 where a file cannot be collected
-    assert code == bool(report["failed"]), f"pytest ended with {code}, see {tree}/log.txt"
-    return report
+    assert code == bool(report["failed"]), f"pytest ended with {code}: {log}"
+    return report | {"log": log}
 
 
 def main():
@@ -103,7 +106,7 @@ def main():
         seconds = {}
         for _ in ("in the given order", "the quick ones first"):
             right = run_tests(tree, names, seconds)
-            assert not right["failed"], f"fails on the right code: {(tree / 'log.txt').read_text()[-2000:]}"
+            assert not right["failed"], f"fails on the right code: {right['log']}"
             seconds = right["seconds"]
         for task, path in paths.items():
             source = (ROOT / path).read_bytes()

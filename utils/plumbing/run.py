@@ -146,8 +146,8 @@ class Run:
         # one model under two names (a shared encoder) counts once
         # trap: clipping sums in this order; the optimizer's own order changes the norm's last bit
         self.weights = list(torch.nn.ModuleDict(models).parameters())
-        groups = []
         if scales:
+            groups = []
             for name, model in models.items():
                 groups += parameter_groups(model.parameters(), self.cfg, scale=scales[name])
         else:
