@@ -41,8 +41,8 @@ each() { # NUMBER: it, once for every episode
 arm() { # ARM SEED
     local folder=$RUN/ance/$1_seed$2 start=$RUN/d0/query_encoder lookahead=false momentum=false like=
     case $1 in
-    ann) ;;
-    lookahead) lookahead=true ;;
+    ann) like=momentum ;;
+    lookahead) lookahead=true like=all ;;
     momentum) momentum=true like=ann ;;
     all) lookahead=true momentum=true like=lookahead ;;
     esac

@@ -7,8 +7,8 @@
 #   gc       as inbatch, but 128 questions a step by the gradient cache: four times as many negatives and questions
 #   more     as inbatch, for as many questions as gc was shown: the control of gc
 # Each is RUN/ARM_seedN; the weights of the last step count, nothing is chosen by dev. BM25 is the ranking beside them.
-# The schedule of an arm is whole epochs: of the demo's 970 questions 60 steps, 63 for gc, which falls to 7 % of its peak
-# where the others fall to 2 %.
+# The schedule of an arm is whole epochs: of the demo's 970 questions 60 steps, 240 for more,
+# 63 for gc. The rate ends at 2 % of its peak, at 0.5 % for more and at 7 % for gc.
 #
 # A recipe that was stopped continues where it was.
 set -euo pipefail

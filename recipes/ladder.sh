@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # The ladder: BM25, DPR, GC-DPR, ANCE-Tele, RocketQA, a reader, FiD and EMDR2 on one corpus, from the same weights. It
 # ends with one table, one picture and one page (recipes/ladder.py, plot.py, page.py). A ladder that was stopped continues
-# where it was. Time: two and a half hours on two CPU cores, beside other programs and without `more` (results/ladder_small).
+# where it was. Time: three and a half hours on two CPU cores, beside other
+# programs (results/ladder_small).
 #
 # Every third training question loses its label. All encoders learn from the others. RocketQA gives the third
-# pseudo-labels. Readers need only answers and learn from all questions. Nothing is chosen: the weights of the last
-# step count, and the test questions fill the table once. The dev questions are only watched. Real NQ: SIZE=full
+# pseudo-labels. Readers need only answers and learn from all questions. No checkpoint is chosen: the weights of the last
+# step count. The dev questions are only watched. Real NQ: SIZE=full
 # TITLES=true DATA=data/nq, a folder with corpus.tsv and {train,dev,test}.jsonl, with answers and with positives as
 # passage ids.
 #

@@ -117,7 +117,7 @@ def test_unequal_files_are_refused(rocketqa, tmp_path):
 def test_ance_tele(recipe, rocketqa):
     """Two arms from M_D0, of which the first episode is one; momentum adds the last episode's negatives."""
     run, bash = rocketqa[0], recipe[2]
-    variables = {"ARMS": "ann momentum", "FLOOR": "", "EPISODES": "1 2"}
+    variables = {"ARMS": "momentum ann", "FLOOR": "", "EPISODES": "1 2"}
     variables |= {"SAMPLE": 4, "NEGATIVES": 2, "DEPTH": 20}
     done = bash("ance_tele", **variables)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -132,8 +132,8 @@ def test_ance_tele(recipe, rocketqa):
     assert {len(pids) for pids in [*first.values(), *second.values()]} == {4}
     for qid, pids in both.items():
         assert pids == second[qid] + first.get(qid, [])
-    assert (arms / "momentum_seed1/m1").resolve() == arms / "ann_seed1/m1"
-    for model in ("ann_seed1/m1", "ann_seed1/m2", "momentum_seed1/m2"):
+    assert (arms / "ann_seed1/m1").resolve() == arms / "momentum_seed1/m1"
+    for model in ("momentum_seed1/m1", "ann_seed1/m2", "momentum_seed1/m2"):
         config = read_yaml(arms / model / "config.yaml")
         assert config["init"] == f"{run}/d0/query_encoder" and config["negatives"] == 2
         assert config["rotate_negatives"] and (config["keep"], config["seed"]) == ("last", 1)
