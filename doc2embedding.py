@@ -27,6 +27,7 @@ from tqdm import tqdm
 from utils.data import Corpus
 from utils.distributed import cut, prefetch
 from utils.encoder import embed, tokenize_passages
+from utils.plumbing.checks import notes_on_unknown
 from utils.plumbing.config import (
     UserError,
     at_least,
@@ -164,6 +165,9 @@ def main():
         print(f"inputs: {encoder.inputs}")
         first = tokenize_passages(encoder, [corpus[0]])[0]
         print(f"first passage: {encoder.tokenizer.decode(first)}", flush=True)
+        sample = [corpus[row].text for row in range(0, len(corpus), 1 + len(corpus) // 1000)]
+        for note in notes_on_unknown(encoder.tokenizer, sample):
+            print(note, flush=True)
     for file in todo:
         file.unlink(missing_ok=True)  # a damaged one; the others would not wait for it below
     accelerator.wait_for_everyone()

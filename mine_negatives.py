@@ -325,7 +325,7 @@ def main():
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             counts["lines written"] += 1
         if not counts["lines written"]:
-            cure = "without positives, add --positives find"
+            cure = "without positives, add --positives find; with it, a ranked passage must hold an answer"
             if cfg.scores:  # a cross-encoder that has not learned much is never sure
                 cure = "look at the scores: do negative_below and positive_above lie among them?"
             raise UserError(f"{cfg.out}: no question is left ({dict(+counts)}); {cure}")

@@ -24,6 +24,7 @@ from utils.cross_encoder import load_cross_encoder, probabilities, tokenize_pair
 from utils.data import items_of_step, passage_of, read_training
 from utils.distributed import chunk_seed, cut, own_share, share_out, sum_gradients, sum_over_devices
 from utils.encoder import by_length, collate
+from utils.plumbing.checks import notes_on_unknown
 from utils.plumbing.config import UserError, at_least, friendly_errors, load_config, need_file
 from utils.plumbing.run import NO_DEV, Run
 
@@ -222,6 +223,7 @@ def main():
     new_head = not run.checkpoint
     cross = load_cross_encoder(source, cfg.pair_tokens, cfg.dropout, new_head, cfg.layer_norm_epsilon)
     cross.to(run.device).train()
+    run.notes += notes_on_unknown(cross.tokenizer, [question for question, _, _ in pairs])
     optimizer = run.optimizer({"cross_encoder": cross})
     dev_ids = tokenize(dev_pairs, corpus, cross)
 

@@ -34,7 +34,7 @@ from utils.data import items_of_step, passage_key, passage_of, read_training
 from utils.distributed import gather_rows, own_share, sum_gradients
 from utils.grad_cache import grad_cache_step
 from utils.metrics import positive_ranks
-from utils.plumbing.checks import notes_on_negatives
+from utils.plumbing.checks import notes_on_negatives, notes_on_unknown
 from utils.plumbing.config import at_least, friendly_errors, load_config, need_file
 from utils.plumbing.run import NO_DEV, Run
 from utils.plumbing.weights import TOWERS, given_inputs, load_towers
@@ -308,6 +308,8 @@ def main():
     # models
     sources = {name: run.source(name, cfg.init) for name in TOWERS}
     encoders = load_towers(sources, cfg, run.device)
+    questions = [example["question"] for example in train]
+    run.notes += notes_on_unknown(encoders["query_encoder"].tokenizer, questions)
     optimizer = run.optimizer(encoders)
     pool = dev_pool(dev, corpus, encoders, cfg) if dev else None
 

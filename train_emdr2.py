@@ -33,6 +33,7 @@ from utils.distributed import chunk_seed, cut, own_share, prefetch, sum_gradient
 from utils.live_index import LiveIndex, own_rows
 from utils.metrics import answer_scores, topk_accuracy
 from utils.plumbing import config
+from utils.plumbing.checks import notes_on_unknown
 from utils.plumbing.config import UserError
 from utils.plumbing.run import NO_DEV, Run
 from utils.plumbing.weights import TOWERS, load_encoder
@@ -277,6 +278,8 @@ def main():
     # models
     retriever_learns = cfg.retriever_loss != "none"
     models = load_models(run, cfg)
+    answers = [answer for question in train for answer in question["answers"]]
+    run.notes += notes_on_unknown(models["reader"].tokenizer, answers)
     trained = models if retriever_learns else {"reader": models["reader"]}
     scales = {name: 1.0 if name == "reader" else cfg.retriever_lr_scale for name in trained}
     optimizer = run.optimizer(trained, scales)

@@ -22,6 +22,7 @@ from utils.data import items_of_step, read_ranking
 from utils.distributed import chunk_seed, cut, own_share, sum_gradients, sum_over_devices
 from utils.encoder import collate
 from utils.metrics import answer_scores
+from utils.plumbing.checks import notes_on_unknown
 from utils.plumbing.config import (
     UserError,
     at_least,
@@ -242,6 +243,7 @@ def main():
     # what it learns from: the passages in which its tokens spell an answer
     train, rows_note = reading.find_training_rows(cfg.train, examples, corpus, reader, gold)
     run.notes += [train_note, rows_note, dev_note]
+    run.notes += notes_on_unknown(reader.tokenizer, [example["question"] for example in train])
     if not any(len(example["negatives"]) for example in train):
         fault = "every passage holds an answer, so none is wrong and relevance cannot be learned"
         raise UserError(f"{cfg.train}: {fault}; raise train_depth, or give a longer --train_run")

@@ -17,6 +17,7 @@ from statistics import mean
 
 from utils.data import Corpus, passage_of, question_key, read_questions
 from utils.encoder import tokenize_passages, tokenize_questions
+from utils.plumbing.checks import notes_on_unknown
 from utils.plumbing.config import UserError, friendly_errors, load_config, need_file, need_model
 from utils.plumbing.files import atomic_file
 from utils.plumbing.weights import given_inputs, load_encoder
@@ -106,8 +107,13 @@ def main():
     need_file(cfg, "corpus")
     need_model(cfg, "init")
     there = [name for name in SPLITS if (folder / f"{name}.jsonl").exists()]
-    if not there and (folder / "questions.jsonl").is_file():
-        split_questions(folder)
+    if (folder / "questions.jsonl").is_file():
+        if there:
+            made = ", ".join(f"{name}.jsonl" for name in there)
+            cure = "delete these to split it again"
+            print(f"warning: questions.jsonl is not read, because of {made}; {cure}")
+        else:
+            split_questions(folder)
     for name in SPLITS:
         if not (folder / f"{name}.jsonl").is_file():
             cure = "give all three, or questions.jsonl and none of them, to split"
@@ -127,6 +133,8 @@ def main():
     encoder = load_encoder(cfg.init, "passage", inputs)
     encoder.inputs |= {"passage_tokens": 10**6, "question_tokens": 10**6}
     report_cut("passages", tokenize_passages(encoder, sample), cfg.passage_tokens)
+    texts = [passage.text for passage in sample]
+    print("".join(f"{note}\n" for note in notes_on_unknown(encoder.tokenizer, texts)), end="")
     parts = {}
     for name in SPLITS:
         path = folder / f"{name}.jsonl"

@@ -33,7 +33,7 @@ bm25_negatives $RUN train $DATA/train.jsonl 30
 bm25_negatives $RUN dev $DATA/dev.jsonl 5
 
 # where all arms start: sentences of the corpus, no question
-stage $RUN/cloze.jsonl python recipes/demo/inverse_cloze.py $DATA/corpus.tsv $RUN/cloze.jsonl
+stage $RUN/cloze.jsonl python recipes/demo/inverse_cloze.py $DATA/corpus.tsv $RUN/cloze.jsonl $FORMAT
 stage $RUN/start/metrics.json $LAUNCH train_dpr.py --config config/train_dpr_demo_cloze.yaml --run_dir $RUN/start \
     --init $START --train $RUN/cloze.jsonl --dev "" $CORPUS --resume exact $FLAGS $CLOZE_FLAGS
 encode $RUN/start

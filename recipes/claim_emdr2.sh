@@ -38,7 +38,7 @@ only ARMS "token sequence kl k16 k32 shuffled longer none sync async plain"
 [ $T5 != data/models/flan-t5-small ] || stage $T5 python recipes/demo/flan_t5.py
 
 # the start, and what it finds
-stage $RUN/cloze.jsonl python recipes/demo/inverse_cloze.py $DATA/corpus.tsv $RUN/cloze.jsonl
+stage $RUN/cloze.jsonl python recipes/demo/inverse_cloze.py $DATA/corpus.tsv $RUN/cloze.jsonl $FORMAT
 stage $RUN/start/metrics.json $LAUNCH train_dpr.py --config config/train_dpr_demo_cloze.yaml --run_dir $RUN/start \
     --init $START --train $RUN/cloze.jsonl --dev "" $CORPUS --resume exact $CLOZE_FLAGS
 encode $RUN/start

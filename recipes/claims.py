@@ -10,8 +10,9 @@ Run: python -m recipes.claims
 A ranking is kept as two numbers a question: the ranks of the first passage with an answer and of the first
 right passage, 0 where there is none; answers as EM and F1. So the figure of an entry with `arm` can be
 computed again from the repository alone. One with `text` or `table` is read where it was printed, and what
-stands in `reason` and `experiment` was typed by hand. Gains are paired: question by question, averaged over the seeds first. The interval is a
-bootstrap over the questions. It does not say what another seed would change; that is the range over seeds.
+stands in `reason` and `experiment` was typed by hand. Gains are paired: question by question, averaged over
+the seeds first. The interval is a bootstrap over the questions. It does not say what another seed would
+change; that is the range over seeds.
 """
 
 import json
@@ -36,10 +37,10 @@ has the same rows for machines. A gain is in points of percent, paired by questi
 interval over the test questions. Where an arm has several seeds, a question's gain is first averaged over
 them, and the range over seeds stands behind it.
 
-*Shown*: the interval excludes zero, and there is more than one seed, each with the same sign. The program sees
-to this; an identity or a size in memory has neither. We judged the rest: one thing differs between the two
-arms, and no test question chose anything. *Shown in part*: something of this is missing, and the reason says
-what. *Not shown*: the reason says what was found instead, or that it was not run.
+*Shown*: the interval excludes zero, and there is more than one seed, each with the same sign. The program
+sees to this; an identity or a size in memory has neither. We judged the rest: one thing differs between the
+two arms, and no test question chose anything. *Shown in part*: something of this is missing, and the reason
+says what. *Not shown*: the reason says what was found instead, or that it was not run.
 
 """
 

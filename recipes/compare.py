@@ -46,6 +46,12 @@ def first_ranks(path, questions, corpus, regex=False):
     if str(path).endswith(".answers.json"):
         return answers_per_question(path, questions)
     rankings = read_run(path)
+    ranked = sum(question["qid"] in rankings for question in questions)
+    if not ranked:
+        raise UserError(f"{path}: is a ranking of other questions; no qid of it is in the question file")
+    if ranked < len(questions):
+        share = f"{ranked} of {len(questions)} questions"
+        print(f"warning: {path}: ranks {share}, the others count as wrong", file=sys.stderr)
     found = {"depth": max(map(len, rankings.values())), "answer": [], "right": []}
     for question in questions:
         pids = [pid for pid, _ in rankings.get(question["qid"], [])]

@@ -25,6 +25,10 @@ if [ ! -f $DATA/corpus.tsv ]; then
     python -m prepare.download psgs_w100.tsv --out $DATA
     mv $DATA/psgs_w100.tsv $DATA/corpus.tsv
 fi
+for split in train dev test; do
+    [ -f $DATA/$split.jsonl ] || [ -f $DATA/psgs_w100.tsv.source.json ] || [ -n "$(find -L $DATA/corpus.tsv -size +10G)" ] ||
+        { echo "error: $DATA has a corpus of its own, but no $split.jsonl; put it there" >&2 && exit 2; }
+done
 for split in train dev; do
     if [ ! -f $DATA/$split.jsonl ]; then
         python -m prepare.download biencoder-nq-$split.json --out $DATA

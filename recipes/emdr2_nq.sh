@@ -79,7 +79,7 @@ COMPARE="python recipes/compare.py --corpus_format $FORMAT $DATA/corpus.tsv $DAT
 # the batch.
 if [ $CLOZE = true ]; then
     RETRIEVER=$RUN/cloze
-    stage $RUN/cloze.jsonl python recipes/demo/inverse_cloze.py $DATA/corpus.tsv $RUN/cloze.jsonl
+    stage $RUN/cloze.jsonl python recipes/demo/inverse_cloze.py $DATA/corpus.tsv $RUN/cloze.jsonl $FORMAT
     stage $RETRIEVER/metrics.json $LAUNCH train_dpr.py --config config/train_dpr_nq.yaml --run_dir $RETRIEVER \
         --init $START --train $RUN/cloze.jsonl --dev "" --corpus "" --negatives 0 --epochs 1 --resume exact $CLOZE_FLAGS
 fi

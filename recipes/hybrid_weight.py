@@ -57,6 +57,9 @@ def main(corpus, questions, bm25, dense, match="string"):
     # the best weight; of equals the smallest
     scores = {weight: mrr(found, DEPTH) for weight, found in ranks.items()}
     best = max(scores, key=scores.get)
+    if not scores[best]:
+        best = unit
+        print("no question has a right passage in the two rankings: both scores count alike", file=sys.stderr)
     for weight, score in scores.items():
         mark = "  <- chosen" if weight == best else ""
         print(f"hybrid_weight {weight:8.3f}   MRR on dev {100 * score:5.1f}{mark}", file=sys.stderr)

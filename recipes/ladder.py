@@ -43,7 +43,9 @@ Updates: equal for DPR, GC-DPR (more questions in each) and ANCE-Tele; GC-DPR's 
 as GC-DPR, in more updates. M_D1 has fewer where denoising leaves a question without a negative, M_D2 those of
 its longer file. EMDR2's updates follow those of FiD, whose reader it takes.
 
-Choice: no checkpoint. The weights of the last step count, for every model; the dev questions are only watched. EMDR2's and the reader's settings and the gate's thresholds come from earlier runs, some of which had looked at these test questions.
+Choice: no checkpoint. The weights of the last step count, for every model; the dev questions are only
+watched. The defaults of EMDR2, the reader and the gate come from earlier runs on the demo's data, some of
+which had looked at its test questions.
 
 ANCE-Tele: one hard negative a question in every episode, the window rotating, no early stop.
 

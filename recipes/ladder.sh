@@ -102,7 +102,7 @@ stage $RUN/untrained/doc_encoder python recipes/untrained.py --config $DPR_CONFI
 evaluate untrained
 BASE=$START first=untrained
 if [ $CLOZE = true ]; then
-    stage $DATA/cloze.jsonl python recipes/demo/inverse_cloze.py $DATA/corpus.tsv $DATA/cloze.jsonl
+    stage $DATA/cloze.jsonl python recipes/demo/inverse_cloze.py $DATA/corpus.tsv $DATA/cloze.jsonl $FORMAT
     stage $RUN/cloze/metrics.json $LAUNCH train_dpr.py --config config/train_dpr_demo_cloze.yaml --run_dir $RUN/cloze \
         --init $START --train $DATA/cloze.jsonl --dev $DEV $CORPUS --resume exact $FLAGS ${CLOZE_FLAGS:-}
     evaluate cloze

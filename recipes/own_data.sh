@@ -9,6 +9,7 @@
 # Variables that may be set from outside:
 # RUN           where everything is written; runs/my for data/my
 # START         the encoder's first weights: any BERT-like folder or hub name, such as bert-base-uncased
+# READER_START  the reader's, which must be a BERT; START. Where it is none, the table has no reader
 # MATCH=regex   the answers are regular expressions (CuratedTREC); no reader is trained then
 # POSITIVES     find: where a question names no passage, the first one with an answer is its passage | given
 # FLAGS         goes to both trainings of the encoder, such as FLAGS="--batch_size 8"; READER_FLAGS to the reader's
@@ -30,6 +31,8 @@ CORPUS=$DATA/corpus.tsv
 [ -f "$CORPUS" ] || [ ! -f "$DATA/corpus.jsonl" ] || CORPUS=$DATA/corpus.jsonl
 MATCH=${MATCH:-string}
 POSITIVES=${POSITIVES:-find}
+READER_START=${READER_START:-$START}
+[ ! -d "$from/$READER_START" ] || READER_START=$(here "$READER_START")
 FLAGS=${FLAGS:-}
 READER_FLAGS=${READER_FLAGS:-}
 [ -f "$CORPUS" ] || { echo "error: $CORPUS: no such file; README.md says what it holds" >&2; exit 2; }
@@ -42,7 +45,7 @@ stage() {
     ! grep -qs "^$name	" "$RUN/seconds.tsv" || state=done
     count "$name" $state || return 0
     printf '\n== %s%s: %s\n' "$(place)" "$name" "$*"
-    "$@"
+    "$@" || return
     [ $state = done ] || printf '%s\t%s\n' "$name" $((SECONDS - began)) >>"$RUN/seconds.tsv"
 }
 
@@ -106,17 +109,30 @@ stage hybrid_weight weigh
 search test_hybrid test "$RUN/test/hybrid.run" "$RUN" --bm25_run "$RUN/bm25_runs/test.run" \
     --hybrid_weight "$(tail -n 1 "$RUN/test/hybrid_weight.txt")"
 
-# The reader learns from what this retriever finds, and answers from it. It needs answers in words: do the files have
-# one? In the dry pass (progress.sh) questions.jsonl is not yet split.
+# The reader learns from what this retriever finds, and answers from it. It needs answers in words: has each file one?
+# In the dry pass (progress.sh) questions.jsonl is not yet split.
 reader=
-if [ "$MATCH" = string ] && grep -qs '"answers": *\[ *"' "$DATA"/{train,test}.jsonl ${DRY:+"$DATA/questions.jsonl"}; then
+answered() { # FILE...: each of them has an answer
+    local file
+    for file; do grep -qs '"answers": *\[ *"' "$file" || return 1; done
+}
+files=("$DATA"/{train,dev,test}.jsonl)
+[ -z "$DRY" ] || [ ! -f "$DATA/questions.jsonl" ] || files=("$DATA/questions.jsonl")
+if [ "$MATCH" = string ] && answered "${files[@]}"; then
     search search_train train "$RUN/test/train.run" "$RUN" --k 50
+    code=0
     stage read_train python train_reader.py --config config/train_reader_demo.yaml --run_dir "$RUN/reading" \
-        --init "$START" --train "$DATA/train.jsonl" --train_run "$RUN/test/train.run" --dev "$DATA/dev.jsonl" \
-        --dev_run "$RUN/test/dev.run" --corpus "$CORPUS" $READER_FLAGS
-    stage read python answer.py --reader "$RUN/reading/reader" --questions "$DATA/test.jsonl" --corpus "$CORPUS" \
-        --ranking "$RUN/test/test.run" --depth 3 --eval_top_docs "[1, 2]" --out "$RUN/test/reader.json"
-    reader=" --reader $(printf %q "$RUN/reading/reader")"
+        --init "$READER_START" --train "$DATA/train.jsonl" --train_run "$RUN/test/train.run" --dev "$DATA/dev.jsonl" \
+        --dev_run "$RUN/test/dev.run" --corpus "$CORPUS" $READER_FLAGS || code=$?
+    if [ $code = 0 ]; then
+        stage read python answer.py --reader "$RUN/reading/reader" --questions "$DATA/test.jsonl" --corpus "$CORPUS" \
+            --ranking "$RUN/test/test.run" --depth 3 --eval_top_docs "[1, 2]" --out "$RUN/test/reader.json"
+        reader=" --reader $(printf %q "$RUN/reading/reader")"
+    elif [ $code = 2 ]; then # refused, with its reason; another code: stopped
+        echo "so there is no reader; READER_START names other weights for it. The table comes without it:"
+    else
+        exit $code
+    fi
 fi
 
 printf '\n'

@@ -48,6 +48,12 @@ only() {
 
 # DPR's files under our names, each only where it is not there yet: dpr_corpus -> DATA/corpus.tsv, 21,015,324 passages;
 # dpr_training NAME OUT [FLAGS]: questions with their passages; dpr_questions NAME OUT: questions with answers
+# of_dpr FILE: stop unless the corpus is DPR's. Its questions would be trained and tested on other passages
+of_dpr() {
+    [ -z "$DRY" ] || return 0
+    [ ! -f $DATA/corpus.tsv ] || [ -f $DATA/psgs_w100.tsv.source.json ] || [ -n "$(find -L $DATA/corpus.tsv -size +10G)" ] ||
+        { echo "error: $DATA has a corpus of its own, but no ${1##*/}; put it there" >&2 && exit 2; }
+}
 dpr_corpus() {
     [ ! -f $DATA/corpus.tsv ] || return 0
     python -m prepare.download psgs_w100.tsv --out $DATA
@@ -55,11 +61,13 @@ dpr_corpus() {
 }
 dpr_training() {
     [ ! -f $2 ] || return 0
+    of_dpr $2
     python -m prepare.download biencoder-$1.json --out $DATA
     python -m prepare.convert dpr_json $DATA/biencoder-$1.json $2 "${@:3}"
 }
 dpr_questions() {
     [ ! -f $2 ] || return 0
+    of_dpr $2
     python -m prepare.download $1.qa.csv --out $DATA
     python -m prepare.convert dpr_qa $DATA/$1.qa.csv $2
 }
@@ -117,10 +125,14 @@ write() {
     mv $1.tmp $1
 }
 
-# blank_titles FOLDER: its corpus.tsv or corpus.tsv.gz without titles. In nq_small a title tells the positives (docs/log.md)
+# blank_titles FOLDER: its corpus.tsv or corpus.tsv.gz without titles. In nq_small a title tells the positives (docs/log.md).
+# Which column it is, the header says, or FORMAT
 blank_titles() {
     if [ -f $1/corpus.tsv ]; then cat $1/corpus.tsv; else gunzip -c $1/corpus.tsv.gz; fi |
-        awk -F '\t' -v OFS='\t' 'NR > 1 { $3 = "" } 1'
+        awk -F '\t' -v OFS='\t' -v format=$FORMAT '
+            NR == 1 { column = format == "marco" ? 2 : 3; for (i = 1; i <= NF; i++) if ($i == "title") column = i }
+            NR > 1 || format == "marco" { $column = "" }
+            1'
 }
 
 # arms NAME...: ARM_seedN=its test ranking, of those that are there; '*' is every name

@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.plumbing.config import friendly_errors, load_config  # noqa: E402
+from utils.plumbing.config import UserError, friendly_errors, load_config  # noqa: E402
 from utils.plumbing.files import atomic_folder  # noqa: E402
-from utils.plumbing.weights import given_inputs, load_encoder, save_encoder  # noqa: E402
+from utils.plumbing.weights import encoder_hash, given_inputs, load_encoder, save_encoder  # noqa: E402
 
 
 def main():
@@ -24,9 +24,11 @@ def main():
     inputs = given_inputs(cfg) | {"role": "shared"}
     query_encoder = Path(cfg.run_dir) / "query_encoder"
     doc_encoder = Path(cfg.run_dir) / "doc_encoder"
+    encoder = load_encoder(cfg.init, "passage", inputs, layer_norm_epsilon=cfg.layer_norm_epsilon)
     if not query_encoder.exists():
-        encoder = load_encoder(cfg.init, "passage", inputs, layer_norm_epsilon=cfg.layer_norm_epsilon)
         save_encoder(encoder, query_encoder)
+    elif encoder_hash(load_encoder(query_encoder, "passage")) != encoder_hash(encoder):
+        raise UserError(f"{query_encoder}: holds other weights or inputs; choose another --run_dir")
     if not doc_encoder.exists():
         with atomic_folder(doc_encoder) as folder:
             shutil.copytree(query_encoder, folder, dirs_exist_ok=True)  # one model is both

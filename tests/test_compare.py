@@ -45,6 +45,16 @@ def test_rankings_by_hand(world, capsys):
     assert lines[7][0] == "MRR@10" and lines[7][5] == "+50.0"
 
 
+def test_rankings_of_other_questions(world, capsys):
+    """None of the questions is an error, some of them a warning: they would count as lost."""
+    write_ranking(world / "other.run", {"x": "12"})
+    with pytest.raises(UserError, match="is a ranking of other questions"):
+        main(world / "corpus.tsv", world / "q.jsonl", world / "x.run", world / "other.run")
+    write_ranking(world / "some.run", {"a": "12"})
+    main(world / "corpus.tsv", world / "q.jsonl", world / "some.run")
+    assert "some.run: ranks 1 of 3 questions" in capsys.readouterr().err
+
+
 def test_answers_that_are_patterns(world, capsys):
     """CuratedTREC: as plain strings they are in no passage, so they are refused; with the flag they count."""
     rows = [question | {"answers": [r"A\w+\s?Lee|blue|B[a-z]+"]} for question in QUESTIONS]

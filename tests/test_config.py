@@ -293,3 +293,15 @@ def test_faults_of_ours_keep_their_traceback():
     for error in (ValueError("x"), OSError("a socket"), OSError(13, "no place"), lost, kept):
         with pytest.raises(type(error)), friendly_errors():
             raise error
+
+
+@pytest.mark.parametrize(("said", "value"), [("auto", "auto"), ("true", True), ("False", False)])
+def test_normalize_may_be_what_init_says(tmp_path, said, value):
+    """In the yaml and on the command line; a bool there, as in the checkpoints of before."""
+    base = "config/train_dpr_nq.yaml"
+    (tmp_path / "c.yaml").write_text(f"normalize: {said}\n")
+    assert load_config("", base, ["--normalize", said]).normalize is value
+    assert load_config("", base, ["--config", str(tmp_path / "c.yaml")]).normalize is value
+    assert load_config("", base, []).normalize is False
+    with pytest.raises(UserError, match="normalize must be of type"):
+        load_config("", base, ["--normalize", "yes"])

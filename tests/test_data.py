@@ -279,6 +279,8 @@ def test_questions_are_read(tmp_path, capsys):
         ('{"qid": "1", "question": "x\\ud83d\\ude00 \\uD800"}', [":1:", "surrogates not allowed"]),
         ('{"qid": "1", "question": "x", "positives": [7.5]}', [":1:", "positives", "corpus ids"]),
         ('{"qid": "1", "question": "x", "negatives": [{"title": "T"}]}', [":1:", "negatives"]),
+        ('{"qid": "1", "question": "x", "positive": ["7"]}', [":1:", "'positive'", "the key is 'positives'"]),
+        ('{"qid": "1", "question": "x", "answer": "Ann"}', [":1:", "'answer'", "the key is 'answers'"]),
         ("", ["no questions"]),
     ],
 )

@@ -484,3 +484,25 @@ def test_only_matrices_are_decayed(kind):
         assert list(map(id, by_name)) == list(map(id, plain["params"]))
         others = [p for _, p in named if id(p) not in vectors]
         assert list(map(id, others)) == list(map(id, decayed["params"]))
+
+
+def test_a_model_with_a_program_of_its_own(tmp_path):
+    """Without its program the folder would load as another model; a config's program alone does no harm."""
+    world = make_world(tmp_path / "world")
+    path = world / "bert" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"auto_map": {"AutoModel": "modeling_own.OwnModel"}}))
+    with pytest.raises(UserError, match="needs a program of its own"):
+        load_encoder(world / "bert", "passage", SHORT)
+    with pytest.raises(UserError, match="needs a program of its own"):
+        load_cross_encoder(world / "bert", 24, new_head=True)
+    path.write_text(json.dumps(config | {"auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}))
+    load_encoder(world / "bert", "passage", SHORT)
+
+
+def test_a_passage_without_a_title_begins_with_its_text():
+    """A space in front would be a token of its own for RoBERTa."""
+    spy = SimpleNamespace(inputs={"pair_tokens": 9})
+    spy.tokenizer = lambda questions, passages, **_: SimpleNamespace(input_ids=passages)
+    pairs = [("who?", Passage("1", "", "Bob")), ("who?", Passage("2", "Ann", "Bob"))]
+    assert tokenize_pairs(spy, pairs) == ["Bob", "Ann Bob"]

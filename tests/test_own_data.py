@@ -1,16 +1,22 @@
 """What somebody brings: the README's conversions, the look before a training, the hybrid's weight."""
 
+import contextlib
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from prepare import check
-from recipes import hybrid_weight
+from recipes import hybrid_weight, untrained
+from recipes.demo import table
 from tests.toy import make_world, write_lines
 from utils.data import Corpus, Passage, read_questions
+from utils.plumbing import checks
+from utils.plumbing.checks import notes_on_unknown
 from utils.plumbing.config import ROOT, UserError
+from utils.plumbing.files import write_json
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
 QUOTED = 'She said "yes", twice.\n\nAnd "no".'
@@ -130,7 +136,38 @@ def test_questions_are_split_once(look):
     parts = [[row["qid"] for row in read_questions(path)] for path in splits]
     assert [len(part) for part in parts] == [48, 6, 6]
     assert sorted(sum(parts, [])) == sorted(row["qid"] for row in questions)
-    assert "is split into" not in call()
+    output = call()
+    assert "is split into" not in output
+    assert "questions.jsonl is not read, because of train.jsonl, dev.jsonl, test.jsonl" in output
+
+
+def test_a_language_that_the_start_does_not_know(look):
+    """Thai for weights of English: nearly every word is [UNK], which is said; a known text is no news."""
+    world, call = look
+    assert "unknown to this tokenizer" not in call()
+    header, *lines = (world / "corpus.tsv").read_text(encoding="utf-8").splitlines()
+    thai = [line.split("\t")[0] + "\tกรุงเทพ ใหญ่ มาก\tparis" for line in lines]
+    (world / "corpus.tsv").write_text("\n".join([header, *thai]) + "\n", encoding="utf-8")
+    assert "warning: 100 % of the tokens are unknown to this tokenizer, as in 'กรุงเทพ ใหญ่ มาก'" in call()
+
+
+def test_untrained_weights_of_two_kinds_are_not_mixed(look, monkeypatch, capsys):
+    """A second call repeats the first; with other weights or inputs it is refused, not passed over."""
+    world, _ = look
+    keys = ["untrained", "--init", str(world / "bert"), "--run_dir", str(world / "run")]
+    monkeypatch.setattr(sys, "argv", keys)
+    untrained.main()
+    untrained.main()
+    assert capsys.readouterr().out.count("as they are") == 2
+    monkeypatch.setattr(sys, "argv", [*keys, "--passage_tokens", "16"])
+    with pytest.raises(UserError, match="holds other weights or inputs"):
+        untrained.main()
+
+
+def test_tokenizers_that_know_every_byte():
+    """Where [UNK] is the end of a text, or is not, nothing is counted."""
+    for unknown, end in ((None, 2), (2, 2)):
+        assert notes_on_unknown(SimpleNamespace(unk_token_id=unknown, eos_token_id=end), ["?"]) == []
 
 
 def test_answers_that_are_patterns(look):
@@ -144,7 +181,48 @@ def test_answers_that_are_patterns(look):
     assert "hold an answer" not in call("--match", "regex")
 
 
+def test_formulas_are_no_patterns(tmp_path):
+    """LaTeX has backslashes too; a pattern that joins words by one of them is still a pattern."""
+    formulas = [r"\frac{1}{2}", r"\alpha + \beta", r"\sum x", r"3 \times 4"]
+    for answers, pattern in ((formulas, False), ([r"Eiffel\sTower", r"new\syork", r"\bfoo\b", r"\d+"], True)):
+        rows = [{"qid": str(i), "question": "?", "answers": [answer]} for i, answer in enumerate(answers)]
+        refused = pytest.raises(UserError) if pattern else contextlib.nullcontext()
+        with refused:
+            checks.refuse_patterns(rows, "file")
+        with pytest.raises(UserError) if pattern else contextlib.nullcontext():
+            checks.refuse_patterns_to_learn("file", rows)
+
+
+# ---------------------------------------------------------------- the table of one's own data
+@pytest.mark.parametrize("reader", [False, True])
+def test_the_table_where_nothing_can_be_counted(tmp_path, capsys, reader):
+    """Test questions with texts as positives, without answers: the table comes, and says why it is empty."""
+    (tmp_path / "c.tsv").write_text("id\ttext\ttitle\na\tx\tA\nb\ty\tB\n")
+    question = {"qid": "q", "question": "?", "positives": [{"title": "", "text": "x"}]}
+    write_lines(tmp_path / "test.jsonl", [question])
+    for name in ("bm25_runs", "untrained", "test"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.run").write_text("q\ta\t1\t5.0\nq\tb\t2\t1.0\n")
+    (tmp_path / "seconds.tsv").write_text("train\t7\n")
+    if reader:  # the training questions had answers
+        write_json(tmp_path / "test" / "reader.metrics.json", {})
+    table.main(str(tmp_path), str(tmp_path), str(tmp_path / "c.tsv"), "string")
+    assert "so nothing can be counted" in capsys.readouterr().out
+    assert (tmp_path / "table.json").is_file()
+
+
 # ---------------------------------------------------------------- the hybrid's weight
+def test_the_weight_where_nothing_is_right(tmp_path, capsys):
+    """Without a right passage no weight is better: both scores count alike, and this is said."""
+    (tmp_path / "c.tsv").write_text("id\ttext\ttitle\na\tx\tA\nb\ty\tB\nc\tz\tC\n")
+    write_lines(tmp_path / "dev.jsonl", [{"qid": "q", "question": "?", "positives": ["c"]}])
+    (tmp_path / "one.run").write_text("q\ta\t1\t5.0\nq\tb\t2\t1.0\n")
+    places = [str(tmp_path / name) for name in ("c.tsv", "dev.jsonl", "one.run", "one.run")]
+    hybrid_weight.main(*places)
+    said = capsys.readouterr()
+    assert float(said.out) == 1 and "no question has a right passage" in said.err
+
+
 def test_the_weight_is_the_best_of_those_tried(tmp_path, capsys):
     """Where BM25 alone is right the weight is 0; where the dense score is, it is not."""
     (tmp_path / "c.tsv").write_text("id\ttext\ttitle\na\tx\tA\nb\ty\tB\n")

@@ -269,7 +269,8 @@ def test_where_a_recipe_begins(tmp_path, recipe, given, variables, trained, file
     data, run = tmp_path / "data", tmp_path / "run"
     data.mkdir()
     run.mkdir()
-    (data / "corpus.tsv").touch()
+    for name in ("corpus.tsv", "psgs_w100.tsv.source.json"):  # it is DPR's
+        (data / name).touch()
     for name in (given, "compare.txt", "compare_answers.txt", "curves.png"):
         (run / name).touch()
     places = {"DATA": data, "RETRIEVER": tmp_path / "r"}
@@ -289,11 +290,25 @@ def test_where_a_recipe_begins(tmp_path, recipe, given, variables, trained, file
         assert f"--reader {reader} " in trainings[-1]
 
 
+@pytest.mark.parametrize("recipe", ["emdr2_nq", "dpr_nq", "ance_tele_nq"])
+def test_no_questions_of_others_for_a_corpus_of_ones_own(tmp_path, recipe):
+    """Natural Questions are not downloaded beside somebody's own passages; the missing file is named."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "corpus.tsv").touch()
+    with pytest.raises(
+        AssertionError, match=r"data has a corpus of its own, but no \w+\.jsonl; put it there"
+    ):
+        commands_of(tmp_path, recipe, LAUNCH="python", DATA=tmp_path / "data", RETRIEVER=tmp_path / "r")
+    log = tmp_path / "log"
+    assert not log.exists() or "prepare.download" not in log.read_text()
+
+
 def test_the_arms_of_ance_tele(tmp_path):
     """Four arms, a second seed of one, three episodes: what each mines from; what is trained once only."""
     run = tmp_path / "run"
     (run / "data").mkdir(parents=True)
-    for name in ("source.tsv", "corpus.tsv", "bm25_train.run", "bm25_test.run"):
+    made = "source.tsv corpus.tsv bm25_train.run bm25_test.run train_answers.jsonl test.jsonl".split()
+    for name in made:
         (run / "data" / name).touch()
     commands = commands_of(tmp_path, "claim_ance_tele", START="bert", MEASURE="")
     trained = re.findall(r"^train_dpr.py .*?ance/(\w+/m\d) .* --seed (\d)", "\n".join(commands), re.M)
@@ -594,3 +609,55 @@ def test_a_mistake_is_told_at_once(tmp_path, command, variables, message):
     done = shell(ROOT / "recipes" / script, *arguments, cwd=tmp_path, **places | variables)
     assert (done.returncode, done.stdout) == (2, "") and message in done.stderr
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+REFUSES = """#!/usr/bin/env bash
+echo "$@" >>$LOG
+[ "$1" != train_reader.py ] || exit $CODE
+[ "$1" != recipes/hybrid_weight.py ] || echo 1.0
+"""
+
+
+@pytest.mark.parametrize(("code", "table"), [(2, True), (130, False)])
+def test_a_start_that_makes_no_reader_still_has_its_table(tmp_path, code, table):
+    """What train_reader.py refuses costs the reader alone; Ctrl-C ends the recipe."""
+    data, fake = tmp_path / "my", tmp_path / "bin" / "python"
+    data.mkdir()
+    fake.parent.mkdir()
+    fake.write_text(REFUSES)
+    fake.chmod(0o755)
+    (data / "corpus.tsv").touch()
+    for name in ("train", "dev", "test"):
+        (data / f"{name}.jsonl").write_text('{"answers": ["x"]}\n')
+    (tmp_path / "run" / "data").mkdir(parents=True)
+    (tmp_path / "run" / "data" / "inverse_cloze.jsonl").touch()
+    (tmp_path / "run" / "test").mkdir()
+    variables = {"RUN": tmp_path / "run", "LOG": tmp_path / "log", "CODE": code, "START": tmp_path}
+    variables |= {"PATH": f"{fake.parent}:{ENVIRONMENT['PATH']}"}
+    done = shell("recipes/own_data.sh", str(data), **variables)
+    called = [line.split()[0] for line in (tmp_path / "log").read_text().splitlines()]
+    assert (done.returncode == 0) is table and "answer.py" not in called
+    assert ("recipes/demo/table.py" in called) is table and ("recipes/page.py" in called) is table
+    assert ("READER_START names other weights" in done.stdout) is table
+
+
+@pytest.mark.parametrize(
+    ("corpus_format", "text", "expected"),
+    [
+        ("auto", "id\ttext\ttitle\n1\ta\tA\n", "id\ttext\ttitle\n1\ta\t\n"),
+        ("auto", "id\ttitle\ttext\n1\tA\ta\n", "id\ttitle\ttext\n1\t\ta\n"),
+        ("marco", "1\tA\ta\n2\tB\tb\n", "1\t\ta\n2\t\tb\n"),
+    ],
+)
+def test_titles_are_blanked_wherever_they_stand(tmp_path, corpus_format, text, expected):
+    """The texts stay, also where the title comes first."""
+    (tmp_path / "corpus.tsv").write_text(text)
+    variables = {
+        "DATA": tmp_path,
+        "RUN": tmp_path / "run",
+        "FORMAT": corpus_format,
+        "LAUNCH": "",
+        "ENCODE_FLAGS": "",
+    }
+    done = shell("-c", f". recipes/stage.sh && DRY= && blank_titles {tmp_path}", **variables | {"DRY": ""})
+    assert done.stdout == expected, done.stderr

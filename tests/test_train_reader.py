@@ -19,6 +19,7 @@ from utils.encoder import collate
 from utils.plumbing.config import UserError, load_config
 from utils.plumbing.weights import load_encoder, save_encoder
 from utils.reader import (
+    Reader,
     answer_all,
     find_spans,
     find_training_rows,
@@ -442,3 +443,20 @@ def test_a_run_learns(world, tmp_path):
     assert "40 of 40 questions kept, dropped: none" in log and "example answers: " in log
     reader = load_reader(tmp_path / "run/reader")
     assert reader.inputs["pair"].endswith(f"-{final['best_step']}") and reader.inputs["reader_tokens"] == 40
+
+
+def test_where_a_piece_continues_a_word():
+    """Not in a script without spaces: an answer in kana or Thai would grow to its whole sentence."""
+    words = ["タワー", "##は", "東", "##ริง", "play", "##ing", "##ß"]
+
+    class Tokenizer:
+        def __len__(self):
+            return len(words)
+
+        def convert_ids_to_tokens(self, ids):
+            return [words[i] for i in ids]
+
+    continues_V = Reader(None, Tokenizer(), {}).continues_V
+    assert continues_V.tolist() == [False, False, False, False, False, True, True]
+    start_S, end_S = np.array([9.0, 0, 0, 0]), np.array([9.0, 0, 0, 0])
+    assert best_spans(start_S, end_S, continues_V[:4], 3, 1) == [(0, 0, 18.0)]

@@ -323,6 +323,17 @@ def test_a_step_that_teaches_nothing_is_said_once(world, tmp_path, capsys):
     assert capsys.readouterr().out.count("are 0: from this batch nothing is learned") == 1
 
 
+def test_of_equal_checkpoints_the_later_one_is_kept():
+    """An exact match of 0 at every evaluation: the weights that have learned for longest are published."""
+    run = Run.__new__(Run)
+    run.cfg, run.state = SimpleNamespace(keep="best"), {"best": None, "best_step": 0}
+    run.record = run.say = lambda _: None
+    for step, em, best in ((2, 0.0, 2), (4, 0.0, 4), (6, 0.5, 6), (8, 0.25, 6), (10, 0.5, 10)):
+        run.state["step"] = step
+        run.dev({"em": em}, by="em", sign=1)
+        assert run.state["best_step"] == best
+
+
 def test_a_model_without_a_run_is_not_replaced(world, tmp_path):
     """run_dir holds the very model that training starts from, and no checkpoint: nothing is touched."""
     start = tmp_path / "run" / "query_encoder"

@@ -115,7 +115,7 @@ def main():
     args = parser.parse_args()
     if args.k < 1:
         raise UserError(f"--k must be 1 or more, got {args.k}")
-    need_out(args, "out", ".metrics.json")
+    need_out(args, "out", ".metrics.json", ending=".run")
     questions = read_questions(args.questions, match=args.match)
     corpus = Corpus(args.corpus, args.corpus_format)
     index = build_bm25(corpus, args.index or f"{args.corpus}.bm25")

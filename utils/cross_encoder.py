@@ -49,7 +49,8 @@ def tokenize_pairs(cross, pairs):
     if not pairs:
         return []
     questions = [question for question, _ in pairs]
-    passages = [f"{passage.title} {passage.text}" for _, passage in pairs]
+    # trap: a space in front of a text is a token of its own for RoBERTa
+    passages = [f"{passage.title} {passage.text}".strip() for _, passage in pairs]
     cut = {"truncation": True, "max_length": cross.inputs["pair_tokens"], "return_attention_mask": False}
     return cross.tokenizer(questions, passages, **cut).input_ids
 
@@ -87,6 +88,7 @@ def load_cross_encoder(path, pair_tokens=0, dropout=0.0, new_head=False, layer_n
     with weights.explain_load_errors(path):
         folder = weights.local_folder(path)
         config = AutoConfig.from_pretrained(folder)
+        weights.refuse_own_code(path, config)
         tokenizer = weights.load_tokenizer(folder)
         if config.num_labels not in (1, 2):
             raise UserError(f"{path}: a classifier of {config.num_labels} labels; a cross-encoder has 1 or 2")

@@ -203,7 +203,7 @@ def report(tables, path):
         if metrics:
             print_table(metrics, name)
     if not any(tables.values()):
-        print(f"{path} has neither answers nor positives: only the ranking is written")
+        print(f"{path} has neither answers nor passage ids as positives: only the ranking is written")
 
 
 # ---------------------------------------------------------------- of answers

@@ -13,6 +13,7 @@ from collections import Counter
 from contextlib import nullcontext
 
 import numpy as np
+import regex as re
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -23,7 +24,7 @@ from utils.encoder import batches_by_length
 from utils.plumbing import weights
 from utils.plumbing.config import UserError
 from utils.plumbing.files import read_json
-from utils.text import has_answer
+from utils.text import UNSPACED, has_answer
 
 # from: DPR README (encoder.sequence_length=350) and the June 2020 code of the released readers: segments of 0
 DPR_READER = {"reader_tokens": 350, "token_types": "zeros"}
@@ -179,7 +180,8 @@ class Reader(nn.Module):
         super().__init__()
         self.model, self.tokenizer, self.inputs = model, tokenizer, inputs
         words = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-        self.continues_V = np.array([word.startswith("##") for word in words])  # piece of the word before it
+        # piece of the word before it; not in a script without spaces, where all of a sentence is one word
+        self.continues_V = np.array([bool(re.match(f"##(?![{UNSPACED}])", word)) for word in words])
 
     def forward(self, input_ids, attention_mask, token_type_ids):
         """Turn [B, L] integer tensors into logits in float32: (start_BL, end_BL, relevance_B)."""

@@ -34,9 +34,9 @@ def split_sentences(text):
     return [sentence for sentence in end.split(text) if sentence]
 
 
-def main(corpus_path, out):
+def main(corpus_path, out, corpus_format="auto"):
     refuse_input(out, corpus_path)
-    rng, corpus, written = random.Random(0), Corpus(corpus_path), 0
+    rng, corpus, written = random.Random(0), Corpus(corpus_path, corpus_format), 0
     with atomic_file(out) as file:
         for passage in corpus:
             sentences = split_sentences(passage.text)
@@ -53,6 +53,6 @@ def main(corpus_path, out):
 
 if __name__ == "__main__":
     with friendly_errors():
-        if len(sys.argv) != 3:
-            raise UserError("usage: python recipes/demo/inverse_cloze.py CORPUS OUT")
+        if len(sys.argv) not in (3, 4):
+            raise UserError("usage: python recipes/demo/inverse_cloze.py CORPUS OUT [CORPUS_FORMAT]")
         main(*sys.argv[1:])

@@ -78,6 +78,8 @@ def reader_scores(run_dir, questions, corpus):
     """Return {row: {"EM", "F1"}} of the reader, and of one that says the title of the first passage."""
     ranked = one_question_at_a_time(questions, iter_run(f"{run_dir}/test/test.run"))
     titles = title_scores(ranked, corpus)
+    if not titles:  # no test question has answers
+        return {}
     answers = {"title of passage 1": {metric: titles[f"{metric}@1"] for metric in ("EM", "F1")}}
     found = read_json(f"{run_dir}/test/reader.metrics.json")
     for depth in [name.partition("@")[2] for name in found if name.startswith("EM@")]:
@@ -141,6 +143,9 @@ def main(run_dir, data, corpus, match):
         print(f"{name:28}{cell(metrics, 'EM'):>20}{cell(metrics, 'F1'):>20}")
     print("seconds: " + ", ".join(f"{name} {number}" for name, number in seconds.items()), end="")
     print(f"; in all {sum(seconds.values()) / 60:.1f} minutes")
+    if columns[2] not in table["trained encoder"]:
+        print("No test question has answers, or passage ids as positives, so nothing can be counted.")
+        return
     trained, untrained = table["trained encoder"][columns[2]], table["untrained encoder"][columns[2]]
     verdict = "beats" if trained["low"] > untrained["high"] else "does not beat"
     print(f"The trained encoder {verdict} the untrained one by more than the interval ({columns[2]}).")

@@ -11,9 +11,11 @@ from utils.plumbing.config import UserError
 from utils.plumbing.lines import iter_jsonl
 
 # \d, .*, (a|b), a|b, [A-Z], x)?: signs of a regular expression that hardly any plain answer has
-REGEX_SYNTAX = re.compile(r"\\[a-zA-Z.()?+]|\.[*+]|\([^)]*\|[^)]*\)|\w\|\w|\[[^\]]*-[^\]]*\]|\)[?*]|\(\?")
+# why not every backslash: \sum and \beta are LaTeX
+ESCAPE = r"\\[dwsbDWSB](?![a-z])|(?<=\w)\\s"
+REGEX_SYNTAX = re.compile(ESCAPE + r"|\\[.()?+]|\.[*+]|\([^)]*\|[^)]*\)|\w\|\w|\[[^\]]*-[^\]]*\]|\)[?*]|\(\?")
 # what no plain answer holds; REGEX_SYNTAX has signs that some do, such as )?
-PATTERN = re.compile(r"\\[sdwb]|\.\*|\(\?:|\w\|\w|\[\^?\w-\w")
+PATTERN = re.compile(ESCAPE + r"|\.\*|\(\?:|\w\|\w|\[\^?\w-\w")
 
 
 # ---------------------------------------------------------------- one question
@@ -51,6 +53,10 @@ def grades_fault(question):
 
 def check_question(question, where, need):
     """Refuse a line of a question file, or bring it into our form: ids are strings, absent lists are []."""
+    for key in ("answers", "positives", "negatives"):
+        single = key.removesuffix("s")
+        if single in question and key not in question:
+            raise UserError(f"{where}: {single!r} is not read; the key is {key!r}, and its value a list")
     question["qid"] = as_text(question.get("qid"))
     for key in ("qid", "question"):
         value = question.get(key)
@@ -75,6 +81,23 @@ def check_question(question, where, need):
 
 
 # ---------------------------------------------------------------- a file of questions
+def notes_on_unknown(tokenizer, texts):
+    """Return [a warning] where a tokenizer does not know a twentieth of the tokens of texts, or []."""
+    unknown = tokenizer.unk_token_id
+    if unknown in (None, tokenizer.eos_token_id):  # it knows every byte
+        return []
+    sample = list(texts)[:: max(1, len(texts) // 1000)]
+    ids = tokenizer(sample, add_special_tokens=False, verbose=False).input_ids
+    shares = [row.count(unknown) / max(1, len(row)) for row in ids]
+    share = sum(row.count(unknown) for row in ids) / max(1, sum(map(len, ids)))
+    if share <= 0.05:
+        return []
+    example = sample[shares.index(max(shares))][:40]
+    fault = f"{100 * share:.0f} % of the tokens are unknown to this tokenizer, as in {example!r}"
+    cure = "that is not read; take weights of this language, such as bert-base-multilingual-cased"
+    return [f"warning: {fault}: {cure}"]
+
+
 def note_on_own_ids(count, questions):
     """Return a sentence where `count` of so many questions find their own id first, "" where few do."""
     # why a tenth: a few may meet a passage of the same number by chance

@@ -238,6 +238,8 @@ def typed(key, value, default, where):
             return [typed(key, item, default[0], where) for item in items] if default else items
         if default == "auto" and isinstance(value, bool):  # `normalize: true` in a yaml
             return str(value).lower()
+        if default in ("true", "false"):
+            return {"true": True, "false": False, "auto": "auto"}[str(value).lower()]
         if value is None or isinstance(value, bool | list):
             raise ValueError
         if kind is str:

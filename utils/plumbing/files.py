@@ -177,6 +177,7 @@ def folder_hash(path):
     path = Path(path)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     files = [file for file in files if file.is_file() and file.name != "README.md"]  # a card is no weight
+    files = [file for file in files if not file.name.startswith(".")]  # .DS_Store
     lines = [f"{file.name} {sha256(file)}" for file in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else ""
 

@@ -270,7 +270,8 @@ class Run:
     def dev(self, metrics, by, sign):
         """Log the dev metrics; `keep` best: of the largest sign * metrics[by] the weights are published."""
         best = self.state["best"]
-        better = self.cfg.keep == "last" or best is None or sign * metrics[by] > sign * best
+        # why >=: of two that dev cannot tell apart, the one that has learned for longer
+        better = self.cfg.keep == "last" or best is None or sign * metrics[by] >= sign * best
         if better:
             self.state |= {"best": metrics[by], "best_step": self.state["step"]}
         self.record({"step": self.state["step"], **metrics})

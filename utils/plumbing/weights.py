@@ -80,6 +80,7 @@ def load_encoder(path, role, inputs=None, dropout=0.0, layer_norm_epsilon=0.0):
     with explain_load_errors(path):
         described, projection, folder = sentence_transformers.read_folder(local_folder(path))
         config = transformers.AutoConfig.from_pretrained(folder)
+        refuse_own_code(path, config)
         tokenizer = load_tokenizer(folder, described.pop("do_lower_case", False))
         if config.model_type in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
             raise UserError(f"{path}: {config.model_type} has a decoder; a BERT-like encoder is needed here")
@@ -97,7 +98,7 @@ def load_encoder(path, role, inputs=None, dropout=0.0, layer_norm_epsilon=0.0):
     # how their inputs are built: by the keys, else by encoder_inputs.json, else by the folder's other files
     if not stored or config.model_type == "dpr":
         stored = described | stored
-    for key in sorted({"pooling", "normalize"} & inputs.keys() & stored.keys()):
+    for key in sorted({"token_types", "pooling", *DEFAULTS} & inputs.keys() & stored.keys()):
         if stored[key] != inputs[key] and world()[0] == 0:
             said = f"{key} {stored[key]!r} is stored with these weights, {inputs[key]!r} is asked for"
             print(f"warning: {path}: {said}", file=sys.stderr)
@@ -172,6 +173,15 @@ def from_hf_dpr(path, role, config):
     bert = transformers.BertModel(plain, add_pooling_layer=False)
     bert.load_state_dict(inner.bert_model.state_dict())
     return bert, inner.encode_proj if config.projection_dim else None
+
+
+def refuse_own_code(path, config):
+    """UserError for a model that brings a program of its own: transformers would load it as another model."""
+    # why not where is_causal is said: that is all that such a program changes in a decoder that embeds
+    programs = getattr(config, "auto_map", None) or {}
+    if any(name.startswith("AutoModel") for name in programs) and not hasattr(config, "is_causal"):
+        fault = "needs a program of its own (auto_map in config.json), which is not run here"
+        raise UserError(f"{path}: {fault}; without it its vectors would be others. Take another model")
 
 
 def load_complete(model_class, path, **options):
