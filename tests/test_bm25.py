@@ -124,6 +124,10 @@ def test_bm25_command(corpus, tmp_path, capsys):
     assert [pid for pid, _ in read_run(tmp_path / "x.run")["a"]] == ["1"]
     output = capsys.readouterr().out
     assert "1 of them without a passage" in output and "top-1" not in output  # no answers, no accuracy
-    for out, message in (("q.jsonl", "an input too .questions."), (".", "is a folder; name a file")):
+    (tmp_path / "q.run").symlink_to("q.jsonl")
+    (tmp_path / "folder.run").mkdir()
+    refused = [("q.run", "an input too .questions."), ("folder.run", "is a folder; name a file")]
+    refused += [(name, "must be the path of a .run file") for name in ("q.jsonl", ".", "x.test")]
+    for out, message in refused:
         with pytest.raises(UserError, match=message):
             main("utils.bm25", keys | {"out": tmp_path / out})

@@ -249,7 +249,10 @@ def test_unlabelled_questions(world, call, tmp_path, capsys):
     questions = read_questions(world / "test.jsonl")
     bare = [{key: question[key] for key in ("qid", "question")} for question in questions]
     out = call(questions=write_lines(tmp_path / "bare.jsonl", bare))
-    assert "has neither answers nor positives: only the ranking is written" in capsys.readouterr().out
+    assert (
+        "has neither answers nor passage ids as positives: only the ranking is written"
+        in capsys.readouterr().out
+    )
     assert out.read_bytes() == call("b.run").read_bytes()
     assert read_json(tmp_path / "a.metrics.json") == {"before": {}, "after": {}}
 

@@ -12,8 +12,10 @@ from utils.plumbing.lines import iter_jsonl
 
 # \d, .*, (a|b), a|b, [A-Z], x)?: signs of a regular expression that hardly any plain answer has
 # why not every backslash: \sum and \beta are LaTeX
-ESCAPE = r"\\[dwsbDWSB](?![a-z])|(?<=\w)\\s"
-REGEX_SYNTAX = re.compile(ESCAPE + r"|\\[.()?+]|\.[*+]|\([^)]*\|[^)]*\)|\w\|\w|\[[^\]]*-[^\]]*\]|\)[?*]|\(\?")
+ESCAPE = r"\\[dwsb](?![a-z])|(?<=\w)\\s"
+REGEX_SYNTAX = re.compile(
+    ESCAPE + r"|\\[DWSB](?![a-zA-Z])|\\[.()?+]|\.[*+]|\([^)]*\|[^)]*\)|\w\|\w|\[[^\]]*-[^\]]*\]|\)[?*]|\(\?"
+)
 # what no plain answer holds; REGEX_SYNTAX has signs that some do, such as )?
 PATTERN = re.compile(ESCAPE + r"|\.\*|\(\?:|\w\|\w|\[\^?\w-\w")
 
