@@ -118,6 +118,7 @@ def episodes(table, png):
     for axes, metric in zip(panels, ("forgotten", "known", "MRR@10", "top-20"), strict=True):
         axes.set(title=f"{metric}, percent", xlabel="episode")
         axes.grid(alpha=0.3)
+        axes.set_xticks(sorted({row["episode"] for row in rows}))
         for place, arm in enumerate(arms):
             drawn = [row for row in rows if row["arm"] == arm and metric in row["metrics"]]
             x = [row["episode"] + 0.04 * place for row in drawn]  # side by side, or intervals hide each other
