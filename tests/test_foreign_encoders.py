@@ -486,18 +486,22 @@ def test_only_matrices_are_decayed(kind):
         assert list(map(id, others)) == list(map(id, decayed["params"]))
 
 
-def test_a_model_with_a_program_of_its_own(tmp_path):
-    """Without its program the folder would load as another model; a config's program alone does no harm."""
-    world = make_world(tmp_path / "world")
-    path = world / "bert" / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"auto_map": {"AutoModel": "modeling_own.OwnModel"}}))
-    with pytest.raises(UserError, match="needs a program of its own"):
-        load_encoder(world / "bert", "passage", SHORT)
-    with pytest.raises(UserError, match="needs a program of its own"):
-        load_cross_encoder(world / "bert", 24, new_head=True)
-    path.write_text(json.dumps(config | {"auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}))
-    load_encoder(world / "bert", "passage", SHORT)
+def test_a_decoder_with_a_program_of_its_own(tmp_path):
+    """Its program may let it read both ways (gte-Qwen2), as is_causal does. An encoder may have one."""
+    last = SHORT | {"pooling": "last", "passage": "joined"}
+    for kind, inputs in (("qwen2", last), ("bert", SHORT)):
+        path = model_folder(tmp_path / kind, kind) / "config.json"
+        config = json.loads(path.read_text())
+        load_encoder(path.parent, "passage", inputs)
+        path.write_text(json.dumps(config | {"auto_map": {"AutoConfig": "own.OwnConfig"}}))
+        load_encoder(path.parent, "passage", inputs)
+        path.write_text(json.dumps(config | {"auto_map": {"AutoModel": "own.OwnModel"}}))
+        if kind == "qwen2":
+            with pytest.raises(UserError, match="is a decoder with a program of its own"):
+                load_encoder(path.parent, "passage", inputs)
+            said = {"auto_map": {"AutoModel": "own.OwnModel"}, "is_causal": False}
+            path.write_text(json.dumps(config | said))
+        load_encoder(path.parent, "passage", inputs)
 
 
 def test_a_passage_without_a_title_begins_with_its_text():

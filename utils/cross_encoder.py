@@ -88,7 +88,6 @@ def load_cross_encoder(path, pair_tokens=0, dropout=0.0, new_head=False, layer_n
     with weights.explain_load_errors(path):
         folder = weights.local_folder(path)
         config = AutoConfig.from_pretrained(folder)
-        weights.refuse_own_code(path, config)
         tokenizer = weights.load_tokenizer(folder)
         if config.num_labels not in (1, 2):
             raise UserError(f"{path}: a classifier of {config.num_labels} labels; a cross-encoder has 1 or 2")

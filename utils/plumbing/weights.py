@@ -80,7 +80,6 @@ def load_encoder(path, role, inputs=None, dropout=0.0, layer_norm_epsilon=0.0):
     with explain_load_errors(path):
         described, projection, folder = sentence_transformers.read_folder(local_folder(path))
         config = transformers.AutoConfig.from_pretrained(folder)
-        refuse_own_code(path, config)
         tokenizer = load_tokenizer(folder, described.pop("do_lower_case", False))
         if config.model_type in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
             raise UserError(f"{path}: {config.model_type} has a decoder; a BERT-like encoder is needed here")
@@ -91,6 +90,7 @@ def load_encoder(path, role, inputs=None, dropout=0.0, layer_norm_epsilon=0.0):
             # the pooler is BERT's head for next-sentence prediction: DPR takes the plain CLS
             options = {"add_pooling_layer": False} if config.model_type in HAVE_POOLER else {}
             model = load_complete(transformers.AutoModel, folder, **options)
+    refuse_own_code(path, model)
     for key in described.keys() & {"question_tokens", "passage_tokens"}:
         described[key] = min(described[key], places_of(model) or described[key])
     set_dropout(model, dropout, layer_norm_epsilon)
@@ -175,13 +175,15 @@ def from_hf_dpr(path, role, config):
     return bert, inner.encode_proj if config.projection_dim else None
 
 
-def refuse_own_code(path, config):
-    """UserError for a model that brings a program of its own: transformers would load it as another model."""
-    # why not where is_causal is said: that is all that such a program changes in a decoder that embeds
-    programs = getattr(config, "auto_map", None) or {}
-    if any(name.startswith("AutoModel") for name in programs) and not hasattr(config, "is_causal"):
-        fault = "needs a program of its own (auto_map in config.json), which is not run here"
-        raise UserError(f"{path}: {fault}; without it its vectors would be others. Take another model")
+def refuse_own_code(path, model):
+    """UserError for a decoder that brings a program of its own, which is not run: it may read both ways."""
+    # why decoders alone: where the weights of an encoder fit, transformers has its program. is_causal in
+    # config.json says the same without a program, and transformers minds it
+    programs = getattr(model.config, "auto_map", None) or {}
+    brings_one = any(name.startswith("AutoModel") for name in programs)
+    if brings_one and not hasattr(model.config, "is_causal") and is_causal(model):
+        fault = "is a decoder with a program of its own (auto_map in config.json), which is not run here"
+        raise UserError(f"{path}: {fault}; without it its vectors may be others. Take another model")
 
 
 def load_complete(model_class, path, **options):
