@@ -134,7 +134,8 @@ def main():
     encoder.inputs |= {"passage_tokens": 10**6, "question_tokens": 10**6}
     report_cut("passages", tokenize_passages(encoder, sample), cfg.passage_tokens)
     texts = [passage.text for passage in sample]
-    print("".join(f"{note}\n" for note in notes_on_unknown(encoder.tokenizer, texts)), end="")
+    for note in notes_on_unknown(encoder.tokenizer, texts):
+        print(note)
     parts = {}
     for name in SPLITS:
         path = folder / f"{name}.jsonl"

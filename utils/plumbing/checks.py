@@ -55,10 +55,6 @@ def grades_fault(question):
 
 def check_question(question, where, need):
     """Refuse a line of a question file, or bring it into our form: ids are strings, absent lists are []."""
-    for key in ("answers", "positives", "negatives"):
-        single = key.removesuffix("s")
-        if single in question and key not in question:
-            raise UserError(f"{where}: {single!r} is not read; the key is {key!r}, and its value a list")
     question["qid"] = as_text(question.get("qid"))
     for key in ("qid", "question"):
         value = question.get(key)
@@ -67,6 +63,9 @@ def check_question(question, where, need):
     if "\t" in question["qid"] or "\n" in question["qid"]:
         raise UserError(f"{where}: a qid cannot hold tabs or line breaks, got {question['qid']!r}")
     for key in ("answers", "positives", "negatives"):
+        single = key.removesuffix("s")
+        if single in question and key not in question:
+            raise UserError(f"{where}: {single!r} is not read; the key is {key!r}, and its value a list")
         if key in need and key not in question:
             raise UserError(f"{where}: {key!r} is missing; this step needs it (an empty list is allowed)")
         if question.get(key) is None:  # absent, or null
@@ -88,7 +87,7 @@ def notes_on_unknown(tokenizer, texts):
     unknown = tokenizer.unk_token_id
     if unknown in (None, tokenizer.eos_token_id):  # it knows every byte
         return []
-    sample = list(texts)[:: max(1, len(texts) // 1000)]
+    sample = texts[:: max(1, len(texts) // 1000)]
     ids = tokenizer(sample, add_special_tokens=False, verbose=False).input_ids
     shares = [row.count(unknown) / max(1, len(row)) for row in ids]
     share = sum(row.count(unknown) for row in ids) / max(1, sum(map(len, ids)))

@@ -238,7 +238,7 @@ def typed(key, value, default, where):
             return [typed(key, item, default[0], where) for item in items] if default else items
         if default == "auto" and isinstance(value, bool):  # `normalize: true` in a yaml
             return str(value).lower()
-        if default in ("true", "false"):
+        if default in ("true", "false"):  # or auto; a bool otherwise, as in the checkpoints of before
             return {"true": True, "false": False, "auto": "auto"}[str(value).lower()]
         if value is None or isinstance(value, bool | list):
             raise ValueError

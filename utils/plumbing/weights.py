@@ -90,7 +90,6 @@ def load_encoder(path, role, inputs=None, dropout=0.0, layer_norm_epsilon=0.0):
             # the pooler is BERT's head for next-sentence prediction: DPR takes the plain CLS
             options = {"add_pooling_layer": False} if config.model_type in HAVE_POOLER else {}
             model = load_complete(transformers.AutoModel, folder, **options)
-    refuse_own_code(path, model)
     for key in described.keys() & {"question_tokens", "passage_tokens"}:
         described[key] = min(described[key], places_of(model) or described[key])
     set_dropout(model, dropout, layer_norm_epsilon)
@@ -173,17 +172,6 @@ def from_hf_dpr(path, role, config):
     bert = transformers.BertModel(plain, add_pooling_layer=False)
     bert.load_state_dict(inner.bert_model.state_dict())
     return bert, inner.encode_proj if config.projection_dim else None
-
-
-def refuse_own_code(path, model):
-    """UserError for a decoder that brings a program of its own, which is not run: it may read both ways."""
-    # why decoders alone: where the weights of an encoder fit, transformers has its program. is_causal in
-    # config.json says the same without a program, and transformers minds it
-    programs = getattr(model.config, "auto_map", None) or {}
-    brings_one = any(name.startswith("AutoModel") for name in programs)
-    if brings_one and not hasattr(model.config, "is_causal") and is_causal(model):
-        fault = "is a decoder with a program of its own (auto_map in config.json), which is not run here"
-        raise UserError(f"{path}: {fault}; without it its vectors may be others. Take another model")
 
 
 def load_complete(model_class, path, **options):
@@ -299,7 +287,15 @@ def check_bert_like(path, encoder):
     """UserError where a model cannot make a vector in the way that its inputs ask for."""
     inputs = encoder.inputs
     tokenizer = encoder.tokenizer
-    kind = encoder.model.config.model_type
+    config = encoder.model.config
+    kind = config.model_type
+    # why decoders alone: where the weights of an encoder fit, transformers has its program. is_causal in
+    # config.json says the same without a program, and transformers minds it
+    programs = getattr(config, "auto_map", None) or {}
+    brings_one = any(name.startswith("AutoModel") for name in programs) and not hasattr(config, "is_causal")
+    if brings_one and is_causal(encoder.model):
+        fault = "is a decoder with a program of its own (auto_map in config.json), which is not run here"
+        raise UserError(f"{path}: {fault}; without it its vectors may be others. Take another model")
     if inputs["pooling"] != "last" and is_causal(encoder.model):
         fault = f"{kind} reads from left to right, so only its last token has seen the whole text"
         raise UserError(f"{path}: {fault}; pooling {inputs['pooling']} is wrong, last is right")
